@@ -1,0 +1,138 @@
+"""From YAML, flags and key=value to frozen structs; a wrong key or value is one clear line.
+
+What comes later wins: defaults, then --config, then flags, then --set.
+"""
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import msgspec
+import yaml
+
+from stages.errors import ConfigError, PipelineError
+
+Config = TypeVar("Config", bound=msgspec.Struct)
+
+
+def read_config(
+    kind: type[Config],
+    file: str | None,
+    flags: Mapping[str, Any],
+    overrides: Sequence[str],
+) -> Config:
+    """A struct of this kind. flags: dotted key -> value, None where not given. overrides:
+    `a.b=c`, c as YAML writes it. Raises ConfigError.
+    """
+    values: dict[str, Any] = _read_yaml(Path(file)) if file else {}
+    for key in _dotted(values):
+        _check_key(kind, key)
+    for key, value in flags.items():
+        if value is not None:
+            _put(values, key, value)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override} has no '='", "Write --set key=value.")
+        _check_key(kind, key)
+        wants_text = str in _alternatives(_field_type(kind, key)) and text != "null"
+        _put(values, key, text if wants_text else yaml.safe_load(text))
+    return _convert(kind, values)
+
+
+def keys_of(kind: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a struct has, sections and leaves."""
+    for field in msgspec.structs.fields(kind):
+        yield prefix + field.name
+        if inner := _section(field.type):
+            yield from keys_of(inner, f"{prefix}{field.name}.")
+
+
+def _convert(kind: type[Config], values: dict[str, Any]) -> Config:
+    for field in msgspec.structs.fields(kind):
+        if _section(field.type):
+            values.setdefault(field.name, {})
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, PipelineError):
+            raise error.__cause__ from None
+        message, _, where = str(error).partition(" - at `$.")
+        key = where.rstrip("`")
+        if message.startswith("Object missing required field"):
+            name = message.split("`")[1]
+            full = f"{where.rstrip('`')}.{name}" if where else name
+            raise ConfigError(
+                f"'{full}' is missing", f"Give its option, or --set {full}=..."
+            ) from None
+        allowed = _choices(_field_type(kind, key)) if key in set(keys_of(kind)) else ()
+        near = f" (one of {', '.join(allowed)})" if allowed else ""
+        raise ConfigError(f"{key or 'configuration'}: {_plain(message)}{near}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} does not hold keys and values")
+    values.pop("kind", None)  # a run's own config.yaml says what kind of run it was
+    return values
+
+
+def _check_key(kind: type[msgspec.Struct], key: str) -> None:
+    known = list(keys_of(kind))
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        raise ConfigError(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping) and f"{prefix}{key}" != "views.parameters":
+            yield from _dotted(value, f"{prefix}{key}.")
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"'{section}' holds keys, not the value {inner!r}")
+        values = inner
+    values[name] = value
+
+
+def _field_type(kind: Any, key: str) -> Any:
+    for part in key.split("."):
+        kind = _section(kind) or kind
+        kind = next(f.type for f in msgspec.structs.fields(kind) if f.name == part)
+    return kind
+
+
+def _section(kind: Any) -> type[msgspec.Struct] | None:
+    """The struct type inside a field type, if it is one."""
+    found = (
+        t for t in _alternatives(kind) if isinstance(t, type) and issubclass(t, msgspec.Struct)
+    )
+    return next(found, None)
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    return tuple(
+        str(value) for t in _alternatives(kind) if get_origin(t) is Literal for value in get_args(t)
+    )
+
+
+def _plain(message: str) -> str:
+    return message[:1].lower() + message[1:].replace("`", "'")

@@ -1,0 +1,141 @@
+"""Which blocks exist: one small JSON record a block, written after its objects.
+
+A block exists if and only if its record does. Records lie under commits/<part>/, one file a block
+while a view is being written, one file a view once it is complete:
+
+    commits/<part>/v00003/b00000.json   one record
+    commits/<part>/v00003.json          all records of view 3, in block order
+
+Compaction writes the second before it removes the first, so that a kill in between loses nothing;
+readers take the union.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from zarr.abc.store import Store
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from stages.errors import CacheError
+
+Record = dict[str, Any]
+_KEY = re.compile(r"v(\d+)(?:/b(\d+))?\.json$")
+
+
+def read_object(store: Store, key: str) -> bytes | None:
+    """An object's bytes, None if there is none."""
+    value = sync(store.get(key, default_buffer_prototype()))
+    return None if value is None else value.to_bytes()
+
+
+def write_object(store: Store, key: str, content: bytes) -> None:
+    """Write an object whole: temporary file and rename on disk, one PUT in an object store."""
+    sync(store.set(key, default_buffer_prototype().buffer.from_bytes(content)))
+
+
+def list_objects(store: Store, prefix: str) -> list[str]:
+    """The keys under a prefix that ends in a slash."""
+
+    async def collect() -> list[str]:
+        return [key async for key in store.list_prefix(prefix)]
+
+    return sync(collect())
+
+
+def describe_objects(store: Store, keys: list[str]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of objects that were just written, as a record keeps them."""
+    described = {}
+    for key in keys:
+        content = read_object(store, key)
+        if content is None:
+            raise CacheError(f"object {key} vanished right after it was written")
+        described[key] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return described
+
+
+@dataclass
+class CommitLog:
+    """The records of one part of a cache: `logits`, or `rectified/<name>`."""
+
+    store: Store
+    part: str
+    num_blocks: int
+
+    @property
+    def _prefix(self) -> str:
+        return f"commits/{self.part}/"
+
+    @cached_property
+    def records(self) -> dict[tuple[int, int], Record]:
+        """Every committed block, (view, block) -> record. Read once, kept up by `commit`."""
+        found: dict[tuple[int, int], Record] = {}
+        for key in list_objects(self.store, self._prefix):
+            match = _KEY.fullmatch(key.removeprefix(self._prefix))
+            if match is None:
+                continue
+            content = self._json(key)
+            for record in content if isinstance(content, list) else [content]:
+                try:
+                    found[int(record["view"]), int(record["block"])] = record
+                except (TypeError, KeyError, ValueError):
+                    raise CacheError(f"commit record {key} is not readable") from None
+        return found
+
+    def _json(self, key: str) -> Any:
+        content = read_object(self.store, key)
+        try:
+            return json.loads(content or b"")
+        except ValueError as error:
+            raise CacheError(
+                f"commit record {key} is not readable: {error}",
+                "Remove it and run the stage again: it recomputes those blocks.",
+            ) from error
+
+    def has(self, view: int, block: int) -> bool:
+        """Whether one block is committed, without reading all records."""
+        if "records" in self.__dict__:
+            return (view, block) in self.records
+        keys = (self._block_key(view, block), self._view_key(view))
+        return any(sync(self.store.exists(key)) for key in keys)
+
+    def commit(self, view: int, block: int, record: Record) -> None:
+        """Make a block exist. Its objects must lie in the store already."""
+        record = {"view": view, "block": block, **record}
+        write_object(self.store, self._block_key(view, block), _encode(record))
+        if "records" in self.__dict__:
+            self.records[view, block] = record
+
+    def is_complete(self, view: int) -> bool:
+        return all((view, block) in self.records for block in range(self.num_blocks))
+
+    def compact(self, view: int) -> None:
+        """One file for all records of a complete view. Only for the part's single writer."""
+        if not self.is_complete(view):
+            return
+        whole = [self.records[view, block] for block in range(self.num_blocks)]
+        write_object(self.store, self._view_key(view), _encode(whole))
+        sync(self.store.delete_dir(f"{self._prefix}v{view:05d}"))
+
+    def _view_key(self, view: int) -> str:
+        return f"{self._prefix}v{view:05d}.json"
+
+    def _block_key(self, view: int, block: int) -> str:
+        return f"{self._prefix}v{view:05d}/b{block:05d}.json"
+
+    def bytes_of_view(self, view: int) -> int:
+        """Size of the committed objects of a view."""
+        return sum(
+            int(described["bytes"])
+            for (v, _), record in self.records.items()
+            if v == view
+            for described in record["objects"].values()
+        )
+
+
+def _encode(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,106 @@
+"""What makes a cache what it is, and how two identities differ.
+
+Compared field by field whenever a cache is opened for training or resumed. Device, batch size and
+library versions are provenance: they are recorded beside the identity and never compared.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from stages.errors import CacheError
+
+
+class TeacherIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """architecture: name of the model. weights: digest of its state dict. mean, std: one number a
+    channel. image_size: side of its input in pixels, None for the images' own size.
+    """
+
+    architecture: str
+    weights: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int | None
+
+
+class DatasetIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The training split: its size, its classes in order, digests of labels and images."""
+
+    name: str
+    split: str
+    num_samples: int
+    class_names: tuple[str, ...]
+    labels: str
+    images: str
+
+
+class ViewsIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The view policy: name, parameters, version of its code, seed."""
+
+    policy: str
+    parameters: dict[str, int | float]
+    version: int
+    seed: int
+
+
+class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that decides which numbers a cache holds."""
+
+    teacher: TeacherIdentity
+    dataset: DatasetIdentity
+    views: ViewsIdentity
+    compute_dtype: str
+
+    def digest(self) -> str:
+        """sha256 (hex) of the canonical JSON."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The identity as plain JSON values, as it lies in the store's attributes."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return plain
+
+
+def identity_from_json(values: Any, where: str) -> Identity:
+    """The identity in a store's attributes. Raises CacheError if it is not one."""
+    try:
+        return msgspec.convert(values, Identity)
+    except msgspec.ValidationError as error:
+        raise CacheError(f"the identity of {where} is not readable: {error}") from error
+
+
+def differences(ours: msgspec.Struct, theirs: msgspec.Struct) -> list[str]:
+    """The fields in which two structs differ, as lines `teacher.weights: a, not b`."""
+    mine, other = msgspec.to_builtins(ours), msgspec.to_builtins(theirs)
+    return list(_differences(mine, other, ""))
+
+
+def _differences(mine: Any, other: Any, path: str) -> list[str]:
+    if isinstance(mine, Mapping) and isinstance(other, Mapping):
+        return [
+            line
+            for key in sorted({*mine, *other})
+            for line in _differences(mine.get(key), other.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    if mine == other:
+        return []
+    return [f"{path}: {_short(mine)}, not {_short(other)}"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:24]}...({len(text)} characters)"
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """Digest of a state dict: sorted names, dtypes, shapes and bytes, whatever file they lay in."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}\t{tensor.dtype}\t{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,104 @@
+"""Where everything lies in a store: array names, dimensions, dtypes, the block grid.
+
+Pure functions; `store.py` does what they say. A block is one view and a run of rows. It is one
+Zarr shard of each array with a view and a sample dimension, so that one writer owns whole objects.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FORMAT = "teacher-logit-cache"
+VERSION = 1
+
+MAX_BLOCK_ROWS = 65_536
+MAX_BLOCK_BYTES = 512 * 2**20
+"""Of decoded float32 rows: what one block costs in memory at the most."""
+MAX_CHUNK_ROWS = 8_192
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """How the rows of a view are cut: blocks (shards) of whole chunks, as even as possible.
+
+    The last block is shorter where rows run out; every shard has the same nominal shape.
+    """
+
+    num_rows: int
+    chunk_rows: int
+    chunks_per_block: int
+
+    @property
+    def block_rows(self) -> int:
+        return self.chunk_rows * self.chunks_per_block
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_rows // self.block_rows)
+
+    def rows(self, block: int) -> slice:
+        """Rows [start, stop) of a block in [0, num_blocks)."""
+        start = block * self.block_rows
+        return slice(start, min(start + self.block_rows, self.num_rows))
+
+
+def block_grid(num_rows: int, num_classes: int, max_rows: int = MAX_BLOCK_ROWS) -> BlockGrid:
+    """The grid for so many rows: no block above `max_rows` rows or MAX_BLOCK_BYTES."""
+    largest = max(1, min(max_rows, MAX_BLOCK_BYTES // (4 * num_classes)))
+    rows = -(-num_rows // -(-num_rows // largest))  # even blocks
+    chunks = -(-rows // MAX_CHUNK_ROWS)
+    chunk_rows = min(-(-rows // chunks), largest // chunks)  # rounding up must not pass the limit
+    return BlockGrid(num_rows, chunk_rows, chunks)
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a store: its dimensions by name and its dtype."""
+
+    dimensions: tuple[str, ...]
+    dtype: str
+
+    @property
+    def by_block(self) -> bool:
+        """Whether the array is written block by block (and grows with the views)."""
+        return self.dimensions[:2] == ("view", "sample")
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return tuple(sizes[d] for d in self.dimensions)
+
+    def shard(self, sizes: Mapping[str, int], grid: BlockGrid) -> tuple[int, ...]:
+        return (1, grid.block_rows, *self.shape(sizes)[2:])
+
+    def chunk(self, sizes: Mapping[str, int], grid: BlockGrid) -> tuple[int, ...]:
+        return (1, grid.chunk_rows, *self.shape(sizes)[2:])
+
+
+def prediction_dtype(num_classes: int) -> str:
+    return "uint16" if num_classes <= 2**16 else "uint32"
+
+
+def base_arrays(num_classes: int) -> dict[str, ArraySpec]:
+    """The arrays that every cache has, whatever its encoding."""
+    return {
+        "dataset_index": ArraySpec(("sample",), "int64"),
+        "label": ArraySpec(("sample",), "int32"),
+        "prediction": ArraySpec(("view", "sample"), prediction_dtype(num_classes)),
+        "eval_label": ArraySpec(("eval_sample",), "int32"),
+        "eval_logits": ArraySpec(("eval_sample", "class"), "float16"),
+    }
+
+
+def rectified_arrays(materialise: bool) -> dict[str, ArraySpec]:
+    """The arrays of one rectification, in the group rectified/<name>."""
+    arrays = {
+        "wrong": ArraySpec(("view", "sample"), "bool"),
+        "label_logit": ArraySpec(("view", "sample"), "float32"),
+        "predicted_logit": ArraySpec(("view", "sample"), "float32"),
+    }
+    if materialise:
+        arrays["log_distribution"] = ArraySpec(("view", "sample", "class"), "float16")
+    return arrays
+
+
+def block_key(array: str, spec: ArraySpec, view: int, block: int) -> str:
+    """The object that holds a block of an array (Zarr's default chunk keys)."""
+    return f"{array}/c/{view}/{block}" + "/0" * (len(spec.dimensions) - 2)

@@ -1,0 +1,109 @@
+"""One rectification of a cache: a group rectified/<name> beside the logits it belongs to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import zarr
+from torch import Tensor
+
+from stages.cache import arrays, layout
+from stages.cache.commits import CommitLog, Record
+from stages.cache.layout import BlockGrid
+from stages.cache.targets import RectifiedValues
+from stages.errors import CacheError
+
+
+class RectificationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What decides the numbers of a rectification, beside its cache.
+
+    temperature: the one its values belong to, unless it is `temperature_free`.
+    """
+
+    method: str
+    space: str
+    temperature: float
+    temperature_free: bool
+    materialised: bool = False
+
+
+@dataclass(frozen=True)
+class Rectification:
+    """An open rectification; `LogitCache.rectification` gives it."""
+
+    name: str
+    group: zarr.Group
+    grid: BlockGrid
+    settings: RectificationSettings
+
+    @staticmethod
+    def create(
+        group: zarr.Group,
+        grid: BlockGrid,
+        sizes: Mapping[str, int],
+        settings: RectificationSettings,
+        identity_digest: str,
+    ) -> None:
+        """Write the metadata into an empty group; the attributes come last and make it one."""
+        for name, spec in layout.rectified_arrays(settings.materialised).items():
+            arrays.create_array(group, name, spec, sizes, grid)
+        shown = {k: v for k, v in msgspec.to_builtins(settings).items()}
+        group.attrs.put({**shown, "identity_digest": identity_digest})
+
+    @staticmethod
+    def open(
+        name: str, group: zarr.Group, grid: BlockGrid, identity_digest: str
+    ) -> "Rectification":
+        """Raises CacheError if it belongs to another cache."""
+        attributes = group.attrs.asdict()
+        if attributes.get("identity_digest") != identity_digest:
+            raise CacheError(
+                f"rectification '{name}' belongs to another cache than the one it lies in",
+                f"Remove rectified/{name} and run `pipeline rectify` again.",
+            )
+        known = {f: attributes.get(f) for f in RectificationSettings.__struct_fields__}
+        try:
+            settings = msgspec.convert(known, RectificationSettings)
+        except msgspec.ValidationError as error:
+            raise CacheError(f"rectification '{name}' is not readable: {error}") from error
+        return Rectification(name, group, grid, settings)
+
+    @cached_property
+    def commits(self) -> CommitLog:
+        return CommitLog(self.group.store, f"rectified/{self.name}", self.grid.num_blocks)
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """What stage two measured; empty until it has finished."""
+        found: Any = self.group.attrs.asdict().get("statistics", {})
+        return dict(found)
+
+    def write_statistics(self, statistics: Mapping[str, Any]) -> None:
+        self.group.attrs["statistics"] = dict(statistics)
+
+    def write_block(
+        self, view: int, block: int, values: Mapping[str, Tensor], record: Record
+    ) -> None:
+        """Write and commit a block: its arrays as layout.py names them."""
+        specs = layout.rectified_arrays(materialise=True)
+        arrays.write_block(
+            self.group, self.commits, self.grid, (view, block), values, specs, record
+        )
+
+    def read_values(self, view: int) -> RectifiedValues:
+        """The replaced logits of a complete view."""
+        return RectifiedValues(
+            arrays.read_array(self.group, "label_logit", view),
+            arrays.read_array(self.group, "predicted_logit", view),
+        )
+
+    def check_temperature(self, temperature: float) -> None:
+        """Raise CacheError unless the rectification can be used at this temperature."""
+        if not self.settings.temperature_free and self.settings.temperature != temperature:
+            raise CacheError(
+                f"rectification '{self.name}' belongs to temperature "
+                f"{self.settings.temperature:g}, not {temperature:g}",
+                f"Rectify again with --temperature {temperature:g}, or --space probability-1.",
+            )

@@ -1,0 +1,317 @@
+"""Stage one: run the teacher once, keep its logits for every view of every sample.
+
+    pipeline cache-teacher --dataset digits --weights runs/teacher --views 25 \\
+        --augment pad-crop:pad=2 --out digits.zarr
+
+Blocks are computed one after another, each in the same batches whatever was done before, and
+written by another thread meanwhile. Running the same command again computes what is missing.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stages.cache import LogitCache
+from stages.cache.encoding import encoding
+from stages.cache.identity import (
+    Identity,
+    TeacherIdentity,
+    ViewsIdentity,
+    differences,
+    weights_digest,
+)
+from stages.cache.layout import MAX_BLOCK_ROWS
+from stages.cache.lock import exclusive
+from stages.cache.writer import BackgroundWriter
+from stages.device import autocast, choose_device, device_name, place, versions
+from stages.errors import CacheError, IdentityError, ModelError, ViewError
+from stages.inputs.counter_hash import permute
+from stages.inputs.datasets import ImageDataset
+from stages.inputs.feed import Normalise, ViewFeed, pixel_probes, plain_view
+from stages.inputs.models import Model, load_model, logits_of
+from stages.inputs.views import ViewPolicy, policy_parameters, view_policy
+from stages.reporting import Reporter, Silent
+from stages.training.config import DataSettings, Dtype, Settings, positive
+from stages.training.setup import (
+    Splits,
+    check_output,
+    dataset_identity,
+    load_data,
+    normalisation,
+)
+
+_ROW_ORDER = 4  # a stream of the view seed, apart from those of training
+
+
+class TeacherSettings(Settings):
+    """architecture may be None where the weights are a run directory. mean, std, image_size: None
+    for the weights' own, or the dataset's.
+    """
+
+    weights: str
+    architecture: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    image_size: int | None = None
+
+
+class CacheConfig(Settings):
+    """A run of cache-teacher. seed: of the views. dtype: of the teacher's forward pass."""
+
+    data: DataSettings
+    teacher: TeacherSettings
+    views: int
+    augment: str = "pad-crop-flip"
+    seed: int = 0
+    encoding: str = "auto"
+    dtype: Dtype = "float32"
+    batch_size: int = 512
+    block_rows: int = MAX_BLOCK_ROWS
+    channels_last: bool = True
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        positive("views", self.views)
+        positive("batch_size", self.batch_size)
+        positive("block_rows", self.block_rows)
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """Everything stage one needs, loaded and checked; make it with `prepare`."""
+
+    config: CacheConfig
+    splits: Splits
+    policy: ViewPolicy
+    image_size: int | None
+    model: Model
+    normalise: Normalise
+    identity: Identity
+    device: torch.device
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.splits.train.class_names)
+
+    def feed(self, dataset: ImageDataset, policy: ViewPolicy) -> ViewFeed:
+        return ViewFeed(dataset, policy, self.device, self.image_size, self.config.data.workers)
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What a run leaves: how many blocks it computed, and the teacher's top-1 in [0, 1]."""
+
+    computed_blocks: int
+    views: int
+    train_top1: list[float]
+    test_top1: float
+
+
+def prepare(config: CacheConfig, splits: Splits | None = None) -> CacheJob:
+    """Load dataset and teacher and check that they belong together.
+
+    Raises DatasetError, ModelError, ViewError or ConfigError.
+    """
+    splits = splits or load_data(config.data)
+    train, device = splits.train, choose_device(config.device)
+    classes = len(train.class_names)
+    teacher = config.teacher
+    model = load_model(teacher.architecture, teacher.weights, classes, train.shape[0])
+    image_size = teacher.image_size or config.data.image_size or model.image_size
+    policy = chosen_policy(config.augment, config.seed, image_size, config.data.resize)
+    if policy.count is not None and config.views > policy.count:
+        raise ViewError(
+            f"view policy '{config.augment}' has {policy.count} distinct view(s), "
+            f"{config.views} were asked for",
+            f"Give --views {policy.count}, which is every view there is, or another --augment.",
+        )
+    mean, std = normalisation(model, train, teacher.mean, teacher.std)
+    identity = Identity(
+        teacher=TeacherIdentity(
+            model.architecture, weights_digest(model.module.state_dict()), mean, std, image_size
+        ),
+        dataset=dataset_identity(train),
+        views=ViewsIdentity(policy.name, policy_parameters(policy), policy.version, policy.seed),
+        compute_dtype=config.dtype,
+    )
+    cpu = torch.device("cpu")
+    check_output(
+        model,
+        Normalise(mean, std, model.channels, cpu, channels_last=False),
+        ViewFeed(train, policy, cpu, image_size, workers=0),
+        classes,
+    )
+    place(model.module, device, config.channels_last).eval()
+    normalise = Normalise(mean, std, model.channels, device, config.channels_last)
+    return CacheJob(config, splits, policy, image_size, model, normalise, identity, device)
+
+
+def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = None) -> CacheSummary:
+    """Make the cache at `out`, or complete it, or append views to it.
+
+    Raises IdentityError if it was made from something else, CacheError if it cannot be written.
+    """
+    reporter = reporter or Silent()
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"cannot make {out}: {error.strerror}", "Choose another --out.") from error
+    with exclusive(Path(out)):
+        # 1) the store, and what is missing in it
+        cache = _open_or_create(job, out)
+        cache.grow(job.config.views)
+        missing = missing_blocks(cache, job.config.views)
+        if done := job.config.views * cache.grid.num_blocks - len(missing):
+            reporter.say(f"{done} blocks are there already, {len(missing)} are missing")
+
+        # 2) the training views, block by block
+        feed = job.feed(job.splits.train, job.policy)
+        record = {"provenance": _provenance(job)}
+        write = functools.partial(_write_block, cache, record)
+        progress = _Progress(reporter, sum(_length(cache, block) for _, block in missing))
+        with BackgroundWriter(write).running() as writer:
+            for view, block in missing:
+                samples = cache.dataset_index[cache.grid.rows(block)]
+                logits = teacher_logits(job, feed, samples, view, progress)
+                _check_finite(logits, samples, f"view {view}")
+                writer.put(_Computed(view, block, logits.cpu(), logits.argmax(1).cpu()))
+
+        # 3) the test split
+        if not cache.eval_commits.is_complete(0):
+            _cache_test_split(job, cache, record)
+
+        # 4) how good the teacher is
+        logits, labels = cache.eval_logits()
+        return CacheSummary(
+            computed_blocks=len(missing),
+            views=len(cache.complete_views),
+            train_top1=[cache.top1(view) for view in cache.complete_views],
+            test_top1=float((logits.argmax(1) == labels).double().mean()),
+        )
+
+
+def missing_blocks(cache: LogitCache, views: int) -> list[tuple[int, int]]:
+    """The (view, block) pairs of the first `views` views that are not committed, in order."""
+    every = ((v, b) for v in range(views) for b in range(cache.grid.num_blocks))
+    return [pair for pair in every if pair not in cache.commits.records]
+
+
+@torch.inference_mode()
+def teacher_logits(
+    job: CacheJob,
+    feed: ViewFeed,
+    samples: Tensor,
+    view: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Tensor:
+    """The teacher's float32 logits (n, C) for one view of some samples, on its device."""
+    logits = torch.empty((len(samples), job.num_classes), device=job.device)
+    start = 0
+    for batch in feed.batches(samples, view, job.config.batch_size):
+        with autocast(job.device, job.config.dtype):
+            output = logits_of(job.model.module(job.normalise(batch.pixels)))
+        logits[start : start + len(output)] = output.float()
+        start += len(output)
+        progress(len(output))
+    return logits
+
+
+def chosen_policy(
+    augment: str, seed: int, image_size: int | None, resize: int | None
+) -> ViewPolicy:
+    """The view policy asked for; `none` shows what evaluation shows."""
+    if augment == "none":
+        return plain_view(image_size, resize)
+    return view_policy(augment, seed)
+
+
+# ---- details --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Computed:
+    view: int
+    block: int
+    logits: Tensor
+    predictions: Tensor
+
+
+class _Progress:
+    def __init__(self, reporter: Reporter, total: int) -> None:
+        self._reporter, self._total, self._done = reporter, total, 0
+
+    def __call__(self, rows: int) -> None:
+        self._done += rows
+        self._reporter.progress("teacher pass", self._done, self._total, "sample")
+
+
+def _open_or_create(job: CacheJob, out: str | Path) -> LogitCache:
+    config, train = job.config, job.splits.train
+    if not LogitCache.exists(out):
+        return LogitCache.create(
+            out,
+            identity=job.identity,
+            coding=encoding(config.encoding, job.num_classes),
+            num_views=config.views,
+            dataset_index=permute(torch.arange(len(train)), len(train), config.seed, _ROW_ORDER),
+            labels=train.labels,
+            eval_labels=job.splits.test.labels,
+            pixel_probes=pixel_probes(train, job.policy, job.image_size),
+            provenance=_provenance(job),
+            block_rows=config.block_rows,
+        )
+    cache = LogitCache.open(out, writable=True)
+    if differing := differences(job.identity, cache.identity):
+        raise IdentityError(
+            f"{out} was made from something else: {'; '.join(differing[:3])}",
+            "Use the settings it was made with, or another --out.",
+        )
+    if config.encoding not in ("auto", cache.encoding.name):
+        raise IdentityError(
+            f"{out} is encoded as {cache.encoding.name}, not {config.encoding}",
+            "Leave --encoding out, or choose another --out.",
+        )
+    return cache
+
+
+def _provenance(job: CacheJob) -> dict[str, object]:
+    """What was used and does not decide which numbers are right."""
+    return {
+        "dataset": job.config.data.dataset,
+        "weights": job.config.teacher.weights,
+        "device": device_name(job.device),
+        "batch_size": job.config.batch_size,
+        "channels_last": job.config.channels_last,
+        "versions": versions(),
+    }
+
+
+def _length(cache: LogitCache, block: int) -> int:
+    rows = cache.grid.rows(block)
+    return rows.stop - rows.start
+
+
+def _write_block(cache: LogitCache, record: dict[str, object], computed: _Computed) -> None:
+    cache.write_block(computed.view, computed.block, computed.logits, computed.predictions, record)
+
+
+def _cache_test_split(job: CacheJob, cache: LogitCache, record: dict[str, object]) -> None:
+    feed = job.feed(job.splits.test, plain_view(job.image_size, job.config.data.resize))
+    samples = torch.arange(len(job.splits.test))
+    logits = teacher_logits(job, feed, samples, 0)
+    _check_finite(logits, samples, "the test split")
+    cache.write_eval_logits(logits.cpu(), record)
+
+
+def _check_finite(logits: Tensor, samples: Tensor, where: str) -> None:
+    finite = torch.isfinite(logits).all(1)
+    if not bool(finite.all()):
+        first = int(finite.logical_not().nonzero()[0])
+        raise ModelError(
+            f"the teacher's logits are not finite: sample {int(samples[first])}, {where}",
+            "Compute in --dtype float32, or check the weights and the normalisation.",
+        )

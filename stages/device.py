@@ -1,0 +1,63 @@
+"""Where and in which precision a model computes; which libraries did it."""
+
+import contextlib
+import platform
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from stages.errors import ConfigError
+
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of this name; `auto` is a GPU where there is one. Raises ConfigError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device '{name}' cannot be used: {str(error).splitlines()[0]}",
+            "Use --device cpu, cuda, cuda:N, or leave it out.",
+        ) from error
+    return device
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]:
+    """Autocast to `dtype`, or nothing for float32."""
+    target = AUTOCAST[dtype]
+    return contextlib.nullcontext() if target is None else torch.autocast(device.type, target)
+
+
+def place(module: nn.Module, device: torch.device, channels_last: bool = True) -> nn.Module:
+    """The module on the device, with convolution weights channels-last."""
+    module = module.to(device)
+    if channels_last:  # nn.Module.to's stubs do not know memory_format alone
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module
+
+
+def versions() -> dict[str, str]:
+    """The libraries that decide about pixels and logits, for provenance."""
+    import PIL
+    import torchvision
+    import zarr
+
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "pillow": PIL.__version__,
+        "zarr": zarr.__version__,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()})"

@@ -1,0 +1,46 @@
+"""Errors of the user's or the surroundings': told as cause and remedy, exit code 2.
+
+The one module that everything in `stages` may import. A `PipelineError` is printed without a
+traceback; any other exception is a fault of ours and keeps its traceback (exit code 1).
+"""
+
+
+class PipelineError(Exception):
+    """What went wrong and what to do about it, in at most three lines."""
+
+    def __init__(self, cause: str, remedy: str = "") -> None:
+        super().__init__(cause if not remedy else f"{cause}\n{remedy}")
+        self.cause = cause
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[type["PipelineError"], tuple[str, str]]:
+        # Errors cross process boundaries (DataLoader workers, Dask): keep both parts.
+        return type(self), (self.cause, self.remedy)
+
+
+class ConfigError(PipelineError, ValueError):
+    """A key, value or combination of options that cannot be run."""
+
+
+class DatasetError(PipelineError, ValueError):
+    """Images or labels that are missing, unreadable or not what they should be."""
+
+
+class ModelError(PipelineError, ValueError):
+    """An unknown model, or weights that do not belong to it."""
+
+
+class ViewError(PipelineError, ValueError):
+    """A view or policy that does not exist."""
+
+
+class CacheError(PipelineError, RuntimeError):
+    """A store that is missing, incomplete, of another format, or that cannot be written."""
+
+
+class IdentityError(CacheError):
+    """A cache that was made from something else than what it is used with."""
+
+
+class RunError(PipelineError, RuntimeError):
+    """A run directory that cannot be used as asked."""

@@ -1,0 +1,238 @@
+"""Teachers and students by name or import path, and their weights without unpickling code.
+
+A name is looked up among the CIFAR families of the distillation literature, then in torchvision;
+`timm:NAME` and `module:callable` (called with num_classes) say where to look.
+"""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from stages.errors import ModelError
+from stages.inputs.cifar_models import cifar_model, cifar_model_names
+from stages.inputs.datasets import Statistics
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network and what belongs to it.
+
+    channels: what its input takes. statistics: the normalisation it was trained with and
+    image_size: the side of its input in pixels, both None where they are unknown.
+    """
+
+    module: nn.Module
+    architecture: str
+    channels: int
+    statistics: Statistics | None = None
+    image_size: int | None = None
+
+
+def build_model(name: str, num_classes: int, channels: int) -> Model:
+    """An untrained model. Raises ModelError for an unknown name, suggesting the nearest.
+
+    channels: of the dataset; models outside the CIFAR families take three, grey is repeated.
+    """
+    kind, _, argument = name.partition(":")
+    if kind == "timm":
+        return Model(_timm(argument, num_classes, pretrained=False), name, 3)
+    if argument:
+        return Model(_imported(name, num_classes), name, 3)
+    try:
+        return Model(cifar_model(name, num_classes, channels), name, channels)
+    except KeyError:
+        return Model(_torchvision(name, num_classes), name, 3)
+
+
+def load_model(name: str | None, weights: str | None, num_classes: int, channels: int) -> Model:
+    """A model with its weights.
+
+    weights: a run directory (brings its architecture and normalisation; `name` may be None), a
+    .safetensors file, a state dict that loads with weights_only=True, or `pretrained`.
+    Raises ModelError if they are missing or do not fit.
+    """
+    if weights == "pretrained":
+        return _pretrained(name or "", num_classes)
+    if weights is None:
+        raise ModelError(
+            "no weights given", "Give --weights: a run directory, a file, or 'pretrained'."
+        )
+    path = Path(weights)
+    run = _run_config(path) if path.is_dir() else {}
+    name = name or run.get("architecture")
+    if name is None:
+        raise ModelError(f"{path} does not say which model it is for", "Give its name as well.")
+    if run and name != run["architecture"]:
+        raise ModelError(
+            f"run {path} holds a {run['architecture']}, not a {name}", "Leave the model's name out."
+        )
+    built = build_model(name, num_classes, channels)
+    state = _read_state(path / "model.safetensors" if run else path)
+    _load_state(built.module, state, path, num_classes)
+    statistics = (tuple(run["mean"]), tuple(run["std"])) if run else None
+    return Model(built.module, name, built.channels, statistics, run.get("image_size"))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in whatever a model returns: a tensor, a tuple that starts with them (as in
+    mdistiller), or an object with `.logits`.
+    """
+    if isinstance(output, (tuple, list)):
+        output = output[0]
+    return output if isinstance(output, Tensor) else output.logits
+
+
+# ---- by name --------------------------------------------------------------------------------
+
+
+def _torchvision(name: str, num_classes: int) -> nn.Module:
+    from torchvision.models import get_model, list_models
+
+    if name not in list_models():
+        known = [*cifar_model_names(), *list_models()]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ModelError(
+            f"unknown model '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""),
+            "Known: the CIFAR families (resnet8x4, wrn_16_2, vgg8, resnet9_w8, ...), torchvision's "
+            "names, timm:NAME, module:callable.",
+        )
+    module: nn.Module = get_model(name, weights=None, num_classes=num_classes)
+    return module
+
+
+def _timm(name: str, num_classes: int, pretrained: bool) -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ModelError(
+            f"timm:{name} needs timm", "Install it: pip install 'teacher-cache[timm]'."
+        ) from error
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    except RuntimeError as error:
+        raise ModelError(f"timm has no model '{name}': {error}") from error
+
+
+def _imported(spec: str, num_classes: int) -> nn.Module:
+    module, _, attribute = spec.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(
+            f"cannot import model '{spec}': {error}",
+            "module:callable must be importable from the current directory.",
+        ) from error
+    built = build(num_classes)
+    if not isinstance(built, nn.Module):
+        raise ModelError(f"'{spec}' returned a {type(built).__name__}, not a torch.nn.Module")
+    return built
+
+
+def _pretrained(name: str, num_classes: int) -> Model:
+    kind, _, argument = name.partition(":")
+    try:
+        if kind == "timm":
+            module = _timm(argument, num_classes, pretrained=True)
+            config = module.default_cfg
+            return Model(module, name, 3, (config["mean"], config["std"]), config["input_size"][-1])
+        from torchvision.models import get_model, get_model_weights
+
+        chosen = get_model_weights(name).DEFAULT
+        if len(chosen.meta["categories"]) != num_classes:
+            raise ModelError(
+                f"pretrained {name} has {len(chosen.meta['categories'])} classes, the dataset has "
+                f"{num_classes}",
+                "Fine-tune it first and give the run or its weights.",
+            )
+        transform = chosen.transforms()
+        module = get_model(name, weights=chosen)
+        statistics = (tuple(transform.mean), tuple(transform.std))
+        return Model(module, name, 3, statistics, transform.crop_size[0])
+    except OSError as error:
+        raise ModelError(
+            f"the pretrained weights of {name} cannot be downloaded: {error}",
+            "Download them elsewhere and give the file with --weights.",
+        ) from error
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"there are no pretrained weights for '{name}'", "Give a run directory or a file."
+        ) from error
+
+
+# ---- weights --------------------------------------------------------------------------------
+
+
+def _run_config(path: Path) -> dict[str, Any]:
+    """Architecture and normalisation of a run directory, from its config.yaml."""
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        model = config["model"]
+        return {key: model[key] for key in ("architecture", "mean", "std", "image_size")}
+    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise ModelError(
+            f"{path} is not a run directory: {error}",
+            "A run directory holds config.yaml and model.safetensors.",
+        ) from error
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ModelError(f"no weights at {path}", "Has the run finished?") from None
+    except Exception as error:  # pickle and safetensors raise many kinds
+        raise ModelError(
+            f"{path} cannot be read as plain tensors: {str(error).splitlines()[0]}",
+            "Save the state dict alone (torch.save(model.state_dict(), ...)) or as .safetensors.",
+        ) from error
+    for key in ("model", "state_dict"):  # mdistiller's checkpoints, Lightning's and timm's
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise ModelError(
+            f"{path} does not hold a state dict", "Save model.state_dict() and give that file."
+        )
+    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+
+
+def _load_state(module: nn.Module, state: dict[str, Tensor], path: Path, num_classes: int) -> None:
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    reshaped = [n for n in own if n in state and own[n].shape != state[n].shape]
+    if missing or unexpected:
+        raise ModelError(
+            f"{path} belongs to another architecture: {len(missing)} keys missing"
+            f"{_examples(missing)}, {len(unexpected)} unexpected{_examples(unexpected)}",
+            "Name the model the weights were trained with.",
+        )
+    if reshaped:
+        name = reshaped[-1]
+        theirs, ours = tuple(state[name].shape), tuple(own[name].shape)
+        last_only = all(state[n].shape[1:] == own[n].shape[1:] for n in reshaped)
+        if last_only and ours[0] == num_classes:
+            raise ModelError(
+                f"{path} has {theirs[0]} classes, the dataset has {num_classes}",
+                "Give weights that were trained on this dataset's classes.",
+            )
+        raise ModelError(
+            f"{path} belongs to another architecture: {name} is {theirs}, not {ours}",
+            "Name the model the weights were trained with.",
+        )
+    module.load_state_dict(state)
+
+
+def _examples(names: list[str]) -> str:
+    return f" ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else ""

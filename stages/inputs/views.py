@@ -1,0 +1,322 @@
+"""Which augmented view of a sample: a pure function of (seed, view, sample).
+
+A policy draws boxes in integer pixels of the source image: where a crop starts, how large it is,
+whether it is mirrored. Rendering a box to the input size of a teacher or a student is another step
+(`render`), so that both can look at the same crop at different sizes. Where a policy only moves
+pixels, whole batches are cropped by indexing, on CPU or GPU, with the same bytes as `render` gives
+for one image.
+
+Fails when: a policy needs the pixels of another sample.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+from stages.errors import ViewError
+from stages.inputs.counter_hash import bounded, counter_hash, permute
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """One crop a sample, in pixels of its source image; every field int64 (B,).
+
+    top, left: the box's corner, negative or beyond the image where it reaches into the padding.
+    height, width: its size. mirrored: 0 or 1, whether the crop is flipped left to right.
+    """
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    mirrored: Tensor
+
+    def __getitem__(self, which: Tensor | slice) -> "Boxes":
+        """The boxes at these positions."""
+        return Boxes(*(getattr(self, f.name)[which] for f in dataclasses.fields(self)))
+
+
+@runtime_checkable
+class ViewPolicy(Protocol):
+    """What every policy has: who it is, how many views it knows, and the draws."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    moves_pixels_only: ClassVar[bool]
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def count(self) -> int | None: ...
+    def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes: ...
+    def crop(self, images: Tensor, boxes: Boxes) -> Tensor: ...
+    def apply(self, images: Tensor, samples: Tensor, view: int | Tensor) -> Tensor: ...
+
+
+class _Policy:
+    """Shared by the policies: `apply` for batches of equally large images."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    moves_pixels_only: ClassVar[bool] = True
+    count: int | None
+
+    def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
+        raise NotImplementedError
+
+    def apply(self, images: Tensor, samples: Tensor, view: int | Tensor) -> Tensor:
+        """Return view `view` of each image, at the size of the source.
+
+        images: uint8 (B, C, H, W). samples: int64 (B,), positions in the dataset.
+        view: one view for all, or int64 (B,). Returns uint8 (B, C, H, W) on `images`' device.
+        Raises ViewError if a view is outside [0, count).
+        """
+        check_view(self, view)
+        size = torch.tensor(images.shape[-2:], device=images.device)
+        samples = samples.to(images.device)
+        return self.crop(
+            images, self.draw(samples, view, *size.unsqueeze(1).expand(2, len(images)))
+        )
+
+    def crop(self, images: Tensor, boxes: Boxes) -> Tensor:
+        """Cut drawn boxes out of equally large images: uint8 (B, C, H, W), as `apply`."""
+        return torch.stack([render(x, boxes, i, x.shape[-2:]) for i, x in enumerate(images)])
+
+
+@dataclass(frozen=True)
+class PadCrop(_Policy):
+    """Zero-pad, crop back to size: He et al. 2016, section 4.2, without the mirror.
+
+    With padding p there are (2p+1)^2 distinct views; the default has 81. View v of sample i is the
+    p_i(v)-th of them, p_i a permutation of its own, so that `count` views are every view there is.
+    """
+
+    pad: int = 4
+    seed: int = 0
+    name: ClassVar[str] = "pad-crop"
+    mirrors: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.pad <= 64:
+            raise ViewError(f"pad must be in [0, 64], was {self.pad}")
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        return self.mirrors * (2 * self.pad + 1) ** 2
+
+    def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
+        views = torch.as_tensor(view, device=samples.device).expand_as(samples)
+        which = permute(views, self.count, self.seed, samples)  # (B,) in [0, count)
+        side = 2 * self.pad + 1
+        mirrored, offset = which // side**2, which % side**2
+        return Boxes(offset // side - self.pad, offset % side - self.pad, height, width, mirrored)
+
+    def crop(self, images: Tensor, boxes: Boxes) -> Tensor:
+        """As `render` for every image, by indexing, on any device."""
+        height, width = images.shape[-2:]
+        padded = torch.nn.functional.pad(images, [self.pad] * 4)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W)
+        every = torch.arange(len(images), device=images.device)
+        crops = windows[every, :, boxes.top + self.pad, boxes.left + self.pad]
+        return torch.where(boxes.mirrored.view(-1, 1, 1, 1).bool(), crops.flip(-1), crops)
+
+
+@dataclass(frozen=True)
+class PadCropFlip(PadCrop):
+    """Zero-pad, crop back to size, maybe mirror: He et al. 2016, section 4.2.
+
+    With padding p there are 2 (2p+1)^2 distinct views; the default has 162.
+    """
+
+    name: ClassVar[str] = "pad-crop-flip"
+    mirrors: ClassVar[int] = 2
+
+
+@dataclass(frozen=True)
+class ResizedCropFlip(_Policy):
+    """Random area and aspect ratio, maybe mirrored: Szegedy et al. 2015, as torchvision draws it.
+
+    Up to ten tries for a box that fits, then the largest central crop within the ratios. The
+    log-uniform ratio is drawn from 1,024 values rounded to 2^-20, so that no machine's `exp`
+    decides about a pixel. Unbounded: every view number gives a new crop.
+    """
+
+    min_area: float = 0.08
+    seed: int = 0
+    name: ClassVar[str] = "resized-crop-flip"
+    moves_pixels_only: ClassVar[bool] = False
+    count: ClassVar[None] = None  # type: ignore[misc]
+    tries: ClassVar[int] = 10
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_area <= 1:
+            raise ViewError(f"min_area must be in (0, 1], was {self.min_area}")
+
+    def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
+        # Drawn on the CPU: correctly rounded float64 arithmetic, a handful of numbers a sample.
+        device = samples.device
+        samples, height, width = (t.to("cpu").unsqueeze(1) for t in (samples, height, width))
+        views = torch.as_tensor(view).to("cpu").expand(len(samples)).unsqueeze(1)
+        tries = torch.arange(self.tries)  # (tries,)
+
+        def hashed(purpose: int) -> Tensor:  # (B, tries)
+            return counter_hash(self.seed, views, samples, tries * 4 + purpose)
+
+        grid = 2**24  # areas are drawn on a grid that float64 holds exactly
+        share = bounded(hashed(0), grid).double() / grid
+        area = (height * width).double() * (self.min_area + (1 - self.min_area) * share)
+        ratio = _ratios()[bounded(hashed(1), len(_ratios()))]
+        box_width = (area * ratio).sqrt().round().long()  # (B, tries)
+        box_height = (area / ratio).sqrt().round().long()
+        fits = (box_width >= 1) & (box_height >= 1) & (box_width <= width) & (box_height <= height)
+        top = bounded(hashed(2), (height - box_height).clamp(min=0) + 1)
+        left = bounded(hashed(3), (width - box_width).clamp(min=0) + 1)
+
+        first = fits.long().argmax(1, keepdim=True)  # (B, 1)
+        tried = [t.gather(1, first) for t in (top, left, box_height, box_width)]
+        central = _central_within_ratios(height, width)
+        drawn = [
+            torch.where(fits.any(1, keepdim=True), t, c)
+            for t, c in zip(tried, central, strict=True)
+        ]
+        mirrored = bounded(counter_hash(self.seed, views, samples, self.tries * 4), 2)
+        return Boxes(*(t.squeeze(1).to(device) for t in (*drawn, mirrored)))
+
+
+@functools.cache
+def _ratios() -> Tensor:
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    steps = [math.exp(low + (high - low) * (i + 0.5) / 1024) for i in range(1024)]
+    return torch.tensor([round(r * 2**20) / 2**20 for r in steps], dtype=torch.float64)
+
+
+def _central_within_ratios(height: Tensor, width: Tensor) -> tuple[Tensor, ...]:
+    """torchvision's fallback: the whole image, cut to the nearest allowed ratio, centred."""
+    box_width = torch.minimum(width, (height.double() * (4 / 3)).round().long())
+    box_height = torch.minimum(height, (width.double() / (3 / 4)).round().long())
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+@dataclass(frozen=True)
+class Plain(_Policy):
+    """One view: the whole image, or, with zoom >= 1, its central square.
+
+    The square's side is the shorter side of the image divided by `zoom`: 256 / 224 is the usual
+    "resize to 256, centre-crop 224" of large images.
+    """
+
+    zoom: float = 0.0
+    seed: int = 0
+    name: ClassVar[str] = "none"
+    count: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.zoom != 0 and not 1 <= self.zoom < math.inf:
+            raise ViewError(f"zoom must be 0 or at least 1, was {self.zoom}")
+
+    @property
+    def moves_pixels_only(self) -> bool:  # type: ignore[override]
+        return self.zoom == 0
+
+    def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
+        zero = torch.zeros_like(height)
+        if self.zoom == 0:
+            return Boxes(zero, zero, height, width, zero)
+        side = (torch.minimum(height, width).double() / self.zoom).round().long().clamp(min=1)
+        return Boxes((height - side) // 2, (width - side) // 2, side, side, zero)
+
+    def crop(self, images: Tensor, boxes: Boxes) -> Tensor:
+        """The images themselves, unless zoomed."""
+        return images if self.zoom == 0 else super().crop(images, boxes)
+
+
+POLICIES: Mapping[str, Callable[..., ViewPolicy]] = {
+    p.name: p for p in (PadCropFlip, PadCrop, ResizedCropFlip, Plain)
+}
+
+
+def view_policy(spec: str, seed: int = 0) -> ViewPolicy:
+    """The policy `name` or `name:parameter=value,...`, for example `pad-crop:pad=2`.
+
+    Raises ViewError for an unknown name or parameter, suggesting the nearest.
+    """
+    name, _, arguments = spec.partition(":")
+    if name not in POLICIES:
+        near = difflib.get_close_matches(name, POLICIES, n=1)
+        raise ViewError(
+            f"unknown view policy '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""),
+            f"Known policies: {', '.join(POLICIES)}.",
+        )
+    parameters: dict[str, int | float] = {}
+    known = policy_parameters(POLICIES[name]())
+    for argument in filter(None, arguments.split(",")):
+        key, _, value = argument.partition("=")
+        try:
+            parameters[key] = type(known[key])(value)
+        except (KeyError, ValueError):
+            raise ViewError(
+                f"'{argument}' is not a parameter of view policy '{name}'",
+                f"It takes {', '.join(f'{k}={v}' for k, v in known.items()) or 'none'}.",
+            ) from None
+    return POLICIES[name](**parameters, seed=seed)
+
+
+def known_policy(
+    name: str, parameters: Mapping[str, int | float], version: int, seed: int
+) -> ViewPolicy:
+    """The policy that an identity describes. Raises ViewError if this program draws otherwise."""
+    try:
+        policy = POLICIES[name](**parameters, seed=seed)
+    except (KeyError, TypeError):
+        raise ViewError(
+            f"this program has no view policy '{name}' with {dict(parameters)}",
+            "Install the version of teacher-cache that made the cache.",
+        ) from None
+    if policy.version != version:
+        raise ViewError(
+            f"view policy '{name}' is version {policy.version} here, {version} in the cache",
+            "Install the version of teacher-cache that made the cache.",
+        )
+    return policy
+
+
+def policy_parameters(policy: ViewPolicy) -> dict[str, int | float]:
+    """The parameters of a policy beside its seed, as plain numbers."""
+    assert dataclasses.is_dataclass(policy)
+    return {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy) if f.name != "seed"}
+
+
+def check_view(policy: ViewPolicy | _Policy, view: int | Tensor) -> None:
+    """Raise ViewError unless every view is one that the policy has."""
+    views = torch.as_tensor(view)
+    low, high = int(views.min()), int(views.max())
+    if low < 0 or (policy.count is not None and high >= policy.count):
+        last = "..." if policy.count is None else policy.count - 1
+        raise ViewError(
+            f"view {low if low < 0 else high} of '{policy.name}' is outside [0, {last}]"
+        )
+
+
+def render(image: Tensor, boxes: Boxes, i: int, size: Sequence[int]) -> Tensor:
+    """Cut box i out of one image (uint8 (C, H, W)), mirror it, resize it to `size` if it differs.
+
+    Zeros outside the image. Resampling is torchvision's antialiased bilinear on the CPU, for
+    teacher and student alike. Returns uint8 (C, *size).
+    """
+    top, left, height, width, mirrored = (
+        int(t[i]) for t in (boxes.top, boxes.left, boxes.height, boxes.width, boxes.mirrored)
+    )
+    crop = tv.crop(image, top, left, height, width)
+    if mirrored:
+        crop = crop.flip(-1)
+    if (height, width) != tuple(size):
+        crop = tv.resize(crop, list(size), antialias=True)
+    return crop.contiguous()

@@ -1,0 +1,59 @@
+"""Bias elimination, bias rectification and the dynamic loss, as weights on the rows of a batch.
+
+"Can Students Beyond The Teacher? Distilling Knowledge from Teacher's Bias", Zhang et al., AAAI
+2025. A row is right where the teacher's argmax on that view equals the label. With b the schedule,
+
+    L = b * L_right + (1 - b) * L_wrong
+
+where L_right is the loss on right rows and L_wrong on wrong rows against their rectified targets.
+Both are means over the rows of their own kind in the released code (`subset`); dividing by the
+whole batch (`batch`) keeps a rare wrong row from weighing fifty times a right one.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+BiasMode = Literal["none", "eliminate", "rectify"]
+Schedule = Literal["cosine", "linear", "constant"]
+Reduction = Literal["subset", "batch"]
+
+
+@dataclass(frozen=True)
+class BiasWeights:
+    """The weights of right and of wrong rows in one epoch."""
+
+    right: float
+    wrong: float
+    reduction: Reduction = "batch"
+
+    def rows(self, wrong: Tensor) -> Tensor:
+        """wrong: bool (B,). Returns float32 (B,), to be multiplied with row losses and averaged.
+
+        A batch with no row of a kind has no weight on that kind: nothing is divided by zero.
+        """
+        weights = torch.where(wrong, self.wrong, self.right)
+        if self.reduction == "batch":
+            return weights
+        count_wrong = wrong.sum()
+        size = torch.where(wrong, count_wrong, len(wrong) - count_wrong)
+        return weights * len(wrong) / size  # a row's own kind is never empty
+
+
+def bias_weights(
+    mode: BiasMode, schedule: Schedule, reduction: Reduction, epoch: int, epochs: int
+) -> BiasWeights:
+    """The weights in epoch `epoch` (from 0) of `epochs`.
+
+    b moves from 1 to 0: cos^2(pi/2 * e/E) as released, or linearly. `constant` leaves both kinds
+    at 1: elimination alone, or rectified targets alone. `none` keeps every row at 1.
+    """
+    if mode == "none":
+        return BiasWeights(1.0, 1.0)
+    progress = epoch / epochs
+    b = {"cosine": math.cos(math.pi / 2 * progress) ** 2, "linear": 1 - progress}.get(schedule)
+    right, wrong = (1.0, 1.0) if b is None else (b, 1 - b)
+    return BiasWeights(right, wrong if mode == "rectify" else 0.0, reduction)

@@ -1,0 +1,48 @@
+"""What a student minimises against its teacher's logits, one function a loss.
+
+Every loss takes (student_logits, teacher_logits, labels) and returns the mean over the batch, or
+with reduction="none" one number a row, so that bias-aware weights can be put on rows.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Reduction = Literal["mean", "none"]
+
+
+def ce(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Cross-entropy with the hard labels; the teacher and the temperature play no part.
+
+    student_logits: float (B, C). labels: int64 (B,). Returns float32, () or (B,).
+    """
+    return F.cross_entropy(student_logits.float(), labels, reduction=reduction)
+
+
+def kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    temperature: float = 4.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """T^2 KL(softmax(z_t / T) || softmax(z_s / T)): Hinton, Vinyals, Dean 2015, arXiv 1503.02531.
+
+    student_logits, teacher_logits: float (B, C). Returns float32, () or (B,).
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * temperature**2
+    return rows.mean() if reduction == "mean" else rows
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"ce": ce, "kd": kd}
+"""Every loss by its name on the command line."""

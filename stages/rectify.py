@@ -1,0 +1,295 @@
+"""Stage two: which rows the teacher has wrong, and what they should say instead.
+
+    pipeline rectify digits.zarr --method pairwise --temperature 4
+
+Runs on Dask, one task a block; each holds one block in memory. A wrong row is one whose stored
+prediction (taken before any encoding) differs from the label, on that view. Rectification replaces
+two of its logits, the label's and the predicted class's, and only those two are stored.
+
+Formulas: "Can Students Beyond The Teacher?", Zhang et al., AAAI 2025, as released. With p the row,
+l the label, k the predicted class and S = p_l + p_k:
+
+    pairwise   p_l' = S (p_l + 1) / (S + 1),  p_k' = S p_k / (S + 1)      label above k, sum kept
+    swap       p_l' = p_k, p_k' = p_l                                     Wen et al., 1911.07471
+    blend      p' = (p + onehot(l)) / 2
+
+Spaces: `probability-T` rectifies softmax(z / T), the target that a loss at T sees; `probability-1`
+rectifies softmax(z) and may be softened to any temperature afterwards; `logit` applies `pairwise`
+to raw logits, as the released training scripts do: the label then often stays below the wrong
+class, and the result depends on the logits' common offset.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import dask
+import msgspec
+import torch
+from torch import Tensor
+
+from stages.cache import LogitCache
+from stages.cache.lock import exclusive
+from stages.cache.rectified import RectificationSettings
+from stages.cache.store import Block
+from stages.errors import CacheError, ConfigError
+from stages.reporting import Reporter, Silent
+from stages.training.config import Settings, positive
+
+Method = Literal["pairwise", "swap", "blend"]
+Space = Literal["probability-T", "probability-1", "logit"]
+
+
+class RectifyConfig(Settings):
+    """name: None for `<method>-T<temperature>`, with the space appended where it is not the
+    default. scheduler: address of a Dask cluster, None for threads here. views: rectify the first
+    so many views, None for all. materialise: also store whole rectified rows, for readers outside
+    this project.
+    """
+
+    method: Method = "pairwise"
+    space: Space = "probability-T"
+    temperature: float = 4.0
+    name: str | None = None
+    views: int | None = None
+    scheduler: str | None = None
+    materialise: bool = False
+
+    def __post_init__(self) -> None:
+        positive("temperature", self.temperature)
+        if self.space == "logit" and self.method == "blend":
+            raise ConfigError(
+                "the space 'logit' is not defined for the method 'blend'",
+                "Use --method pairwise (as released), or --space probability-T.",
+            )
+
+    @property
+    def chosen_name(self) -> str:
+        space = "" if self.space == "probability-T" else f"-{self.space}"
+        return self.name or f"{self.method}-T{self.temperature:g}{space}"
+
+    @property
+    def settings(self) -> RectificationSettings:
+        # Swapping commutes with softmax, and the other spaces rectify before softening.
+        free = self.space != "probability-T" or self.method == "swap"
+        return RectificationSettings(
+            method=self.method,
+            space=self.space,
+            temperature=self.temperature,
+            temperature_free=free,
+            materialised=self.materialise,
+        )
+
+
+def rectify(
+    path: str | Path, config: RectifyConfig, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Rectify every block of a cache that is not rectified yet; return the statistics.
+
+    Raises CacheError if the cache is incomplete, or has this name with other settings.
+    """
+    reporter = reporter or Silent()
+    cache = LogitCache.open(path, writable=True)
+    name, views = config.chosen_name, _views(cache, config.views)
+    with exclusive(Path(path)):
+        # 1) what is missing
+        rectification = cache.create_rectification(name, config.settings)
+        blocks = [(v, b) for v in views for b in range(cache.grid.num_blocks)]
+        missing = [block for block in blocks if block not in rectification.commits.records]
+        if len(missing) < len(blocks):
+            reporter.say(f"{len(blocks) - len(missing)} blocks are there already")
+
+        # 2) one task a block
+        run = _run_on_threads if config.scheduler is None else _run_on_cluster
+        for done, _ in enumerate(run(cache, name, missing, config.scheduler or ""), start=1):
+            reporter.progress("rectify", done, len(missing), "block")
+
+        # 3) what came of it, from every block's record
+        rectification = cache.rectification(name)  # reads the records afresh
+        for view in views:
+            rectification.commits.compact(view)
+        records = [rectification.commits.records[block] for block in blocks]
+        statistics = summarise(records, cache.identity.dataset.class_names)
+        rectification.write_statistics(statistics)
+    return statistics
+
+
+def rectify_rows(
+    probabilities: Tensor, labels: Tensor, method: Method, predictions: Tensor | None = None
+) -> Tensor:
+    """Rectify rows of probabilities; rows whose prediction is the label stay as they are.
+
+    probabilities: float (n, C), each row sums to 1. labels: int64 (n,). predictions: int64 (n,),
+    None for the rows' own argmax. Returns (n, C) of the same dtype; each row sums to 1.
+    """
+    label = labels.unsqueeze(1)
+    predicted = (
+        probabilities.argmax(1, keepdim=True) if predictions is None else predictions[:, None]
+    )
+    p_label, p_predicted = probabilities.gather(1, label), probabilities.gather(1, predicted)
+    new_label, new_predicted = _replaced(p_label, p_predicted, method)
+    rectified = probabilities.scatter(1, label, new_label).scatter(1, predicted, new_predicted)
+    if method == "blend":
+        rectified = rectified / 2
+    return torch.where(label == predicted, probabilities, rectified)
+
+
+def replaced_logits(
+    logits: Tensor, labels: Tensor, predictions: Tensor, config: RectifyConfig
+) -> tuple[Tensor, Tensor]:
+    """The two logits of wrong rows that rectification replaces: float32 (n,) each.
+
+    logits: float32 (n, C) of rows whose prediction is not the label. Put in their places, the two
+    make softmax(row / T) the rectified distribution; for a temperature-free one at any T.
+    """
+    exact = logits.double()
+    z_label = exact.gather(1, labels[:, None]).squeeze(1)
+    z_predicted = exact.gather(1, predictions[:, None]).squeeze(1)
+    if config.method == "swap":
+        return z_predicted.float(), z_label.float()
+    if config.space == "logit":
+        new_label, new_predicted = _replaced(z_label, z_predicted, config.method)
+        return new_label.float(), new_predicted.float()
+    temperature = config.temperature if config.space == "probability-T" else 1.0
+    # p = exp(z/T - offset): the offset turns probabilities back into logits of the same row.
+    offset = torch.logsumexp(exact / temperature, dim=1)
+    p_label = (z_label / temperature - offset).exp()
+    p_predicted = (z_predicted / temperature - offset).exp()
+    new_label, new_predicted = _replaced(p_label, p_predicted, config.method)
+    return (
+        ((new_label.log() + offset) * temperature).float(),
+        ((new_predicted.log() + offset) * temperature).float(),
+    )
+
+
+def _replaced(label: Tensor, predicted: Tensor, method: Method) -> tuple[Tensor, Tensor]:
+    """The new entries of label and predicted class; for `blend` up to the factor 1/2 of the row."""
+    if method == "swap":
+        return predicted, label
+    if method == "blend":
+        return label + 1, predicted
+    pair = label + predicted
+    # On raw logits the pair's sum may be -1; probabilities are never near it.
+    below = torch.where((pair + 1).abs() < 1e-7, torch.full_like(pair, 1e-7), pair + 1)
+    return pair * (label + 1) / below, pair * predicted / below
+
+
+# ---- blocks ---------------------------------------------------------------------------------
+
+
+def rectify_block(cache: LogitCache, name: str, view: int, block: int) -> None:
+    """Rectify and commit one block: a Dask task."""
+    rectification = cache.rectification(name)
+    settings = rectification.settings
+    config = msgspec.convert(
+        {"method": settings.method, "space": settings.space, "temperature": settings.temperature},
+        RectifyConfig,
+    )
+    rows = cache.read_block(view, block)
+    wrong = rows.predictions != rows.labels
+    label_logit, predicted_logit = torch.zeros(2, len(wrong))
+    at = wrong.nonzero().squeeze(1)
+    new_label, new_predicted = replaced_logits(
+        rows.logits[at], rows.labels[at], rows.predictions[at], config
+    )
+    label_logit[at], predicted_logit[at] = new_label, new_predicted
+    rectified = rows.logits[at].scatter(1, rows.labels[at, None], new_label[:, None])
+    rectified.scatter_(1, rows.predictions[at, None], new_predicted[:, None])
+    arrays = {"wrong": wrong, "label_logit": label_logit, "predicted_logit": predicted_logit}
+    if settings.materialised:
+        temperature = 1.0 if settings.temperature_free else settings.temperature
+        logits = rows.logits.index_copy(0, at, rectified)
+        arrays["log_distribution"] = torch.log_softmax(logits / temperature, dim=1)
+    record = {"statistics": _block_statistics(rows, at, rectified)}
+    rectification.write_block(view, block, arrays, record)
+
+
+def _rectify_block_at(path: Path, name: str, view: int, block: int) -> None:
+    """As `rectify_block`, in a process of its own."""
+    rectify_block(LogitCache.open(path, writable=True), name, view, block)
+
+
+def _block_statistics(rows: Block, wrong: Tensor, rectified: Tensor) -> dict[str, Any]:
+    labels, predictions = rows.labels[wrong], rows.predictions[wrong]
+    pairs = Counter(zip(labels.tolist(), predictions.tolist(), strict=True))
+    return {
+        "rows": len(rows.labels),
+        "wrong": len(wrong),
+        "label_is_argmax": int((rectified.argmax(1) == labels).sum()),
+        "confused": [[*pair, count] for pair, count in sorted(pairs.items())],
+    }
+
+
+def summarise(records: list[dict[str, Any]], class_names: Sequence[str]) -> dict[str, Any]:
+    """Statistics over blocks: accuracy per view, share repaired, the 20 most confused pairs."""
+    rows: Counter[int] = Counter()
+    wrong: Counter[int] = Counter()
+    confused: Counter[tuple[int, int]] = Counter()
+    repaired = 0
+    for record in records:
+        block = record["statistics"]
+        rows[record["view"]] += block["rows"]
+        wrong[record["view"]] += block["wrong"]
+        repaired += block["label_is_argmax"]
+        for label, predicted, count in block["confused"]:
+            confused[label, predicted] += count
+    total = sum(wrong.values())
+    return {
+        "wrong_rows": total,
+        "wrong_rate": total / sum(rows.values()),
+        "top1_per_view": [1 - wrong[view] / rows[view] for view in sorted(rows)],
+        "label_is_argmax": repaired / total if total else 1.0,
+        "most_confused": [
+            {"label": class_names[label], "predicted": class_names[predicted], "count": count}
+            for (label, predicted), count in confused.most_common(20)
+        ],
+    }
+
+
+# ---- running --------------------------------------------------------------------------------
+
+
+def _views(cache: LogitCache, wanted: int | None) -> range:
+    complete = cache.complete_views
+    views = range(cache.num_views if wanted is None else wanted)
+    if not set(views) <= set(complete):
+        leading = next(v for v in range(cache.num_views + 1) if v not in complete)
+        raise CacheError(
+            f"{cache.path} is not complete: {len(complete)} of {cache.num_views} views are",
+            "Run `pipeline cache-teacher` again to finish it"
+            + (f", or rectify what is there with --views {leading}." if leading else "."),
+        )
+    return views
+
+
+def _run_on_threads(
+    cache: LogitCache, name: str, blocks: list[tuple[int, int]], _: str
+) -> Iterator[None]:
+    """One task a block on this machine's cores, so many blocks at a time; yields after each."""
+    threads = max(1, torch.get_num_threads())
+    for start in range(0, len(blocks), threads):
+        tasks = [dask.delayed(rectify_block)(cache, name, *b) for b in blocks[start:][:threads]]
+        dask.compute(*tasks, scheduler="threads", num_workers=threads, optimize_graph=False)
+        yield from (None for _ in tasks)
+
+
+def _run_on_cluster(
+    cache: LogitCache, name: str, blocks: list[tuple[int, int]], address: str
+) -> Iterator[None]:
+    """One task a block on an existing Dask cluster that sees the same path."""
+    from distributed import Client, as_completed
+
+    try:
+        client = Client(address, timeout=10)
+    except (OSError, ValueError) as error:
+        raise CacheError(
+            f"the Dask scheduler at {address} does not answer: {error}",
+            "Start one with `dask scheduler`, or leave --scheduler out.",
+        ) from error
+    with client:
+        path = cache.path.absolute()
+        tasks = [client.submit(_rectify_block_at, path, name, *b, pure=False) for b in blocks]
+        for task in as_completed(tasks):
+            task.result()
+            yield

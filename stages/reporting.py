@@ -1,0 +1,27 @@
+"""What a stage tells whoever runs it. `pipeline/console.py` shows it; a library call stays silent."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Reporter(Protocol):
+    """Where a stage's words and numbers go."""
+
+    def say(self, text: str) -> None:
+        """One line."""
+
+    def progress(self, task: str, done: float, total: float, unit: str) -> None:
+        """How far a task is; called often, shown now and then with its rate and time left."""
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A small table."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def say(self, text: str) -> None: ...
+    def progress(self, task: str, done: float, total: float, unit: str) -> None: ...
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
+    ) -> None: ...

@@ -1,0 +1,279 @@
+"""Stage three: train a student from a cache. The teacher is never loaded.
+
+    pipeline train-student digits.zarr --dataset digits --student resnet8 --out runs/student \\
+        --loss kd --bias rectify
+
+An epoch shows one view of every sample and learns from that view's row of the cache:
+
+    L = ce_weight * CE(z_s, y) + weight * mean_i w_i * loss(z_s, z_t)_i
+
+where the row weights w are all 1, or those of bias elimination and rectification
+(`stages.objectives.bias`). With the loss `ce` the same views are shown and no targets are read:
+the fair baseline.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from stages.cache import LogitCache
+from stages.cache.identity import differences
+from stages.cache.targets import ViewTargets
+from stages.device import choose_device
+from stages.errors import CacheError, ConfigError, IdentityError
+from stages.inputs.feed import ViewFeed, pixel_probes
+from stages.inputs.views import ViewPolicy, known_policy
+from stages.objectives.bias import BiasWeights, bias_weights
+from stages.objectives.losses import LOSSES, ce
+from stages.reporting import Reporter, Silent
+from stages.training.config import (
+    BiasSettings,
+    DataSettings,
+    LossSettings,
+    ModelSettings,
+    SeedSettings,
+    Settings,
+    TrainSettings,
+)
+from stages.training.run_directory import RunDirectory
+from stages.training.setup import (
+    Splits,
+    check_output,
+    dataset_identity,
+    held_out,
+    load_data,
+    make_evaluations,
+    make_model,
+    make_normalise,
+)
+from stages.training.slabs import RESIDENT_BYTES, SlabReader
+from stages.training.trainer import Trainer, view_order
+
+
+class StudentConfig(Settings):
+    """A run of train-student.
+
+    views: train from the first so many views of the cache, None for all. accept_pixel_drift: go
+    on with a warning where the pixels are no longer quite those the teacher saw.
+    """
+
+    cache: str
+    data: DataSettings
+    model: ModelSettings
+    views: int | None = None
+    loss: LossSettings = LossSettings()
+    bias: BiasSettings = BiasSettings()
+    train: TrainSettings = TrainSettings()
+    seed: SeedSettings = SeedSettings()
+    accept_pixel_drift: bool = False
+    device: str = "auto"
+
+
+def train_student(
+    config: StudentConfig,
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    splits: Splits | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Train a student and return the run's summary.
+
+    Raises IdentityError if the dataset is not the one the cache was made from, CacheError if the
+    cache or the rectification is missing or incomplete, ConfigError for settings that cannot be.
+    """
+    reporter = reporter or Silent()
+    # 1) the cache, and what is to be learned from it
+    cache = LogitCache.open(config.cache)
+    config = check_objective(config, cache)
+    views = usable_views(cache, config)
+
+    # 2) images: the ones the teacher saw
+    splits = splits or load_data(config.data)
+    policy = cached_policy(cache)
+    check_dataset(cache, splits, policy, config.accept_pixel_drift, reporter)
+
+    # 3) the student
+    device = choose_device(config.device)
+    model, resolved = make_model(config.model, splits.train, config.seed)
+    config = msgspec.structs.replace(config, model=resolved)
+    image_size = resolved.image_size or config.data.image_size or cache.identity.teacher.image_size
+    feed = ViewFeed(splits.train, policy, device, image_size, config.data.workers)
+    on_cpu = make_normalise(model, resolved, torch.device("cpu"), channels_last=False)
+    check_output(model, on_cpu, feed, cache.num_classes)
+
+    # 4) train
+    run = RunDirectory.prepare(
+        out, {"kind": "student", **msgspec.to_builtins(config)}, resume, overwrite
+    )
+    reporter.say(run.config_text)
+    samples, validation = held_out(cache.num_samples, config.data.val_fraction, config.seed.data)
+    trainer = Trainer(
+        module=model.module,
+        normalise=make_normalise(model, resolved, device, config.train.channels_last),
+        task=CachedTask(cache, config, views, splits.train.labels.to(device)),
+        feed=feed,
+        samples=samples,
+        evaluations=make_evaluations(config.data, splits, image_size, validation, device),
+        settings=config.train,
+        seeds=config.seed,
+        run=run,
+        reporter=reporter,
+        device=device,
+    )
+    return trainer.fit()
+
+
+class CachedTask:
+    """Learns from the cached row of the view that each epoch shows."""
+
+    def __init__(
+        self, cache: LogitCache, config: StudentConfig, views: list[int], labels: Tensor
+    ) -> None:
+        self._config, self._labels = config, labels
+        self._loss = LOSSES[config.loss.name]
+        self._weights = BiasWeights(1.0, 1.0)
+        self._targets: ViewTargets | None = None
+        self._waited_before = 0.0
+
+        def view_of_epoch(epoch: int) -> int:
+            return views[view_order(config.seed.data, epoch, len(views))]
+
+        def read(view: int) -> ViewTargets:
+            return cache.read_view(view, config.bias.rectified).to(labels.device)
+
+        slab_bytes = cache.num_samples * cache.num_classes * 4
+        resident = slab_bytes * len(views) <= RESIDENT_BYTES
+        self._view_of_epoch = view_of_epoch
+        self._slabs = SlabReader(read, view_of_epoch, config.train.epochs, resident)
+
+    def start_epoch(self, epoch: int) -> int:
+        bias = self._config.bias
+        self._weights = bias_weights(
+            bias.mode, bias.chosen_schedule, bias.reduction, epoch, self._config.train.epochs
+        )
+        self._waited_before = self._slabs.waited
+        if self._config.loss.name != "ce":
+            self._targets = self._slabs.slab(epoch)
+        return self._view_of_epoch(epoch)
+
+    def loss_parts(self, logits: Tensor, samples: Tensor) -> dict[str, Tensor]:
+        labels = self._labels[samples]
+        hard = ce(logits, None, labels)
+        if self._targets is None:
+            return {"loss": hard}
+        settings = self._config.loss
+        wrong = self._targets.wrong(samples)
+        rectified = self._config.bias.rectified is not None
+        teacher = (self._targets.rectified_rows if rectified else self._targets.rows)(samples)
+        rows = self._loss(logits, teacher, labels, settings.temperature, reduction="none")
+        weighted = self._weights.rows(wrong) * rows
+        loss = settings.ce_weight * hard + settings.weight * weighted.mean()
+        return {
+            "loss": loss,
+            "loss_ce": hard,
+            "loss_right": torch.where(wrong, 0, weighted).mean(),
+            "loss_wrong": torch.where(wrong, weighted, 0).mean(),
+            "wrong_rate": wrong.float().mean(),
+        }
+
+    def epoch_metrics(self) -> dict[str, float]:
+        return {
+            "weight_right": self._weights.right,
+            "weight_wrong": self._weights.wrong,
+            "wait_seconds": self._slabs.waited - self._waited_before,
+        }
+
+
+# ---- checks before the first step -----------------------------------------------------------
+
+
+def check_objective(config: StudentConfig, cache: LogitCache) -> StudentConfig:
+    """The configuration with the rectification's name filled in.
+
+    Raises ConfigError or CacheError for a loss, bias mode or temperature that cannot be.
+    """
+    loss, bias = config.loss, config.bias
+    if loss.name not in LOSSES:
+        raise ConfigError(f"unknown loss '{loss.name}'", f"Known: {', '.join(LOSSES)}.")
+    if loss.name == "ce" and bias.mode != "none":
+        raise ConfigError(
+            f"bias '{bias.mode}' needs a loss that uses the teacher, not 'ce'",
+            "Use --loss kd, or --bias none.",
+        )
+    if bias.mode != "rectify":
+        if bias.rectified is not None:
+            raise ConfigError(
+                f"rectification '{bias.rectified}' is not used with bias '{bias.mode}'",
+                "Add --bias rectify, or leave --rectified out.",
+            )
+        return config
+    name = bias.rectified or _only_rectification(cache)
+    cache.rectification(name).check_temperature(loss.temperature)
+    return msgspec.structs.replace(config, bias=msgspec.structs.replace(bias, rectified=name))
+
+
+def _only_rectification(cache: LogitCache) -> str:
+    names = cache.rectifications
+    if len(names) == 1:
+        return names[0]
+    raise CacheError(
+        f"{cache.path} has {len(names) or 'no'} rectifications"
+        + (f": {', '.join(names)}" if names else ""),
+        "Name one with --rectified." if names else f"Run `pipeline rectify {cache.path}` first.",
+    )
+
+
+def usable_views(cache: LogitCache, config: StudentConfig) -> list[int]:
+    """The views to train from. Raises CacheError unless all of them are complete."""
+    wanted = range(cache.num_views if config.views is None else config.views)
+    if not 0 < len(wanted) <= cache.num_views:
+        raise ConfigError(f"{config.views} views were asked for, the cache has {cache.num_views}")
+    complete = set(cache.complete_views)
+    stage = "cache-teacher"
+    if config.bias.rectified is not None:
+        commits = cache.rectification(config.bias.rectified).commits
+        rectified = {v for v in complete if commits.is_complete(v)}
+        stage = "cache-teacher" if rectified == complete else "rectify"
+        complete = rectified
+    if not complete.issuperset(wanted):
+        leading = next(v for v in range(cache.num_views + 1) if v not in complete)
+        offer = f", or train from what is there with --views {leading}" if leading else ""
+        raise CacheError(
+            f"{cache.path} is not complete: {len(complete)} of {cache.num_views} views are"
+            + (" rectified" if stage == "rectify" else ""),
+            f"Run `pipeline {stage}` again to finish it{offer}.",
+        )
+    return list(wanted)
+
+
+def cached_policy(cache: LogitCache) -> ViewPolicy:
+    """The policy whose views the cache holds."""
+    views = cache.identity.views
+    return known_policy(views.policy, views.parameters, views.version, views.seed)
+
+
+def check_dataset(
+    cache: LogitCache, splits: Splits, policy: ViewPolicy, accept_drift: bool, reporter: Reporter
+) -> None:
+    """Raise IdentityError unless the student sees the samples and pixels that the teacher saw."""
+    ours = dataset_identity(splits.train)
+    if differing := differences(ours, cache.identity.dataset):
+        raise IdentityError(
+            f"{cache.path} was made from another dataset or order: {'; '.join(differing[:3])}",
+            "Give the dataset that the cache was made from, or cache this one.",
+        )
+    probes = pixel_probes(splits.train, policy, cache.identity.teacher.image_size)
+    differ = sum(a != b for a, b in zip(probes, cache.pixel_probes, strict=True))
+    if not differ:
+        return
+    if not accept_drift:
+        raise IdentityError(
+            f"{differ} of {len(probes)} pixel probes of {cache.path} differ: the images are not "
+            "what the teacher saw",
+            "Restore the images or the image libraries, or go on with --accept-pixel-drift.",
+        )
+    reporter.say(f"warning: {differ} of {len(probes)} pixel probes differ from the teacher's")

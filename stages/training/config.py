@@ -1,0 +1,137 @@
+"""The settings of a training run: frozen structs that check themselves.
+
+`pipeline/config.py` fills them from YAML and `key=value`; here they are plain values.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from stages.errors import ConfigError
+from stages.objectives.bias import BiasMode, Reduction, Schedule
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all settings: immutable, and an unknown key is an error."""
+
+
+class TrainSettings(Settings):
+    """How a model is optimised. Defaults: a short recipe for small images.
+
+    lr: the peak. momentum: of SGD (Adam keeps its own betas). milestones: epochs after which
+    the rate is multiplied by gamma. warmup: share of the steps that `onecycle` climbs.
+    dtype: of the forward pass (autocast); weights stay float32.
+    """
+
+    epochs: int = 30
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    schedule: Literal["constant", "multistep", "cosine", "onecycle"] = "cosine"
+    milestones: tuple[int, ...] = (150, 180, 210)
+    gamma: float = 0.1
+    warmup: float = 0.3
+    dtype: Dtype = "float32"
+    channels_last: bool = True
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        positive("train.epochs", self.epochs)
+        positive("train.batch_size", self.batch_size)
+        positive("train.lr", self.lr)
+        within("train.momentum", self.momentum, 0, 1)
+        within("train.warmup", self.warmup, 0, 1)
+        within("train.weight_decay", self.weight_decay, 0, float("inf"))
+
+
+class SeedSettings(Settings):
+    """data: order of views and samples. init: the model's first weights."""
+
+    data: int = 0
+    init: int = 0
+
+
+class LossSettings(Settings):
+    """What a student minimises: ce_weight * CE + weight * loss; the weights of KD are Hinton's as
+    mdistiller and RepDistiller use them on CIFAR-100. `ce` uses no targets.
+    """
+
+    name: str = "kd"
+    temperature: float = 4.0
+    ce_weight: float = 0.1
+    weight: float = 0.9
+
+    def __post_init__(self) -> None:
+        positive("loss.temperature", self.temperature)
+        within("loss.ce_weight", self.ce_weight, 0, float("inf"))
+        within("loss.weight", self.weight, 0, float("inf"))
+
+
+class BiasSettings(Settings):
+    """How the teacher's mistakes are treated: see `stages.objectives.bias`.
+
+    schedule: None is `cosine` for `rectify` and `constant` for `eliminate`.
+    rectified: name of the rectification, None for the only one.
+    """
+
+    mode: BiasMode = "none"
+    schedule: Schedule | None = None
+    reduction: Reduction = "subset"
+    rectified: str | None = None
+
+    @property
+    def chosen_schedule(self) -> Schedule:
+        return self.schedule or ("cosine" if self.mode == "rectify" else "constant")
+
+
+class DataSettings(Settings):
+    """Where images come from and how they are fed. See `stages.inputs.datasets`.
+
+    val_fraction: share of the training samples held out for choosing the model.
+    """
+
+    dataset: str
+    root: str | None = None
+    download: bool = False
+    feeding: Literal["auto", "memory", "stream"] = "auto"
+    image_size: int | None = None
+    resize: int | None = None
+    workers: int = 2
+    val_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            positive("data.image_size", self.image_size)
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(f"data.val_fraction must be in [0, 1), was {self.val_fraction}")
+        if self.workers < 0:
+            raise ConfigError(f"data.workers must not be negative, was {self.workers}")
+
+
+class ModelSettings(Settings):
+    """architecture: a name as in `stages.inputs.models`. mean, std: of its normalisation, None for
+    the dataset's own. init: weights to start from.
+    """
+
+    architecture: str
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    image_size: int | None = None
+    init: str | None = None
+
+
+def positive(name: str, value: float) -> None:
+    """Raise ConfigError unless value > 0 and finite."""
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{name} must be positive, was {value}")
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ConfigError(f"{name} must be in [{low:g}, {high:g}], was {value}")

@@ -1,0 +1,48 @@
+"""Optimiser and learning-rate schedule of a run, both stepped once a batch; torch's own."""
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+)
+
+from stages.training.config import TrainSettings
+
+
+def make_optimizer(module: nn.Module, settings: TrainSettings) -> Optimizer:
+    """SGD with momentum, Adam or AdamW over all parameters."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
+        )
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def make_schedule(
+    optimizer: Optimizer, settings: TrainSettings, steps_per_epoch: int
+) -> LRScheduler:
+    """multistep: times gamma after each milestone epoch. cosine: to zero at the end. onecycle: up
+    for `warmup` of the steps, then down (Smith, Topin 2017; momentum is left alone).
+    """
+    total = settings.epochs * steps_per_epoch
+    if settings.schedule == "multistep":
+        milestones = [epoch * steps_per_epoch for epoch in settings.milestones]
+        return MultiStepLR(optimizer, milestones, settings.gamma)
+    if settings.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, total)
+    if settings.schedule == "onecycle":
+        return OneCycleLR(
+            optimizer, settings.lr, total, pct_start=settings.warmup, cycle_momentum=False
+        )
+    return ConstantLR(optimizer, factor=1.0)

@@ -1,0 +1,125 @@
+"""A run directory: what a training run leaves behind.
+
+config.yaml         the resolved configuration, and the model's architecture and normalisation
+metrics.jsonl       one line an epoch
+summary.json        last and best epoch, written at the end
+last.pt             everything needed to go on; replaced whole, never half-written
+model.safetensors   plain weights, nothing else
+log.txt             what was said
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+
+from stages.errors import RunError
+
+
+class RunDirectory:
+    """Files of one run. Make it with `prepare`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @staticmethod
+    def prepare(
+        path: str | Path, config: Mapping[str, Any], resume: bool = False, overwrite: bool = False
+    ) -> "RunDirectory":
+        """A directory ready to be written, holding config.yaml.
+
+        Raises RunError if it is not empty and neither `resume` nor `overwrite` is given, or if a
+        run with another configuration is to be resumed.
+        """
+        run = RunDirectory(Path(path))
+        occupied = run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir()))
+        if occupied and not (resume or overwrite):
+            raise RunError(
+                f"{path} is not empty", "Go on with --resume, start again with --overwrite."
+            )
+        if occupied and not run._config.is_file():
+            raise RunError(f"{path} holds something else than a run", "Choose another --out.")
+        if occupied and resume:
+            run._check_same(config)
+        elif occupied:
+            shutil.rmtree(run.path)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot make {path}: {error.strerror}", "Choose another --out."
+            ) from error
+        run._replace("config.yaml", yaml.safe_dump(dict(config), sort_keys=False).encode())
+        return run
+
+    @property
+    def _config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def config_text(self) -> str:
+        """The resolved configuration, as config.yaml has it."""
+        return self._config.read_text()
+
+    def _check_same(self, config: Mapping[str, Any]) -> None:
+        before = yaml.safe_load(self._config.read_text())
+        now = json.loads(json.dumps(config))  # tuples become lists, as YAML has them
+        if before != now:
+            keys = [key for key in {*before, *now} if before.get(key) != now.get(key)]
+            raise RunError(
+                f"{self.path} was started with other settings: {', '.join(sorted(keys))}",
+                "Resume with the same command, or start again with --overwrite.",
+            )
+
+    def log(self, text: str) -> None:
+        with (self.path / "log.txt").open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Replace last.pt."""
+        temporary = self.path / "last.pt.partial"
+        torch.save(dict(state), temporary)
+        os.replace(temporary, self.path / "last.pt")
+
+    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
+        """The state to go on from, None if there is none yet."""
+        path = self.path / "last.pt"
+        if not path.exists():
+            return None
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        return state
+
+    def keep_metrics(self, epochs: int) -> list[dict[str, Any]]:
+        """Drop what was written of epochs that will be run again; return the lines that stay."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = lines[:epochs]
+        self._replace("metrics.jsonl", "".join(f"{line}\n" for line in kept).encode())
+        return [json.loads(line) for line in kept]
+
+    def add_metrics(self, metrics: Mapping[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def save_model(self, module: nn.Module) -> None:
+        """model.safetensors: the module's state dict, on the CPU, contiguous."""
+        state = {n: t.detach().cpu().contiguous() for n, t in module.state_dict().items()}
+        temporary = self.path / "model.safetensors.partial"
+        save_file(state, temporary)
+        os.replace(temporary, self.path / "model.safetensors")
+
+    def save_summary(self, summary: Mapping[str, Any]) -> None:
+        self._replace("summary.json", json.dumps(summary, indent=2).encode() + b"\n")
+
+    def _replace(self, name: str, content: bytes) -> None:
+        temporary = self.path / f"{name}.partial"
+        temporary.write_bytes(content)
+        os.replace(temporary, self.path / name)

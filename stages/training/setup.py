@@ -1,0 +1,147 @@
+"""What teachers and students need before the first step: images, model, evaluations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.cache.identity import DatasetIdentity
+from stages.errors import ConfigError, ModelError
+from stages.inputs.counter_hash import permute
+from stages.inputs.datasets import ImageDataset, load_splits
+from stages.inputs.feed import Normalise, ViewFeed, plain_view
+from stages.inputs.models import Model, build_model, load_model, logits_of
+from stages.training.config import DataSettings, ModelSettings, SeedSettings
+from stages.training.trainer import Evaluation
+
+_HELD_OUT = 3  # a stream of seed.data, apart from those of the trainer
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Both splits of a dataset, loaded once; several runs may share them."""
+
+    train: ImageDataset
+    test: ImageDataset
+
+
+def load_data(settings: DataSettings) -> Splits:
+    """The dataset of a run. Raises DatasetError."""
+    return Splits(
+        *load_splits(settings.dataset, settings.root, settings.feeding, settings.download)
+    )
+
+
+def dataset_identity(dataset: ImageDataset) -> DatasetIdentity:
+    """What a cache and whoever uses it must agree on about the images."""
+    return DatasetIdentity(
+        name=dataset.name,
+        split=dataset.split,
+        num_samples=len(dataset),
+        class_names=dataset.class_names,
+        labels=dataset.labels_digest,
+        images=dataset.images_digest,
+    )
+
+
+def make_model(
+    settings: ModelSettings, dataset: ImageDataset, seeds: SeedSettings
+) -> tuple[Model, ModelSettings]:
+    """A model with seeded first weights, or those of `init`; and its settings, resolved: with the
+    normalisation that it will use.
+    """
+    torch.manual_seed(seeds.init)
+    channels, classes = dataset.shape[0], len(dataset.class_names)
+    if settings.init is None:
+        model = build_model(settings.architecture, classes, channels)
+    else:
+        model = load_model(settings.architecture, settings.init, classes, channels)
+    mean, std = normalisation(model, dataset, settings.mean, settings.std)
+    resolved = ModelSettings(
+        architecture=model.architecture,
+        mean=mean,
+        std=std,
+        image_size=settings.image_size or model.image_size,
+        init=settings.init,
+    )
+    return model, resolved
+
+
+def normalisation(
+    model: Model,
+    dataset: ImageDataset,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What was asked for, else the model's own, else the dataset's: mean and std per channel."""
+    if (mean is None) != (std is None):
+        raise ConfigError("mean and std belong together", "Give both --mean and --std, or neither.")
+    if mean is not None and std is not None:
+        chosen = tuple(mean), tuple(std)
+    else:
+        chosen = model.statistics or dataset.statistics()
+    for name, values in zip(("mean", "std"), chosen, strict=True):
+        if len(values) not in (1, dataset.shape[0], model.channels):
+            raise ConfigError(
+                f"{name} has {len(values)} numbers, the images have {dataset.shape[0]} channel(s)"
+            )
+    if not all(value > 0 for value in chosen[1]):
+        raise ConfigError(f"std must be positive, was {chosen[1]}")
+    return chosen
+
+
+def make_normalise(
+    model: Model, settings: ModelSettings, device: torch.device, channels_last: bool
+) -> Normalise:
+    """The normalisation of resolved settings, on a device."""
+    assert settings.mean is not None and settings.std is not None
+    return Normalise(settings.mean, settings.std, model.channels, device, channels_last)
+
+
+def held_out(num_samples: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Training and held-out samples: int64, each in dataset order, disjoint."""
+    shuffled = permute(torch.arange(num_samples), num_samples, seed, _HELD_OUT)
+    out = round(num_samples * fraction)
+    return shuffled[out:].sort().values, shuffled[:out].sort().values
+
+
+def make_evaluations(
+    data: DataSettings,
+    splits: Splits,
+    image_size: int | None,
+    validation: Tensor,
+    device: torch.device,
+) -> dict[str, Evaluation]:
+    """The clean test split, and the held-out samples where there are any."""
+    plain = plain_view(image_size, data.resize)
+    test = ViewFeed(splits.test, plain, device, image_size, data.workers)
+    everything = torch.arange(len(splits.test))
+    evaluations = {"test": Evaluation(test, everything, splits.test.labels)}
+    if len(validation):
+        clean = ViewFeed(splits.train, plain, device, image_size, data.workers)
+        evaluations["val"] = Evaluation(clean, validation, splits.train.labels)
+    return evaluations
+
+
+def check_output(
+    model: Model, normalise: Normalise, feed: ViewFeed, num_classes: int, view: int = 0
+) -> None:
+    """Run two samples through a model. Raises ModelError unless it gives num_classes logits."""
+    batch = next(iter(feed.batches(torch.arange(min(2, len(feed.dataset))), view, 2)))
+    model.module.eval()
+    try:
+        with torch.inference_mode():
+            shape = tuple(logits_of(model.module(normalise(batch.pixels))).shape)
+    except (RuntimeError, AttributeError) as error:
+        pixels = tuple(batch.pixels.shape[1:])
+        raise ModelError(
+            f"{model.architecture} cannot take images of {pixels}: {str(error).splitlines()[0]}",
+            "Give --image-size, or another model.",
+        ) from error
+    if shape != (len(batch.samples), num_classes):
+        raise ModelError(
+            f"{model.architecture} gives logits of shape {shape} for {len(batch.samples)} images; "
+            f"the dataset has {num_classes} classes",
+            "Use a model with one output per class.",
+        )
