@@ -355,7 +355,9 @@ def _show_run(console: Any, out: str, summary: dict[str, Any]) -> None:
         for name in ("last", "best", "selected")
     ]
     seconds, share = duration(summary["train_seconds"]), summary["wait_share"]
-    title = f"{out}: {summary['parameters']:,} parameters, {seconds} of training, {share:.1%} waiting for targets"
+    title = (
+        f"{out}: {summary['parameters']:,} parameters, {seconds}, {share:.1%} waiting for targets"
+    )
     console.table(title, ("", "epoch", "test top-1", "test top-5"), rows)
 
 

@@ -23,7 +23,7 @@ def show_cache(path: str, console: Console) -> None:
             ("computed in", identity.compute_dtype),
             (
                 "dataset",
-                f"{dataset.name}, {dataset.num_samples:,} samples, {len(dataset.class_names)} classes",
+                f"{dataset.name}, {dataset.num_samples:,} x {cache.num_classes} classes",
             ),
             ("views", f"{identity.views.policy} ({parameters}), seed {identity.views.seed}"),
             ("identity", cache.identity.digest()),
@@ -31,7 +31,7 @@ def show_cache(path: str, console: Console) -> None:
             ("complete", f"{len(complete)} of {cache.num_views} views"),
             (
                 "on disk",
-                f"{size(sum(sizes))}: {size(per_view)} a view, {per_view / cache.num_samples:.1f} bytes a sample and view",
+                f"{size(sum(sizes))}, {per_view / cache.num_samples:.1f} bytes a sample and view",
             ),
             ("test logits", "yes" if cache.eval_commits.is_complete(0) else "not yet"),
             (

@@ -1,4 +1,4 @@
-"""How large and how long stage one would be, measured on real batches before anything is written."""
+"""How large and how long stage one would be, measured before anything is written."""
 
 import shutil
 import time
@@ -72,7 +72,7 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
     blocks = config.views * grid.num_blocks
     missing = blocks
     if LogitCache.exists(out):
-        missing = len([b for b in missing_blocks(LogitCache.open(out), config.views)])
+        missing = len(missing_blocks(LogitCache.open(out), config.views))
     arrays = len(coding.arrays()) + 1  # and `prediction`
     metadata = 4 + len(coding.arrays()) + 5 + 3 + 1  # groups, arrays, whole arrays, test logits
     return CachePlan(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
+from stages.cache.commits import Record
 from stages.cache.encoding import encoding
 from stages.cache.identity import (
     Identity,
@@ -33,7 +34,7 @@ from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Normalise, ViewFeed, pixel_probes, plain_view
 from stages.inputs.models import Model, load_model, logits_of
-from stages.inputs.views import ViewPolicy, policy_parameters, view_policy
+from stages.inputs.views import ViewPolicy, view_policy
 from stages.reporting import Reporter, Silent
 from stages.training.config import DataSettings, Dtype, Settings, positive
 from stages.training.setup import (
@@ -47,7 +48,7 @@ from stages.training.setup import (
 _ROW_ORDER = 4  # a stream of the view seed, apart from those of training
 
 
-class TeacherSettings(Settings):
+class TeacherSettings(Settings, frozen=True):
     """architecture may be None where the weights are a run directory. mean, std, image_size: None
     for the weights' own, or the dataset's.
     """
@@ -59,7 +60,7 @@ class TeacherSettings(Settings):
     image_size: int | None = None
 
 
-class CacheConfig(Settings):
+class CacheConfig(Settings, frozen=True):
     """A run of cache-teacher. seed: of the views. dtype: of the teacher's forward pass."""
 
     data: DataSettings
@@ -135,7 +136,7 @@ def prepare(config: CacheConfig, splits: Splits | None = None) -> CacheJob:
             model.architecture, weights_digest(model.module.state_dict()), mean, std, image_size
         ),
         dataset=dataset_identity(train),
-        views=ViewsIdentity(policy.name, policy_parameters(policy), policy.version, policy.seed),
+        views=ViewsIdentity(policy.name, policy.parameters, policy.version, policy.seed),
         compute_dtype=config.dtype,
     )
     cpu = torch.device("cpu")
@@ -170,9 +171,9 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
 
         # 2) the training views, block by block
         feed = job.feed(job.splits.train, job.policy)
-        record = {"provenance": _provenance(job)}
+        record: Record = {"provenance": _provenance(job)}
         write = functools.partial(_write_block, cache, record)
-        progress = _Progress(reporter, sum(_length(cache, block) for _, block in missing))
+        progress = _Progress(reporter, sum(cache.grid.length(b) for _, b in missing))
         with BackgroundWriter(write).running() as writer:
             for view, block in missing:
                 samples = cache.dataset_index[cache.grid.rows(block)]
@@ -290,16 +291,11 @@ def _provenance(job: CacheJob) -> dict[str, object]:
     }
 
 
-def _length(cache: LogitCache, block: int) -> int:
-    rows = cache.grid.rows(block)
-    return rows.stop - rows.start
-
-
-def _write_block(cache: LogitCache, record: dict[str, object], computed: _Computed) -> None:
+def _write_block(cache: LogitCache, record: Record, computed: _Computed) -> None:
     cache.write_block(computed.view, computed.block, computed.logits, computed.predictions, record)
 
 
-def _cache_test_split(job: CacheJob, cache: LogitCache, record: dict[str, object]) -> None:
+def _cache_test_split(job: CacheJob, cache: LogitCache, record: Record) -> None:
     feed = job.feed(job.splits.test, plain_view(job.image_size, job.config.data.resize))
     samples = torch.arange(len(job.splits.test))
     logits = teacher_logits(job, feed, samples, 0)

@@ -36,9 +36,7 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]
 def place(module: nn.Module, device: torch.device, channels_last: bool = True) -> nn.Module:
     """The module on the device, with convolution weights channels-last."""
     module = module.to(device)
-    if channels_last:  # nn.Module.to's stubs do not know memory_format alone
-        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return module
+    return module.to(memory_format=torch.channels_last) if channels_last else module
 
 
 def versions() -> dict[str, str]:

@@ -41,7 +41,7 @@ Method = Literal["pairwise", "swap", "blend"]
 Space = Literal["probability-T", "probability-1", "logit"]
 
 
-class RectifyConfig(Settings):
+class RectifyConfig(Settings, frozen=True):
     """name: None for `<method>-T<temperature>`, with the space appended where it is not the
     default. scheduler: address of a Dask cluster, None for threads here. views: rectify the first
     so many views, None for all. materialise: also store whole rectified rows, for readers outside

@@ -1,4 +1,4 @@
-"""What a stage tells whoever runs it. `pipeline/console.py` shows it; a library call stays silent."""
+"""What a stage tells whoever runs it: `pipeline/console.py` shows it, a library call is silent."""
 
 from collections.abc import Sequence
 from typing import Protocol

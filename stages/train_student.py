@@ -53,7 +53,7 @@ from stages.training.slabs import RESIDENT_BYTES, SlabReader
 from stages.training.trainer import Trainer, view_order
 
 
-class StudentConfig(Settings):
+class StudentConfig(Settings, frozen=True):
     """A run of train-student.
 
     views: train from the first so many views of the cache, None for all. accept_pixel_drift: go

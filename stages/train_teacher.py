@@ -35,7 +35,7 @@ from stages.training.setup import (
 from stages.training.trainer import Trainer, view_order
 
 
-class TeacherConfig(Settings):
+class TeacherConfig(Settings, frozen=True):
     """A run of train-teacher. augment: a view policy; every epoch shows another of its views."""
 
     data: DataSettings

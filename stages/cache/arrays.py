@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import zarr
 from torch import Tensor
@@ -69,7 +70,7 @@ def read_array(group: zarr.Group, name: str, *where: int | slice) -> Tensor:
     """
     array = get_array(group, name)
     try:
-        values = array[where if where else slice(None)]
+        values = np.asarray(array[where if where else slice(None)])
     except Exception as error:  # codecs raise what they like on damaged bytes
         raise CacheError(
             f"{array.store_path} is damaged at {where}: {error}",

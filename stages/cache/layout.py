@@ -38,7 +38,11 @@ class BlockGrid:
     def rows(self, block: int) -> slice:
         """Rows [start, stop) of a block in [0, num_blocks)."""
         start = block * self.block_rows
-        return slice(start, min(start + self.block_rows, self.num_rows))
+        return slice(start, start + self.length(block))
+
+    def length(self, block: int) -> int:
+        """How many rows a block has."""
+        return min(self.block_rows, self.num_rows - block * self.block_rows)
 
 
 def block_grid(num_rows: int, num_classes: int, max_rows: int = MAX_BLOCK_ROWS) -> BlockGrid:

@@ -3,6 +3,7 @@
 import torch
 import zarr
 from torch import Tensor
+from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from stages.cache.arrays import create_array
@@ -16,8 +17,8 @@ def row_bytes_on_disk(coding: Encoding, logits: Tensor) -> float:
     logits: float32 (n, C). Few rows overstate the size a little: their index weighs more.
     """
     rows, classes = logits.shape
-    objects: dict[str, object] = {}
-    store = MemoryStore(objects)  # type: ignore[arg-type]
+    objects: dict[str, Buffer] = {}
+    store = MemoryStore(objects)
     group = zarr.create_group(store)
     sizes = {"view": 1, "sample": rows, "class": classes}
     specs = coding.arrays() | {"prediction": base_arrays(classes)["prediction"]}
@@ -25,5 +26,5 @@ def row_bytes_on_disk(coding: Encoding, logits: Tensor) -> float:
     for name, spec in specs.items():
         array = create_array(group, name, spec, sizes, block_grid(rows, classes))
         array[0] = values[name].to(getattr(torch, spec.dtype)).numpy()
-    written = sum(len(v) for k, v in objects.items() if "/c/" in k)  # type: ignore[arg-type]
+    written = sum(len(content) for key, content in objects.items() if "/c/" in key)
     return written / rows

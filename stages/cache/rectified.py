@@ -49,8 +49,7 @@ class Rectification:
         """Write the metadata into an empty group; the attributes come last and make it one."""
         for name, spec in layout.rectified_arrays(settings.materialised).items():
             arrays.create_array(group, name, spec, sizes, grid)
-        shown = {k: v for k, v in msgspec.to_builtins(settings).items()}
-        group.attrs.put({**shown, "identity_digest": identity_digest})
+        group.attrs.put({**msgspec.to_builtins(settings), "identity_digest": identity_digest})
 
     @staticmethod
     def open(

@@ -8,6 +8,7 @@ bytes; so does any batch size, order or number of workers.
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -204,8 +205,8 @@ class _Plan:
         return len(self.batches)
 
 
-def _as_it_is(batch: Tensor | PipelineError) -> Tensor | PipelineError:
-    return batch
+def _as_it_is(batch: Any) -> Any:
+    return batch  # __getitems__ has made a batch already
 
 
 def _on_device(images: Tensor, device: torch.device) -> Tensor:

@@ -144,7 +144,8 @@ def _pretrained(name: str, num_classes: int) -> Model:
             return Model(module, name, 3, (config["mean"], config["std"]), config["input_size"][-1])
         from torchvision.models import get_model, get_model_weights
 
-        chosen = get_model_weights(name).DEFAULT
+        available: Any = get_model_weights(name)
+        chosen = available.DEFAULT
         if len(chosen.meta["categories"]) != num_classes:
             raise ModelError(
                 f"pretrained {name} has {len(chosen.meta['categories'])} classes, the dataset has "

@@ -13,9 +13,10 @@ import dataclasses
 import difflib
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -44,33 +45,34 @@ class Boxes:
         return Boxes(*(getattr(self, f.name)[which] for f in dataclasses.fields(self)))
 
 
-@runtime_checkable
-class ViewPolicy(Protocol):
-    """What every policy has: who it is, how many views it knows, and the draws."""
+class ViewPolicy(ABC):
+    """What every policy has: who it is, how many views it knows, the draws, and cutting them out.
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    moves_pixels_only: ClassVar[bool]
-
-    @property
-    def seed(self) -> int: ...
-    @property
-    def count(self) -> int | None: ...
-    def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes: ...
-    def crop(self, images: Tensor, boxes: Boxes) -> Tensor: ...
-    def apply(self, images: Tensor, samples: Tensor, view: int | Tensor) -> Tensor: ...
-
-
-class _Policy:
-    """Shared by the policies: `apply` for batches of equally large images."""
+    count: how many distinct views there are, None for unbounded. moves_pixels_only: whether a view
+    is made of source pixels alone, without resampling.
+    """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
-    moves_pixels_only: ClassVar[bool] = True
-    count: int | None
+    seed: int
 
+    @property
+    @abstractmethod
+    def count(self) -> int | None: ...
+
+    @property
+    def moves_pixels_only(self) -> bool:
+        return True
+
+    @property
+    def parameters(self) -> dict[str, int | float]:
+        """The policy's parameters beside its seed, as plain numbers."""
+        fields = dataclasses.fields(cast(Any, self))  # every policy is a dataclass
+        return {f.name: getattr(self, f.name) for f in fields if f.name != "seed"}
+
+    @abstractmethod
     def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
-        raise NotImplementedError
+        """The box of each sample: samples, height, width int64 (B,); view as in `apply`."""
 
     def apply(self, images: Tensor, samples: Tensor, view: int | Tensor) -> Tensor:
         """Return view `view` of each image, at the size of the source.
@@ -92,7 +94,7 @@ class _Policy:
 
 
 @dataclass(frozen=True)
-class PadCrop(_Policy):
+class PadCrop(ViewPolicy):
     """Zero-pad, crop back to size: He et al. 2016, section 4.2, without the mirror.
 
     With padding p there are (2p+1)^2 distinct views; the default has 81. View v of sample i is the
@@ -109,7 +111,7 @@ class PadCrop(_Policy):
             raise ViewError(f"pad must be in [0, 64], was {self.pad}")
 
     @property
-    def count(self) -> int:  # type: ignore[override]
+    def count(self) -> int:
         return self.mirrors * (2 * self.pad + 1) ** 2
 
     def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
@@ -141,7 +143,7 @@ class PadCropFlip(PadCrop):
 
 
 @dataclass(frozen=True)
-class ResizedCropFlip(_Policy):
+class ResizedCropFlip(ViewPolicy):
     """Random area and aspect ratio, maybe mirrored: Szegedy et al. 2015, as torchvision draws it.
 
     Up to ten tries for a box that fits, then the largest central crop within the ratios. The
@@ -152,13 +154,19 @@ class ResizedCropFlip(_Policy):
     min_area: float = 0.08
     seed: int = 0
     name: ClassVar[str] = "resized-crop-flip"
-    moves_pixels_only: ClassVar[bool] = False
-    count: ClassVar[None] = None  # type: ignore[misc]
     tries: ClassVar[int] = 10
 
     def __post_init__(self) -> None:
         if not 0 < self.min_area <= 1:
             raise ViewError(f"min_area must be in (0, 1], was {self.min_area}")
+
+    @property
+    def count(self) -> None:
+        return None
+
+    @property
+    def moves_pixels_only(self) -> bool:
+        return False
 
     def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
         # Drawn on the CPU: correctly rounded float64 arithmetic, a handful of numbers a sample.
@@ -206,7 +214,7 @@ def _central_within_ratios(height: Tensor, width: Tensor) -> tuple[Tensor, ...]:
 
 
 @dataclass(frozen=True)
-class Plain(_Policy):
+class Plain(ViewPolicy):
     """One view: the whole image, or, with zoom >= 1, its central square.
 
     The square's side is the shorter side of the image divided by `zoom`: 256 / 224 is the usual
@@ -216,14 +224,17 @@ class Plain(_Policy):
     zoom: float = 0.0
     seed: int = 0
     name: ClassVar[str] = "none"
-    count: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.zoom != 0 and not 1 <= self.zoom < math.inf:
             raise ViewError(f"zoom must be 0 or at least 1, was {self.zoom}")
 
     @property
-    def moves_pixels_only(self) -> bool:  # type: ignore[override]
+    def count(self) -> int:
+        return 1
+
+    @property
+    def moves_pixels_only(self) -> bool:
         return self.zoom == 0
 
     def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
@@ -256,7 +267,7 @@ def view_policy(spec: str, seed: int = 0) -> ViewPolicy:
             f"Known policies: {', '.join(POLICIES)}.",
         )
     parameters: dict[str, int | float] = {}
-    known = policy_parameters(POLICIES[name]())
+    known = POLICIES[name]().parameters
     for argument in filter(None, arguments.split(",")):
         key, _, value = argument.partition("=")
         try:
@@ -288,13 +299,7 @@ def known_policy(
     return policy
 
 
-def policy_parameters(policy: ViewPolicy) -> dict[str, int | float]:
-    """The parameters of a policy beside its seed, as plain numbers."""
-    assert dataclasses.is_dataclass(policy)
-    return {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy) if f.name != "seed"}
-
-
-def check_view(policy: ViewPolicy | _Policy, view: int | Tensor) -> None:
+def check_view(policy: ViewPolicy, view: int | Tensor) -> None:
     """Raise ViewError unless every view is one that the policy has."""
     views = torch.as_tensor(view)
     low, high = int(views.min()), int(views.max())

@@ -17,7 +17,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Base of all settings: immutable, and an unknown key is an error."""
 
 
-class TrainSettings(Settings):
+class TrainSettings(Settings, frozen=True):
     """How a model is optimised. Defaults: a short recipe for small images.
 
     lr: the peak. momentum: of SGD (Adam keeps its own betas). milestones: epochs after which
@@ -49,14 +49,14 @@ class TrainSettings(Settings):
         within("train.weight_decay", self.weight_decay, 0, float("inf"))
 
 
-class SeedSettings(Settings):
+class SeedSettings(Settings, frozen=True):
     """data: order of views and samples. init: the model's first weights."""
 
     data: int = 0
     init: int = 0
 
 
-class LossSettings(Settings):
+class LossSettings(Settings, frozen=True):
     """What a student minimises: ce_weight * CE + weight * loss; the weights of KD are Hinton's as
     mdistiller and RepDistiller use them on CIFAR-100. `ce` uses no targets.
     """
@@ -72,7 +72,7 @@ class LossSettings(Settings):
         within("loss.weight", self.weight, 0, float("inf"))
 
 
-class BiasSettings(Settings):
+class BiasSettings(Settings, frozen=True):
     """How the teacher's mistakes are treated: see `stages.objectives.bias`.
 
     schedule: None is `cosine` for `rectify` and `constant` for `eliminate`.
@@ -89,7 +89,7 @@ class BiasSettings(Settings):
         return self.schedule or ("cosine" if self.mode == "rectify" else "constant")
 
 
-class DataSettings(Settings):
+class DataSettings(Settings, frozen=True):
     """Where images come from and how they are fed. See `stages.inputs.datasets`.
 
     val_fraction: share of the training samples held out for choosing the model.
@@ -113,7 +113,7 @@ class DataSettings(Settings):
             raise ConfigError(f"data.workers must not be negative, was {self.workers}")
 
 
-class ModelSettings(Settings):
+class ModelSettings(Settings, frozen=True):
     """architecture: a name as in `stages.inputs.models`. mean, std: of its normalisation, None for
     the dataset's own. init: weights to start from.
     """

@@ -95,7 +95,8 @@ def make_normalise(
     model: Model, settings: ModelSettings, device: torch.device, channels_last: bool
 ) -> Normalise:
     """The normalisation of resolved settings, on a device."""
-    assert settings.mean is not None and settings.std is not None
+    assert settings.mean is not None
+    assert settings.std is not None
     return Normalise(settings.mean, settings.std, model.channels, device, channels_last)
 
 

@@ -140,7 +140,8 @@ def unsettle(model: nn.Module) -> nn.Module:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
             mean, variance = module.running_mean, module.running_var
-            assert mean is not None and variance is not None
+            assert mean is not None
+            assert variance is not None
             nn.init.normal_(mean)
             nn.init.uniform_(variance, 0.5, 1.5)
     return model
