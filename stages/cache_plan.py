@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from stages.cache import LogitCache
 from stages.cache.encoding import encoding
 from stages.cache.layout import block_grid
 from stages.cache.measure import row_bytes_on_disk
-from stages.cache_teacher import CacheJob, missing_blocks, teacher_logits
+from stages.cache_teacher import CacheJob, missing_blocks, open_existing, teacher_logits
 from stages.errors import CacheError
 
 MEASURED_SECONDS = 2.0
@@ -67,12 +66,11 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
     elapsed = time.perf_counter() - started
     logits = torch.cat(measured[: len(parts)])
 
-    coding = encoding(config.encoding, job.num_classes)
-    grid = block_grid(len(train), job.num_classes, config.block_rows)
+    cache = open_existing(job, out)
+    coding = cache.encoding if cache else encoding(config.encoding, job.num_classes)
+    grid = cache.grid if cache else block_grid(len(train), job.num_classes, config.block_rows)
     blocks = config.views * grid.num_blocks
-    missing = blocks
-    if LogitCache.exists(out):
-        missing = len(missing_blocks(LogitCache.open(out), config.views))
+    missing = len(missing_blocks(cache, config.views)) if cache else blocks
     arrays = len(coding.arrays()) + 1  # and `prediction`
     metadata = 4 + len(coding.arrays()) + 5 + 3 + 1  # groups, arrays, whole arrays, test logits
     return CachePlan(

@@ -163,7 +163,7 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         raise CacheError(f"cannot make {out}: {error.strerror}", "Choose another --out.") from error
     with exclusive(Path(out)):
         # 1) the store, and what is missing in it
-        cache = _open_or_create(job, out)
+        cache = open_existing(job, out) or _create(job, out)
         cache.grow(job.config.views)
         missing = missing_blocks(cache, job.config.views)
         if done := job.config.views * cache.grid.num_blocks - len(missing):
@@ -193,6 +193,24 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
             train_top1=[cache.top1(view) for view in cache.complete_views],
             test_top1=float((logits.argmax(1) == labels).double().mean()),
         )
+
+
+def open_existing(job: CacheJob, out: str | Path) -> LogitCache | None:
+    """The cache at `out` if there is one. Raises IdentityError if it was made otherwise."""
+    if not LogitCache.exists(out):
+        return None
+    cache = LogitCache.open(out, writable=True)
+    if differing := differences(job.identity, cache.identity):
+        raise IdentityError(
+            f"{out} was made from something else: {'; '.join(differing[:3])}",
+            "Use the settings it was made with, or another --out.",
+        )
+    if job.config.encoding not in ("auto", cache.encoding.name):
+        raise IdentityError(
+            f"{out} is encoded as {cache.encoding.name}, not {job.config.encoding}",
+            "Leave --encoding out, or choose another --out.",
+        )
+    return cache
 
 
 def missing_blocks(cache: LogitCache, views: int) -> list[tuple[int, int]]:
@@ -250,33 +268,20 @@ class _Progress:
         self._reporter.progress("teacher pass", self._done, self._total, "sample")
 
 
-def _open_or_create(job: CacheJob, out: str | Path) -> LogitCache:
+def _create(job: CacheJob, out: str | Path) -> LogitCache:
     config, train = job.config, job.splits.train
-    if not LogitCache.exists(out):
-        return LogitCache.create(
-            out,
-            identity=job.identity,
-            coding=encoding(config.encoding, job.num_classes),
-            num_views=config.views,
-            dataset_index=permute(torch.arange(len(train)), len(train), config.seed, _ROW_ORDER),
-            labels=train.labels,
-            eval_labels=job.splits.test.labels,
-            pixel_probes=pixel_probes(train, job.policy, job.image_size),
-            provenance=_provenance(job),
-            block_rows=config.block_rows,
-        )
-    cache = LogitCache.open(out, writable=True)
-    if differing := differences(job.identity, cache.identity):
-        raise IdentityError(
-            f"{out} was made from something else: {'; '.join(differing[:3])}",
-            "Use the settings it was made with, or another --out.",
-        )
-    if config.encoding not in ("auto", cache.encoding.name):
-        raise IdentityError(
-            f"{out} is encoded as {cache.encoding.name}, not {config.encoding}",
-            "Leave --encoding out, or choose another --out.",
-        )
-    return cache
+    return LogitCache.create(
+        out,
+        identity=job.identity,
+        coding=encoding(config.encoding, job.num_classes),
+        num_views=config.views,
+        dataset_index=permute(torch.arange(len(train)), len(train), config.seed, _ROW_ORDER),
+        labels=train.labels,
+        eval_labels=job.splits.test.labels,
+        pixel_probes=pixel_probes(train, job.policy, job.image_size),
+        provenance=_provenance(job),
+        block_rows=config.block_rows,
+    )
 
 
 def _provenance(job: CacheJob) -> dict[str, object]:

@@ -13,7 +13,7 @@ the fair baseline.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -24,7 +24,7 @@ from stages.cache.identity import differences
 from stages.cache.targets import ViewTargets
 from stages.device import choose_device
 from stages.errors import CacheError, ConfigError, IdentityError
-from stages.inputs.feed import ViewFeed, pixel_probes
+from stages.inputs.feed import Batch, ViewFeed, pixel_probes
 from stages.inputs.views import ViewPolicy, known_policy
 from stages.objectives.bias import BiasWeights, bias_weights
 from stages.objectives.losses import LOSSES, ce
@@ -80,7 +80,19 @@ def train_student(
     splits: Splits | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Train a student and return the run's summary.
+    """Train a student and return the run's summary; see `student_trainer`."""
+    return student_trainer(config, out, resume, overwrite, splits, reporter).fit()
+
+
+def student_trainer(
+    config: StudentConfig,
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    splits: Splits | None = None,
+    reporter: Reporter | None = None,
+) -> Trainer:
+    """Everything checked and loaded, ready for `fit`. `splits`: the dataset, if it is loaded.
 
     Raises IdentityError if the dataset is not the one the cache was made from, CacheError if the
     cache or the rectification is missing or incomplete, ConfigError for settings that cannot be.
@@ -105,13 +117,13 @@ def train_student(
     on_cpu = make_normalise(model, resolved, torch.device("cpu"), channels_last=False)
     check_output(model, on_cpu, feed, cache.num_classes)
 
-    # 4) train
+    # 4) the run
     run = RunDirectory.prepare(
         out, {"kind": "student", **msgspec.to_builtins(config)}, resume, overwrite
     )
     reporter.say(run.config_text)
     samples, validation = held_out(cache.num_samples, config.data.val_fraction, config.seed.data)
-    trainer = Trainer(
+    return Trainer(
         module=model.module,
         normalise=make_normalise(model, resolved, device, config.train.channels_last),
         task=CachedTask(cache, config, views, splits.train.labels.to(device)),
@@ -124,11 +136,21 @@ def train_student(
         reporter=reporter,
         device=device,
     )
-    return trainer.fit()
+
+
+class Targets(Protocol):
+    """What is learned from, asked by dataset index int64 (n,): see `ViewTargets`."""
+
+    def rows(self, samples: Tensor) -> Tensor: ...
+    def wrong(self, samples: Tensor) -> Tensor: ...
+    def rectified_rows(self, samples: Tensor) -> Tensor: ...
 
 
 class CachedTask:
-    """Learns from the cached row of the view that each epoch shows."""
+    """Learns from the cached row of the view that each epoch shows.
+
+    targets: those of the epoch at hand, None where the loss uses none.
+    """
 
     def __init__(
         self, cache: LogitCache, config: StudentConfig, views: list[int], labels: Tensor
@@ -136,7 +158,7 @@ class CachedTask:
         self._config, self._labels = config, labels
         self._loss = LOSSES[config.loss.name]
         self._weights = BiasWeights(1.0, 1.0)
-        self._targets: ViewTargets | None = None
+        self.targets: Targets | None = None
         self._waited_before = 0.0
 
         def view_of_epoch(epoch: int) -> int:
@@ -157,18 +179,18 @@ class CachedTask:
         )
         self._waited_before = self._slabs.waited
         if self._config.loss.name != "ce":
-            self._targets = self._slabs.slab(epoch)
+            self.targets = self._slabs.slab(epoch)
         return self._view_of_epoch(epoch)
 
-    def loss_parts(self, logits: Tensor, samples: Tensor) -> dict[str, Tensor]:
-        labels = self._labels[samples]
+    def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        samples, labels = batch.samples, self._labels[batch.samples]
         hard = ce(logits, None, labels)
-        if self._targets is None:
+        if self.targets is None:
             return {"loss": hard}
         settings = self._config.loss
-        wrong = self._targets.wrong(samples)
+        wrong = self.targets.wrong(samples)
         rectified = self._config.bias.rectified is not None
-        teacher = (self._targets.rectified_rows if rectified else self._targets.rows)(samples)
+        teacher = (self.targets.rectified_rows if rectified else self.targets.rows)(samples)
         rows = self._loss(logits, teacher, labels, settings.temperature, reduction="none")
         weighted = self._weights.rows(wrong) * rows
         loss = settings.ce_weight * hard + settings.weight * weighted.mean()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stages.device import choose_device
-from stages.inputs.feed import ViewFeed
+from stages.inputs.feed import Batch, ViewFeed
 from stages.inputs.views import view_policy
 from stages.objectives.losses import ce
 from stages.reporting import Reporter, Silent
@@ -57,8 +57,8 @@ class LabelTask:
             return epoch
         return view_order(self._seed, epoch, self._num_views)
 
-    def loss_parts(self, logits: Tensor, samples: Tensor) -> dict[str, Tensor]:
-        return {"loss": ce(logits, None, self._labels[samples])}
+    def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": ce(logits, None, self._labels[batch.samples])}
 
     def epoch_metrics(self) -> dict[str, float]:
         return {}

@@ -180,7 +180,7 @@ class LogitCache:
         rows[self.dataset_index] = torch.arange(len(rows))
         return rows
 
-    @property
+    @cached_property
     def labels(self) -> Tensor:
         """int64 (N,), in dataset order."""
         return self.row_labels[self.row_of]

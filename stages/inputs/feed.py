@@ -7,7 +7,7 @@ bytes; so does any batch size, order or number of workers.
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ class ViewFeed:
             yield Batch(order[here].to(self.device), pixels.to(self.device))
 
     def _from_workers(self, parts: list[Tensor], view: int) -> Iterator[Batch]:
-        self._plan.batches = [[(i, view) for i in part.tolist()] for part in parts]
+        self._plan.parts, self._plan.view = parts, view
         if self._loader is None:
             self._loader = DataLoader(
                 self._rendered,
@@ -196,13 +196,14 @@ class _RenderedViews(Dataset[Tensor]):
 class _Plan:
     """The batches of the next pass; set before each one, read by the loader in this process."""
 
-    batches: list[list[tuple[int, int]]] = field(default_factory=list)
+    parts: Sequence[Tensor] = ()
+    view: int = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
+        return ([(sample, self.view) for sample in part.tolist()] for part in self.parts)
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.parts)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from stages.errors import RunError
@@ -113,7 +113,7 @@ class RunDirectory:
         """model.safetensors: the module's state dict, on the CPU, contiguous."""
         state = {n: t.detach().cpu().contiguous() for n, t in module.state_dict().items()}
         temporary = self.path / "model.safetensors.partial"
-        save_file(state, temporary)
+        temporary.write_bytes(save(state))  # save_file would make it readable by its owner only
         os.replace(temporary, self.path / "model.safetensors")
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from stages.device import autocast, place
 from stages.errors import ConfigError, RunError
 from stages.inputs.counter_hash import permute
-from stages.inputs.feed import Normalise, ViewFeed, num_batches
+from stages.inputs.feed import Batch, Normalise, ViewFeed, num_batches
 from stages.inputs.models import logits_of
 from stages.reporting import Reporter
 from stages.training.config import SeedSettings, TrainSettings
@@ -37,8 +37,8 @@ class Task(Protocol):
     def start_epoch(self, epoch: int) -> int:
         """Get ready; return the view that this epoch shows."""
 
-    def loss_parts(self, logits: Tensor, samples: Tensor) -> dict[str, Tensor]:
-        """float32 logits (B, C) and dataset indices (B,) -> named scalars.
+    def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """float32 logits (B, C) and the batch they are of -> named scalars.
 
         `loss` is what is minimised; the others are reported.
         """
@@ -125,7 +125,7 @@ class Trainer:
         self.module.train()
         started = time.perf_counter() - position.seconds
         for batch in self.feed.batches(rest, view, settings.batch_size):
-            parts = self._step(batch.pixels, batch.samples)
+            parts = self._step(batch)
             for name, value in parts.items():
                 total = value.detach() * len(batch.samples)
                 position.totals[name] = position.totals.get(name, 0) + total
@@ -159,11 +159,11 @@ class Trainer:
             "images_per_second": len(order) / seconds,
         }
 
-    def _step(self, pixels: Tensor, samples: Tensor) -> dict[str, Tensor]:
-        images = self.normalise(pixels)
+    def _step(self, batch: Batch) -> dict[str, Tensor]:
+        images = self.normalise(batch.pixels)
         with autocast(self.device, self.settings.dtype):
             logits = logits_of(self.module(images))
-        parts = self.task.loss_parts(logits.float(), samples)
+        parts = self.task.loss_parts(logits.float(), batch)
         self._optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(parts["loss"]).backward()
         self._scaler.step(self._optimizer)

@@ -1,0 +1,146 @@
+"""The whole pipeline on the embedded digits: one teacher pass, many cheap students.
+
+The images are 8 x 8 and shifted by up to three pixels: 49 views, all of them cached. A shift that
+far cuts a digit in half, so that even a good teacher is wrong on a few percent of the views.
+"""
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.console import Console, duration
+from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.errors import RunError
+from stages.rectify import RectifyConfig, rectify
+from stages.train_student import StudentConfig, train_student
+from stages.train_teacher import TeacherConfig, train_teacher
+from stages.training.config import (
+    BiasSettings,
+    DataSettings,
+    LossSettings,
+    ModelSettings,
+    SeedSettings,
+    TrainSettings,
+)
+from stages.training.setup import load_data
+
+DATA = DataSettings(dataset="digits")
+AUGMENT = "pad-crop:pad=3"
+VIEWS = 49
+RECIPE: dict[str, Any] = {"batch_size": 64, "lr": 0.02, "schedule": "onecycle"}
+TEACHER = TeacherConfig(
+    data=DATA,
+    model=ModelSettings(architecture="resnet9_w16"),
+    augment=AUGMENT,
+    train=TrainSettings(epochs=30, **RECIPE),
+)
+STUDENT = ModelSettings(architecture="resnet9_w2")
+STUDENT_TRAIN = TrainSettings(epochs=20, **RECIPE)
+HALF = LossSettings(ce_weight=0.5, weight=0.5)
+STUDENTS: dict[str, tuple[LossSettings, BiasSettings]] = {
+    "hard labels": (LossSettings(name="ce"), BiasSettings()),
+    "KD": (HALF, BiasSettings()),
+    "KD, bias-aware": (
+        HALF,
+        BiasSettings(mode="rectify", schedule="constant", reduction="batch"),
+    ),
+}
+
+
+def run_demo(out: str, console: Console, overwrite: bool = False, seeds: int = 3) -> None:
+    """Teacher, cache, rectification, students and a table; everything under `out`."""
+    folder = _fresh_folder(Path(out), overwrite)
+    splits = load_data(DATA)
+    seconds: dict[str, float] = {}
+
+    # 1) a teacher
+    console.say("1) training a teacher on hard labels")
+    teacher = _timed(
+        seconds,
+        "teacher training",
+        lambda: train_teacher(TEACHER, folder / "teacher", splits=splits),
+    )
+
+    # 2) stage one: every view there is
+    console.say(f"2) stage one: caching the teacher's logits for {VIEWS} views of every sample")
+    weights = TeacherSettings(weights=str(folder / "teacher"))
+    job = prepare(CacheConfig(data=DATA, teacher=weights, views=VIEWS, augment=AUGMENT), splits)
+    cache = folder / "digits.zarr"
+    _timed(seconds, "stage one", lambda: cache_teacher(job, cache, console))
+
+    # 3) stage two: what the teacher has wrong
+    console.say("3) stage two: rectifying what the teacher has wrong")
+    statistics_ = _timed(seconds, "stage two", lambda: rectify(cache, RectifyConfig(), console))
+    console.say(f"   the teacher is wrong on {statistics_['wrong_rate']:.1%} of the views")
+
+    # 4) stage three: students, none of which sees the teacher
+    console.say(f"4) stage three: {len(STUDENTS)} kinds of students, {seeds} seeds each")
+    top1: dict[str, list[float]] = {name: [] for name in STUDENTS}
+    for seed in range(seeds):
+        for name, (loss, bias) in STUDENTS.items():
+            config = StudentConfig(
+                cache=str(cache),
+                data=DATA,
+                model=STUDENT,
+                train=STUDENT_TRAIN,
+                seed=SeedSettings(data=seed, init=seed),
+                loss=loss,
+                bias=bias,
+            )
+            run = folder / "students" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            summary = _timed(seconds, name, lambda: train_student(config, run, splits=splits))  # noqa: B023
+            top1[name].append(summary["last"]["test_top1"])
+            console.progress("students", sum(map(len, top1.values())), seeds * len(STUDENTS), "run")
+
+    # 5) what came of it
+    _show(console, teacher, top1, seconds, seeds)
+    results = {"teacher": teacher["last"], "students": top1, "seconds": seconds}
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    console.say(f"\nEverything lies in {folder}; `pipeline inspect {cache}` shows the cache.")
+
+
+def _show(
+    console: Console,
+    teacher: dict[str, Any],
+    top1: dict[str, list[float]],
+    seconds: dict[str, float],
+    seeds: int,
+) -> None:
+    rows = [
+        ("teacher", f"{teacher['parameters']:,}", f"{teacher['last']['test_top1']:.2%}", "", "")
+    ]
+    for name, values in top1.items():
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        gain = statistics.mean(values) - statistics.mean(top1["hard labels"])
+        spread = f"{statistics.mean(values):.2%} ± {deviation * 100:.2f}"
+        time_each = f"{seconds[name] / seeds:.1f} s"
+        rows.append((name, "", spread, f"{gain * 100:+.2f}", time_each))
+    columns = ("", "parameters", "test top-1, last epoch", "gain", "time each")
+    console.table(f"students on digits, {seeds} seed(s)", columns, rows)
+    console.table(
+        "cost",
+        ("step", "time"),
+        [(step, duration(s)) for step, s in seconds.items() if step not in top1],
+    )
+
+
+def _timed(seconds: dict[str, float], step: str, work: Callable[[], Any]) -> Any:
+    started = time.perf_counter()
+    result = work()
+    seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - started
+    return result
+
+
+def _fresh_folder(folder: Path, overwrite: bool) -> Path:
+    if folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise RunError(f"{folder} is not empty", "Add --overwrite, or choose another --out.")
+        if not (folder / "digits.zarr").exists() and not (folder / "teacher").exists():
+            raise RunError(f"{folder} holds something else than a demo", "Choose another --out.")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
