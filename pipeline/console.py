@@ -58,8 +58,8 @@ class Console:
             self._spoken = now
             rate = (done - self._offset) / (now - self._started) or 1e-9
             self.say(
-                f"{task}: {done:,.0f}/{total:,.0f} {unit}s ({done / total:.0%}), "
-                f"{rate:,.1f} {unit}s/s, {duration((total - done) / rate)} left"
+                f"{task}: {done:,.0f}/{total:,.0f} {unit} ({done / total:.0%}), "
+                f"{rate:,.1f} {unit}/s, {duration((total - done) / rate)} left"
             )
         if done >= total:
             self.finish()
@@ -76,7 +76,7 @@ class Console:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}s, {task.fields[rate]}/s"),
+                TextColumn("{task.fields[unit]}, {task.fields[rate]}/s"),
                 TimeRemainingColumn(),
                 console=self._rich,
                 transient=True,

@@ -36,17 +36,17 @@ TEACHER = TeacherConfig(
     data=DATA,
     model=ModelSettings(architecture="resnet9_w16"),
     augment=AUGMENT,
-    train=TrainSettings(epochs=30, **RECIPE),
+    train=TrainSettings(epochs=25, **RECIPE),
 )
-STUDENT = ModelSettings(architecture="resnet9_w2")
-STUDENT_TRAIN = TrainSettings(epochs=20, **RECIPE)
+STUDENT = ModelSettings(architecture="resnet8")
+STUDENT_TRAIN = TrainSettings(epochs=10, **{**RECIPE, "lr": 0.05})
 HALF = LossSettings(ce_weight=0.5, weight=0.5)
 STUDENTS: dict[str, tuple[LossSettings, BiasSettings]] = {
     "hard labels": (LossSettings(name="ce"), BiasSettings()),
     "KD": (HALF, BiasSettings()),
     "KD, bias-aware": (
         HALF,
-        BiasSettings(mode="rectify", schedule="constant", reduction="batch"),
+        BiasSettings(mode="rectify", schedule="constant", reduction="batches"),
     ),
 }
 
@@ -94,7 +94,9 @@ def run_demo(out: str, console: Console, overwrite: bool = False, seeds: int = 3
             run = folder / "students" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             summary = _timed(seconds, name, lambda: train_student(config, run, splits=splits))  # noqa: B023
             top1[name].append(summary["last"]["test_top1"])
-            console.progress("students", sum(map(len, top1.values())), seeds * len(STUDENTS), "run")
+            console.progress(
+                "students", sum(map(len, top1.values())), seeds * len(STUDENTS), "runs"
+            )
 
     # 5) what came of it
     _show(console, teacher, top1, seconds, seeds)

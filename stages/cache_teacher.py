@@ -265,7 +265,7 @@ class _Progress:
 
     def __call__(self, rows: int) -> None:
         self._done += rows
-        self._reporter.progress("teacher pass", self._done, self._total, "sample")
+        self._reporter.progress("teacher pass", self._done, self._total, "samples")
 
 
 def _create(job: CacheJob, out: str | Path) -> LogitCache:

@@ -103,7 +103,7 @@ def rectify(
         # 2) one task a block
         run = _run_on_threads if config.scheduler is None else _run_on_cluster
         for done, _ in enumerate(run(cache, name, missing, config.scheduler or ""), start=1):
-            reporter.progress("rectify", done, len(missing), "block")
+            reporter.progress("rectify", done, len(missing), "blocks")
 
         # 3) what came of it, from every block's record
         rectification = cache.rectification(name)  # reads the records afresh

@@ -11,7 +11,7 @@ class Reporter(Protocol):
         """One line."""
 
     def progress(self, task: str, done: float, total: float, unit: str) -> None:
-        """How far a task is; called often, shown now and then with its rate and time left."""
+        """How far a task is, in units (a plural: samples); called often, shown now and then."""
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A small table."""

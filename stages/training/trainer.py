@@ -132,7 +132,7 @@ class Trainer:
             position.step += 1
             position.seconds = time.perf_counter() - started
             self.reporter.progress(
-                f"epoch {epoch + 1}/{settings.epochs}", position.step, self._steps, "batch"
+                f"epoch {epoch + 1}/{settings.epochs}", position.step, self._steps, "batches"
             )
             if stop.requested:
                 self._save(position)
