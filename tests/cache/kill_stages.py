@@ -1,0 +1,145 @@
+"""Start a stage, SIGKILL it at a random moment, start it again, over and over; see test_kill.py.
+
+    python kill_stages.py RUN OUT CACHE_KILLS RECTIFY_KILLS SEED
+
+RUN is a teacher's run directory. OUT/cache/undisturbed is made in one go; OUT/cache/killed-0,
+killed-1, ... each by runs that were killed until one came through; OUT/rectify likewise. Prints one
+JSON object: for each stage, how many blocks were committed at each kill.
+
+Every run is a fork of this process, which has imported everything and loaded the teacher: a run
+costs no start-up, and a kill lands in the stage and not in an import. Nothing here touches Zarr
+before it forks, and torch has one thread.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import dask  # noqa: F401  imported before the forks, for their speed
+import torch
+
+from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.rectify import RectifyConfig, rectify
+from stages.training.config import DataSettings
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Run `work` in a child; its process id."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)  # no clean-up of what belongs to the parent
+    return child
+
+
+def ended(child: int) -> int:
+    """Wait for a child; its exit status, negative the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_after(child: int, seconds: float) -> int:
+    """SIGKILL a child unless it has ended by then; its exit status as of `ended`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    return ended(child)
+
+
+def undisturbed(work: Callable[[], object]) -> float:
+    """Seconds that a run takes."""
+    started = time.monotonic()
+    if status := ended(fork(work)):
+        sys.exit(f"a run that nobody disturbed ended with {status}")
+    return time.monotonic() - started
+
+
+def committed(store: Path, part: str) -> int:
+    """Number of committed blocks, by the records alone."""
+    records: set[tuple[int, int]] = set()
+    for file in (store / "commits" / part).rglob("*.json"):
+        content = json.loads(file.read_text())
+        found = content if isinstance(content, list) else [content]
+        records |= {(record["view"], record["block"]) for record in found}
+    return len(records)
+
+
+def kill_again_and_again(
+    start: Callable[[Path], Callable[[], object]], part: str, out: Path, kills: int, seed: int
+) -> dict[str, object]:
+    """Make OUT/undisturbed and OUT/killed-*; how many stores, and what there was at each kill."""
+    seconds = undisturbed(start(out / "undisturbed"))
+    moments = random.Random(seed)
+    at_kill: list[int] = []
+    stores = 0
+    while True:
+        store = out / f"killed-{stores}"
+        fresh, started = not store.exists(), time.monotonic()
+        child = fork(start(store))
+        if len(at_kill) < kills:
+            # a run that goes on where another was killed reaches what this leaves out
+            status = kill_after(child, moments.uniform(0, 0.6 * seconds))
+        else:
+            status = ended(child)
+        if status == 0 and fresh:  # too slow a guess lets most runs come through
+            seconds = min(seconds, time.monotonic() - started)
+        if status == -signal.SIGKILL:
+            at_kill.append(committed(store, part))
+        elif status == 0:
+            stores += 1  # came through: the next run starts another store
+            if len(at_kill) == kills:
+                return {"stores": stores, "seconds": seconds, "committed_at_kill": at_kill}
+        else:
+            sys.exit(f"a run after a kill ended with {status}")
+
+
+def main(run: str, out: Path, cache_kills: int, rectify_kills: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    config = CacheConfig(
+        data=DataSettings(dataset="digits", workers=0),
+        teacher=TeacherSettings(weights=run),
+        views=3,
+        augment="pad-crop:pad=2",
+        block_rows=150,  # 7 blocks a view
+        batch_size=64,
+        device="cpu",
+    )
+    job = prepare(config)
+    cached = out / "cache" / "undisturbed"
+
+    def rectified(store: Path) -> Callable[[], object]:
+        if not store.exists():
+            shutil.copytree(cached, store)
+        return lambda: rectify(store, RectifyConfig(materialise=True))
+
+    figures = {
+        "cache": kill_again_and_again(
+            lambda store: lambda: cache_teacher(job, store),
+            "logits",
+            out / "cache",
+            cache_kills,
+            seed,
+        ),
+        "rectify": kill_again_and_again(
+            rectified, "rectified/pairwise-T4", out / "rectify", rectify_kills, seed
+        ),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    run, out, *numbers = sys.argv[1:]
+    main(run, Path(out), *map(int, numbers))

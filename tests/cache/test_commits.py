@@ -1,0 +1,162 @@
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from zarr.storage import LocalStore
+
+from stages.cache.commits import (
+    CommitLog,
+    describe_objects,
+    list_objects,
+    read_object,
+    write_object,
+)
+from stages.errors import CacheError
+
+BLOCKS = 3
+
+
+def log(path: Path, part: str = "logits") -> CommitLog:
+    """The records as a program that has just started sees them."""
+    return CommitLog(LocalStore(path), part, BLOCKS)
+
+
+def commit(path: Path, *pairs: tuple[int, int]) -> None:
+    for view, block in pairs:
+        log(path).commit(view, block, {"objects": {"x": {"bytes": 10 * view + block}}})
+
+
+def files(path: Path) -> set[str]:
+    return {str(p.relative_to(path / "commits")) for p in path.rglob("*") if p.is_file()}
+
+
+def test_a_block_exists_once_it_is_committed(tmp_path: Path) -> None:
+    before = log(tmp_path)
+    assert before.records == {}
+    assert not before.has(0, 1)
+
+    before.commit(0, 1, {"rows": [4, 8]})
+
+    for seen in (before, log(tmp_path)):
+        assert seen.has(0, 1)
+        assert not seen.has(1, 0)
+        assert not seen.is_complete(0)
+        assert dict(seen.records) == {(0, 1): {"view": 0, "block": 1, "rows": [4, 8]}}
+
+
+def test_a_complete_view_becomes_one_file_with_the_same_records(tmp_path: Path) -> None:
+    commit(tmp_path, (0, 0), (0, 1), (0, 2), (1, 0))
+    before = dict(log(tmp_path).records)
+
+    for view in (0, 1, 2):
+        log(tmp_path).compact(view)
+
+    assert files(tmp_path) == {"logits/v00000.json", "logits/v00001/b00000.json"}
+    after = log(tmp_path)
+    assert dict(after.records) == before
+    assert after.is_complete(0)
+    assert not after.is_complete(1)
+    assert log(tmp_path).has(0, 2)
+
+
+def test_a_kill_during_compaction_loses_nothing(tmp_path: Path) -> None:
+    commit(tmp_path, (0, 0), (0, 1), (0, 2))
+    before = dict(log(tmp_path).records)
+    view = tmp_path / "commits" / "logits" / "v00000"
+    shutil.copytree(view, tmp_path / "aside")
+    log(tmp_path).compact(0)
+
+    for left in (3, 2, 1, 0):  # the folder is removed file by file
+        shutil.rmtree(view, ignore_errors=True)
+        view.mkdir()
+        for name in sorted((tmp_path / "aside").iterdir())[:left]:
+            shutil.copy(name, view)
+        assert dict(log(tmp_path).records) == before
+
+    log(tmp_path).compact(0)
+    assert dict(log(tmp_path).records) == before
+
+
+def test_parts_do_not_see_each_other(tmp_path: Path) -> None:
+    log(tmp_path, "rectified/a").commit(0, 0, {})
+    log(tmp_path, "rectified/ab").commit(0, 1, {})
+
+    assert set(log(tmp_path, "rectified/a").records) == {(0, 0)}
+    assert set(log(tmp_path, "rectified/ab").records) == {(0, 1)}
+    assert log(tmp_path).records == {}
+
+
+def test_foreign_files_are_ignored(tmp_path: Path) -> None:
+    commit(tmp_path, (0, 0))
+    folder = tmp_path / "commits" / "logits"
+    (folder / "v00000" / "deeper").mkdir()
+    for name in (
+        ".DS_Store",
+        "README.json",
+        "v00000.json.bak",
+        "v00000/b00001.json~",
+        "v00000/.b00001.json.swp",
+        "v00000/b00001.0123abcd.partial",
+        "v00000/deeper/b00002.json",
+    ):
+        (folder / name).write_bytes(b"not a record")
+
+    assert set(log(tmp_path).records) == {(0, 0)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b'{"view": 0, "blo', id="cut-off"),
+        pytest.param(b"\xff\xfe\x00", id="bytes"),
+        pytest.param(b"null", id="null"),
+        pytest.param(b"[7]", id="list-of-numbers"),
+        pytest.param(b'"record"', id="text"),
+        pytest.param(b'{"view": 0}', id="no-block"),
+        pytest.param(b'{"view": "first", "block": 0}', id="no-number"),
+    ],
+)
+@pytest.mark.parametrize("name", ["v00000.json", "v00000/b00000.json"])
+def test_an_unreadable_record_is_an_error(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / "commits" / "logits" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+
+    with pytest.raises(CacheError, match=f"commits/logits/{name} is not readable"):
+        _ = log(tmp_path).records
+
+
+def test_objects_are_described_by_size_and_digest(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    contents = {"a/c/0": b"", "a/c/1": bytes(range(256)), "b": b"b"}
+    for key, content in contents.items():
+        write_object(store, key, content)
+
+    described: dict[str, Any] = describe_objects(store, list(contents))
+
+    assert described == {
+        key: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for key, content in contents.items()
+    }
+    assert sorted(list_objects(store, "a/")) == ["a/c/0", "a/c/1"]
+    assert read_object(store, "a/c/1") == contents["a/c/1"]
+    assert read_object(store, "a/c/2") is None
+    with pytest.raises(CacheError, match="a/c/2"):
+        describe_objects(store, ["a/c/2"])
+
+
+def test_bytes_of_a_view(tmp_path: Path) -> None:
+    commit(tmp_path, (1, 0), (1, 1), (1, 2), (2, 0))
+
+    assert log(tmp_path).bytes_of_view(1) == 10 + 11 + 12
+
+
+def test_records_are_plain_json(tmp_path: Path) -> None:
+    commit(tmp_path, (0, 0))
+
+    path = tmp_path / "commits" / "logits" / "v00000" / "b00000.json"
+    assert json.loads(path.read_text()) == {"view": 0, "block": 0, "objects": {"x": {"bytes": 0}}}

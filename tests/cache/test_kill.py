@@ -1,0 +1,74 @@
+"""Invariant 3: killed anywhere and run again, a stage leaves the bytes of an uninterrupted run."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.cache import LogitCache
+
+HELPER = Path(__file__).with_name("kill_stages.py")
+BLOCKS = 21
+
+
+def records(store: Path) -> dict[str, dict[str, Any]]:
+    """Object -> its description, from all commit records, however compacted."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in (store / "commits").rglob("v*.json"):
+        content = json.loads(file.read_text())
+        for record in content:  # a finished view is one file: a list of records
+            found |= record["objects"]
+    return found
+
+
+def blocks_of(store: dict[str, bytes]) -> set[str]:
+    """The objects that commit records describe."""
+    whole = ("label/", "eval_label/", "dataset_index/")
+    return {name for name in store if "/c/" in name and not name.startswith(whole)}
+
+
+@pytest.mark.parametrize(
+    ("cache_kills", "rectify_kills"),
+    [pytest.param(12, 4, id="a-few"), pytest.param(50, 50, id="many", marks=pytest.mark.slow)],
+)
+def test_killed_and_run_again_equals_undisturbed(
+    teacher_run: Path,
+    tmp_path: Path,
+    array_bytes: Callable[[Path], dict[str, bytes]],
+    cache_kills: int,
+    rectify_kills: int,
+) -> None:
+    numbers = [str(number) for number in (cache_kills, rectify_kills, 0)]
+    done = subprocess.run(
+        [sys.executable, str(HELPER), str(teacher_run), str(tmp_path), *numbers],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+    figures = json.loads(done.stdout)
+    print(figures)  # shown by -s
+    assert len(figures["cache"]["committed_at_kill"]) == cache_kills
+    assert len(figures["rectify"]["committed_at_kill"]) == rectify_kills
+    assert any(0 < blocks < BLOCKS for blocks in figures["cache"]["committed_at_kill"])
+    for stage, found in figures.items():
+        whole = tmp_path / stage / "undisturbed"
+        expected, described = array_bytes(whole), records(whole)
+        assert described.keys() == blocks_of(expected)
+        for name, description in described.items():
+            content = expected[name]
+            digest = hashlib.sha256(content).hexdigest()
+            assert description == {"bytes": len(content), "sha256": digest}
+        for number in range(found["stores"]):
+            store = tmp_path / stage / f"killed-{number}"
+            ours = array_bytes(store)
+            assert ours.keys() == expected.keys()
+            assert {name for name in ours if ours[name] != expected[name]} == set()
+            assert records(store) == described
+            assert LogitCache.open(store).complete_views == [0, 1, 2]

@@ -1,0 +1,479 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch import Tensor
+
+from stages.cache import LogitCache, arrays, commits
+from stages.cache.encoding import encoding
+from stages.cache.identity import DatasetIdentity, Identity, TeacherIdentity, ViewsIdentity
+from stages.cache.rectified import RectificationSettings
+from stages.errors import CacheError
+
+ROWS, CLASSES, TEST_ROWS = 10, 3, 4
+BLOCKS = 3  # of 4, 4 and 2 rows
+ORDER = torch.tensor([3, 7, 0, 9, 1, 5, 2, 8, 6, 4])
+LABELS = torch.arange(ROWS) % CLASSES
+IDENTITY = Identity(
+    teacher=TeacherIdentity("net", "00", (0.5,), (0.5,), None),
+    dataset=DatasetIdentity("made-up", "train", ROWS, ("a", "b", "c"), "11", "22"),
+    views=ViewsIdentity("pad-crop", {"pad": 4}, 1, 0),
+    compute_dtype="float32",
+)
+
+
+def bug(reason: str) -> pytest.MarkDecorator:
+    """Right behaviour that is not there yet; strict, so that whoever mends it removes the mark."""
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+SETTINGS = RectificationSettings("swap", "probability-T", 4.0, True)
+
+
+def create(path: Path, num_views: int = 2) -> LogitCache:
+    """A cache without any block."""
+    return LogitCache.create(
+        path,
+        identity=IDENTITY,
+        coding=encoding("float32", CLASSES),
+        num_views=num_views,
+        dataset_index=ORDER,
+        labels=LABELS,
+        eval_labels=torch.arange(TEST_ROWS) % CLASSES,
+        pixel_probes=[1, 2, 3],
+        provenance={"device": "abacus"},
+        block_rows=4,
+    )
+
+
+def logits_of_view(view: int) -> Tensor:
+    """(ROWS, CLASSES) in dataset order."""
+    return torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(view))
+
+
+def write(cache: LogitCache, view: int, *blocks: int) -> None:
+    for block in blocks:
+        logits = logits_of_view(view)[ORDER[4 * block : 4 * block + 4]]
+        cache.write_block(view, block, logits, logits.argmax(1), {})
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Two complete views and the test split."""
+    cache = create(tmp_path / "small.zarr")
+    write(cache, 0, 0, 1, 2)
+    write(cache, 1, 0, 1, 2)
+    cache.write_eval_logits(torch.eye(TEST_ROWS, CLASSES), {})
+    return cache.path
+
+
+# ---- reading --------------------------------------------------------------------------------
+
+
+def test_everything_comes_back_in_dataset_order(path: Path) -> None:
+    cache = LogitCache.open(path)
+
+    assert (cache.num_views, cache.num_samples, cache.num_classes) == (2, ROWS, CLASSES)
+    assert cache.complete_views == [0, 1]
+    assert cache.identity == IDENTITY
+    assert cache.pixel_probes == [1, 2, 3]
+    assert torch.equal(cache.labels, LABELS)
+    samples = torch.tensor([4, 4, 9, 0])
+    for view in (0, 1):
+        logits = logits_of_view(view)
+        targets = cache.read_view(view)
+        assert torch.equal(targets.rows(samples), logits[samples])
+        assert targets.wrong(samples).tolist() == [
+            int(logits[i].argmax()) != int(LABELS[i]) for i in samples
+        ]
+        share = sum(int(logits[i].argmax()) == int(LABELS[i]) for i in range(ROWS)) / ROWS
+        assert cache.top1(view) == pytest.approx(share)
+        for temperature in (1.0, 4.0):
+            torch.testing.assert_close(
+                cache.distribution(view, temperature=temperature),
+                (logits.double() / temperature).softmax(1).float(),
+            )
+    logits, labels = cache.eval_logits()
+    assert torch.equal(logits, torch.eye(TEST_ROWS, CLASSES))
+    assert labels.tolist() == [0, 1, 2, 0]
+
+
+def test_blocks_can_be_written_in_any_order_and_again(path: Path, tmp_path: Path) -> None:
+    cache = create(tmp_path / "other.zarr")
+    for view, block in [(1, 2), (0, 1), (1, 0), (0, 2), (0, 0), (1, 1), (1, 0)]:
+        write(cache, view, block)
+
+    for view in (0, 1):
+        expected = LogitCache.open(path).distribution(view)
+        assert torch.equal(LogitCache.open(cache.path).distribution(view), expected)
+
+
+READS: dict[str, Callable[[LogitCache], object]] = {
+    "view": lambda cache: cache.read_view(0),
+    "block": lambda cache: cache.read_block(0, 1),
+    "distribution": lambda cache: cache.distribution(0),
+    "top1": lambda cache: cache.top1(0),
+    "untouched-view": lambda cache: cache.read_view(1),
+    "untouched-block": lambda cache: cache.read_block(1, 0),
+    "test-split": lambda cache: cache.eval_logits(),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+@pytest.mark.parametrize("reopened", [True, False], ids=["reopened", "same"])
+def test_what_is_not_committed_is_never_read(
+    tmp_path: Path, read: Callable[[LogitCache], object], reopened: bool
+) -> None:
+    cache = create(tmp_path / "partial.zarr")
+    write(cache, 0, 0, 2)
+    # block 1 of view 0 is written, but its record never was: a kill in between
+    array = zarr.open_group(cache.path, mode="r+")["logits"]
+    assert isinstance(array, zarr.Array)
+    array[0, 4:8] = np.ones((4, CLASSES), np.float32)
+    cache = LogitCache.open(cache.path) if reopened else cache
+
+    with pytest.raises(CacheError, match=r"not complete|is not there|no logits of the test split"):
+        read(cache)
+    assert torch.equal(cache.read_block(0, 2).logits, logits_of_view(0)[ORDER[8:]])
+
+
+@pytest.mark.parametrize("view", [-1, 2, 1000])
+def test_views_outside_the_cache_are_refused(path: Path, view: int) -> None:
+    with pytest.raises(CacheError, match=f"views 0 to 1, not {view}"):
+        LogitCache.open(path).read_view(view)
+
+
+def test_a_record_that_is_removed_takes_its_block_away(path: Path) -> None:
+    (path / "commits/logits/v00001.json").unlink()
+    cache = LogitCache.open(path)
+
+    assert cache.complete_views == [0]
+    with pytest.raises(CacheError, match=r"view 1 of logits is not complete \(1 of 2"):
+        cache.read_view(1)
+
+
+# ---- damage ---------------------------------------------------------------------------------
+
+
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 0x40
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["logits/c/1/0/0", "prediction/c/1/2"])
+def test_any_flipped_byte_of_a_shard_is_noticed(path: Path, name: str) -> None:
+    file = path / name
+    intact = file.read_bytes()
+    for position in range(len(intact)):
+        flip(file, position)
+        with pytest.raises(CacheError, match="damaged"):
+            LogitCache.open(path).read_view(1)
+        file.write_bytes(intact)
+
+    assert torch.equal(LogitCache.open(path).read_view(1).rows(ORDER), logits_of_view(1)[ORDER])
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        pytest.param("label/c/0", lambda c: c.labels, id="label"),
+        pytest.param("dataset_index/c/0", lambda c: c.read_view(0), id="dataset_index"),
+        pytest.param("eval_logits/c/0/0", lambda c: c.eval_logits(), id="eval_logits"),
+        pytest.param("eval_label/c/0", lambda c: c.eval_logits(), id="eval_label"),
+    ],
+)
+def test_any_flipped_byte_of_a_whole_array_is_noticed(
+    path: Path, name: str, read: Callable[[LogitCache], object]
+) -> None:
+    file = path / name
+    intact = file.read_bytes()
+    for position in range(len(intact)):
+        flip(file, position)
+        with pytest.raises(CacheError, match="damaged"):
+            read(LogitCache.open(path))
+        file.write_bytes(intact)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        pytest.param(0, id="nothing", marks=bug("read as zeros")),
+        pytest.param(1, id="one"),
+        pytest.param(20, id="twenty"),
+        pytest.param(-1, id="all-but-one"),
+    ],
+)
+def test_a_cut_off_shard_is_noticed(path: Path, kept: int) -> None:
+    file = path / "logits/c/1/0/0"
+    file.write_bytes(file.read_bytes()[:kept])
+
+    with pytest.raises(CacheError, match="damaged"):
+        LogitCache.open(path).read_view(1)
+
+
+@bug("an object that is gone is read as zeros")
+@pytest.mark.parametrize(
+    "name", ["logits/c/1/0/0", "prediction/c/1/2", "label/c/0", "dataset_index/c/0"]
+)
+def test_a_committed_object_that_is_gone_is_noticed(path: Path, name: str) -> None:
+    (path / name).unlink()
+
+    with pytest.raises(CacheError):
+        LogitCache.open(path).read_view(1).wrong(torch.arange(ROWS))
+
+
+@bug("zarr's own exceptions come through")
+@pytest.mark.parametrize("name", ["logits", "label", "dataset_index", "prediction"])
+def test_a_damaged_metadata_document_is_told(path: Path, name: str) -> None:
+    (path / name / "zarr.json").write_text("{")
+
+    with pytest.raises(CacheError):
+        LogitCache.open(path).read_view(0)
+
+
+@bug("a record that another process compacts away meanwhile is `not readable`")
+def test_views_can_be_counted_while_another_process_compacts(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed_before_compaction(store: Any, prefix: str) -> list[str]:
+        return [*list_objects(store, prefix), f"{prefix}v00000/b00000.json"]
+
+    list_objects = commits.list_objects
+    monkeypatch.setattr(commits, "list_objects", listed_before_compaction)
+
+    assert LogitCache.open(path).complete_views == [0, 1]
+
+
+# ---- opening --------------------------------------------------------------------------------
+
+
+def attributes(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], object]:
+    def damage(path: Path) -> None:
+        document = json.loads((path / "zarr.json").read_text())
+        change(document["attributes"])
+        (path / "zarr.json").write_text(json.dumps(document))
+
+    return damage
+
+
+def replaced_by(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    def damage(path: Path) -> None:
+        shutil.rmtree(path)
+        make(path)
+
+    return damage
+
+
+def plain_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "holiday.txt").write_text("sun")
+
+
+def zarr_group(path: Path, **attributes: str) -> None:
+    group = zarr.create_group(path, zarr_format=3, attributes=attributes)
+    group.create_array("temperature", shape=(3,), dtype="float32")
+
+
+NOT_A_CACHE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (shutil.rmtree, "no cache at"),
+    "file": (replaced_by(lambda p: p.write_text("x")), "not a teacher-logit cache"),
+    "empty-folder": (replaced_by(Path.mkdir), "not a teacher-logit cache"),
+    "plain-folder": (replaced_by(plain_folder), "not a teacher-logit cache"),
+    "other-group": (replaced_by(lambda p: zarr_group(p, title="sea")), "not a teacher-logit cache"),
+    "array": (
+        replaced_by(lambda p: zarr.create_array(p, shape=(3,), dtype="int8")),
+        "not a teacher-logit cache",
+    ),
+    "zarr-2": (
+        replaced_by(lambda p: zarr.create_group(p, zarr_format=2)),
+        "not a teacher-logit cache",
+    ),
+    "no-json": (lambda p: (p / "zarr.json").write_text("{"), "not a teacher-logit cache"),
+    "unfinished": (attributes(dict.clear), "never finished"),
+    "newer": (attributes(lambda a: a.update(version=2)), "format version 2.*reads 1"),
+    "no-version": (attributes(lambda a: a.pop("version")), "format version None"),
+    "other-format": (attributes(lambda a: a.update(format="x")), "not a teacher-logit cache"),
+    "identity-edited": (
+        attributes(lambda a: a["identity"]["dataset"].update(labels="12")),
+        "identity does not match its digest",
+    ),
+    "digest-edited": (attributes(lambda a: a.update(identity_digest="12")), "match its digest"),
+    "no-digest": (attributes(lambda a: a.pop("identity_digest")), "match its digest"),
+    "identity-incomplete": (attributes(lambda a: a["identity"].pop("views")), "not readable"),
+    "no-identity": (attributes(lambda a: a.pop("identity")), "'identity' is missing"),
+    "no-probes": (attributes(lambda a: a.pop("pixel_probes")), "'pixel_probes' is missing"),
+    "unknown-encoding": (attributes(lambda a: a["encoding"].update(name="jpeg")), "jpeg"),
+    "no-predictions": (lambda p: shutil.rmtree(p / "prediction"), "'prediction' is missing"),
+}
+
+
+@pytest.mark.parametrize("writable", [False, True], ids=["read", "write"])
+@pytest.mark.parametrize(("damage", "message"), NOT_A_CACHE.values(), ids=NOT_A_CACHE)
+def test_what_is_not_a_cache_is_not_opened(
+    path: Path, damage: Callable[[Path], object], message: str, writable: bool
+) -> None:
+    damage(path)
+
+    with pytest.raises(CacheError, match=message):
+        LogitCache.open(path, writable)
+
+
+@pytest.mark.parametrize(
+    ("damage", "exists"),
+    [
+        pytest.param(lambda p: None, True, id="cache"),
+        pytest.param(shutil.rmtree, False, id="missing"),
+        pytest.param(replaced_by(Path.mkdir), False, id="empty-folder"),
+        pytest.param(attributes(dict.clear), False, id="interrupted"),
+    ],
+)
+def test_exists(path: Path, damage: Callable[[Path], object], exists: bool) -> None:
+    damage(path)
+
+    assert LogitCache.exists(path) is exists
+
+
+@pytest.mark.parametrize("make", [plain_folder, lambda p: p.write_text("x")], ids=["dir", "file"])
+def test_something_else_is_neither_there_nor_missing(
+    tmp_path: Path, make: Callable[[Path], object]
+) -> None:
+    make(tmp_path / "else")
+
+    with pytest.raises(CacheError, match="not a teacher-logit cache"):
+        LogitCache.exists(tmp_path / "else")
+
+
+@bug("a group without attributes is taken for an interrupted create, and emptied")
+def test_somebodys_zarr_group_without_attributes_is_not_taken_for_ours(tmp_path: Path) -> None:
+    zarr_group(tmp_path / "theirs")
+
+    with pytest.raises(CacheError):
+        LogitCache.exists(tmp_path / "theirs")
+
+
+@bug("stuck: `not a teacher-logit cache`")
+def test_a_create_killed_while_it_removed_what_another_left_is_replaced(path: Path) -> None:
+    attributes(dict.clear)(path)
+    (path / "zarr.json").unlink()  # the first to go; the rest was still there
+
+    assert not LogitCache.exists(path)
+
+
+# ---- creating and growing -------------------------------------------------------------------
+
+
+def test_an_interrupted_create_is_replaced(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    array_bytes: Callable[[Path], dict[str, bytes]],
+) -> None:
+    whole = create(tmp_path / "whole.zarr")
+    calls = 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise KeyboardInterrupt
+        return make(*arguments)
+
+    make = arrays.create_array
+    monkeypatch.setattr(arrays, "create_array", interrupted)
+    for stop_at in range(1, 7):  # noqa: B007, read by `interrupted`; arrays: five and the logits
+        calls = 0
+        with pytest.raises(KeyboardInterrupt):
+            create(tmp_path / "again.zarr")
+        assert not LogitCache.exists(tmp_path / "again.zarr")
+        with pytest.raises(CacheError, match="never finished"):
+            LogitCache.open(tmp_path / "again.zarr")
+    stop_at = 0
+    again = create(tmp_path / "again.zarr")
+
+    assert array_bytes(again.path) == array_bytes(whole.path)
+    assert (again.path / "zarr.json").read_bytes() == (whole.path / "zarr.json").read_bytes()
+
+
+def test_growing_keeps_what_is_there_and_is_safe_to_repeat(
+    path: Path, array_bytes: Callable[[Path], dict[str, bytes]]
+) -> None:
+    cache = LogitCache.open(path, writable=True)
+    rectification = cache.create_rectification("mine", SETTINGS)
+    ones = {"label_logit": torch.ones(4), "predicted_logit": torch.ones(4)}
+    rectification.write_block(0, 0, ones | {"wrong": torch.ones(4, dtype=torch.bool)}, {})
+    before = array_bytes(path)
+
+    for views in (5, 5, 3, 1):  # never smaller
+        LogitCache.open(path, writable=True).grow(views)
+        cache = LogitCache.open(path)
+        assert cache.num_views == 5
+        assert cache.complete_views == [0, 1]
+        group = zarr.open_group(path, mode="r")
+        for name in ("logits", "prediction", "rectified/mine/wrong", "rectified/mine/label_logit"):
+            array = group[name]
+            assert isinstance(array, zarr.Array)
+            assert array.shape[0] == 5
+
+    after = array_bytes(path)
+    changed = {name for name in after if before.get(name) != after[name]}
+    assert {name.rpartition("/")[2] for name in changed} == {"zarr.json"}
+    assert before.keys() == after.keys()
+    for view in (0, 1):
+        assert torch.equal(cache.read_view(view).rows(ORDER), logits_of_view(view)[ORDER])
+    with pytest.raises(CacheError, match="view 4 of logits is not complete"):
+        cache.read_view(4)
+    cache = LogitCache.open(path, writable=True)
+    write(cache, 4, 0, 1, 2)
+    assert torch.equal(cache.read_view(4).rows(ORDER), logits_of_view(4)[ORDER])
+
+
+@pytest.mark.parametrize("stop_at", range(1, 6))
+def test_a_kill_while_growing_is_mended_by_growing_again(
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    array_bytes: Callable[[Path], dict[str, bytes]],
+    stop_at: int,
+) -> None:
+    LogitCache.open(path, writable=True).create_rectification("mine", SETTINGS)
+    shutil.copytree(path, tmp_path / "whole.zarr")
+    LogitCache.open(tmp_path / "whole.zarr", writable=True).grow(4)
+    calls = 0
+
+    def interrupted(array: Any, shape: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise KeyboardInterrupt
+        resize(array, shape)
+
+    resize = zarr.Array.resize
+    monkeypatch.setattr(zarr.Array, "resize", interrupted)
+    with pytest.raises(KeyboardInterrupt):  # three arrays of the rectification, two of the cache
+        LogitCache.open(path, writable=True).grow(4)
+    assert torch.equal(LogitCache.open(path).read_view(1).rows(ORDER), logits_of_view(1)[ORDER])
+    LogitCache.open(path, writable=True).grow(4)
+
+    assert array_bytes(path) == array_bytes(tmp_path / "whole.zarr")
+    assert LogitCache.open(path).num_views == 4
+
+
+def test_only_codecs_of_the_specification_and_no_pickle(path: Path) -> None:
+    def names(codecs: list[dict[str, Any]]) -> set[str]:
+        inner = [c for codec in codecs for c in codec.get("configuration", {}).get("codecs", [])]
+        return {codec["name"] for codec in codecs} | (names(inner) if inner else set())
+
+    documents = [json.loads(file.read_text()) for file in path.rglob("zarr.json")]
+    found = [document for document in documents if document["node_type"] == "array"]
+
+    assert len(found) == 6
+    for document in found:
+        assert names(document["codecs"]) <= {"bytes", "zstd", "crc32c", "sharding_indexed"}
+        assert document["dimension_names"]
+        assert all(document["dimension_names"])

@@ -1,0 +1,89 @@
+"""Shared by all tests: the digits, a small teacher trained on them, a complete cache of it.
+
+Session fixtures are never written to: take `cache_copy`, or copy with shutil.copytree.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.train_teacher import TeacherConfig, train_teacher
+from stages.training.config import DataSettings, ModelSettings, TrainSettings
+from stages.training.setup import Splits, load_data
+
+torch.set_num_threads(1)  # small models on few cores: threads cost more than they bring
+
+DIGITS = DataSettings(dataset="digits", workers=0)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Splits:
+    """1,000 training and 797 test images of 8 x 8."""
+    return load_data(DIGITS)
+
+
+@pytest.fixture(scope="session")
+def teacher_run(tmp_path_factory: pytest.TempPathFactory, digits: Splits) -> Path:
+    """The run directory of a resnet8 after two epochs: right on some rows, wrong on many."""
+    config = TeacherConfig(
+        data=DIGITS,
+        model=ModelSettings(architecture="resnet8"),
+        augment="pad-crop:pad=2",
+        train=TrainSettings(epochs=2),
+        device="cpu",
+    )
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    train_teacher(config, run, splits=digits)
+    return run
+
+
+@pytest.fixture(scope="session")
+def cache_config(teacher_run: Path) -> CacheConfig:
+    """Three views of three blocks each: 334, 334 and 332 rows."""
+    return CacheConfig(
+        data=DIGITS,
+        teacher=TeacherSettings(weights=str(teacher_run)),
+        views=3,
+        augment="pad-crop:pad=2",
+        block_rows=350,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="session")
+def finished_cache(
+    tmp_path_factory: pytest.TempPathFactory, cache_config: CacheConfig, digits: Splits
+) -> Path:
+    """A complete float32 cache. Read only: many tests share it."""
+    path = tmp_path_factory.mktemp("cache") / "digits.zarr"
+    cache_teacher(prepare(cache_config, digits), path)
+    return path
+
+
+@pytest.fixture
+def cache_copy(finished_cache: Path, tmp_path: Path) -> Path:
+    """A complete cache of one's own."""
+    return Path(shutil.copytree(finished_cache, tmp_path / "copy.zarr"))
+
+
+@pytest.fixture(scope="session")
+def array_bytes() -> Callable[[Path], dict[str, bytes]]:
+    """Everything under a store but its commit records: relative path -> content.
+
+    The root's zarr.json is left out as well: it holds provenance.
+    """
+
+    def read(store: Path) -> dict[str, bytes]:
+        files = [path for path in store.rglob("*") if path.is_file()]
+        contents = {str(path.relative_to(store)): path.read_bytes() for path in files}
+        return {
+            name: content
+            for name, content in contents.items()
+            if not name.startswith("commits/") and name != "zarr.json"
+        }
+
+    return read

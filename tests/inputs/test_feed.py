@@ -1,0 +1,351 @@
+import dataclasses
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from stages.errors import DatasetError, ViewError
+from stages.inputs.datasets import Feeding, ImageDataset, load_dataset
+from stages.inputs.feed import (
+    PROBES,
+    Batch,
+    Normalise,
+    ViewFeed,
+    num_batches,
+    pixel_probes,
+    plain_view,
+)
+from stages.inputs.views import Plain, view_policy
+
+# Two workers are what is tested, also where a container grants one core.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
+
+CPU = torch.device("cpu")
+
+
+def dataset(
+    size: int = 21, channels: int = 3, side: int = 12, streamed: bool = False
+) -> ImageDataset:
+    generator = torch.Generator().manual_seed(0)
+    shape = (size, channels, side, side)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    held = None if streamed else images
+    labels = torch.arange(size) % 2
+    return ImageDataset("noise", "train", ("a", "b"), labels, images.__getitem__, held, "")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """21 colour images of 12 x 12 in two classes."""
+    root = tmp_path_factory.mktemp("feed")
+    for name in "ab":
+        (root / "train" / name).mkdir(parents=True)
+    for i, image in enumerate(noise_images()):
+        pixels = image.permute(1, 2, 0).contiguous().numpy()
+        Image.fromarray(pixels).save(root / "train" / "ab"[i // 11] / f"{i:02}.png")
+    return root
+
+
+def noise_images() -> Tensor:
+    images = dataset().images
+    assert images is not None
+    return images
+
+
+def joined(batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    return torch.cat([b.samples for b in batches]), torch.cat([b.pixels for b in batches])
+
+
+def sizes(feed: ViewFeed, order: Tensor, batch_size: int) -> list[int]:
+    return [len(b.samples) for b in feed.batches(order, 0, batch_size)]
+
+
+# ---- two ways of feeding, one definition of a view ------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("spec", "image_size"),
+    [
+        pytest.param("pad-crop-flip", None, id="pad-crop-flip"),
+        pytest.param("pad-crop-flip", 20, id="pad-crop-flip, larger"),
+        pytest.param("resized-crop-flip", None, id="resized-crop-flip"),
+        pytest.param("resized-crop-flip", 8, id="resized-crop-flip, smaller"),
+        pytest.param("none", None, id="none"),
+        pytest.param("none:zoom=1.5", 10, id="zoom"),
+    ],
+)
+def test_memory_and_stream_give_the_same_bytes(
+    folder: Path, spec: str, image_size: int | None, workers: int
+) -> None:
+    policy = view_policy(spec, seed=1)
+    view = 5 if policy.count != 1 else 0
+    order = torch.randperm(21, generator=torch.Generator().manual_seed(1))
+
+    def fed(source: ImageDataset, workers: int, order: Tensor, batch_size: int) -> Tensor:
+        feed = ViewFeed(source, policy, CPU, image_size, workers)
+        samples, pixels = joined(list(feed.batches(order, view, batch_size)))
+        assert torch.equal(samples, order)
+        return pixels[order.argsort()]  # in dataset order
+
+    everything = torch.arange(21)
+    in_memory = fed(load_dataset(f"folder:{folder}", "train"), 0, everything, 21)
+    streamed = load_dataset(f"folder:{folder}", "train", feeding="stream")
+    side = image_size or 12
+    assert in_memory.dtype == torch.uint8
+    assert in_memory.shape == (21, 3, side, side)
+    assert torch.equal(fed(streamed, workers, order, 4), in_memory)
+    assert torch.equal(fed(load_dataset(f"folder:{folder}", "train"), workers, order, 5), in_memory)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_pixels_equal_a_naive_crop(streamed: bool) -> None:
+    policy, images = view_policy("pad-crop-flip", seed=4), noise_images().numpy()
+    feed = ViewFeed(dataset(streamed=streamed), policy, CPU, workers=0)
+    (batch,) = feed.batches(torch.tensor([20, 3, 8]), 100, 8)
+    side = torch.full((3,), 12)
+    boxes = policy.draw(torch.tensor([20, 3, 8]), 100, side, side)
+    for i, sample in enumerate([20, 3, 8]):
+        padded = np.pad(images[sample], ((0, 0), (4, 4), (4, 4)))
+        top, left = int(boxes.top[i]) + 4, int(boxes.left[i]) + 4
+        crop = padded[:, top : top + 12, left : left + 12]
+        expected = crop[:, :, ::-1] if boxes.mirrored[i] else crop
+        assert np.array_equal(batch.pixels[i].numpy(), expected)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=30), st.integers(1, 9))
+def test_batches_follow_the_order(streamed: bool, order: list[int], batch_size: int) -> None:
+    feed = ViewFeed(dataset(streamed=streamed), Plain(), CPU, workers=0)
+    samples, pixels = joined(list(feed.batches(torch.tensor(order), 0, batch_size)))
+    assert samples.tolist() == order
+    assert torch.equal(pixels, noise_images()[order])
+
+
+def test_workers_serve_one_pass_after_another() -> None:
+    source, policy = dataset(streamed=True), view_policy("pad-crop-flip")
+    feed = ViewFeed(source, policy, CPU, workers=2)
+    abandoned = feed.batches(torch.arange(21), 0, 2)
+    next(abandoned)
+    for view, batch_size in ((3, 8), (161, 5)):
+        order = torch.arange(21).roll(view)
+        samples, pixels = joined(list(feed.batches(order, view, batch_size)))
+        assert torch.equal(samples, order)
+        assert torch.equal(pixels, policy.apply(noise_images()[order], order, view))
+
+
+def test_images_of_any_size_are_brought_to_one() -> None:
+    images = [torch.full((3, 6 + i, 9), 40 * i, dtype=torch.uint8) for i in range(5)]
+    source = dataclasses.replace(
+        dataset(5, streamed=True), load=images.__getitem__, labels=torch.arange(5) % 2
+    )
+    feed = ViewFeed(source, view_policy("resized-crop-flip"), CPU, image_size=8, workers=0)
+    _, pixels = joined(list(feed.batches(torch.arange(5), 0, 2)))
+    expected = 40 * torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1)
+    assert torch.equal(pixels, expected.expand(5, 3, 8, 8))
+    feed = ViewFeed(source, view_policy("none"), CPU, workers=0)
+    with pytest.raises(DatasetError, match=r"images differ in size(.|\n)*--image-size"):
+        list(feed.batches(torch.arange(5), 0, 2))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_view_that_does_not_exist(streamed: bool) -> None:
+    feed = ViewFeed(dataset(streamed=streamed), view_policy("pad-crop"), CPU, workers=0)
+    with pytest.raises(ViewError, match="view 81 of 'pad-crop'"):
+        next(feed.batches(torch.arange(4), 81, 2))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("streamed", [False, True])
+def test_cuda_gives_the_same_bytes(streamed: bool) -> None:
+    policy, order = view_policy("pad-crop-flip"), torch.arange(21)
+    feed = ViewFeed(dataset(streamed=streamed), policy, torch.device("cuda"), workers=0)
+    samples, pixels = joined(list(feed.batches(order, 9, 4)))
+    assert samples.is_cuda
+    assert pixels.is_cuda
+    assert torch.equal(pixels.cpu(), policy.apply(noise_images(), order, 9))
+
+
+# ---- batches --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "expected"),
+    [
+        pytest.param(12, 4, [4, 4, 4], id="even"),
+        pytest.param(14, 4, [4, 4, 4, 2], id="a smaller last one"),
+        pytest.param(13, 4, [4, 4, 5], id="a last one of one joins"),
+        pytest.param(5, 4, [5], id="joins the only other"),
+        pytest.param(3, 4, [3], id="fewer than a batch"),
+        pytest.param(1, 4, [1], id="one sample"),
+        pytest.param(3, 1, [1, 1, 1], id="batches of one"),
+        pytest.param(3, 2, [3], id="three in twos"),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_batch_sizes(samples: int, batch_size: int, expected: list[int], streamed: bool) -> None:
+    feed = ViewFeed(dataset(streamed=streamed), Plain(), CPU, workers=0)
+    assert sizes(feed, torch.arange(samples), batch_size) == expected
+    assert num_batches(samples, batch_size) == len(expected)
+
+
+# ---- unreadable images ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named(tmp_path: Path, workers: int) -> None:
+    for i in range(6):
+        path = tmp_path / "train" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), i, np.uint8)).save(path)
+    (tmp_path / "train" / "b" / "3.png").write_bytes(b"this is no image")
+    source = load_dataset(f"folder:{tmp_path}", "train", feeding="stream")
+    feed = ViewFeed(source, Plain(), CPU, workers=workers)
+    with pytest.raises(DatasetError) as caught:
+        list(feed.batches(torch.arange(6), 0, 2))
+    error = caught.value
+    assert "cannot read image" in error.cause
+    assert str(tmp_path / "train" / "b" / "3.png") in error.cause
+    assert error.remedy == "Replace the file or remove it."
+    assert "Traceback" not in str(error)
+    (batch,) = feed.batches(torch.arange(3), 0, 3)  # the workers live on
+    assert batch.pixels[:, 0, 0, 0].tolist() == [0, 2, 4]
+    # Frames and error refer to each other, and a loader that the garbage collector finds in such
+    # a cycle waits 5 seconds for each worker.
+    error.__traceback__ = None
+    del caught
+
+
+# ---- evaluation's view ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("image_size", "resize", "zoom"),
+    [
+        pytest.param(None, None, 0, id="as it is"),
+        pytest.param(224, 256, 256 / 224, id="256 to 224"),
+        pytest.param(224, None, 1, id="central square"),
+        pytest.param(224, 200, 1, id="never zooms out"),
+    ],
+)
+def test_plain_view(image_size: int | None, resize: int | None, zoom: float) -> None:
+    assert plain_view(image_size, resize).zoom == zoom
+
+
+# ---- pixel probes ---------------------------------------------------------------------------
+
+POLICIES = ["pad-crop-flip", "resized-crop-flip", "none"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "image_size"), [("pad-crop-flip", None), ("resized-crop-flip", 9), ("none", None)]
+)
+def test_probes_do_not_depend_on_feeding(folder: Path, spec: str, image_size: int | None) -> None:
+    def probes(feeding: Feeding) -> list[int]:
+        source = load_dataset(f"folder:{folder}", "train", feeding=feeding)
+        return pixel_probes(source, view_policy(spec), image_size)
+
+    in_memory = probes("memory")
+    assert in_memory == probes("stream")
+    assert len(in_memory) == PROBES == 256
+
+
+@pytest.mark.parametrize("spec", POLICIES)
+def test_probes_notice_one_pixel(spec: str) -> None:
+    source, policy = dataset(), view_policy(spec)
+    before = pixel_probes(source, policy, None)
+    assert source.images is not None
+    source.images[7, 1, 6, 6] ^= 1 if policy.moves_pixels_only else 255
+    after = pixel_probes(source, policy, None)
+    # 256 probes fall on each of 21 images 12 times on average; the others stay as they were.
+    assert 1 <= sum(a != b for a, b in zip(before, after, strict=True)) <= 30
+
+
+def test_probes_are_crc32_of_plain_pixels() -> None:
+    pixels = {zlib.crc32(image.numpy().tobytes()) for image in noise_images()}
+    assert set(pixel_probes(dataset(), view_policy("none"), None)) == pixels
+
+
+def test_golden_probes() -> None:
+    # The pairs are part of the cache format. Worked out with plain integers: probe p is sample
+    # hash(0, p, 1) and view hash(0, p, 0), the high 32 bits of each scaled to the range.
+    pairs = [(3, 22), (5, 43), (6, 135), (5, 35), (16, 76), (18, 1)]
+    policy, images = view_policy("pad-crop-flip", seed=8), noise_images()
+    samples, views = torch.tensor(pairs).T
+    pixels = policy.apply(images[samples], samples, views)
+    expected = [zlib.crc32(image.numpy().tobytes()) for image in pixels]
+    assert pixel_probes(dataset(), policy, None)[:6] == expected
+
+
+def test_probes_of_pad_crop_flip_are_among_its_views() -> None:
+    source, policy = dataset(size=2), view_policy("pad-crop-flip")
+    assert source.images is not None
+    views = [
+        policy.apply(source.images[i : i + 1].expand(162, -1, -1, -1), samples, torch.arange(162))
+        for i, samples in enumerate((torch.zeros(162), torch.ones(162)))
+        for samples in [samples.long()]
+    ]
+    every = {zlib.crc32(view.numpy().tobytes()) for view in torch.cat(views)}
+    probes = pixel_probes(source, policy, None)
+    assert set(probes) <= every
+    assert len(set(probes)) > 100  # 256 draws from 324 views hit about 177 of them
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(
+            lambda: pixel_probes(dataset(), view_policy("pad-crop-flip", 1), None), id="seed"
+        ),
+        pytest.param(lambda: pixel_probes(dataset(), view_policy("pad-crop"), None), id="policy"),
+        pytest.param(lambda: pixel_probes(dataset(), view_policy("pad-crop-flip"), 8), id="size"),
+    ],
+)
+def test_probes_notice_another_identity(other: Callable[[], list[int]]) -> None:
+    probes = pixel_probes(dataset(), view_policy("pad-crop-flip"), None)
+    assert sum(a == b for a, b in zip(probes, other(), strict=True)) < 16
+
+
+# ---- normalisation --------------------------------------------------------------------------
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def test_normalise() -> None:
+    pixels = noise_images()
+    values = Normalise(MEAN, STD, 3, CPU)(pixels)
+    mean, std = (np.array(v).reshape(1, 3, 1, 1) for v in (MEAN, STD))
+    expected = (pixels.numpy() / 255 - mean) / std
+    assert values.dtype == torch.float32
+    np.testing.assert_allclose(values.numpy(), expected, rtol=0, atol=1e-6)
+
+
+def test_every_pixel_value_is_normalised() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    values = Normalise((0.3,), (0.25,), 1, CPU)(pixels)
+    np.testing.assert_allclose(values.flatten(), (np.arange(256) / 255 - 0.3) / 0.25, atol=1e-6)
+    assert pixels.flatten().tolist() == list(range(256))  # the pixels stay as they were
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_grey_is_repeated_where_the_model_takes_colour(channels_last: bool) -> None:
+    pixels = noise_images()[:, :1]
+    one = Normalise((0.3,), (0.25,), 1, CPU, channels_last)(pixels)
+    three = Normalise((0.3,), (0.25,), 3, CPU, channels_last)(pixels)
+    assert one.shape == (21, 1, 12, 12)
+    assert torch.equal(three, torch.cat([one] * 3, 1))
+
+
+def test_channels_last() -> None:
+    last, first = (Normalise(MEAN, STD, 3, CPU, flag)(noise_images()) for flag in (True, False))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert first.is_contiguous()
+    assert torch.equal(last, first)

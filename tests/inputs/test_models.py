@@ -1,0 +1,368 @@
+import itertools
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stages.errors import ModelError
+from stages.inputs.cifar_models import cifar_model
+from stages.inputs.models import build_model, load_model, logits_of
+
+NAME, CLASSES, CHANNELS = "resnet8", 10, 3
+_fresh = itertools.count()
+
+
+def trained(name: str = NAME, num_classes: int = CLASSES, channels: int = CHANNELS) -> nn.Module:
+    """A model whose weights no other call of it has."""
+    model = cifar_model(name, num_classes, channels)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def same(ours: nn.Module, theirs: nn.Module) -> bool:
+    a, b = ours.state_dict(), theirs.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def write_run(folder: Path, state: dict[str, Tensor], **model: Any) -> Path:
+    folder.mkdir()
+    described = {"architecture": NAME, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    config = {"model": {**described, "image_size": None, **model}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+# ---- by name --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        pytest.param("resnet8x5", "did you mean 'resnet8x4'", id="near a CIFAR name"),
+        pytest.param("mobilenet_v3_smal", "did you mean 'mobilenet_v3_small'", id="torchvision"),
+        pytest.param("zzzzzz", "unknown model 'zzzzzz'\nKnown: the CIFAR families", id="far"),
+        pytest.param("", "unknown model ''\nKnown", id="empty"),
+        pytest.param("no_such_module:net", "cannot import model 'no_such_module:net'", id="module"),
+        pytest.param("torch.nn:Lineal", "cannot import model 'torch.nn:Lineal'", id="attribute"),
+    ],
+)
+def test_unknown_names(name: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        build_model(name, CLASSES, CHANNELS)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "takes"),
+    [
+        pytest.param("resnet8", 1, 1, id="a CIFAR family takes grey"),
+        pytest.param("resnet8", 3, 3, id="a CIFAR family takes colour"),
+        pytest.param("shufflenet_v2_x0_5", 3, 3, id="torchvision takes colour"),
+        pytest.param("shufflenet_v2_x0_5", 1, 3, id="torchvision is given grey repeated"),
+    ],
+)
+def test_names(name: str, channels: int, takes: int) -> None:
+    model = build_model(name, 7, channels)
+    assert model.architecture == name
+    assert model.channels == takes
+    assert model.statistics is None
+    with torch.no_grad():
+        assert model.module.eval()(torch.zeros(2, takes, 32, 32)).shape == (2, 7)
+
+
+def test_timm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(ModelError, match=r"timm:vit needs timm\n.*pip install"):
+        build_model("timm:vit", CLASSES, CHANNELS)
+
+
+NETS = """
+from torch import nn
+
+def net(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, num_classes))
+
+def no_net(num_classes):
+    return "a string"
+"""
+
+
+@pytest.fixture
+def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module of its own that can be imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"user_model_{next(_fresh)}"
+    (tmp_path / f"{name}.py").write_text(NETS)
+    return name
+
+
+def test_module_and_callable(importable: str) -> None:
+    model = build_model(f"{importable}:net", 5, CHANNELS)
+    assert model.architecture == f"{importable}:net"
+    assert model.module(torch.zeros(2, 3, 2, 2)).shape == (2, 5)
+
+
+def test_a_callable_that_returns_no_module(importable: str) -> None:
+    with pytest.raises(ModelError, match=r"returned a str, not a torch\.nn\.Module"):
+        build_model(f"{importable}:no_net", 5, CHANNELS)
+
+
+# ---- weights --------------------------------------------------------------------------------
+
+
+def safetensors(state: dict[str, Tensor], folder: Path) -> Path:
+    save_file(state, folder / "w.safetensors")
+    return folder / "w.safetensors"
+
+
+def run_directory(state: dict[str, Tensor], folder: Path) -> Path:
+    return write_run(folder / "run", state)
+
+
+def saved(wrap: Callable[[dict[str, Tensor]], Any]) -> Callable[[dict[str, Tensor], Path], Path]:
+    def save(state: dict[str, Tensor], folder: Path) -> Path:
+        torch.save(wrap(state), folder / "w.pth")
+        return folder / "w.pth"
+
+    return save
+
+
+def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"module.{key}": value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(run_directory, id="run directory"),
+        pytest.param(safetensors, id="safetensors"),
+        pytest.param(saved(lambda s: s), id="state dict"),
+        pytest.param(saved(prefixed), id="DataParallel"),
+        pytest.param(saved(lambda s: {"model": s, "epoch": 240}), id="mdistiller"),
+        pytest.param(saved(lambda s: {"state_dict": s, "epoch": 1}), id="state_dict"),
+        pytest.param(saved(lambda s: {"state_dict": prefixed(s)}), id="state_dict, DataParallel"),
+    ],
+)
+def test_weights(write: Callable[[dict[str, Tensor], Path], Path], tmp_path: Path) -> None:
+    source = trained()
+    loaded = load_model(NAME, str(write(source.state_dict(), tmp_path)), CLASSES, CHANNELS)
+    assert same(loaded.module, source)
+    assert loaded.architecture == NAME
+
+
+def test_weights_of_the_previous_file_format(tmp_path: Path) -> None:
+    source, path = trained(), tmp_path / "old.pth"
+    torch.save(source.state_dict(), path, _use_new_zipfile_serialization=False)
+    assert same(load_model(NAME, str(path), CLASSES, CHANNELS).module, source)
+
+
+def test_a_run_directory_brings_what_belongs_to_it(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", trained().state_dict(), image_size=48)
+    loaded = load_model(None, str(run), CLASSES, CHANNELS)
+    assert loaded.architecture == NAME
+    assert loaded.statistics == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert loaded.image_size == 48
+    assert loaded.channels == CHANNELS
+
+
+def test_a_file_brings_weights_alone(tmp_path: Path) -> None:
+    path = safetensors(trained().state_dict(), tmp_path)
+    loaded = load_model(NAME, str(path), CLASSES, CHANNELS)
+    assert loaded.statistics is None
+    assert loaded.image_size is None
+
+
+class MakesFolder:
+    """A pickle that runs code when it is loaded, as an attacker would write it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("key", ["model", "fc.weight"])
+def test_code_in_a_pickle_is_not_run(tmp_path: Path, key: str, zipped: bool) -> None:
+    pickle.loads(pickle.dumps(MakesFolder(tmp_path / "control")))
+    assert (tmp_path / "control").is_dir()
+    path = tmp_path / "w.pth"
+    attack = {key: MakesFolder(tmp_path / "attack")}
+    torch.save(attack, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ModelError, match="cannot be read as plain tensors"):
+        load_model(NAME, str(path), CLASSES, CHANNELS)
+    assert not (tmp_path / "attack").exists()
+
+
+def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
+    torch.save(trained(), tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"cannot be read as plain tensors(.|\n)*state_dict\(\)"):
+        load_model(NAME, str(tmp_path / "w.pth"), CLASSES, CHANNELS)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param([torch.zeros(3)], id="a list"),
+        pytest.param({"fc.weight": 3}, id="numbers"),
+        pytest.param({"net": {"fc.weight": torch.zeros(3)}}, id="under an unknown key"),
+        pytest.param(torch.zeros(3), id="a tensor"),
+    ],
+)
+def test_a_file_without_a_state_dict(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"does not hold a state dict\nSave model.state_dict"):
+        load_model(NAME, str(tmp_path / "w.pth"), CLASSES, CHANNELS)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_a_file_of_something_else(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"hello" * 10)
+    with pytest.raises(ModelError, match=f"{name} cannot be read as plain tensors"):
+        load_model(NAME, str(tmp_path / name), CLASSES, CHANNELS)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        pytest.param(
+            ("resnet8", 10, 3), ("resnet8", 7, 3), "has 10 classes, the dataset has 7", id="classes"
+        ),
+        pytest.param(
+            ("vgg8", 100, 3), ("vgg8", 10, 3), "has 100 classes, the dataset has 10", id="vgg"
+        ),
+        pytest.param(
+            ("resnet8", 10, 3),
+            ("vgg8", 10, 3),
+            "another architecture: .* keys missing",
+            id="family",
+        ),
+        pytest.param(
+            ("resnet8", 10, 3),
+            ("resnet14", 10, 3),
+            r"missing \(layer1.1.bn1.*\), 0 un",
+            id="deeper",
+        ),
+        pytest.param(
+            ("resnet14", 10, 3),
+            ("resnet8", 10, 3),
+            r"0 keys missing, \d+ unexpected",
+            id="shallower",
+        ),
+        pytest.param(
+            ("resnet9_w8", 10, 3), ("resnet9_w16", 10, 3), "architecture: .* is .*, not", id="wider"
+        ),
+        pytest.param(
+            ("resnet9_w8", 7, 3), ("resnet9_w16", 10, 3), "another architecture", id="both"
+        ),
+        pytest.param(
+            ("resnet8", 10, 1),
+            ("resnet8", 10, 3),
+            r"conv1.weight is \(16, 1, 3, 3\), not \(16, 3, 3, 3\)",
+            id="grey weights",
+        ),
+    ],
+)
+def test_weights_of_another_model(
+    tmp_path: Path, theirs: tuple[str, int, int], ours: tuple[str, int, int], message: str
+) -> None:
+    path = safetensors(cifar_model(*theirs).state_dict(), tmp_path)
+    name, num_classes, channels = ours
+    with pytest.raises(ModelError, match=message):
+        load_model(name, str(path), num_classes, channels)
+
+
+def test_a_run_of_another_model(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", trained().state_dict())
+    with pytest.raises(ModelError, match="holds a resnet8, not a vgg8"):
+        load_model("vgg8", str(run), CLASSES, CHANNELS)
+
+
+def no_config(run: Path) -> None:
+    (run / "config.yaml").unlink()
+
+
+def empty_config(run: Path) -> None:
+    (run / "config.yaml").write_text("")
+
+
+def incomplete_config(run: Path) -> None:
+    (run / "config.yaml").write_text("model: {architecture: resnet8}")
+
+
+def broken_config(run: Path) -> None:
+    (run / "config.yaml").write_text("model: [")
+
+
+def no_weights(run: Path) -> None:
+    (run / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        pytest.param(no_config, "is not a run directory", id="no config"),
+        pytest.param(empty_config, "is not a run directory", id="empty config"),
+        pytest.param(incomplete_config, "is not a run directory", id="incomplete config"),
+        pytest.param(broken_config, "is not a run directory", id="broken config"),
+        pytest.param(no_weights, r"no weights at .*safetensors\nHas the run", id="no weights"),
+    ],
+)
+def test_spoilt_run_directories(
+    tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    run = write_run(tmp_path / "run", trained().state_dict())
+    spoil(run)
+    with pytest.raises(ModelError, match=message):
+        load_model(None, str(run), CLASSES, CHANNELS)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        pytest.param(NAME, None, r"no weights given\nGive --weights", id="none given"),
+        pytest.param(NAME, "nowhere.pth", "no weights at nowhere.pth", id="missing"),
+        pytest.param(NAME, "nowhere.safetensors", "no weights at nowhere", id="missing tensors"),
+        pytest.param(None, "some.pth", "does not say which model", id="no name"),
+        pytest.param("resnet8", "pretrained", "no pretrained weights for 'resnet8'", id="CIFAR"),
+        pytest.param(None, "pretrained", "no pretrained weights for ''", id="no pretrained name"),
+        pytest.param(
+            "resnet18",
+            "pretrained",
+            "has 1000 classes, the dataset has 10",
+            id="ImageNet's classes",
+        ),
+    ],
+)
+def test_weights_that_are_not_there(name: str | None, weights: str | None, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_model(name, weights, CLASSES, CHANNELS)
+
+
+# ---- outputs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(lambda x: x, id="tensor"),
+        pytest.param(lambda x: (x, {"feats": []}), id="mdistiller's tuple"),
+        pytest.param(lambda x: [x, x + 1], id="list"),
+        pytest.param(lambda x: SimpleNamespace(logits=x, loss=None), id="object"),
+        pytest.param(lambda x: (SimpleNamespace(logits=x),), id="object in a tuple"),
+    ],
+)
+def test_logits_of(wrap: Callable[[Tensor], Any]) -> None:
+    logits = torch.randn(2, 3)
+    assert logits_of(wrap(logits)) is logits

@@ -1,0 +1,467 @@
+import math
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from stages.errors import ViewError
+from stages.inputs.views import (
+    POLICIES,
+    Boxes,
+    PadCrop,
+    PadCropFlip,
+    Plain,
+    ResizedCropFlip,
+    ViewPolicy,
+    known_policy,
+    render,
+    view_policy,
+)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def draw(policy: ViewPolicy, samples: Tensor, view: int | Tensor, size: tuple[int, int]) -> Boxes:
+    height, width = (torch.full_like(samples, side) for side in size)
+    return policy.draw(samples, view, height, width)
+
+
+def numbers(boxes: Boxes) -> list[tuple[int, ...]]:
+    fields = (boxes.top, boxes.left, boxes.height, boxes.width, boxes.mirrored)
+    return [tuple(row) for row in torch.stack(fields, 1).tolist()]
+
+
+def naive_crop(image: Tensor, top: int, left: int, mirrored: int) -> Tensor:
+    """Pixel (y, x) of the view is pixel (top + y, left + x) of the image, or 0 beyond its edge."""
+    channels, height, width = image.shape
+    out = np.zeros((channels, height, width), np.uint8)
+    for y, x in product(range(height), range(width)):
+        if 0 <= top + y < height and 0 <= left + x < width:
+            out[:, y, width - 1 - x if mirrored else x] = image[:, top + y, left + x]
+    return torch.from_numpy(out)
+
+
+# ---- draws, pinned --------------------------------------------------------------------------
+# These numbers are the cache format: a cache made with others holds targets of other pixels.
+
+
+@pytest.mark.parametrize(
+    ("spec", "seed", "view", "sample", "expected"),
+    [
+        # (top, left, mirrored)
+        pytest.param("pad-crop-flip", 0, 0, 0, (-2, -2, 1), id="flip, first"),
+        pytest.param("pad-crop-flip", 0, 0, 1, (2, 0, 0), id="flip, next sample"),
+        pytest.param("pad-crop-flip", 1, 0, 0, (1, 3, 1), id="flip, next seed"),
+        pytest.param("pad-crop-flip", 0, 1, 0, (-2, 1, 0), id="flip, next view"),
+        pytest.param("pad-crop-flip", 12345, 7, 49999, (2, -4, 1), id="flip, usual"),
+        pytest.param("pad-crop-flip", -3, 17, 2**40, (3, 1, 0), id="flip, beyond 32 bits"),
+        pytest.param("pad-crop", 0, 0, 0, (-3, 2, 0), id="first"),
+        pytest.param("pad-crop", 0, 80, 49999, (3, 2, 0), id="last view"),
+        pytest.param("pad-crop", 12345, 7, 49999, (-2, 2, 0), id="usual"),
+        pytest.param("pad-crop-flip:pad=1", 0, 0, 0, (0, 1, 1), id="pad 1, first"),
+        pytest.param("pad-crop-flip:pad=1", 0, 17, 49999, (0, -1, 0), id="pad 1, last view"),
+    ],
+)
+def test_golden_offsets(
+    spec: str, seed: int, view: int, sample: int, expected: tuple[int, int, int]
+) -> None:
+    top, left, mirrored = expected
+    boxes = draw(view_policy(spec, seed), torch.tensor([sample]), view, (8, 9))
+    assert numbers(boxes) == [(top, left, 8, 9, mirrored)]
+
+
+@pytest.mark.parametrize(
+    ("seed", "view", "sample", "expected"),
+    [
+        # (top, left, height, width, mirrored) in an image of 375 x 500
+        pytest.param(0, 0, 0, (50, 134, 213, 176, 0), id="first"),
+        pytest.param(0, 0, 1, (2, 127, 371, 371, 1), id="next sample"),
+        pytest.param(1, 0, 0, (28, 80, 310, 397, 1), id="next seed"),
+        pytest.param(0, 1, 0, (11, 95, 340, 367, 1), id="next view"),
+        pytest.param(0, 299, 1281166, (85, 105, 254, 286, 0), id="usual"),
+        pytest.param(0, 2**40, 5, (124, 171, 230, 300, 0), id="view beyond 32 bits"),
+        pytest.param(-3, 17, 2**40, (61, 147, 295, 326, 0), id="sample beyond 32 bits"),
+    ],
+)
+def test_golden_resized_crops(seed: int, view: int, sample: int, expected: tuple[int, ...]) -> None:
+    boxes = draw(ResizedCropFlip(seed=seed), torch.tensor([sample]), view, (375, 500))
+    assert numbers(boxes) == [expected]
+
+
+# ---- which views there are ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "count"),
+    [
+        pytest.param("pad-crop-flip", 162, id="crop and flip"),
+        pytest.param("pad-crop", 81, id="crop"),
+        pytest.param("pad-crop-flip:pad=0", 2, id="flip alone"),
+        pytest.param("pad-crop:pad=0", 1, id="nothing to draw"),
+        pytest.param("pad-crop:pad=2", 25, id="crop by 2"),
+        pytest.param("none", 1, id="none"),
+        pytest.param("resized-crop-flip", None, id="unbounded"),
+    ],
+)
+def test_count(spec: str, count: int | None) -> None:
+    assert view_policy(spec).count == count
+
+
+@pytest.mark.parametrize(
+    ("policy", "mirrors"),
+    [
+        pytest.param(PadCropFlip(), (0, 1), id="pad-crop-flip"),
+        pytest.param(PadCrop(seed=3), (0,), id="pad-crop"),
+        pytest.param(PadCropFlip(pad=0), (0, 1), id="flip alone"),
+    ],
+)
+def test_the_views_of_a_sample_are_all_there_are(policy: PadCrop, mirrors: tuple[int, ...]) -> None:
+    offsets = range(-policy.pad, policy.pad + 1)
+    every = sorted((t, x, 8, 8, m) for t, x, m in product(offsets, offsets, mirrors))
+    for sample in (0, 1, 49_999, 2**33):
+        views = torch.arange(policy.count)
+        boxes = draw(policy, torch.full_like(views, sample), views, (8, 8))
+        assert sorted(numbers(boxes)) == every
+
+
+def test_all_pixels_of_all_162_views_differ() -> None:
+    views = PadCropFlip().apply(
+        noise(1, 3, 8, 8).expand(162, -1, -1, -1), torch.full((162,), 5), torch.arange(162)
+    )
+    assert len({view.numpy().tobytes() for view in views}) == 162
+
+
+@pytest.mark.parametrize("view", [0, 1, 161])
+def test_a_view_is_uniform_across_samples(view: int) -> None:
+    boxes = draw(PadCropFlip(), torch.arange(32_400), view, (32, 32))
+    cells = ((boxes.top + 4) * 9 + boxes.left + 4) * 2 + boxes.mirrored
+    counts = torch.bincount(cells, minlength=162).double()  # 200 expected in each
+    chi_square = float(((counts - 200) ** 2 / 200).sum())
+    assert abs(chi_square - 161) < 5 * (2 * 161) ** 0.5
+
+
+def test_two_views_of_a_sample_are_independent() -> None:
+    first, second = (draw(PadCropFlip(), torch.arange(20_000), v, (8, 8)) for v in (3, 4))
+    for a, b in product((first.top, first.left, first.mirrored), (second.top, second.mirrored)):
+        correlation = float(torch.corrcoef(torch.stack([a, b]).double())[0, 1])
+        assert (
+            abs(correlation) < 0.04
+        )  # 5 standard deviations, and 1/161 for drawing without return
+
+
+# ---- pixels ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([PadCrop, PadCropFlip]),
+    st.integers(0, 5),
+    st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    st.integers(0, 10**6),
+)
+def test_equals_a_naive_crop(
+    kind: type[PadCrop], pad: int, shape: tuple[int, int, int], number: int
+) -> None:
+    policy = kind(pad=pad, seed=number)
+    images, samples = noise(3, *shape), torch.tensor([0, 7, number])
+    view = number % policy.count
+    boxes = draw(policy, samples, view, shape[1:])
+    seen = policy.apply(images, samples, view)
+    for i, (top, left, _, _, mirrored) in enumerate(numbers(boxes)):
+        assert torch.equal(seen[i], naive_crop(images[i], top, left, mirrored))
+
+
+def test_a_hand_worked_view() -> None:
+    # Sample 0, view 0: two rows and two columns of padding come in from above and left; mirrored.
+    image = torch.arange(1, 10, dtype=torch.uint8).view(1, 1, 3, 3)
+    seen = PadCropFlip().apply(image, torch.tensor([0]), 0)
+    assert seen.tolist() == [[[[0, 0, 0], [0, 0, 0], [1, 0, 0]]]]
+
+
+@pytest.mark.parametrize("spec", ["pad-crop-flip", "pad-crop", "resized-crop-flip", "none"])
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 11), min_size=1, max_size=12), st.integers(0, 80))
+def test_pixels_do_not_depend_on_the_batch(spec: str, chosen: list[int], view: int) -> None:
+    policy = view_policy(spec, seed=2)
+    view = view if policy.count != 1 else 0
+    images, samples = noise(12, 3, 8, 8), torch.arange(12) * 1000
+    every = policy.apply(images, samples, view)
+    assert torch.equal(policy.apply(images[chosen], samples[chosen], view), every[chosen])
+
+
+@pytest.mark.parametrize("spec", ["pad-crop-flip", "pad-crop", "resized-crop-flip"])
+def test_a_view_for_each_sample(spec: str) -> None:
+    policy = view_policy(spec)
+    images, samples, views = noise(6, 3, 8, 8), torch.arange(6), torch.tensor([0, 80, 3, 0, 9, 80])
+    together = policy.apply(images, samples, views)
+    for i, view in enumerate(views.tolist()):
+        one = policy.apply(images[i : i + 1], samples[i : i + 1], view)
+        assert torch.equal(together[i : i + 1], one)
+
+
+@pytest.mark.parametrize("spec", ["pad-crop-flip", "none"])
+def test_rendering_one_by_one_equals_cropping_a_batch(spec: str) -> None:
+    policy, images = view_policy(spec), noise(20, 3, 7, 9)
+    boxes = draw(policy, torch.arange(20), 0, (7, 9))
+    one_by_one = torch.stack([render(x, boxes, i, (7, 9)) for i, x in enumerate(images)])
+    assert torch.equal(policy.crop(images, boxes), one_by_one)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("spec", ["pad-crop-flip", "pad-crop", "none"])
+def test_cuda_equals_cpu(spec: str) -> None:
+    policy, images, samples = view_policy(spec), noise(64, 3, 32, 32), torch.arange(64)
+    on_gpu = policy.apply(images.cuda(), samples, 0)
+    assert on_gpu.is_cuda
+    assert torch.equal(on_gpu.cpu(), policy.apply(images, samples, 0))
+
+
+# ---- resized crops --------------------------------------------------------------------------
+
+
+def torchvision_box(height: int, width: int) -> tuple[int, ...]:
+    image = torch.empty(1, height, width)
+    transform = v2.RandomResizedCrop(1)
+    box = transform.make_params([image])
+    return tuple(box[key] for key in ("top", "left", "height", "width"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(8, 600), st.floats(0.5, 2), st.integers(0, 10**9))
+def test_boxes_are_within_limits(height: int, aspect: float, number: int) -> None:
+    width = max(8, round(height * aspect))
+    samples = number + torch.arange(50)
+    for top, left, h, w, mirrored in numbers(
+        draw(ResizedCropFlip(seed=number), samples, number, (height, width))
+    ):
+        assert top >= 0
+        assert left >= 0
+        assert top + h <= height
+        assert left + w <= width
+        assert mirrored in (0, 1)
+        # Each side was rounded: some box within half a pixel has an allowed area and ratio.
+        assert (w - 0.5) * (h - 0.5) <= height * width
+        assert (w + 0.5) * (h + 0.5) >= 0.08 * height * width
+        assert (w - 0.5) / (h + 0.5) <= 4 / 3
+        assert (w + 0.5) / (h - 0.5) >= 3 / 4
+
+
+@pytest.mark.parametrize("size", [(160, 160), (150, 200), (300, 120)])
+def test_boxes_are_distributed_as_torchvision_draws_them(size: tuple[int, int]) -> None:
+    height, width = size
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = torch.tensor([torchvision_box(height, width) for _ in range(3000)]).double()
+    boxes = draw(ResizedCropFlip(), torch.arange(30_000), 0, size)
+    ours = torch.tensor(numbers(boxes)).double()
+
+    def summary(rows: Tensor) -> dict[str, float]:
+        top, left, h, w = rows[:, :4].T
+        area, log_ratio = h * w / (height * width), (w / h).log()
+        return {
+            "area": float(area.mean()),
+            "spread of area": float(area.std()),
+            "small": float((area < 0.25).double().mean()),
+            "log ratio": float(log_ratio.mean()),
+            "spread of log ratio": float(log_ratio.std()),
+            "centre, down": float((top + h / 2).mean() / height),
+            "centre, across": float((left + w / 2).mean() / width),
+        }
+
+    # Two standard errors of torchvision's 3,000 draws are about 0.01 (0.016 for a share of draws).
+    assert summary(ours) == pytest.approx(summary(theirs), abs=0.02)
+    assert float(ours[:, 4].mean()) == pytest.approx(0.5, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param((1, 500), id="1 x 500"),
+        pytest.param((500, 1), id="500 x 1"),
+        pytest.param((3, 500), id="3 x 500"),
+        pytest.param((1000, 10), id="1000 x 10"),
+    ],
+)
+def test_no_box_fits_an_extreme_shape(size: tuple[int, int]) -> None:
+    # Then torchvision's central crop is not random, and ours must be the same.
+    expected = torchvision_box(*size)
+    boxes = draw(ResizedCropFlip(), torch.arange(5), 0, size)
+    assert [box[:4] for box in numbers(boxes)] == [expected] * 5
+
+
+def test_images_of_different_sizes_in_one_draw() -> None:
+    policy, samples = ResizedCropFlip(), torch.arange(3)
+    heights, widths = torch.tensor([40, 1, 300]), torch.tensor([60, 500, 200])
+    together = numbers(policy.draw(samples, 4, heights, widths))
+    for i in range(3):
+        size = int(heights[i]), int(widths[i])
+        assert numbers(draw(policy, samples[i : i + 1], 4, size)) == [together[i]]
+
+
+def test_min_area_bounds_the_area() -> None:
+    boxes = draw(ResizedCropFlip(min_area=0.9), torch.arange(500), 0, (200, 200))
+    assert int((boxes.height * boxes.width).min()) > 0.89 * 200 * 200
+
+
+# ---- rendering ------------------------------------------------------------------------------
+
+
+def box(top: int, left: int, height: int, width: int, mirrored: int = 0) -> Boxes:
+    return Boxes(*(torch.tensor([value]) for value in (top, left, height, width, mirrored)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mirrored", [0, 1])
+@pytest.mark.parametrize("size", [(24, 24), (7, 7), (60, 50)])
+def test_rendering_resizes_the_crop(channels: int, mirrored: int, size: tuple[int, int]) -> None:
+    image = noise(channels, 40, 50)
+    seen = render(image, box(5, 8, 31, 22, mirrored), 0, size)
+    crop = image[:, 5:36, 8:30]
+    crop = v2.functional.horizontal_flip(crop) if mirrored else crop
+    assert torch.equal(seen, v2.functional.resize(crop, list(size), antialias=True))
+    assert seen.is_contiguous()
+    # Pillow is another implementation of the same filter; the two round differently.
+    for plane, expected in zip(seen, crop, strict=True):
+        pillow = Image.fromarray(expected.numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
+        difference = plane.int() - torch.from_numpy(np.array(pillow)).int()
+        assert int(difference.abs().max()) <= 1
+
+
+def test_rendering_at_the_size_of_the_box_moves_pixels_alone() -> None:
+    image = noise(3, 10, 12)
+    assert torch.equal(render(image, box(2, 3, 6, 5), 0, (6, 5)), image[:, 2:8, 3:8])
+    assert torch.equal(render(image, box(2, 3, 6, 5, 1), 0, (6, 5)), image[:, 2:8, 3:8].flip(-1))
+
+
+def test_rendering_a_channels_last_image_gives_the_same_bytes() -> None:
+    # Decoded files are (H, W, C) in memory, images held in one tensor are (C, H, W).
+    image = noise(3, 40, 50)
+    decoded = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for size in ((24, 24), (64, 64)):
+        boxes = box(5, 8, 31, 22, 1)
+        assert torch.equal(render(decoded, boxes, 0, size), render(image, boxes, 0, size))
+
+
+# ---- none -----------------------------------------------------------------------------------
+
+
+def test_none_is_the_image_itself() -> None:
+    images = noise(4, 3, 6, 5)
+    assert torch.equal(Plain().apply(images, torch.arange(4), 0), images)
+
+
+@pytest.mark.parametrize(
+    ("size", "zoom", "expected"),
+    [
+        pytest.param((512, 640), 256 / 224, (32, 96, 448, 448, 0), id="256 to 224"),
+        pytest.param((300, 200), 1.0, (50, 0, 200, 200, 0), id="whole shorter side"),
+        pytest.param((9, 9), 3.0, (3, 3, 3, 3, 0), id="a third"),
+        pytest.param((1, 8), 4.0, (0, 3, 1, 1, 0), id="never empty"),
+    ],
+)
+def test_the_central_square(size: tuple[int, int], zoom: float, expected: tuple[int, ...]) -> None:
+    assert numbers(draw(Plain(zoom=zoom), torch.tensor([0]), 0, size)) == [expected]
+
+
+def test_zoom_is_resize_and_centre_crop() -> None:
+    # The same central square. Cutting before resizing differs in the outermost pixels alone, where
+    # torchvision's filter still sees what lies beyond the square.
+    image = noise(3, 512, 640)
+    square = draw(Plain(zoom=256 / 224), torch.tensor([0]), 0, (512, 640))
+    ours = render(image, square, 0, (224, 224))
+    theirs = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])(image)
+    inside = (slice(None), slice(1, -1), slice(1, -1))
+    assert int((ours.int() - theirs.int())[inside].abs().max()) <= 1
+
+
+# ---- errors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "view", "message"),
+    [
+        pytest.param(PadCropFlip(), 162, r"view 162 of 'pad-crop-flip' .*\[0, 161\]", id="beyond"),
+        pytest.param(PadCropFlip(), -1, r"view -1 of 'pad-crop-flip'", id="negative"),
+        pytest.param(PadCrop(), torch.tensor([0, 81]), r"view 81 .*\[0, 80\]", id="one of two"),
+        pytest.param(ResizedCropFlip(), -1, r"view -1 .*\[0, \.\.\.\]", id="negative, unbounded"),
+        pytest.param(Plain(), 1, r"view 1 of 'none' .*\[0, 0\]", id="none has one"),
+    ],
+)
+def test_a_view_that_does_not_exist(policy: ViewPolicy, view: int | Tensor, message: str) -> None:
+    with pytest.raises(ViewError, match=message):
+        policy.apply(noise(2, 1, 4, 4), torch.arange(2), view)
+
+
+def test_unbounded_policies_have_every_view() -> None:
+    seen = ResizedCropFlip().apply(noise(1, 3, 16, 16), torch.tensor([0]), 2**40)
+    assert seen.shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        pytest.param("pad-crop-flop", "did you mean 'pad-crop-flip'", id="near name"),
+        pytest.param("zzz", "unknown view policy 'zzz'\nKnown policies: pad-", id="far name"),
+        pytest.param("pad-crop:pda=2", "'pda=2' is not a parameter.*\nIt takes pad=4", id="key"),
+        pytest.param("pad-crop:pad=x", "'pad=x' is not a parameter", id="value"),
+        pytest.param("pad-crop:seed=1", "'seed=1' is not a parameter", id="seed is apart"),
+        pytest.param("pad-crop:pad=-1", r"pad must be in \[0, 64\], was -1", id="pad below"),
+        pytest.param("pad-crop:pad=65", r"pad must be in \[0, 64\], was 65", id="pad above"),
+        pytest.param("resized-crop-flip:min_area=0", "min_area must be in", id="no area"),
+        pytest.param("resized-crop-flip:min_area=1.5", "min_area must be in", id="too much area"),
+        pytest.param("none:zoom=0.5", "zoom must be 0 or at least 1", id="zooming out"),
+        pytest.param("none:zoom=inf", "zoom must be 0 or at least 1", id="endless zoom"),
+    ],
+)
+def test_a_policy_that_does_not_exist(spec: str, message: str) -> None:
+    with pytest.raises(ViewError, match=message):
+        view_policy(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        pytest.param("pad-crop", PadCrop(seed=7), id="name alone"),
+        pytest.param("pad-crop-flip:pad=2", PadCropFlip(pad=2, seed=7), id="int parameter"),
+        pytest.param("none:zoom=1.25", Plain(zoom=1.25, seed=7), id="float parameter"),
+        pytest.param(
+            "resized-crop-flip:min_area=0.2", ResizedCropFlip(min_area=0.2, seed=7), id="area"
+        ),
+    ],
+)
+def test_specifications(spec: str, expected: ViewPolicy) -> None:
+    assert view_policy(spec, seed=7) == expected
+    name, parameters = expected.name, expected.parameters
+    assert known_policy(name, parameters, version=expected.version, seed=7) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"version": 2}, "is version 1 here, 2 in the cache", id="version"),
+        pytest.param({"name": "cutmix"}, "has no view policy 'cutmix'", id="name"),
+        pytest.param({"parameters": {"fill": 3}}, "has no view policy .*fill", id="parameter"),
+    ],
+)
+def test_an_identity_that_this_program_cannot_draw(change: dict[str, Any], message: str) -> None:
+    identity = {"name": "pad-crop", "parameters": {"pad": 4}, "version": 1, "seed": 0}
+    with pytest.raises(ViewError, match=message):
+        known_policy(**{**identity, **change})
+
+
+@pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
+def test_parameters_are_finite_numbers_without_the_seed(make: Callable[..., ViewPolicy]) -> None:
+    parameters = make(seed=5).parameters
+    assert "seed" not in parameters
+    assert all(math.isfinite(value) for value in parameters.values())

@@ -1,0 +1,149 @@
+"""The dynamic bias-aware loss against the paper's formula on sub-batches."""
+
+import math
+from itertools import pairwise
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from stages.objectives.bias import BiasMode, Reduction, Schedule, bias_weights
+from stages.objectives.losses import kd
+
+MIXES = {
+    "all-right": torch.zeros(16, dtype=torch.bool),
+    "all-wrong": torch.ones(16, dtype=torch.bool),
+    "one-wrong": torch.arange(16) == 5,
+    "one-right": torch.arange(16) != 5,
+    "half": torch.arange(16) % 2 == 0,
+    "single-row-right": torch.tensor([False]),
+    "single-row-wrong": torch.tensor([True]),
+}
+MODES: tuple[BiasMode, ...] = get_args(BiasMode)
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+
+
+def b_of(schedule: Schedule, epoch: int, epochs: int) -> float:
+    return bias_weights("rectify", schedule, "subset", epoch, epochs).right
+
+
+def row_losses(size: int) -> Tensor:
+    return torch.rand(size, generator=torch.Generator().manual_seed(1)) + 0.1
+
+
+# ---- the schedule ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epoch", "expected"),
+    [
+        ("cosine", 0, 1.0),
+        ("cosine", 150, 0.5),
+        ("cosine", 100, 0.75),
+        ("cosine", 299, 2.7415e-5),
+        ("linear", 0, 1.0),
+        ("linear", 75, 0.75),
+        ("linear", 150, 0.5),
+        ("linear", 299, 1 / 300),
+        ("constant", 0, 1.0),
+        ("constant", 299, 1.0),
+    ],
+)
+def test_schedule_values(schedule: Schedule, epoch: int, expected: float) -> None:
+    assert b_of(schedule, epoch, 300) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("epochs", [1, 2, 7, 300])
+def test_weight_moves_from_right_to_wrong(schedule: Schedule, epochs: int) -> None:
+    every = [bias_weights("rectify", schedule, "subset", e, epochs) for e in range(epochs)]
+    right = [weights.right for weights in every]
+    assert right[0] == 1
+    assert all(before > after > 0 for before, after in pairwise(right))
+    assert all(math.isclose(weights.right + weights.wrong, 1) for weights in every)
+
+
+def test_constant_rectification_keeps_both_kinds_whole() -> None:
+    weights = bias_weights("rectify", "constant", "batch", 7, 10)
+    assert (weights.right, weights.wrong) == (1, 1)
+
+
+# ---- the loss -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("epoch", [0, 3, 9])
+def test_subset_reduction_is_the_papers(wrong: Tensor, schedule: Schedule, epoch: int) -> None:
+    """L = b * mean over right rows + (1 - b) * mean over wrong rows; an empty kind counts 0."""
+    losses, weights = row_losses(len(wrong)), bias_weights("rectify", schedule, "subset", epoch, 10)
+    b = {"cosine": math.cos(math.pi / 2 * epoch / 10) ** 2, "linear": 1 - epoch / 10}.get(schedule)
+    b_right, b_wrong = (1.0, 1.0) if b is None else (b, 1 - b)
+    expected = 0.0
+    if (~wrong).any():
+        expected += b_right * losses[~wrong].mean().item()
+    if wrong.any():
+        expected += b_wrong * losses[wrong].mean().item()
+    assert (weights.rows(wrong) * losses).mean().item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("epoch", [0, 3, 9])
+def test_batch_reduction_divides_sums_by_the_batch(wrong: Tensor, epoch: int) -> None:
+    losses, weights = row_losses(len(wrong)), bias_weights("rectify", "linear", "batch", epoch, 10)
+    b = 1 - epoch / 10
+    expected = (b * losses[~wrong].sum() + (1 - b) * losses[wrong].sum()) / len(wrong)
+    assert (weights.rows(wrong) * losses).mean().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_mode_none_is_the_plain_mean(
+    wrong: Tensor, schedule: Schedule, reduction: Reduction
+) -> None:
+    losses, weights = row_losses(len(wrong)), bias_weights("none", schedule, reduction, 4, 10)
+    assert torch.equal((weights.rows(wrong) * losses).mean(), losses.mean())
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_elimination_drops_wrong_rows(reduction: Reduction) -> None:
+    wrong = MIXES["half"]
+    losses, weights = row_losses(16), bias_weights("eliminate", "constant", reduction, 4, 10)
+    rows = weights.rows(wrong)
+    assert (rows[wrong] == 0).all()
+    right = losses[~wrong]
+    expected = right.mean() if reduction == "subset" else right.sum() / 16
+    torch.testing.assert_close((rows * losses).mean(), expected)
+
+
+def test_all_right_at_the_start_is_plain_kd() -> None:
+    student, teacher = torch.randn(2, 16, 10, generator=torch.Generator().manual_seed(0))
+    rows = kd(student, teacher, torch.zeros(16, dtype=torch.int64), reduction="none")
+    weights = bias_weights("rectify", "cosine", "subset", 0, 300)
+    torch.testing.assert_close((weights.rows(MIXES["all-right"]) * rows).mean(), rows.mean())
+
+
+@pytest.mark.parametrize("wrong", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_loss_and_gradients_are_finite(
+    wrong: Tensor, mode: BiasMode, schedule: Schedule, reduction: Reduction
+) -> None:
+    """Invariant 6, at the first and at the last epoch."""
+    for epoch in (0, 9):
+        student = torch.randn(len(wrong), 10, generator=torch.Generator().manual_seed(0))
+        student.requires_grad_()
+        rows = kd(
+            student, -student.detach(), torch.zeros(len(wrong), dtype=torch.int64), 4.0, "none"
+        )
+        weights = bias_weights(mode, schedule, reduction, epoch, 10).rows(wrong)
+        assert weights.dtype == torch.float32
+        loss = (weights * rows).mean()
+        loss.backward()
+        assert loss.isfinite()
+        assert student.grad is not None
+        assert student.grad.isfinite().all()

@@ -1,0 +1,398 @@
+"""The command line: what it answers to right and to wrong input, without starting what is wrong."""
+
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline.cli import cli, main
+from stages import cache_plan
+from stages.cache import LogitCache
+from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.inputs.cifar_models import cifar_model
+from stages.rectify import RectifyConfig, rectify
+from stages.train_teacher import TeacherConfig, train_teacher
+from stages.training.config import DataSettings, ModelSettings, TrainSettings
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["train-teacher", "cache-teacher", "rectify", "train-student", "inspect", "demo"]
+POLICY = "pad-crop:pad=2"
+
+TEACH = f"train-teacher --dataset digits --model resnet8 --augment {POLICY} --epochs 1 --out new"
+CACHE = f"cache-teacher --dataset digits --weights teacher --views 2 --augment {POLICY} --out new"
+STUDY = "train-student cache.zarr --dataset digits --student resnet8 --epochs 1 --out new"
+RECTIFY = "rectify cache.zarr"
+
+
+@dataclass
+class Answer:
+    code: int | str | None
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def my_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a teacher, a cache of two of its views, and things gone wrong."""
+    folder = tmp_path_factory.mktemp("cli")
+    data = DataSettings(dataset="digits", workers=0)
+    config = TeacherConfig(
+        data=data,
+        model=ModelSettings(architecture="resnet8"),
+        augment=POLICY,
+        train=TrainSettings(epochs=1, batch_size=500),
+        device="cpu",
+    )
+    train_teacher(config, folder / "teacher")
+    teacher = TeacherSettings(weights=str(folder / "teacher"))
+    job = prepare(CacheConfig(data=data, teacher=teacher, views=2, augment=POLICY, device="cpu"))
+    cache_teacher(job, folder / "cache.zarr")
+    shutil.copytree(folder / "cache.zarr", folder / "rectified.zarr")
+    rectify(folder / "rectified.zarr", RectifyConfig())
+    shutil.copytree(folder / "cache.zarr", folder / "half.zarr")
+    LogitCache.open(folder / "half.zarr", writable=True).grow(5)
+
+    weights = load_file(folder / "teacher" / "model.safetensors")
+    save_file({"fc.weight": weights["fc.weight"]}, folder / "partial.safetensors")
+    save_file(cifar_model("resnet8", 7, 1).state_dict(), folder / "seven.safetensors")
+    torch.save(nn.Linear(1, 1), folder / "pickle.pt")
+    (folder / "noise.safetensors").write_bytes(b"\x00\x01noise")
+    (folder / "broken.yaml").write_text("train: [1, 2")
+    (folder / "list.yaml").write_text("- 1")
+    (folder / "wrong.yaml").write_text("train: {epoch: 3}")
+    (folder / "thesis").mkdir()
+    (folder / "thesis" / "chapter1.tex").write_text("years of work")
+    (folder / "images" / "train" / "cat").mkdir(parents=True)
+    (folder / "my_broken_data.py").write_text("def make(split):\n    return 1 / 0\n")
+    return folder
+
+
+@pytest.fixture
+def my_pipeline(
+    my_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Answer]:
+    """Runs `pipeline` with these words, in this process, in the working directory."""
+    monkeypatch.chdir(my_folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(cache_plan, "MEASURED_SECONDS", 0.0)
+
+    def run(words: str, *more: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["pipeline", *words.split(), *more])
+        code: int | str | None = 0
+        try:
+            main()
+        except SystemExit as left:
+            code = left.code
+        except Exception:
+            traceback.print_exc()
+            code = 1  # as the interpreter does
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return run
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    return {
+        str(path.relative_to(folder)): b"" if path.is_dir() else path.read_bytes() for path in paths
+    }
+
+
+# ---- wrong input ----------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[str, list[str]]] = {
+    # what is learned from
+    "dataset-unknown": (f"{TEACH} --dataset cifar11", ["unknown dataset 'cifar11'", "cifar10"]),
+    "dataset-none": ("train-teacher --model resnet8 --out new", ["'data.dataset' is missing"]),
+    "folder-missing": (f"{TEACH} --dataset folder:nowhere", ["no folder nowhere/train"]),
+    "folder-empty-class": (f"{TEACH} --dataset folder:images", ["holds no images"]),
+    "dataset-not-there": (f"{TEACH} --dataset cifar10 --root empty", ["cifar10 is missing"]),
+    "dataset-not-importable": (f"{TEACH} --dataset nowhere:make", ["cannot import", "nowhere"]),
+    # models and weights
+    "model-unknown": (f"{TEACH} --model resnet8x", ["unknown model 'resnet8x'", "did you mean"]),
+    "model-none": ("train-teacher --dataset digits --out new", ["'model.architecture' is missing"]),
+    "model-not-importable": (f"{TEACH} --model nowhere:net", ["cannot import model"]),
+    "student-unknown": (f"{STUDY} --student wrn_17_2", ["unknown model 'wrn_17_2'"]),
+    "weights-missing": (f"{CACHE} --weights gone.pt --teacher resnet8", ["no weights at gone.pt"]),
+    "weights-pickled": (
+        f"{CACHE} --weights pickle.pt --teacher resnet8",
+        ["pickle.pt cannot be read as plain tensors", "state_dict"],
+    ),
+    "weights-noise": (
+        f"{CACHE} --weights noise.safetensors --teacher resnet8",
+        ["noise.safetensors cannot be read"],
+    ),
+    "weights-partial": (
+        f"{CACHE} --weights partial.safetensors --teacher resnet8",
+        ["belongs to another architecture"],
+    ),
+    "weights-other-classes": (
+        f"{CACHE} --weights seven.safetensors --teacher resnet8",
+        ["has 7 classes, the dataset has 10"],
+    ),
+    "weights-without-name": (f"{CACHE} --weights seven.safetensors", ["does not say which model"]),
+    "weights-not-a-run": (f"{CACHE} --weights thesis", ["thesis is not a run directory"]),
+    "weights-other-model": (f"{CACHE} --teacher resnet20", ["holds a resnet8, not a resnet20"]),
+    "weights-none": (
+        f"cache-teacher --dataset digits --views 1 --augment {POLICY} --out new",
+        ["'teacher.weights' is missing"],
+    ),
+    "init-missing": (f"{TEACH} --init gone.pt", ["no weights at gone.pt"]),
+    # views
+    "views-0": (f"{CACHE} --views 0", ["views must be positive, was 0"]),
+    "views-minus-1": (f"{CACHE} --views -1", ["views must be positive, was -1"]),
+    "views-too-many": (f"{CACHE} --views 26", ["25 distinct view", "--views 25"]),
+    "views-none": (
+        f"cache-teacher --dataset digits --weights teacher --augment {POLICY} --out new",
+        ["'views' is missing"],
+    ),
+    "views-a-word": (f"{CACHE} --views many", ["--views", "many"]),
+    "augment-unknown": (f"{TEACH} --augment pad-corp", ["unknown view policy", "pad-crop"]),
+    "augment-parameter": (f"{TEACH} --augment pad-crop:pud=2", ["'pud=2'", "pad=4"]),
+    "augment-value": (f"{TEACH} --augment pad-crop:pad=-1", ["pad must be in"]),
+    "student-views-0": (f"{STUDY} --views 0", ["0 views", "has 2"]),
+    "student-views-too-many": (f"{STUDY} --views 3", ["3 views", "has 2"]),
+    # caches
+    "cache-missing": (STUDY.replace("cache.zarr", "gone.zarr"), ["gone.zarr"]),
+    "cache-is-a-folder": (STUDY.replace("cache.zarr", "thesis"), ["thesis"]),
+    "cache-is-a-file": (STUDY.replace("cache.zarr", "list.yaml"), ["list.yaml"]),
+    "cache-incomplete": (STUDY.replace("cache.zarr", "half.zarr"), ["2 of 5 views", "--views 2"]),
+    "cache-of-another": (f"{CACHE} --seed 1 --out cache.zarr", ["views.seed", "another --out"]),
+    "cache-over-a-folder": (f"{CACHE} --out thesis", ["thesis"]),
+    "cache-encoding": (f"{CACHE} --encoding zip", ["zip"]),
+    "inspect-missing": ("inspect gone.zarr", ["gone.zarr"]),
+    "inspect-a-folder": ("inspect thesis", ["thesis"]),
+    "rectify-missing": ("rectify gone.zarr", ["gone.zarr"]),
+    "rectify-incomplete": ("rectify half.zarr", ["2 of 5 views", "--views 2"]),
+    "rectify-method": (f"{RECTIFY} --method avarage", ["method", "pairwise, swap, blend"]),
+    "rectify-space": (f"{RECTIFY} --space logit --method blend", ["'logit'", "--method pairwise"]),
+    "rectify-temperature": (f"{RECTIFY} --temperature 0", ["temperature must be positive"]),
+    "rectify-views": (f"{RECTIFY} --views 3", ["2"]),
+    # the objective
+    "loss-unknown": (f"{STUDY} --loss kl", ["unknown loss 'kl'", "kd"]),
+    "bias-unknown": (f"{STUDY} --bias fix", ["bias.mode", "none, eliminate, rectify"]),
+    "bias-with-ce": (f"{STUDY} --bias rectify --loss ce", ["'ce'"]),
+    "rectification-missing": (f"{STUDY} --bias rectify", ["no rectif", "pipeline rectify"]),
+    "rectification-unknown": (
+        f"{STUDY.replace('cache.zarr', 'rectified.zarr')} --bias rectify --rectified swap-T4",
+        ["'swap-T4'", "pairwise-T4"],
+    ),
+    "rectification-temperature": (
+        f"{STUDY.replace('cache.zarr', 'rectified.zarr')} --bias rectify --temperature 2",
+        ["temperature 4, not 2"],
+    ),
+    "loss-temperature": (f"{STUDY} --temperature -4", ["loss.temperature must be positive"]),
+    # training
+    "epochs-0": (f"{TEACH} --epochs 0", ["train.epochs must be positive, was 0"]),
+    "batch-size": (f"{TEACH} --batch-size -5", ["train.batch_size must be positive, was -5"]),
+    "lr-nan": (f"{TEACH} --lr nan", ["train.lr must be positive, was nan"]),
+    "lr-inf": (f"{TEACH} --lr inf", ["train.lr must be positive, was inf"]),
+    "lr-a-word": (f"{TEACH} --lr fast", ["--lr", "fast"]),
+    "val-fraction": (f"{TEACH} --val-fraction 1.5", ["data.val_fraction must be in [0, 1)"]),
+    "schedule-unknown": (f"{TEACH} --set train.schedule=step", ["cosine"]),
+    "dtype-unknown": (f"{TEACH} --dtype float8", ["train.dtype", "bfloat16"]),
+    "device-unknown": (f"{TEACH} --device gpu", ["device 'gpu' cannot be used", "cpu"]),
+    "device-not-there": (f"{STUDY} --device cuda:99", ["device 'cuda:99' cannot be used"]),
+    "mean-a-word": (f"{TEACH} --mean grey --std 1", ["--mean", "grey"]),
+    "mean-alone": (f"{TEACH} --mean 0.5", ["belong together"]),
+    "mean-too-long": (f"{TEACH} --mean 1,2,3,4 --std 1,1,1,1", ["mean has 4 numbers"]),
+    "std-0": (f"{TEACH} --mean 0.5 --std 0", ["std must be positive"]),
+    "image-size": (f"{TEACH} --image-size 0", ["data.image_size must be positive"]),
+    "workers": (f"{TEACH} --workers -1", ["data.workers must not be negative"]),
+    # configuration
+    "config-missing": (f"{TEACH} --config gone.yaml", ["cannot read gone.yaml"]),
+    "config-not-yaml": (f"{TEACH} --config broken.yaml", ["broken.yaml is not YAML"]),
+    "config-a-list": (f"{TEACH} --config list.yaml", ["does not hold keys and values"]),
+    "config-unknown-key": (f"{TEACH} --config wrong.yaml", ["'train.epoch'", "'train.epochs'"]),
+    "config-of-another-kind": (f"{STUDY} --config teacher/config.yaml", ["unknown key 'augment'"]),
+    "set-without-equals": (f"{TEACH} --set train.lr", ["no '='"]),
+    "set-unknown-key": (f"{TEACH} --set train.lrr=1", ["did you mean 'train.lr'?"]),
+    # where it goes
+    "out-none": (TEACH.removesuffix(" --out new"), ["--out"]),
+    "out-occupied": (f"{TEACH} --out teacher", ["teacher is not empty", "--resume", "--overwrite"]),
+    "out-occupied-student": (f"{STUDY} --out teacher", ["not empty", "--resume"]),
+    "out-not-a-run": (f"{TEACH} --out thesis --overwrite", ["something else than a run"]),
+    "out-a-file": (f"{TEACH} --out list.yaml", ["list.yaml"]),
+    "out-below-a-file": (f"{TEACH} --out list.yaml/run", ["cannot make list.yaml/run"]),
+    "resume-with-others": (f"{TEACH} --out teacher --resume --lr 0.3", ["other settings", "train"]),
+    # commands
+    "command-unknown": ("distil", ["No such command 'distil'"]),
+    "option-unknown": (f"{TEACH} --epoch 3", ["--epoch"]),
+    "argument-missing": ("inspect", ["CACHE"]),
+}
+
+
+def check_told(answer: Answer, told: list[str]) -> None:
+    """Exit code 2 and one clear error: cause and remedy in at most three lines, or click's."""
+    assert answer.code == 2, answer.err
+    assert "Traceback" not in answer.err
+    lines = answer.err.splitlines()
+    errors = [line for line in lines if line.lower().startswith("error:")]
+    assert len(errors) == 1
+    assert errors[0].startswith("Error:") or (lines[0] == errors[0] and len(lines) <= 3)
+    for words in told:
+        assert words in answer.err
+
+
+@pytest.mark.parametrize(("words", "told"), WRONG.values(), ids=list(WRONG))
+def test_wrong_input_is_one_clear_error_and_leaves_nothing(
+    my_pipeline: Callable[..., Answer], my_folder: Path, words: str, told: list[str]
+) -> None:
+    before = everything_in(my_folder)
+    check_told(my_pipeline(words), told)
+    assert everything_in(my_folder) == before
+
+
+KNOWN_FAULTS: dict[str, tuple[str, str]] = {
+    "rectify-views-0": (f"{RECTIFY} --views 0", "rectify.py, summarise: divides by no rows"),
+    "rectify-views-minus-1": (f"{RECTIFY} --views -1", "rectify.py, summarise"),
+    "rectify-name-upwards": (f"{RECTIFY} --name ../x", "store.py, create_rectification"),
+    "rectify-name-nested": (f"{RECTIFY} --name a/b", "refused, but the group a stays behind"),
+    "nesterov-alone": (
+        f"{TEACH} --set train.nesterov=true --set train.momentum=0",
+        "torch's ValueError after the run directory is made",
+    ),
+    "warmup-of-one-step": (
+        f"{TEACH} --set train.schedule=onecycle --set train.warmup=0.125",
+        "torch's ZeroDivisionError after the run directory is made",
+    ),
+    "seed-of-90-bits": (f"{TEACH} --seed {2**90}", "setup.py, make_model: torch's ValueError"),
+    "model-without-module": (f"{TEACH} --model :net", "models.py, _imported: ValueError"),
+    "dataset-without-module": (f"{TEACH} --dataset :make", "datasets.py, _callable: ValueError"),
+    "nothing-left-to-train-on": (f"{TEACH} --val-fraction 0.9995", "run directory made first"),
+    "mean-nan": (f"{TEACH} --mean nan --std 1", "trains an epoch before it is told"),
+    "std-inf": (f"{TEACH} --mean 0 --std inf", "trains on nothing but zeros"),
+    "set-not-yaml": (f"{TEACH} --set train.lr={{", "config.py, read_config"),
+    "config-not-text": (f"{TEACH} --config noise.bin", "config.py, _read_yaml"),
+}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, id=name, marks=pytest.mark.xfail(reason=why, raises=AssertionError))
+        for name, (words, why) in KNOWN_FAULTS.items()
+    ],
+)
+def test_more_wrong_input(
+    my_pipeline: Callable[..., Answer],
+    my_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+) -> None:
+    folder = shutil.copytree(my_folder, tmp_path / "copy")
+    (folder / "noise.bin").write_bytes(b"\xff\xfe\x80\x81")
+    monkeypatch.chdir(folder)
+    before = everything_in(folder)
+    check_told(my_pipeline(words), [])
+    assert everything_in(folder) == before
+
+
+def test_an_unexpected_failure_keeps_its_traceback(my_pipeline: Callable[..., Answer]) -> None:
+    """A fault in somebody's own module, found in the working directory."""
+    answer = my_pipeline(f"{TEACH} --dataset my_broken_data:make")
+    assert answer.code == 1
+    assert "ZeroDivisionError" in answer.err
+    assert "my_broken_data.py" in answer.err
+
+
+# ---- right input ----------------------------------------------------------------------------
+
+
+def test_all_stages_from_the_command_line(
+    my_pipeline: Callable[..., Answer], my_folder: Path, tmp_path: Path
+) -> None:
+    run, cache = tmp_path / "student", tmp_path / "own.zarr"
+    assert my_pipeline(f"{CACHE} --out {cache}").code == 0
+    answer = my_pipeline(f"rectify {cache} --method swap")
+    assert answer.code == 0
+    assert "wrong rows" in answer.out
+    answer = my_pipeline(
+        f"train-student {cache} --dataset digits --student resnet8 --epochs 1 --batch-size 500 "
+        f"--bias rectify --seed 3 --out {run}"
+    )
+    assert answer.code == 0
+    assert "rectified: swap-T4" in answer.out  # the resolved configuration is printed
+    assert "test top-1" in answer.out
+    assert all(c == "\n" or c.isprintable() for c in answer.out)
+
+    again = my_pipeline(
+        f"train-student {cache} --config {run}/config.yaml --out {tmp_path / 'again'}"
+    )
+    assert again.code == 0
+    one, other = (load_file(r / "model.safetensors") for r in (run, tmp_path / "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    answer = my_pipeline(f"inspect {cache}")
+    assert answer.code == 0
+    for words in ("resnet8", "digits", "2 of 2 views", "swap-T4"):
+        assert words in answer.out
+
+
+def test_a_dry_run_writes_nothing(my_pipeline: Callable[..., Answer], my_folder: Path) -> None:
+    before = everything_in(my_folder)
+    answer = my_pipeline(f"{CACHE} --dry-run")
+    assert answer.code == 0
+    for words in ("1,000 x 2", "on disk", "files", "hours"):
+        assert words in answer.out
+    assert everything_in(my_folder) == before
+
+
+# ---- help -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
+def test_help(command: list[str], flag: str) -> None:
+    answer = CliRunner().invoke(cli, [*command, flag])
+    assert answer.exit_code == 0
+    assert "Usage:" in answer.output
+    if not command:
+        assert all(name in answer.output for name in COMMANDS)
+
+
+def test_version() -> None:
+    answer = CliRunner().invoke(cli, ["--version"])
+    assert answer.exit_code == 0
+    assert answer.output.strip()[-1].isdigit()
+
+
+def outside(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """python with these words, as a process of its own."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    done = outside("-X", "importtime", "-m", "pipeline", "--help")
+    assert done.returncode == 0
+    assert "train-student" in done.stdout
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "click" in imported
+    assert not imported & {"torch", "torchvision", "zarr", "dask", "distributed", "numpy", "yaml"}
+
+
+def test_as_a_process_of_its_own(tmp_path: Path) -> None:
+    done = outside("-m", "pipeline", *STUDY.split(), folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    check_told(Answer(done.returncode, done.stdout, done.stderr), ["cache.zarr"])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,221 @@
+"""What a log shows: plain lines, rates and time left, rank 0 only."""
+
+import sys
+import time
+
+import pytest
+
+from pipeline.console import LOG_SECONDS, Console, duration, size
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def my_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock.monotonic)
+    return clock
+
+
+@pytest.fixture(autouse=True)
+def my_plain_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def printable(text: str) -> bool:
+    return all(c == "\n" or c.isprintable() for c in text)
+
+
+def test_a_log_has_no_control_characters(
+    capsys: pytest.CaptureFixture[str], my_clock: Clock
+) -> None:
+    console = Console()
+    console.say("hello")
+    console.table("numbers", ("what", "value"), [("a", 1), ("long name", 2.5)])
+    for done in range(1, 101):
+        my_clock.now += 1
+        console.progress("teacher pass", done, 100, "sample")
+    console.finish()
+    text = capsys.readouterr().out
+    assert printable(text)
+    assert "hello\n" in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[red]x[/red]", "[/]", "out[1]", "a\nb", "x" * 500, "50% \\n", "µ → ∞"],
+)
+def test_words_come_out_as_they_are(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    Console().say(text)
+    assert capsys.readouterr().out == f"{text}\n"
+
+
+@pytest.mark.xfail(reason="rich replaces emoji codes: console.py, say", raises=AssertionError)
+def test_colons_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().say("dataset module:cat:x")
+    assert capsys.readouterr().out == "dataset module:cat:x\n"
+
+
+def test_a_table_in_a_log_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().table("a title", ("what", "n"), [("views", 25), ("a long one", "[b]")])
+    assert capsys.readouterr().out.split("\n") == [
+        "",
+        "a title",
+        "what        n",
+        "----------  ---",
+        "views       25",
+        "a long one  [b]",
+        "",
+    ]
+
+
+# ---- progress -------------------------------------------------------------------------------
+
+
+def test_progress_says_rate_and_time_left_now_and_then(
+    capsys: pytest.CaptureFixture[str], my_clock: Clock
+) -> None:
+    console = Console()
+    console.progress("pass", 0, 6000, "samples")
+    for second in range(1, 31):
+        my_clock.now += 1
+        console.progress("pass", second * 50, 6000, "samples")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 30 / LOG_SECONDS
+    assert lines[0] == "pass: 500/6,000 samples (8%), 50.0 samples/s, 1 min 50 s left"
+    assert lines[-1] == "pass: 1,500/6,000 samples (25%), 50.0 samples/s, 1 min 30 s left"
+
+
+def test_what_was_there_before_does_not_count_for_the_rate(
+    capsys: pytest.CaptureFixture[str], my_clock: Clock
+) -> None:
+    console = Console()
+    console.progress("pass", 500, 1000, "blocks")
+    my_clock.now += 10
+    console.progress("pass", 600, 1000, "blocks")
+    assert "10.0 blocks/s, 40 s left" in capsys.readouterr().out
+
+
+def test_quick_tasks_say_nothing(capsys: pytest.CaptureFixture[str], my_clock: Clock) -> None:
+    console = Console()
+    for task in ("epoch 1/2", "epoch 2/2"):
+        for done in range(1, 101):
+            my_clock.now += 0.05
+            console.progress(task, done, 100, "batch")
+    assert capsys.readouterr().out == ""
+
+
+def test_every_task_has_its_own_clock(capsys: pytest.CaptureFixture[str], my_clock: Clock) -> None:
+    console = Console()
+    console.progress("one", 0, 10, "row")
+    my_clock.now += 100
+    console.progress("two", 0, 100, "rows")
+    my_clock.now += 10
+    console.progress("two", 20, 100, "rows")
+    assert capsys.readouterr().out == "two: 20/100 rows (20%), 2.0 rows/s, 40 s left\n"
+
+
+@pytest.mark.parametrize(("rank", "heard"), [("0", True), ("1", False), ("7", False)])
+def test_only_rank_0_speaks(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    my_clock: Clock,
+    rank: str,
+    heard: bool,
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    console = Console()
+    console.say("hello")
+    console.table("t", ("a",), [(1,)])
+    console.progress("pass", 0, 10, "row")
+    my_clock.now += 20
+    console.progress("pass", 5, 10, "row")
+    assert bool(capsys.readouterr().out) is heard
+
+
+class Terminal:
+    """A standard output that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None: ...
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_and_it_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    console = Console()
+    console.progress("pass", 0, 10, "row")
+    console.progress("pass", 5, 10, "row")
+    console.progress("pass", 10, 10, "row")
+    console.say("done")
+    assert "\x1b[" in terminal.text
+    assert "pass" in terminal.text
+    assert terminal.text.endswith("done\n")
+
+
+# ---- numbers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.4, "0 s"),
+        (12.3, "12 s"),
+        (59.4, "59 s"),
+        (60, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (3599.4, "59 min 59 s"),
+        (3600, "1 h 0 min"),
+        (7500, "2 h 5 min"),
+        (3600 * 1234, "1,234 h 0 min"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.xfail(reason="rounded after the choice of unit: console.py", raises=AssertionError)
+def test_duration_of_almost_a_minute() -> None:
+    assert duration(59.7) == "1 min 0 s"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (512, "512 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (4200, "4.2 kB"),
+        (123_456, "123 kB"),
+        (1_000_000, "1 MB"),
+        (1_620_000_000, "1.62 GB"),
+    ],
+)
+def test_size(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.xfail(reason="%.3g goes to exponents from 1000 on: console.py", raises=AssertionError)
+@pytest.mark.parametrize("count", [999_600, 999_700_000, 1.5e12, 2e13])
+def test_sizes_are_never_in_exponents(count: float) -> None:
+    assert "e+" not in size(count)

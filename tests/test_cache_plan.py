@@ -1,0 +1,141 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from stages import cache_plan
+from stages.cache_plan import CachePlan, plan_cache
+from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.errors import CacheError, IdentityError
+from stages.training.setup import Splits
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_plan, "MEASURED_SECONDS", 0.05)
+
+
+def files_and_bytes(store: Path) -> tuple[int, int]:
+    sizes = [path.stat().st_size for path in store.rglob("*") if path.is_file()]
+    return len(sizes), sum(sizes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "blocks"),
+    [
+        pytest.param({"block_rows": 65_536, "views": 12}, 12, id="one-block-a-view"),
+        pytest.param({"block_rows": 350, "views": 3}, 9, id="several-blocks"),
+        pytest.param({"block_rows": 500, "views": 2, "encoding": "float16"}, 4, id="float16"),
+    ],
+)
+def test_a_plan_foretells_what_is_written(
+    cache_config: CacheConfig, digits: Splits, tmp_path: Path, changes: dict[str, Any], blocks: int
+) -> None:
+    config = msgspec.structs.replace(cache_config, **changes)
+    job, out = prepare(config, digits), tmp_path / "deep" / "c.zarr"
+
+    plan = plan_cache(job, out)
+
+    assert not out.parent.exists()  # planning writes nothing
+    assert (plan.samples, plan.views) == (1000, config.views)
+    assert plan.blocks == plan.missing_blocks == blocks
+    assert plan.encoding == {"auto": "float32"}.get(config.encoding, config.encoding)
+    assert plan.missing_share == 1
+    assert plan.samples_per_second > 0
+    assert plan.hours == pytest.approx(
+        1000 * config.views / plan.samples_per_second / 3600, rel=1e-9
+    )
+    cache_teacher(job, out)
+    files, _ = files_and_bytes(out)
+    assert plan.files == files
+    shards = sum(files_and_bytes(out / name / "c")[1] for name in ("logits", "prediction"))
+    assert plan.total_bytes == pytest.approx(shards, rel=0.25)
+
+
+def test_bytes_are_those_of_the_whole_store_once_it_is_large(
+    cache_config: CacheConfig, digits: Splits, tmp_path: Path
+) -> None:
+    config = msgspec.structs.replace(cache_config, block_rows=65_536, views=16)
+    job = prepare(config, digits)
+    plan = plan_cache(job, tmp_path / "c.zarr")
+
+    cache_teacher(job, tmp_path / "c.zarr")
+
+    assert plan.total_bytes == pytest.approx(files_and_bytes(tmp_path / "c.zarr")[1], rel=0.25)
+
+
+def test_a_plan_counts_what_is_missing(
+    cache_copy: Path, cache_config: CacheConfig, digits: Splits
+) -> None:
+    (cache_copy / "commits/logits/v00001.json").unlink()
+    job = prepare(msgspec.structs.replace(cache_config, views=5), digits)
+
+    plan = plan_cache(job, cache_copy)
+
+    assert (plan.blocks, plan.missing_blocks) == (15, 9)
+    assert plan.missing_share == pytest.approx(9 / 15)
+    assert plan.hours == pytest.approx(3 * 1000 / plan.samples_per_second / 3600)
+
+
+def test_a_plan_for_a_cache_keeps_that_caches_grid(
+    finished_cache: Path, cache_config: CacheConfig, digits: Splits
+) -> None:
+    config = msgspec.structs.replace(cache_config, views=5, block_rows=65_536)
+
+    plan = plan_cache(prepare(config, digits), finished_cache)
+
+    assert (plan.blocks, plan.missing_blocks) == (15, 6)
+
+
+def test_a_plan_for_another_cache_is_refused(
+    finished_cache: Path, cache_config: CacheConfig, digits: Splits
+) -> None:
+    job = prepare(msgspec.structs.replace(cache_config, seed=1), digits)
+
+    with pytest.raises(IdentityError, match=r"views\.seed: "):
+        plan_cache(job, finished_cache)
+
+
+PLAN = CachePlan(
+    samples=1000,
+    views=10,
+    blocks=20,
+    missing_blocks=5,
+    encoding="float32",
+    bytes_per_view=40.0,
+    files=60,
+    samples_per_second=100.0,
+    free_bytes=10**9,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        pytest.param({}, True, id="room"),
+        pytest.param({"free_bytes": 99_999}, False, id="one-byte-short"),
+        pytest.param({"free_bytes": 100_000}, True, id="just-enough"),
+        pytest.param({"free_bytes": 0}, False, id="full"),
+        pytest.param({"free_bytes": 0, "missing_blocks": 0}, True, id="nothing-missing"),
+    ],
+)
+def test_only_what_is_missing_must_fit(changes: dict[str, Any], fits: bool) -> None:
+    plan = dataclasses.replace(PLAN, **changes)
+
+    if fits:
+        plan.check_fits("shelf.zarr")
+    else:
+        with pytest.raises(CacheError, match=r"shelf\.zarr needs .* more") as caught:
+            plan.check_fits("shelf.zarr")
+        assert "--views" in caught.value.remedy
+
+
+def test_a_finished_cache_needs_nothing(
+    finished_cache: Path, cache_config: CacheConfig, digits: Splits
+) -> None:
+    plan = plan_cache(prepare(cache_config, digits), finished_cache)
+
+    assert (plan.blocks, plan.missing_blocks, plan.hours) == (9, 0, 0)
+    dataclasses.replace(plan, free_bytes=0).check_fits(finished_cache)

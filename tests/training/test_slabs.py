@@ -1,0 +1,111 @@
+"""Slabs are read ahead, in a thread; waiting is counted and failures come out."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from stages.training.slabs import SlabReader
+
+VIEWS = [2, 0, 1, 1, 0, 2]
+
+
+class Shelf:
+    """Says what was read, when, and can hold a read back."""
+
+    def __init__(self, hold: bool = False) -> None:
+        self.read_views: list[int] = []
+        self.threads: set[str] = set()
+        self.gate = threading.Event()
+        if not hold:
+            self.gate.set()
+
+    def __call__(self, view: int) -> str:
+        assert self.gate.wait(10)
+        self.threads.add(threading.current_thread().name)
+        self.read_views.append(view)
+        return f"slab {view}"
+
+
+@pytest.fixture
+def my_shelf() -> Iterator[Shelf]:
+    shelf = Shelf(hold=True)
+    yield shelf
+    shelf.gate.set()
+
+
+def reader(
+    read: Callable[[int], str], epochs: int = len(VIEWS), resident: bool = False
+) -> SlabReader[str]:
+    return SlabReader(read, VIEWS.__getitem__, epochs, resident)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened for 10 seconds"
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_every_epoch_gets_its_view(resident: bool) -> None:
+    slabs = reader(Shelf(), resident=resident)
+    assert [slabs.slab(epoch) for epoch in range(6)] == [f"slab {v}" for v in VIEWS]
+
+
+def test_the_next_view_is_read_meanwhile() -> None:
+    shelf = Shelf()
+    slabs = reader(shelf)
+    slabs.slab(0)
+    until(lambda: shelf.read_views == [2, 0])
+    slabs.slab(1)
+    until(lambda: shelf.read_views == [2, 0, 1])
+    assert threading.current_thread().name not in shelf.threads
+
+
+def test_nothing_is_read_beyond_the_last_epoch() -> None:
+    shelf = Shelf()
+    slabs = reader(shelf, epochs=2)
+    slabs.slab(0)
+    slabs.slab(1)
+    time.sleep(0.02)
+    assert shelf.read_views == [2, 0]
+
+
+@pytest.mark.parametrize(("resident", "reads"), [(True, [2, 0, 1]), (False, [2, 0, 1, 0, 2])])
+def test_resident_slabs_are_read_once(resident: bool, reads: list[int]) -> None:
+    shelf = Shelf()
+    slabs = reader(shelf, resident=resident)
+    for epoch in range(6):
+        slabs.slab(epoch)
+    assert shelf.read_views == reads
+
+
+def test_a_resumed_run_starts_at_its_own_epoch() -> None:
+    shelf = Shelf()
+    assert reader(shelf).slab(4) == "slab 0"
+    until(lambda: shelf.read_views == [0, 2])
+
+
+def test_waiting_is_counted(my_shelf: Shelf) -> None:
+    slabs = reader(my_shelf)
+    threading.Timer(0.1, my_shelf.gate.set).start()
+    slabs.slab(0)
+    assert 0.05 < slabs.waited < 5
+    until(lambda: my_shelf.read_views == [2, 0])
+    before = slabs.waited
+    slabs.slab(1)
+    assert slabs.waited - before < 0.05  # it lay there already
+
+
+def test_a_failed_read_comes_out_in_its_epoch() -> None:
+    def read(view: int) -> str:
+        if view == 0:
+            raise OSError("disk on fire")
+        return f"slab {view}"
+
+    slabs = reader(read)
+    assert slabs.slab(0) == "slab 2"
+    with pytest.raises(OSError, match="disk on fire"):
+        slabs.slab(1)

@@ -1,0 +1,252 @@
+"""The training loop: what it shows, what it measures, what it reports, when it stops."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from stages.errors import ConfigError, RunError
+from stages.inputs.feed import Normalise, ViewFeed, plain_view
+from stages.inputs.views import view_policy
+from stages.training.config import TrainSettings
+from stages.training.setup import Splits
+from stages.training.trainer import (
+    Evaluation,
+    Trainer,
+    evaluate,
+    sample_order,
+    selected_epoch,
+    stop_on_sigterm,
+    summarise,
+)
+
+CPU = torch.device("cpu")
+MakeTrainer = Callable[..., Trainer]
+
+
+def lines(trainer: Trainer) -> list[dict[str, Any]]:
+    return [json.loads(x) for x in (trainer.run.path / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- an epoch -------------------------------------------------------------------------------
+
+
+def test_every_epoch_shows_every_sample_once_in_its_order(
+    my_trainer: MakeTrainer, my_spy: Any
+) -> None:
+    my_trainer(TrainSettings(epochs=2, batch_size=64), my_spy).fit()
+    assert [len(batch) for batch in my_spy.batches] == [64, 64, 64, 18] * 2
+    shown = torch.cat(my_spy.batches).view(2, 210)
+    for epoch in (0, 1):
+        assert torch.equal(shown[epoch], sample_order(torch.arange(210), 0, epoch))
+
+
+def test_a_last_batch_of_one_joins_the_one_before(my_trainer: MakeTrainer, my_spy: Any) -> None:
+    my_trainer(TrainSettings(epochs=1, batch_size=19), my_spy).fit()
+    assert [len(batch) for batch in my_spy.batches] == [19] * 10 + [20]
+
+
+def test_pixels_are_those_of_the_tasks_view(
+    my_trainer: MakeTrainer, my_spy: Any, my_splits: Splits
+) -> None:
+    my_trainer(TrainSettings(epochs=2, batch_size=105), my_spy).fit()
+    images, policy = my_splits.train.images, view_policy("pad-crop:pad=2")
+    assert images is not None
+    for step, (pixels, samples) in enumerate(zip(my_spy.pixels, my_spy.batches, strict=True)):
+        view = step // 2 + 1
+        assert torch.equal(pixels, policy.apply(images[samples], samples, view))
+
+
+def test_only_the_given_samples_are_trained_on(my_trainer: MakeTrainer, my_spy: Any) -> None:
+    samples = torch.arange(0, 210, 3)
+    my_trainer(TrainSettings(epochs=2, batch_size=32), my_spy, samples=samples).fit()
+    assert set(torch.cat(my_spy.batches).tolist()) == set(samples.tolist())
+
+
+def test_metrics_are_means_over_samples_not_batches(my_trainer: MakeTrainer) -> None:
+    trainer = my_trainer(TrainSettings(epochs=1, batch_size=200))  # batches of 200 and of 10
+    trainer.fit()
+    (line,) = lines(trainer)
+    assert line["mean_sample"] == pytest.approx(np.arange(210).mean(), rel=1e-5)
+
+
+def test_a_line_says_epoch_view_rate_and_the_tasks_numbers(my_trainer: MakeTrainer) -> None:
+    trainer = my_trainer(TrainSettings(epochs=2, batch_size=105, lr=0.2))
+    trainer.fit()
+    found = lines(trainer)
+    assert [line["epoch"] for line in found] == [0, 1]
+    assert [line["view"] for line in found] == [1, 2]
+    assert [line["lr"] for line in found] == pytest.approx([0.2, 0.1])  # cosine, half-way
+    assert [line["batches_so_far"] for line in found] == [2, 4]
+    for line in found:
+        assert line["images_per_second"] == pytest.approx(210 / line["seconds"])
+        assert 0 <= line["test_top1"] <= line["test_top5"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "dtype"),
+    [
+        ("sgd", 0.1, "float32"),
+        ("sgd", 0.1, "bfloat16"),
+        ("sgd", 0.1, "float16"),
+        ("adam", 0.01, "float32"),
+        ("adamw", 0.01, "bfloat16"),
+    ],
+)
+def test_the_loss_goes_down(my_trainer: MakeTrainer, optimizer: Any, lr: float, dtype: Any) -> None:
+    trainer = my_trainer(
+        TrainSettings(epochs=5, batch_size=32, lr=lr, optimizer=optimizer, dtype=dtype)
+    )
+    trainer.fit()
+    found = lines(trainer)
+    assert found[-1]["loss"] < 0.9 * found[0]["loss"]
+    assert {p.dtype for p in trainer.module.parameters()} == {torch.float32}
+
+
+# ---- what cannot go on ----------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(my_trainer: MakeTrainer) -> None:
+    trainer = my_trainer(TrainSettings(epochs=3, batch_size=32, lr=1e25))
+    with pytest.raises(RunError, match="not finite in epoch 1") as stopped:
+        trainer.fit()
+    assert "train.lr" in stopped.value.remedy
+    assert not (trainer.run.path / "summary.json").exists()
+
+
+@pytest.mark.xfail(
+    reason="only losses are checked, not weights: trainer.py", raises=pytest.fail.Exception
+)
+def test_weights_that_are_not_finite_end_the_run(my_trainer: MakeTrainer) -> None:
+    """One batch an epoch: its loss is finite, what it leaves behind is not."""
+    trainer = my_trainer(TrainSettings(epochs=1, batch_size=300, lr=1e38, weight_decay=1e3))
+    with pytest.raises(RunError, match="not finite"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_samples(my_trainer: MakeTrainer, count: int) -> None:
+    with pytest.raises(ConfigError, match=f"{count} training samples"):
+        my_trainer(TrainSettings(), samples=torch.arange(count))
+
+
+# ---- evaluation -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def my_linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout(0.5))
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+@pytest.mark.parametrize("batch_size", [7, 1000])
+def test_evaluate_is_numpys_accuracy(
+    my_splits: Splits, my_linear: Any, classes: int, batch_size: int
+) -> None:
+    module = nn.Sequential(*my_linear, nn.Linear(10, classes))
+    samples, labels = torch.arange(5, 90), my_splits.test.labels % classes
+    feed = ViewFeed(my_splits.test, plain_view(None, None), CPU)
+    normalise = Normalise((0.3,), (0.4,), 1, CPU)
+    settings = TrainSettings(batch_size=batch_size)
+    top1, top5 = evaluate(module, normalise, Evaluation(feed, samples, labels), settings, CPU)
+
+    assert my_splits.test.images is not None
+    pixels = my_splits.test.images.numpy()[5:90].reshape(85, 64) / 255
+    weights = [p.detach().double().numpy() for p in module.parameters()]
+    logits = ((pixels - 0.3) / 0.4 @ weights[0].T + weights[1]) @ weights[2].T + weights[3]
+    ranked, truth = np.argsort(-logits, axis=1), labels.numpy()[5:90, None]
+    assert top1 == pytest.approx((ranked[:, :1] == truth).any(1).mean())
+    assert top5 == pytest.approx((ranked[:, :5] == truth).any(1).mean())
+    assert 0.01 < top1 < 0.9  # the comparison means something
+
+
+def history(*epochs: tuple[float, float | None]) -> list[dict[str, Any]]:
+    """Lines with these (test_top1, val_top1)."""
+    return [
+        {"epoch": i, "test_top1": test, "test_top5": 1.0, "loss": 1.0 / (i + 1)}
+        | {"seconds": 2.0, "wait_seconds": 0.5}
+        | ({} if val is None else {"val_top1": val})
+        for i, (test, val) in enumerate(epochs)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "last", "best", "selected"),
+    [
+        (history((0.5, None), (0.9, None), (0.7, None)), 2, 1, 2),
+        (history((0.5, 0.8), (0.9, 0.6), (0.7, 0.7)), 2, 1, 0),
+        (history((0.9, 0.8), (0.9, 0.8)), 1, 0, 0),
+        (history((0.1, None)), 0, 0, 0),
+    ],
+    ids=["no-val", "val", "ties-go-to-the-first", "one-epoch"],
+)
+def test_summary(lines: list[dict[str, Any]], last: int, best: int, selected: int) -> None:
+    assert selected_epoch(lines) == selected
+    summary = summarise(lines, parameters=12)
+    for name, epoch in (("last", last), ("best", best), ("selected", selected)):
+        line = lines[epoch]
+        assert summary[name] == {k: line[k] for k in line if "seconds" not in k}
+    assert (summary["epochs"], summary["parameters"]) == (len(lines), 12)
+    assert summary["train_seconds"] == pytest.approx(2.0 * len(lines))
+    assert summary["wait_share"] == pytest.approx(0.25)
+
+
+# ---- SIGTERM --------------------------------------------------------------------------------
+
+
+def test_sigterm_is_a_request_and_the_handler_comes_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_sigterm() as stop:
+        requests = [stop.requested]
+        os.kill(os.getpid(), signal.SIGTERM)
+        requests.append(stop.requested)
+    assert requests == [False, True]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_thread_leaves_signals_to_their_owner() -> None:
+    entered: list[bool] = []
+
+    def work() -> None:
+        with stop_on_sigterm() as stop:
+            entered.append(stop.requested)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert entered == [False]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(my_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = my_trainer(TrainSettings(epochs=3, batch_size=64))
+    trainer.reporter = TermAfter(6)
+    with pytest.raises(RunError, match="SIGTERM in epoch 2, after batch 2; saved") as stopped:
+        trainer.fit()
+    assert "--resume" in stopped.value.remedy
+    state = trainer.run.load_checkpoint(CPU)
+    assert state is not None
+    assert (state["position"]["epoch"], state["position"]["step"]) == (1, 2)
+
+
+class TermAfter:
+    """A reporter that sends SIGTERM at its n-th batch."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def progress(self, task: str, done: float, total: float, unit: str) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def say(self, text: str) -> None: ...
+    def table(self, title: str, columns: Any, rows: Any) -> None: ...
