@@ -38,7 +38,7 @@ def read_config(
             raise ConfigError(f"--set {override} has no '='", "Write --set key=value.")
         _check_key(kind, key)
         wants_text = str in _alternatives(_field_type(kind, key)) and text != "null"
-        _put(values, key, text if wants_text else yaml.safe_load(text))
+        _put(values, key, text if wants_text else _yaml(text, f"--set {override}"))
     return _convert(kind, values)
 
 
@@ -52,8 +52,8 @@ def keys_of(kind: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
 
 def _convert(kind: type[Config], values: dict[str, Any]) -> Config:
     for field in msgspec.structs.fields(kind):
-        if _section(field.type):
-            values.setdefault(field.name, {})
+        if _section(field.type) and values.get(field.name) is None:
+            values[field.name] = {}
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
@@ -74,15 +74,22 @@ def _convert(kind: type[Config], values: dict[str, Any]) -> Config:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = _yaml(path.read_text(), str(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file in UTF-8") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} does not hold keys and values")
     values.pop("kind", None)  # a run's own config.yaml says what kind of run it was
     return values
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _check_key(kind: type[msgspec.Struct], key: str) -> None:
@@ -95,7 +102,7 @@ def _check_key(kind: type[msgspec.Struct], key: str) -> None:
 def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
         yield f"{prefix}{key}"
-        if isinstance(value, Mapping) and f"{prefix}{key}" != "views.parameters":
+        if isinstance(value, Mapping):
             yield from _dotted(value, f"{prefix}{key}.")
 
 

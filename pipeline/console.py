@@ -31,7 +31,7 @@ class Console:
         self._offset = 0.0
 
     def say(self, text: str) -> None:
-        self._rich.print(text.rstrip("\n"), markup=False, highlight=False)
+        self._rich.print(text.rstrip("\n"), markup=False, highlight=False, emoji=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         self.finish()
@@ -90,9 +90,9 @@ class Console:
 
 def duration(seconds: float) -> str:
     """12 s, 3 min 20 s, 2 h 5 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
     if minutes < 60:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
@@ -100,9 +100,9 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """512 B, 4.2 kB, 1.62 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count /= 1000
+    """512 B, 4.2 kB, 1.62 GB, 2.3 TB."""
+    units = iter(("B", "kB", "MB", "GB", "TB", "PB"))
+    unit = next(units)
+    while count >= 999.5:  # what would be shown as 1000
+        count, unit = count / 1000, next(units)
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"

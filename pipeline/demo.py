@@ -46,7 +46,7 @@ STUDENTS: dict[str, tuple[LossSettings, BiasSettings]] = {
     "KD": (HALF, BiasSettings()),
     "KD, bias-aware": (
         HALF,
-        BiasSettings(mode="rectify", schedule="constant", reduction="batches"),
+        BiasSettings(mode="rectify", schedule="constant", reduction="batch"),
     ),
 }
 

@@ -46,7 +46,8 @@ class CachePlan:
         """Raise CacheError if the disk is too small."""
         if (needed := self.total_bytes * self.missing_share) > self.free_bytes:
             raise CacheError(
-                f"{out} needs {needed / 1e6:,.1f} MB more, {self.free_bytes / 1e6:,.1f} MB are free",
+                f"{out} needs {needed / 1e6:,.1f} MB more, "
+                f"{self.free_bytes / 1e6:,.1f} MB are free",
                 "Cache fewer --views, use --encoding float16, or choose a larger disk.",
             )
 

@@ -26,7 +26,7 @@ from stages.cache.identity import (
     weights_digest,
 )
 from stages.cache.layout import MAX_BLOCK_ROWS
-from stages.cache.lock import exclusive
+from stages.cache.lock import exclusive, half_written
 from stages.cache.writer import BackgroundWriter
 from stages.device import autocast, choose_device, device_name, place, versions
 from stages.errors import CacheError, IdentityError, ModelError, ViewError
@@ -34,12 +34,13 @@ from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Normalise, ViewFeed, pixel_probes, plain_view
 from stages.inputs.models import Model, load_model, logits_of
-from stages.inputs.views import ViewPolicy, view_policy
+from stages.inputs.views import ViewPolicy
 from stages.reporting import Reporter, Silent
 from stages.training.config import DataSettings, Dtype, Settings, positive
 from stages.training.setup import (
     Splits,
     check_output,
+    chosen_policy,
     dataset_identity,
     load_data,
     normalisation,
@@ -164,6 +165,8 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
     with exclusive(Path(out)):
         # 1) the store, and what is missing in it
         cache = open_existing(job, out) or _create(job, out)
+        for leftover in half_written(Path(out)):
+            leftover.unlink()
         cache.grow(job.config.views)
         missing = missing_blocks(cache, job.config.views)
         if done := job.config.views * cache.grid.num_blocks - len(missing):
@@ -237,15 +240,6 @@ def teacher_logits(
         start += len(output)
         progress(len(output))
     return logits
-
-
-def chosen_policy(
-    augment: str, seed: int, image_size: int | None, resize: int | None
-) -> ViewPolicy:
-    """The view policy asked for; `none` shows what evaluation shows."""
-    if augment == "none":
-        return plain_view(image_size, resize)
-    return view_policy(augment, seed)
 
 
 # ---- details --------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ to raw logits, as the released training scripts do: the label then often stays b
 class, and the result depends on the logits' common offset.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,6 +59,13 @@ class RectifyConfig(Settings, frozen=True):
 
     def __post_init__(self) -> None:
         positive("temperature", self.temperature)
+        if self.views is not None:
+            positive("views", self.views)
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", self.name):
+            raise ConfigError(
+                f"'{self.name}' cannot name a rectification",
+                "Use letters, digits, '.', '_', '+' and '-'.",
+            )
         if self.space == "logit" and self.method == "blend":
             raise ConfigError(
                 "the space 'logit' is not defined for the method 'blend'",
@@ -252,6 +260,11 @@ def summarise(records: list[dict[str, Any]], class_names: Sequence[str]) -> dict
 
 def _views(cache: LogitCache, wanted: int | None) -> range:
     complete = cache.complete_views
+    if wanted is not None and wanted > cache.num_views:
+        raise CacheError(
+            f"{cache.path} has {cache.num_views} views, {wanted} were asked for",
+            "Leave --views out, or run `pipeline cache-teacher` with more.",
+        )
     views = range(cache.num_views if wanted is None else wanted)
     if not set(views) <= set(complete):
         leading = next(v for v in range(cache.num_views + 1) if v not in complete)

@@ -117,12 +117,13 @@ def student_trainer(
     on_cpu = make_normalise(model, resolved, torch.device("cpu"), channels_last=False)
     check_output(model, on_cpu, feed, cache.num_classes)
 
+    samples, validation = held_out(cache.num_samples, config.data.val_fraction, config.seed.data)
+
     # 4) the run
     run = RunDirectory.prepare(
         out, {"kind": "student", **msgspec.to_builtins(config)}, resume, overwrite
     )
     reporter.say(run.config_text)
-    samples, validation = held_out(cache.num_samples, config.data.val_fraction, config.seed.data)
     return Trainer(
         module=model.module,
         normalise=make_normalise(model, resolved, device, config.train.channels_last),

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from stages.device import choose_device
 from stages.inputs.feed import Batch, ViewFeed
-from stages.inputs.views import view_policy
 from stages.objectives.losses import ce
 from stages.reporting import Reporter, Silent
 from stages.training.config import (
@@ -26,6 +25,7 @@ from stages.training.run_directory import RunDirectory
 from stages.training.setup import (
     Splits,
     check_output,
+    chosen_policy,
     held_out,
     load_data,
     make_evaluations,
@@ -77,14 +77,16 @@ def train_teacher(
     # 1) images and model
     splits = splits or load_data(config.data)
     device = choose_device(config.device)
-    policy = view_policy(config.augment, seed=config.seed.data)
     model, resolved = make_model(config.model, splits.train, config.seed)
     image_size = resolved.image_size or config.data.image_size
+    policy = chosen_policy(config.augment, config.seed.data, image_size, config.data.resize)
     feed = ViewFeed(splits.train, policy, device, image_size, config.data.workers)
     cpu = torch.device("cpu")
     check_output(
         model, make_normalise(model, resolved, cpu, False), feed, len(splits.train.class_names)
     )
+
+    samples, validation = held_out(len(splits.train), config.data.val_fraction, config.seed.data)
 
     # 2) the run directory
     config = msgspec.structs.replace(config, model=resolved)
@@ -93,7 +95,6 @@ def train_teacher(
     reporter.say(run.config_text)
 
     # 3) train
-    samples, validation = held_out(len(splits.train), config.data.val_fraction, config.seed.data)
     trainer = Trainer(
         module=model.module,
         normalise=make_normalise(model, resolved, device, config.train.channels_last),

@@ -9,6 +9,7 @@ import torch
 import zarr
 from torch import Tensor
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.sync import sync
 
 from stages.cache.commits import CommitLog, Record, describe_objects
 from stages.cache.layout import ArraySpec, BlockGrid, block_key
@@ -30,7 +31,7 @@ def open_group(path: Path, mode: Literal["r", "r+"]) -> zarr.Group:
 
 def subgroup(group: zarr.Group, name: str) -> zarr.Group:
     """A group inside a group."""
-    child = group.get(name)
+    child = _member(group, name)
     if not isinstance(child, zarr.Group):
         raise CacheError(f"{group.store_path}: group '{name}' is missing")
     return child
@@ -38,10 +39,19 @@ def subgroup(group: zarr.Group, name: str) -> zarr.Group:
 
 def get_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     """An array of a group."""
-    child = group.get(name)
+    child = _member(group, name)
     if not isinstance(child, zarr.Array):
         raise CacheError(f"{group.store_path}: array '{name}' is missing")
     return child
+
+
+def _member(group: zarr.Group, name: str) -> zarr.Array[Any] | zarr.Group | None:
+    try:
+        return group.get(name)
+    except Exception as error:  # zarr raises many kinds on damaged documents
+        raise CacheError(
+            f"{group.store_path}: the metadata of '{name}' is damaged: {type(error).__name__}"
+        ) from error
 
 
 def create_array(
@@ -69,6 +79,8 @@ def read_array(group: zarr.Group, name: str, *where: int | slice) -> Tensor:
     Raises CacheError, naming the place, if bytes are damaged.
     """
     array = get_array(group, name)
+    if array.shards is None and not _has_bytes(array):
+        raise CacheError(f"{array.store_path}: its values are missing")
     try:
         values = np.asarray(array[where if where else slice(None)])
     except Exception as error:  # codecs raise what they like on damaged bytes
@@ -78,6 +90,15 @@ def read_array(group: zarr.Group, name: str, *where: int | slice) -> Tensor:
         ) from error
     widened = {"uint16": "int64", "uint32": "int64", "int32": "int64"}
     return torch.from_numpy(values.astype(widened.get(array.dtype.name, array.dtype.name)))
+
+
+def _has_bytes(array: zarr.Array[Any]) -> bool:
+    """Whether the one chunk of an unsharded array is there: Zarr gives zeros if it is not."""
+    try:
+        key = f"{array.path}/c" + "/0" * array.ndim
+        return sync(array.store.getsize(key)) > 0
+    except FileNotFoundError:
+        return False
 
 
 def write_block(
@@ -95,8 +116,10 @@ def write_block(
     keys = []
     for name, values in arrays.items():
         array = get_array(group, name)
+        key = block_key(f"{group.path}/{name}".lstrip("/"), specs[name], view, block)
+        sync(group.store.delete(key))  # zarr would read a damaged shard before replacing it
         array[view, rows] = values.numpy().astype(array.dtype)
-        keys.append(block_key(f"{group.path}/{name}".lstrip("/"), specs[name], view, block))
+        keys.append(key)
     objects = describe_objects(group.store, keys)
     commits.commit(view, block, {**record, "rows": [rows.start, rows.stop], "objects": objects})
 

@@ -74,12 +74,13 @@ class CommitLog:
     def records(self) -> dict[tuple[int, int], Record]:
         """Every committed block, (view, block) -> record. Read once, kept up by `commit`."""
         found: dict[tuple[int, int], Record] = {}
-        for key in list_objects(self.store, self._prefix):
+        # Longer keys first: a view compacted meanwhile is then found under its one file.
+        for key in sorted(list_objects(self.store, self._prefix), key=len, reverse=True):
             match = _KEY.fullmatch(key.removeprefix(self._prefix))
             if match is None:
                 continue
-            content = self._json(key)
-            for record in content if isinstance(content, list) else [content]:
+            content = self._json(key)  # None: compacted since it was listed
+            for record in content if isinstance(content, list) else filter(None, [content]):
                 try:
                     found[int(record["view"]), int(record["block"])] = record
                 except (TypeError, KeyError, ValueError):
@@ -88,8 +89,10 @@ class CommitLog:
 
     def _json(self, key: str) -> Any:
         content = read_object(self.store, key)
+        if content is None:
+            return None
         try:
-            return json.loads(content or b"")
+            return json.loads(content)
         except ValueError as error:
             raise CacheError(
                 f"commit record {key} is not readable: {error}",
@@ -120,6 +123,29 @@ class CommitLog:
         whole = [self.records[view, block] for block in range(self.num_blocks)]
         write_object(self.store, self._view_key(view), _encode(whole))
         sync(self.store.delete_dir(f"{self._prefix}v{view:05d}"))
+
+    def check_objects(self, view: int, block: int | None = None) -> None:
+        """Raise CacheError if an object of a committed view (or of one block of it) is missing or
+        of another size: Zarr would give zeros for a missing one.
+        """
+        blocks = range(self.num_blocks) if block is None else [block]
+        for key_block in blocks:
+            for key, described in self.records[view, key_block]["objects"].items():
+                try:
+                    size = sync(self.store.getsize(key))
+                except FileNotFoundError:
+                    size = 0
+                if size != described["bytes"]:
+                    raise CacheError(
+                        f"{self.store}: object {key} has {size} bytes, not {described['bytes']}",
+                        f"Remove commits/{self.part}/v{view:05d}* and run the stage again: it "
+                        "recomputes that view.",
+                    )
+
+    def clear(self) -> None:
+        """Forget every record, of a part that is made anew."""
+        sync(self.store.delete_dir(self._prefix.rstrip("/")))
+        self.__dict__.pop("records", None)
 
     def _view_key(self, view: int) -> str:
         return f"{self._prefix}v{view:05d}.json"

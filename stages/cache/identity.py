@@ -73,8 +73,8 @@ def identity_from_json(values: Any, where: str) -> Identity:
         raise CacheError(f"the identity of {where} is not readable: {error}") from error
 
 
-def differences(ours: msgspec.Struct, theirs: msgspec.Struct) -> list[str]:
-    """The fields in which two structs differ, as lines `teacher.weights: a, not b`."""
+def differences(ours: Any, theirs: Any) -> list[str]:
+    """The fields in which two structs or mappings differ, as lines `teacher.weights: a, not b`."""
     mine, other = msgspec.to_builtins(ours), msgspec.to_builtins(theirs)
     return list(_differences(mine, other, ""))
 

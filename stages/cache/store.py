@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import zarr
 from torch import Tensor
@@ -24,9 +25,27 @@ from stages.cache.commits import CommitLog, Record, describe_objects
 from stages.cache.encoding import Encoding, encoding
 from stages.cache.identity import Identity, identity_from_json
 from stages.cache.layout import BlockGrid
+from stages.cache.lock import half_written
 from stages.cache.rectified import Rectification, RectificationSettings
 from stages.cache.targets import ViewTargets
 from stages.errors import CacheError
+
+_UNFINISHED = {"format": layout.FORMAT, "unfinished": True}
+"""The root attributes of a cache that is being created."""
+
+
+class _EncodingAttributes(msgspec.Struct, frozen=True):
+    name: str
+
+
+class _Attributes(msgspec.Struct, frozen=True):
+    """The root attributes of a cache, as JSON has them."""
+
+    identity: dict[str, Any]
+    identity_digest: str
+    encoding: _EncodingAttributes
+    provenance: dict[str, Any]
+    pixel_probes: list[int]
 
 
 @dataclass(frozen=True)
@@ -48,12 +67,12 @@ class LogitCache:
         self.path = Path(path)
         self._group = group
         attributes = _checked_attributes(self.path, group)
-        self.identity: Identity = identity_from_json(attributes["identity"], str(path))
-        if self.identity.digest() != attributes.get("identity_digest"):
+        self.identity: Identity = identity_from_json(attributes.identity, str(path))
+        if self.identity.digest() != attributes.identity_digest:
             raise CacheError(f"{path}: the identity does not match its digest")
-        self.provenance: dict[str, Any] = attributes["provenance"]
-        self.pixel_probes: list[int] = attributes["pixel_probes"]
-        self.encoding: Encoding = encoding(attributes["encoding"]["name"], self.num_classes)
+        self.provenance = attributes.provenance
+        self.pixel_probes = attributes.pixel_probes
+        self.encoding: Encoding = encoding(attributes.encoding.name, self.num_classes)
         self.commits = CommitLog(group.store, "logits", self.grid.num_blocks)
         self.eval_commits = CommitLog(group.store, "eval", 1)
 
@@ -90,9 +109,7 @@ class LogitCache:
             "eval_sample": len(eval_labels),
         }
         grid = layout.block_grid(len(dataset_index), classes, block_rows)
-        for leftover in Path(path).glob("*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        group = zarr.create_group(path, zarr_format=3)
+        group = _unfinished_group(Path(path))
         for name, spec in (layout.base_arrays(classes) | coding.arrays()).items():
             arrays.create_array(group, name, spec, sizes, grid)
         for name, values in (
@@ -123,9 +140,11 @@ class LogitCache:
         interrupted `create` left. Raises CacheError if something else lies there.
         """
         path = Path(path)
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if not path.exists():
             return False
-        return bool(arrays.open_group(path, "r").attrs.asdict())
+        if path.is_dir() and set(path.iterdir()) <= set(half_written(path)):
+            return False
+        return arrays.open_group(path, "r").attrs.asdict() != _UNFINISHED
 
     def grow(self, num_views: int) -> None:
         """Make room for more views in every array, rectifications included. Safe to repeat:
@@ -216,6 +235,7 @@ class LogitCache:
                 f"{self.path}: block {block} of view {view} is not there",
                 "Run `pipeline cache-teacher` again to finish it.",
             )
+        self.commits.check_objects(view, block)
         rows = self.grid.rows(block)
         return Block(
             self.encoding.decode(self._encoded(view, rows)),
@@ -241,6 +261,7 @@ class LogitCache:
                 f"{self.path} has no logits of the test split yet",
                 "Run `pipeline cache-teacher` again to finish it.",
             )
+        self.eval_commits.check_objects(0)
         logits = arrays.read_array(self._group, "eval_logits").float()
         return logits, arrays.read_array(self._group, "eval_label")
 
@@ -262,6 +283,7 @@ class LogitCache:
                 f"({complete} of {self.num_views} views are)",
                 f"Run `pipeline {stage}` again to finish it.",
             )
+        commits.check_objects(view)
 
     # ---- writing ------------------------------------------------------------------------
 
@@ -313,6 +335,7 @@ class LogitCache:
         if name not in self.rectifications:
             group = self._group.create_group(f"rectified/{name}", overwrite=True)
             sizes = {"view": self.num_views, "sample": self.num_samples, "class": self.num_classes}
+            CommitLog(self._group.store, f"rectified/{name}", self.grid.num_blocks).clear()
             Rectification.create(group, self.grid, sizes, settings, self.identity.digest())
         rectification = self.rectification(name)
         if rectification.settings != settings:
@@ -325,9 +348,27 @@ class LogitCache:
         return rectification
 
 
-def _checked_attributes(path: Path, group: zarr.Group) -> dict[str, Any]:
+def _unfinished_group(path: Path) -> zarr.Group:
+    """An empty root group, marked as unfinished; replaces one that is so marked.
+
+    The mark goes down first and stays until the attributes replace it, so that nothing but our own
+    leftovers is ever removed.
+    """
+    if LogitCache.exists(path):
+        raise CacheError(f"there is a cache at {path} already", "Choose another path.")
+    for leftover in path.glob("*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        elif leftover.name != "zarr.json":
+            leftover.unlink()
+    if (path / "zarr.json").exists():
+        return arrays.open_group(path, "r+")
+    return zarr.create_group(path, zarr_format=3, attributes=_UNFINISHED)
+
+
+def _checked_attributes(path: Path, group: zarr.Group) -> _Attributes:
     attributes = group.attrs.asdict()
-    if not attributes:
+    if attributes == _UNFINISHED:
         raise CacheError(
             f"{path} was never finished being created", "Run `pipeline cache-teacher` again."
         )
@@ -342,7 +383,7 @@ def _checked_attributes(path: Path, group: zarr.Group) -> dict[str, Any]:
             f"{path} has format version {version}; this program reads {layout.VERSION}",
             "Install the version of teacher-cache that wrote it, or a newer one.",
         )
-    needed = ("identity", "encoding", "provenance", "pixel_probes")
-    if missing := [key for key in needed if key not in attributes]:
-        raise CacheError(f"{path}: the attribute '{missing[0]}' is missing")
-    return attributes
+    try:
+        return msgspec.convert(attributes, _Attributes)
+    except msgspec.ValidationError as error:
+        raise CacheError(f"the attributes of {path} are damaged: {error}") from error

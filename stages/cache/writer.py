@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
-from stages.errors import CacheError, PipelineError
-
 Item = TypeVar("Item")
 
 
@@ -48,14 +46,5 @@ class BackgroundWriter(Generic[Item]):
                     self._error = error
 
     def _raise(self) -> None:
-        if isinstance(self._error, OSError):
-            raise CacheError(
-                f"the cache cannot be written: {self._error.strerror or self._error}",
-                "Everything committed so far is kept: make room, then run the same command again.",
-            ) from self._error
         if self._error is not None:
-            raise (
-                self._error
-                if isinstance(self._error, PipelineError)
-                else RuntimeError("writing the cache failed")
-            ) from self._error
+            raise self._error

@@ -55,11 +55,11 @@ def permute(positions: Tensor, n: int, *key: int | Tensor) -> Tensor:
     until it lands inside the domain (Black, Rogaway 2002). `key` may hold tensors that broadcast
     with `positions`: then every position goes through a permutation of its own.
     """
+    key_hash = counter_hash(*key)
     if n == 1:
-        return torch.zeros_like(positions)
+        return torch.zeros_like(positions ^ key_hash)
     half = ((n - 1).bit_length() + 1) // 2
     mask = (1 << half) - 1
-    key_hash = counter_hash(*key)
 
     def feistel(x: Tensor) -> Tensor:
         left, right = x >> half, x & mask

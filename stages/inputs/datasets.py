@@ -7,8 +7,9 @@ Small images of one size are decoded once into a uint8 tensor; anything else is 
 import hashlib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,9 @@ MEMORY_PIXELS = 128 * 128
 MEMORY_BYTES = 4 * 2**30
 SAMPLED_IMAGES = 2048
 """How many images channel statistics and the digest of an arbitrary dataset are taken from."""
+
+SAMPLED_MODES = 64
+"""How many image files decide whether a dataset is grey; one in colour among grey is an error."""
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 PUBLISHED_STATISTICS: dict[str, Statistics] = {
@@ -76,9 +80,14 @@ class ImageDataset:
         """
         if self.name in PUBLISHED_STATISTICS:
             return PUBLISHED_STATISTICS[self.name]
-        flat = torch.cat([self.load(i).flatten(1) for i in _fixed_sample(len(self))], 1).double()
-        mean, std = flat.mean(1) / 255, flat.std(1) / 255
-        return _rounded(mean), _rounded(std.clamp(min=1e-3))
+        count, total, squares = 0, torch.tensor(0), torch.tensor(0)
+        for index in _fixed_sample(len(self)):
+            pixels = self.load(index).flatten(1).long()  # integer sums are exact
+            count += pixels.shape[1]
+            total, squares = total + pixels.sum(1), squares + (pixels**2).sum(1)
+        mean = total.double() / count
+        std = (squares.double() / count - mean**2).clamp(min=0).sqrt()
+        return _rounded(mean / 255), _rounded((std / 255).clamp(min=1e-3))
 
 
 def load_dataset(
@@ -110,6 +119,13 @@ def load_dataset(
             "Known: digits, cifar10, cifar100, fashion-mnist, imagenet, folder:DIR, "
             "module:callable.",
         )
+    labels = dataset.labels
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(dataset.class_names):
+        raise DatasetError(
+            f"dataset '{spec}' ({split}) has labels from {int(labels.min())} to "
+            f"{int(labels.max())} for {len(dataset.class_names)} classes",
+            "Labels count from 0; give one class name a label.",
+        )
     if len(dataset.class_names) < 2 or not len(dataset):
         raise DatasetError(
             f"dataset '{spec}' ({split}) has {len(dataset)} images in "
@@ -130,6 +146,12 @@ def load_splits(
         raise DatasetError(
             f"the classes of {spec}'s training and test split differ: {', '.join(only[:5])}",
             "Both splits need the same classes under the same names.",
+        )
+    if train.shape[0] != test.shape[0]:
+        raise DatasetError(
+            f"{spec}'s training images have {train.shape[0]} channel(s), its test images "
+            f"{test.shape[0]}",
+            "Convert them alike, to grey or to colour.",
         )
     return train, test
 
@@ -203,14 +225,35 @@ class _ImageFiles:
 
     def __call__(self, index: int) -> Tensor:
         path = self.root / self.paths[index]
-        try:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert(self.mode))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise DatasetError(
-                f"cannot read image {path}: {error}", "Replace the file or remove it."
-            ) from error
+        with _opened(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DatasetError(
+                    f"image {path} has more than 8 bits a channel", "Convert the images to 8 bits."
+                )
+            if self.mode == "L" and image.mode not in _GREY:
+                raise DatasetError(
+                    f"image {path} is in colour, others of the dataset are grey",
+                    "Convert them alike, to grey or to colour.",
+                )
+            pixels = np.array(image.convert(self.mode))
         return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+
+
+_GREY = ("1", "L", "LA")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image file being read. Raises DatasetError, naming it, for whatever Pillow cannot read."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except DatasetError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DatasetError(
+            f"cannot read image {path}: {error}", "Replace the file or remove it."
+        ) from error
 
 
 def _folder(root: Path, split: Split, feeding: Feeding) -> ImageDataset:
@@ -221,12 +264,13 @@ def _folder(root: Path, split: Split, feeding: Feeding) -> ImageDataset:
             f"no folder {' or '.join(str(root / n) for n in names)}",
             "folder:DIR needs DIR/train/<class>/<image> and DIR/test or DIR/val.",
         )
-    class_names = sorted(entry.name for entry in os.scandir(base) if entry.is_dir())
+    class_names = sorted(e.name for e in os.scandir(base) if e.is_dir() and e.name[0] != ".")
+    extensions = _extensions()
     listing = [
         (label, f"{name}/{entry.name}", entry.stat().st_size)
         for label, name in enumerate(class_names)
         for entry in sorted(os.scandir(base / name), key=lambda e: e.name)
-        if Path(entry.name).suffix.lower() in _extensions()
+        if Path(entry.name).suffix.lower() in extensions and entry.name[0] != "."
     ]
     empty = sorted(set(range(len(class_names))) - {label for label, _, _ in listing})
     if empty:
@@ -266,15 +310,11 @@ def _from_files(
 ) -> ImageDataset:
     labels = [label for label, _, _ in listing]
     paths = tuple(path for _, path, _ in listing)
-    mode = "RGB"
-    if paths:
-        try:
-            with Image.open(base / paths[0]) as first:
-                mode = "L" if first.mode in ("1", "L") else "RGB"
-        except OSError as error:
-            raise DatasetError(
-                f"cannot read image {base / paths[0]}: {error}", "Replace the file or remove it."
-            ) from error
+    modes = set()
+    for index in _fixed_sample(len(paths))[:SAMPLED_MODES]:
+        with _opened(base / paths[index]) as image:
+            modes.add(image.mode)
+    mode = "L" if modes and modes.issubset(_GREY) else "RGB"
     load = _ImageFiles(base, paths, mode)
     return ImageDataset(
         name,
@@ -319,17 +359,23 @@ class _MapStyle:
 def _callable(spec: str, split: Split, feeding: Feeding) -> ImageDataset:
     module, _, attribute = spec.partition(":")
     try:
-        source = getattr(importlib.import_module(module), attribute)(split)
-    except (ImportError, AttributeError) as error:
+        build = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
         raise DatasetError(
             f"cannot import dataset '{spec}': {error}",
             "module:callable must be importable from the current directory.",
         ) from error
+    source = build(split)
     size = len(source)
     labels = getattr(source, "targets", None)
     if labels is None:
         labels = [int(source[i][1]) for i in range(size)]
     labels = torch.as_tensor(labels, dtype=torch.int64)
+    if len(labels) != size:
+        raise DatasetError(
+            f"dataset '{spec}' ({split}) has {size} images and {len(labels)} labels",
+            "Its `targets` need one label an image.",
+        )
     class_names = getattr(source, "classes", None)
     if class_names is None:
         class_names = [str(c) for c in range(int(labels.max()) + 1 if size else 0)]

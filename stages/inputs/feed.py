@@ -55,7 +55,7 @@ class ViewFeed:
         self._rendered = _RenderedViews(dataset, policy, image_size)
         self._workers = workers
         self._loader: DataLoader[Tensor | PipelineError] | None = None
-        self._plan = _Plan()
+        self._plan, self._passes = _Plan(), 0
         self._images: Tensor | None = None
         if dataset.images is not None and self._crops_in_place(dataset.images):
             self._images = _on_device(dataset.images, device)
@@ -64,24 +64,26 @@ class ViewFeed:
         at_own_size = self.image_size is None or tuple(images.shape[-2:]) == (self.image_size,) * 2
         return self.policy.moves_pixels_only and at_own_size
 
-    def batches(self, order: Tensor, view: int, batch_size: int) -> Iterator[Batch]:
-        """View `view` of the samples in `order` (int64 (n,)), cut into batches.
+    def batches(self, order: Tensor, view: int, batch_size: int, skip: int = 0) -> Iterator[Batch]:
+        """View `view` of the samples in `order` (int64 (n,)), cut into batches, without the first
+        `skip` of them.
 
         A last batch of one sample joins the one before it: batch norm cannot train on it alone.
         """
         check_view(self.policy, view)
-        full = num_batches(len(order), batch_size) - 1
-        parts = [*order[: full * batch_size].split(batch_size), order[full * batch_size :]]
-        parts = [part for part in parts if len(part)]
+        if not len(order):
+            return
+        last = (num_batches(len(order), batch_size) - 1) * batch_size
+        parts = [*(order[:last].split(batch_size) if last else ()), order[last:]][skip:]
+        if not parts:
+            return
         if self._images is not None:
-            yield from self._from_memory(self._images, order, parts, view)
+            yield from self._from_memory(self._images, parts, view)
         else:
             yield from self._from_workers(parts, view)
 
-    def _from_memory(
-        self, images: Tensor, order: Tensor, parts: list[Tensor], view: int
-    ) -> Iterator[Batch]:
-        order = order.to(images.device)
+    def _from_memory(self, images: Tensor, parts: list[Tensor], view: int) -> Iterator[Batch]:
+        order = torch.cat(parts).to(images.device)
         size = torch.tensor(images.shape[-2:], device=images.device)
         boxes = self.policy.draw(order, view, *size.unsqueeze(1).expand(2, len(order)))
         start = 0
@@ -101,15 +103,23 @@ class ViewFeed:
                 persistent_workers=self._workers > 0,
                 pin_memory=self.device.type == "cuda",
             )
+        self._passes += 1
+        this_pass = self._passes
         for part, pixels in zip(parts, self._loader, strict=True):
             if isinstance(pixels, PipelineError):
-                raise pixels
+                try:
+                    raise pixels
+                finally:
+                    del pixels  # a cycle through this frame would keep the workers alive
             yield Batch(part.to(self.device), pixels.to(self.device, non_blocking=True))
+            if this_pass != self._passes:
+                raise RuntimeError("another pass over this feed began; its workers serve one")
 
 
 def num_batches(samples: int, batch_size: int) -> int:
     """How many batches `ViewFeed.batches` cuts so many samples into."""
-    return max(1, -(-samples // batch_size) - (samples % batch_size == 1))
+    joined = samples > batch_size and samples % batch_size == 1
+    return -(-samples // batch_size) - joined
 
 
 def pixel_probes(
@@ -123,8 +133,8 @@ def pixel_probes(
     probe = torch.arange(PROBES)
     views = bounded(counter_hash(seed, probe, 0), min(policy.count or PROBED_VIEWS, PROBED_VIEWS))
     samples = bounded(counter_hash(seed, probe, 1), len(dataset))
-    pairs = zip(samples.tolist(), views.tolist(), strict=True)
-    return [zlib.crc32(rendered.image(sample, view).numpy().tobytes()) for sample, view in pairs]
+    pairs = list(zip(samples.tolist(), views.tolist(), strict=True))
+    return [zlib.crc32(image.numpy().tobytes()) for image in rendered.images(pairs)]
 
 
 class Normalise:
@@ -149,9 +159,10 @@ class Normalise:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        values = pixels.to(torch.float32, memory_format=self._format)
-        values = values.mul_(self._scale).add_(self._shift)
-        return values.expand(-1, self._channels, -1, -1) if values.shape[1] == 1 else values
+        if pixels.shape[1] == 1:
+            pixels = pixels.expand(-1, self._channels, -1, -1)
+        values = torch.empty(pixels.shape, device=pixels.device, memory_format=self._format)
+        return values.copy_(pixels).mul_(self._scale).add_(self._shift)
 
 
 # ---- details --------------------------------------------------------------------------------
@@ -165,20 +176,24 @@ class _RenderedViews(Dataset[Tensor]):
     policy: ViewPolicy
     image_size: int | None
 
-    def image(self, sample: int, view: int) -> Tensor:
-        """uint8 (C, H, W)."""
-        image = self.dataset.load(sample)
-        height, width = image.shape[-2:]
-        boxes = self.policy.draw(
-            torch.tensor([sample]), view, torch.tensor([height]), torch.tensor([width])
-        )
-        size = (height, width) if self.image_size is None else (self.image_size,) * 2
-        return render(image, boxes, 0, size)
+    def images(self, pairs: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """View v of sample i for every pair (i, v): uint8 (C, H, W) each."""
+        sources = [self.dataset.load(sample) for sample, _ in pairs]
+        samples, views = torch.tensor(pairs).T
+        height, width = torch.tensor([source.shape[-2:] for source in sources]).T
+        boxes = self.policy.draw(samples, views, height, width)
+        sizes = [
+            s.shape[-2:] if self.image_size is None else (self.image_size,) * 2 for s in sources
+        ]
+        return [
+            render(source, boxes, i, size)
+            for i, (source, size) in enumerate(zip(sources, sizes, strict=True))
+        ]
 
     def __getitems__(self, pairs: list[tuple[int, int]]) -> Tensor | PipelineError:
         # An error is returned and not raised: DataLoader would wrap it in a worker's traceback.
         try:
-            images = [self.image(sample, view) for sample, view in pairs]
+            images = self.images(pairs)
         except PipelineError as error:
             return error
         if any(image.shape != images[0].shape for image in images):
@@ -189,7 +204,7 @@ class _RenderedViews(Dataset[Tensor]):
         return torch.stack(images)
 
     def __getitem__(self, pair: tuple[int, int]) -> Tensor:
-        return self.image(*pair)
+        return self.images([pair])[0]
 
 
 @dataclass

@@ -76,7 +76,7 @@ def load_model(name: str | None, weights: str | None, num_classes: int, channels
     built = build_model(name, num_classes, channels)
     state = _read_state(path / "model.safetensors" if run else path)
     _load_state(built.module, state, path, num_classes)
-    statistics = (tuple(run["mean"]), tuple(run["std"])) if run else None
+    statistics = (run["mean"], run["std"]) if run else None
     return Model(built.module, name, built.channels, statistics, run.get("image_size"))
 
 
@@ -124,7 +124,7 @@ def _imported(spec: str, num_classes: int) -> nn.Module:
     module, _, attribute = spec.partition(":")
     try:
         build = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ModelError(
             f"cannot import model '{spec}': {error}",
             "module:callable must be importable from the current directory.",
@@ -175,9 +175,9 @@ def _pretrained(name: str, num_classes: int) -> Model:
 def _run_config(path: Path) -> dict[str, Any]:
     """Architecture and normalisation of a run directory, from its config.yaml."""
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
-        model = config["model"]
-        return {key: model[key] for key in ("architecture", "mean", "std", "image_size")}
+        model = yaml.safe_load((path / "config.yaml").read_text())["model"]
+        known = {key: model[key] for key in ("architecture", "mean", "std", "image_size")}
+        return {**known, "mean": tuple(known["mean"]), "std": tuple(known["std"])}
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ModelError(
             f"{path} is not a run directory: {error}",
@@ -190,13 +190,14 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+            found: Any = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"no weights at {path}", "Has the run finished?") from None
-    except Exception as error:  # pickle and safetensors raise many kinds
+    except Exception as error:  # pickle and safetensors raise many kinds, with advice not for users
         raise ModelError(
-            f"{path} cannot be read as plain tensors: {str(error).splitlines()[0]}",
+            f"{path} cannot be read as plain tensors ({type(error).__name__})",
             "Save the state dict alone (torch.save(model.state_dict(), ...)) or as .safetensors.",
         ) from error
     for key in ("model", "state_dict"):  # mdistiller's checkpoints, Lightning's and timm's

@@ -47,6 +47,8 @@ class TrainSettings(Settings, frozen=True):
         within("train.momentum", self.momentum, 0, 1)
         within("train.warmup", self.warmup, 0, 1)
         within("train.weight_decay", self.weight_decay, 0, float("inf"))
+        if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
+            raise ConfigError("train.nesterov needs a train.momentum above 0")
 
 
 class SeedSettings(Settings, frozen=True):
@@ -54,6 +56,10 @@ class SeedSettings(Settings, frozen=True):
 
     data: int = 0
     init: int = 0
+
+    def __post_init__(self) -> None:
+        within("seed.data", self.data, -(2**63), 2**63 - 1)
+        within("seed.init", self.init, -(2**63), 2**63 - 1)
 
 
 class LossSettings(Settings, frozen=True):

@@ -42,7 +42,7 @@ def make_schedule(
     if settings.schedule == "cosine":
         return CosineAnnealingLR(optimizer, total)
     if settings.schedule == "onecycle":
-        return OneCycleLR(
-            optimizer, settings.lr, total, pct_start=settings.warmup, cycle_momentum=False
-        )
+        # torch divides by the length of either phase minus one: keep both longer than a step.
+        warmup = min(max(settings.warmup, 2 / total), 1 - 1 / total) if total > 3 else 0.0
+        return OneCycleLR(optimizer, settings.lr, total, pct_start=warmup, cycle_momentum=False)
     return ConstantLR(optimizer, factor=1.0)

@@ -21,6 +21,7 @@ import yaml
 from safetensors.torch import save
 from torch import nn
 
+from stages.cache.identity import differences
 from stages.errors import RunError
 
 
@@ -40,12 +41,14 @@ class RunDirectory:
         run with another configuration is to be resumed.
         """
         run = RunDirectory(Path(path))
+        if resume and overwrite:
+            raise RunError("a run cannot be resumed and overwritten", "Give one of the two.")
         occupied = run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir()))
         if occupied and not (resume or overwrite):
             raise RunError(
                 f"{path} is not empty", "Go on with --resume, start again with --overwrite."
             )
-        if occupied and not run._config.is_file():
+        if occupied and not run._is_run():
             raise RunError(f"{path} holds something else than a run", "Choose another --out.")
         if occupied and resume:
             run._check_same(config)
@@ -64,6 +67,14 @@ class RunDirectory:
     def _config(self) -> Path:
         return self.path / "config.yaml"
 
+    def _is_run(self) -> bool:
+        """Whether the folder holds a run, and not somebody else's config.yaml."""
+        try:
+            config = yaml.safe_load(self._config.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            return False
+        return isinstance(config, dict) and config.get("kind") in ("teacher", "student")
+
     @property
     def config_text(self) -> str:
         """The resolved configuration, as config.yaml has it."""
@@ -72,10 +83,9 @@ class RunDirectory:
     def _check_same(self, config: Mapping[str, Any]) -> None:
         before = yaml.safe_load(self._config.read_text())
         now = json.loads(json.dumps(config))  # tuples become lists, as YAML has them
-        if before != now:
-            keys = [key for key in {*before, *now} if before.get(key) != now.get(key)]
+        if differing := differences(now, before):
             raise RunError(
-                f"{self.path} was started with other settings: {', '.join(sorted(keys))}",
+                f"{self.path} was started with other settings: {'; '.join(differing[:3])}",
                 "Resume with the same command, or start again with --overwrite.",
             )
 
@@ -110,8 +120,8 @@ class RunDirectory:
             file.write(json.dumps(metrics) + "\n")
 
     def save_model(self, module: nn.Module) -> None:
-        """model.safetensors: the module's state dict, on the CPU, contiguous."""
-        state = {n: t.detach().cpu().contiguous() for n, t in module.state_dict().items()}
+        """model.safetensors: the module's state dict; tied weights under each of their names."""
+        state = {n: t.detach().cpu().contiguous().clone() for n, t in module.state_dict().items()}
         temporary = self.path / "model.safetensors.partial"
         temporary.write_bytes(save(state))  # save_file would make it readable by its owner only
         os.replace(temporary, self.path / "model.safetensors")

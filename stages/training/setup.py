@@ -1,5 +1,6 @@
 """What teachers and students need before the first step: images, model, evaluations."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, load_splits
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.models import Model, build_model, load_model, logits_of
-from stages.training.config import DataSettings, ModelSettings, SeedSettings
+from stages.inputs.views import ViewPolicy, view_policy
+from stages.training.config import DataSettings, ModelSettings, SeedSettings, positive
 from stages.training.trainer import Evaluation
 
 _HELD_OUT = 3  # a stream of seed.data, apart from those of the trainer
@@ -43,6 +45,15 @@ def dataset_identity(dataset: ImageDataset) -> DatasetIdentity:
         labels=dataset.labels_digest,
         images=dataset.images_digest,
     )
+
+
+def chosen_policy(
+    augment: str, seed: int, image_size: int | None, resize: int | None
+) -> ViewPolicy:
+    """The view policy asked for; `none` shows what evaluation shows."""
+    if augment == "none":
+        return plain_view(image_size, resize)
+    return view_policy(augment, seed)
 
 
 def make_model(
@@ -78,16 +89,19 @@ def normalisation(
     if (mean is None) != (std is None):
         raise ConfigError("mean and std belong together", "Give both --mean and --std, or neither.")
     if mean is not None and std is not None:
-        chosen = tuple(mean), tuple(std)
+        given = mean, std
     else:
-        chosen = model.statistics or dataset.statistics()
+        given = model.statistics or dataset.statistics()
+    chosen = tuple(map(float, given[0])), tuple(map(float, given[1]))
     for name, values in zip(("mean", "std"), chosen, strict=True):
         if len(values) not in (1, dataset.shape[0], model.channels):
             raise ConfigError(
                 f"{name} has {len(values)} numbers, the images have {dataset.shape[0]} channel(s)"
             )
-    if not all(value > 0 for value in chosen[1]):
-        raise ConfigError(f"std must be positive, was {chosen[1]}")
+    if not all(map(math.isfinite, chosen[0])):
+        raise ConfigError(f"mean must be finite, was {chosen[0]}")
+    for value in chosen[1]:
+        positive("std", value)
     return chosen
 
 
@@ -101,9 +115,17 @@ def make_normalise(
 
 
 def held_out(num_samples: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out samples: int64, each in dataset order, disjoint."""
+    """Training and held-out samples: int64, each in dataset order, disjoint.
+
+    Raises ConfigError if there is nothing to hold out, or nothing left to train on.
+    """
     shuffled = permute(torch.arange(num_samples), num_samples, seed, _HELD_OUT)
     out = round(num_samples * fraction)
+    if num_samples - out < 2 or (fraction > 0 and out == 0):
+        raise ConfigError(
+            f"data.val_fraction {fraction:g} of {num_samples} samples leaves {num_samples - out} "
+            f"for training and {out} held out"
+        )
     return shuffled[out:].sort().values, shuffled[:out].sort().values
 
 

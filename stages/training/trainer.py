@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.device import autocast, place
-from stages.errors import ConfigError, RunError
+from stages.errors import RunError
 from stages.inputs.counter_hash import permute
 from stages.inputs.feed import Batch, Normalise, ViewFeed, num_batches
 from stages.inputs.models import logits_of
@@ -63,6 +63,7 @@ class Position:
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0
+    lr: float = 0.0
     totals: dict[str, Tensor] = field(default_factory=dict)
 
     def next_epoch(self) -> None:
@@ -88,8 +89,6 @@ class Trainer:
     device: torch.device
 
     def __post_init__(self) -> None:
-        if len(self.samples) < 2:
-            raise ConfigError(f"{len(self.samples)} training samples are too few")
         use_deterministic(self.settings.deterministic)
         place(self.module, self.device, self.settings.channels_last)
         self._steps = num_batches(len(self.samples), self.settings.batch_size)
@@ -119,12 +118,12 @@ class Trainer:
     def _train_epoch(self, position: Position, stop: "StopSignal") -> dict[str, Any]:
         settings, epoch = self.settings, position.epoch
         view = self.task.start_epoch(epoch)
-        rate = self._schedule.get_last_lr()[0]
+        if position.step == 0:
+            position.lr = float(self._schedule.get_last_lr()[0])
         order = sample_order(self.samples, self.seeds.data, epoch)
-        rest = order[position.step * settings.batch_size :]
         self.module.train()
         started = time.perf_counter() - position.seconds
-        for batch in self.feed.batches(rest, view, settings.batch_size):
+        for batch in self.feed.batches(order, view, settings.batch_size, skip=position.step):
             parts = self._step(batch)
             for name, value in parts.items():
                 total = value.detach() * len(batch.samples)
@@ -144,15 +143,16 @@ class Trainer:
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - started
         means = {name: float(total) / len(order) for name, total in position.totals.items()}
-        if not all(map(math.isfinite, means.values())):
+        finite = all(bool(torch.isfinite(p).all()) for p in self.module.parameters())
+        if not (finite and all(map(math.isfinite, means.values()))):
             raise RunError(
-                f"the training loss is not finite in epoch {epoch + 1}: {means}",
+                f"the loss or the weights are not finite after epoch {epoch + 1}: {means}",
                 "Lower train.lr, or check the teacher and the loss settings.",
             )
         return {
             "epoch": epoch,
             "view": view,
-            "lr": rate,
+            "lr": position.lr,
             **means,
             **self.task.epoch_metrics(),
             "seconds": seconds,
