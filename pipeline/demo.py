@@ -8,7 +8,8 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,87 +55,88 @@ STUDENTS: dict[str, tuple[LossSettings, BiasSettings]] = {
 def run_demo(out: str, console: Console, overwrite: bool = False, seeds: int = 3) -> None:
     """Teacher, cache, rectification, students and a table; everything under `out`."""
     folder = _fresh_folder(Path(out), overwrite)
+    cache = folder / "digits.zarr"
     splits = load_data(DATA)
     seconds: dict[str, float] = {}
 
-    # 1) a teacher
     console.say("1) training a teacher on hard labels")
-    teacher = _timed(
-        seconds,
-        "teacher training",
-        lambda: train_teacher(TEACHER, folder / "teacher", splits=splits),
-    )
+    with _timed(seconds, "teacher training"):
+        teacher = train_teacher(TEACHER, folder / "teacher", splits=splits)
 
-    # 2) stage one: every view there is
     console.say(f"2) stage one: caching the teacher's logits for {VIEWS} views of every sample")
-    weights = TeacherSettings(weights=str(folder / "teacher"))
-    job = prepare(CacheConfig(data=DATA, teacher=weights, views=VIEWS, augment=AUGMENT), splits)
-    cache = folder / "digits.zarr"
-    _timed(seconds, "stage one", lambda: cache_teacher(job, cache, console))
+    with _timed(seconds, "stage one"):
+        weights = TeacherSettings(weights=str(folder / "teacher"))
+        config = CacheConfig(data=DATA, teacher=weights, views=VIEWS, augment=AUGMENT)
+        cache_teacher(prepare(config, splits), cache, console)
 
-    # 3) stage two: what the teacher has wrong
     console.say("3) stage two: rectifying what the teacher has wrong")
-    statistics_ = _timed(seconds, "stage two", lambda: rectify(cache, RectifyConfig(), console))
-    console.say(f"   the teacher is wrong on {statistics_['wrong_rate']:.1%} of the views")
+    with _timed(seconds, "stage two"):
+        wrong = rectify(cache, RectifyConfig(), console)["wrong_rate"]
+    console.say(f"   the teacher is wrong on {wrong:.1%} of the views")
 
-    # 4) stage three: students, none of which sees the teacher
     console.say(f"4) stage three: {len(STUDENTS)} kinds of students, {seeds} seeds each")
-    top1: dict[str, list[float]] = {name: [] for name in STUDENTS}
+    students: dict[str, list[dict[str, Any]]] = {name: [] for name in STUDENTS}
     for seed in range(seeds):
-        for name, (loss, bias) in STUDENTS.items():
-            config = StudentConfig(
-                cache=str(cache),
-                data=DATA,
-                model=STUDENT,
-                train=STUDENT_TRAIN,
-                seed=SeedSettings(data=seed, init=seed),
-                loss=loss,
-                bias=bias,
-            )
+        for name in STUDENTS:
             run = folder / "students" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-            summary = _timed(seconds, name, lambda: train_student(config, run, splits=splits))  # noqa: B023
-            top1[name].append(summary["last"]["test_top1"])
-            console.progress(
-                "students", sum(map(len, top1.values())), seeds * len(STUDENTS), "runs"
-            )
+            with _timed(seconds, name):
+                summary = train_student(_student(cache, name, seed), run, splits=splits)
+            students[name].append(summary)
+            done = sum(map(len, students.values()))
+            console.progress("students", done, seeds * len(STUDENTS), "runs")
 
-    # 5) what came of it
-    _show(console, teacher, top1, seconds, seeds)
-    results = {"teacher": teacher["last"], "students": top1, "seconds": seconds}
+    _show(console, teacher, students, seconds)
+    results = {"teacher": teacher, "students": students, "seconds": seconds}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     console.say(f"\nEverything lies in {folder}; `pipeline inspect {cache}` shows the cache.")
+
+
+def _student(cache: Path, name: str, seed: int) -> StudentConfig:
+    loss, bias = STUDENTS[name]
+    return StudentConfig(
+        cache=str(cache),
+        data=DATA,
+        model=STUDENT,
+        train=STUDENT_TRAIN,
+        seed=SeedSettings(data=seed, init=seed),
+        loss=loss,
+        bias=bias,
+    )
 
 
 def _show(
     console: Console,
     teacher: dict[str, Any],
-    top1: dict[str, list[float]],
+    students: dict[str, list[dict[str, Any]]],
     seconds: dict[str, float],
-    seeds: int,
 ) -> None:
+    top1 = {name: [s["last"]["test_top1"] for s in runs] for name, runs in students.items()}
     rows = [
         ("teacher", f"{teacher['parameters']:,}", f"{teacher['last']['test_top1']:.2%}", "", "")
     ]
     for name, values in top1.items():
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         gain = statistics.mean(values) - statistics.mean(top1["hard labels"])
-        spread = f"{statistics.mean(values):.2%} ± {deviation * 100:.2f}"
-        time_each = f"{seconds[name] / seeds:.1f} s"
-        rows.append((name, "", spread, f"{gain * 100:+.2f}", time_each))
+        rows.append(
+            (
+                name,
+                f"{students[name][0]['parameters']:,}",
+                f"{statistics.mean(values):.2%} ± {deviation * 100:.2f}",
+                f"{gain * 100:+.2f}",
+                f"{seconds[name] / len(values):.1f} s",
+            )
+        )
     columns = ("", "parameters", "test top-1, last epoch", "gain", "time each")
-    console.table(f"students on digits, {seeds} seed(s)", columns, rows)
-    console.table(
-        "cost",
-        ("step", "time"),
-        [(step, duration(s)) for step, s in seconds.items() if step not in top1],
-    )
+    console.table("on digits: mean ± standard deviation over seeds", columns, rows)
+    steps = [(step, duration(s)) for step, s in seconds.items() if step not in top1]
+    console.table("done once, for all students", ("step", "time"), steps)
 
 
-def _timed(seconds: dict[str, float], step: str, work: Callable[[], Any]) -> Any:
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     started = time.perf_counter()
-    result = work()
+    yield
     seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - started
-    return result
 
 
 def _fresh_folder(folder: Path, overwrite: bool) -> Path:
