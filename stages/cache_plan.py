@@ -29,6 +29,7 @@ class CachePlan:
     files: int
     samples_per_second: float
     free_bytes: int
+    device: str
 
     @property
     def missing_share(self) -> float:
@@ -83,6 +84,7 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
         bytes_per_view=row_bytes_on_disk(coding, logits),
         files=blocks * arrays + config.views + metadata,
         samples_per_second=sum(map(len, measured)) / elapsed,
+        device=str(job.device),
         free_bytes=shutil.disk_usage(_existing(Path(out))).free,
     )
 

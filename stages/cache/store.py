@@ -8,44 +8,24 @@ Order of writing: all metadata, then a block's shards, then its commit record. A
 touches a block without a record: Zarr itself would silently return zeros for it.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 import zarr
 from torch import Tensor
 
-from stages.cache import arrays, layout
+from stages.cache import arrays, layout, root
 from stages.cache.commits import CommitLog, Record, describe_objects
 from stages.cache.encoding import Encoding, encoding
 from stages.cache.identity import Identity, identity_from_json
 from stages.cache.layout import BlockGrid
-from stages.cache.lock import half_written
 from stages.cache.rectified import Rectification, RectificationSettings
 from stages.cache.targets import ViewTargets
 from stages.errors import CacheError
-
-_UNFINISHED = {"format": layout.FORMAT, "unfinished": True}
-"""The root attributes of a cache that is being created."""
-
-
-class _EncodingAttributes(msgspec.Struct, frozen=True):
-    name: str
-
-
-class _Attributes(msgspec.Struct, frozen=True):
-    """The root attributes of a cache, as JSON has them."""
-
-    identity: dict[str, Any]
-    identity_digest: str
-    encoding: _EncodingAttributes
-    provenance: dict[str, Any]
-    pixel_probes: list[int]
 
 
 @dataclass(frozen=True)
@@ -66,7 +46,7 @@ class LogitCache:
     def __init__(self, path: str | Path, group: zarr.Group) -> None:
         self.path = Path(path)
         self._group = group
-        attributes = _checked_attributes(self.path, group)
+        attributes = root.read_attributes(self.path, group)
         self.identity: Identity = identity_from_json(attributes.identity, str(path))
         if self.identity.digest() != attributes.identity_digest:
             raise CacheError(f"{path}: the identity does not match its digest")
@@ -109,7 +89,7 @@ class LogitCache:
             "eval_sample": len(eval_labels),
         }
         grid = layout.block_grid(len(dataset_index), classes, block_rows)
-        group = _unfinished_group(Path(path))
+        group = root.unfinished_group(Path(path))
         for name, spec in (layout.base_arrays(classes) | coding.arrays()).items():
             arrays.create_array(group, name, spec, sizes, grid)
         for name, values in (
@@ -136,15 +116,8 @@ class LogitCache:
 
     @staticmethod
     def exists(path: str | Path) -> bool:
-        """Whether a cache can be opened at `path`: not in an empty folder, nor in what an
-        interrupted `create` left. Raises CacheError if something else lies there.
-        """
-        path = Path(path)
-        if not path.exists():
-            return False
-        if path.is_dir() and set(path.iterdir()) <= set(half_written(path)):
-            return False
-        return arrays.open_group(path, "r").attrs.asdict() != _UNFINISHED
+        """Whether a cache can be opened at `path`; see `root.exists`."""
+        return root.exists(Path(path))
 
     def grow(self, num_views: int) -> None:
         """Make room for more views in every array, rectifications included. Safe to repeat:
@@ -346,44 +319,3 @@ class LogitCache:
                 "Choose another --name.",
             )
         return rectification
-
-
-def _unfinished_group(path: Path) -> zarr.Group:
-    """An empty root group, marked as unfinished; replaces one that is so marked.
-
-    The mark goes down first and stays until the attributes replace it, so that nothing but our own
-    leftovers is ever removed.
-    """
-    if LogitCache.exists(path):
-        raise CacheError(f"there is a cache at {path} already", "Choose another path.")
-    for leftover in path.glob("*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        elif leftover.name != "zarr.json":
-            leftover.unlink()
-    if (path / "zarr.json").exists():
-        return arrays.open_group(path, "r+")
-    return zarr.create_group(path, zarr_format=3, attributes=_UNFINISHED)
-
-
-def _checked_attributes(path: Path, group: zarr.Group) -> _Attributes:
-    attributes = group.attrs.asdict()
-    if attributes == _UNFINISHED:
-        raise CacheError(
-            f"{path} was never finished being created", "Run `pipeline cache-teacher` again."
-        )
-    if attributes.get("format") != layout.FORMAT:
-        raise CacheError(
-            f"{path} is not a teacher-logit cache",
-            "Give the folder that `pipeline cache-teacher --out` made.",
-        )
-    version = attributes.get("version")
-    if version != layout.VERSION:
-        raise CacheError(
-            f"{path} has format version {version}; this program reads {layout.VERSION}",
-            "Install the version of teacher-cache that wrote it, or a newer one.",
-        )
-    try:
-        return msgspec.convert(attributes, _Attributes)
-    except msgspec.ValidationError as error:
-        raise CacheError(f"the attributes of {path} are damaged: {error}") from error

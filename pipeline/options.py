@@ -1,0 +1,107 @@
+"""Options that several commands share, and where in a configuration their values go."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several options as one decorator, shown in this order."""
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers separated by commas: 0.5,0.5,0.5."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"'{value}' is not a list of numbers such as 0.5,0.5,0.5", param, ctx)
+
+
+data_options = options(
+    click.option(
+        "--dataset",
+        help="digits, cifar10, cifar100, fashion-mnist, imagenet, folder:DIR or module:callable.",
+    ),
+    click.option("--root", help="Where torchvision's datasets lie."),
+    click.option(
+        "--download", is_flag=True, default=None, help="Let torchvision download what is missing."
+    ),
+    click.option(
+        "--image-size",
+        type=int,
+        help="Side of the model's input in pixels; the images' own if left out.",
+    ),
+    click.option(
+        "--resize",
+        type=int,
+        help="For the clean view: resize the shorter side to this, then crop the centre.",
+    ),
+    click.option("--workers", type=int, help="Processes that decode images too large for memory."),
+)
+normalise_options = options(
+    click.option("--mean", type=Numbers(), help="Normalisation, one number a channel."),
+    click.option("--std", type=Numbers(), help="Normalisation, one number a channel."),
+)
+train_options = options(
+    click.option("--epochs", type=int),
+    click.option("--batch-size", type=int),
+    click.option("--lr", type=float, help="Peak learning rate."),
+    click.option("--seed", type=int, help="Sets seed.data and seed.init."),
+    click.option(
+        "--val-fraction", type=float, help="Share of training samples held out to choose the model."
+    ),
+    click.option(
+        "--deterministic",
+        is_flag=True,
+        default=None,
+        help="Only algorithms that give the same bits again.",
+    ),
+)
+compute_options = options(
+    click.option("--device", help="cpu, cuda, cuda:N; a GPU where there is one if left out."),
+    click.option("--dtype", help="float32, or autocast to bfloat16 or float16."),
+)
+config_options = options(
+    click.option("--config", "file", help="YAML file with any of the keys."),
+    click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Any key, for example train.momentum=0.8; may be repeated.",
+    ),
+)
+run_options = options(
+    click.option("--out", required=True, help="The run directory."),
+    click.option("--resume", is_flag=True, help="Go on with the run that is there."),
+    click.option("--overwrite", is_flag=True, help="Replace the run that is there."),
+)
+
+
+def data_flags(given: dict[str, Any]) -> dict[str, Any]:
+    """The data section, from what was given on the command line."""
+    names = ("dataset", "root", "download", "image_size", "resize", "workers", "val_fraction")
+    return {f"data.{name}": given.get(name) for name in names}
+
+
+def train_flags(given: dict[str, Any]) -> dict[str, Any]:
+    """What train-teacher and train-student share, from what was given on the command line."""
+    names = ("epochs", "batch_size", "lr", "deterministic", "dtype")
+    seeds = {f"seed.{name}": given["seed"] for name in ("data", "init")}
+    model = {f"model.{name}": given[name] for name in ("mean", "std")}
+    train = {f"train.{name}": given[name] for name in names}
+    return {**data_flags(given), **train, **seeds, **model, "device": given["device"]}

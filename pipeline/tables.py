@@ -1,0 +1,138 @@
+"""Tables about caches and runs: what is planned, what is there, what came of it."""
+
+from typing import Any
+
+from pipeline.console import Console, duration, size
+from stages.cache import LogitCache
+from stages.cache_plan import CachePlan
+from stages.cache_teacher import CacheSummary
+
+
+def show_cache(path: str, console: Console) -> None:
+    """Print identity, provenance, completeness, size and rectifications of a cache."""
+    cache = LogitCache.open(path)
+    identity, complete = cache.identity, cache.complete_views
+    sizes = [cache.commits.bytes_of_view(view) for view in complete]
+    per_view = sum(sizes) / len(sizes) if sizes else 0.0
+    parameters = ", ".join(f"{k}={v}" for k, v in identity.views.parameters.items())
+    versions = ", ".join(f"{k} {v}" for k, v in cache.provenance.get("versions", {}).items())
+    dataset = identity.dataset
+    console.table(
+        str(path),
+        ("what", "value"),
+        [
+            ("teacher", f"{identity.teacher.architecture}, weights {identity.teacher.weights}"),
+            ("normalisation", f"mean {identity.teacher.mean}, std {identity.teacher.std}"),
+            ("input size", identity.teacher.image_size or "the images' own"),
+            ("computed in", identity.compute_dtype),
+            (
+                "dataset",
+                f"{dataset.name}, {dataset.num_samples:,} x {cache.num_classes} classes",
+            ),
+            ("views", f"{identity.views.policy} ({parameters}), seed {identity.views.seed}"),
+            ("identity", cache.identity.digest()),
+            ("encoding", cache.encoding.name),
+            ("complete", f"{len(complete)} of {cache.num_views} views"),
+            (
+                "on disk",
+                f"{size(sum(sizes))}, {per_view / cache.num_samples:.1f} bytes a sample and view",
+            ),
+            ("test logits", "yes" if cache.eval_commits.is_complete(0) else "not yet"),
+            (
+                "made from",
+                f"{cache.provenance.get('weights')}, on {cache.provenance.get('device')}",
+            ),
+            ("made with", versions),
+        ],
+    )
+    rows = []
+    for name in cache.rectifications:
+        rectification = cache.rectification(name)
+        settings, statistics = rectification.settings, rectification.statistics
+        done = sum(rectification.commits.is_complete(v) for v in range(cache.num_views))
+        wrong = f"{statistics['wrong_rate']:.2%}" if statistics else "?"
+        rows.append(
+            (
+                name,
+                settings.method,
+                settings.space,
+                f"{settings.temperature:g}",
+                f"{done} of {cache.num_views}",
+                wrong,
+            )
+        )
+    if rows:
+        columns = ("rectification", "method", "space", "T", "views", "wrong rows")
+        console.table("rectifications", columns, rows)
+
+
+def show_run(console: Console, out: str, summary: dict[str, Any]) -> None:
+    """Last, best and selected epoch of a training run."""
+    rows = [
+        (
+            name,
+            summary[name]["epoch"] + 1,
+            *(f"{summary[name][k]:.2%}" for k in ("test_top1", "test_top5")),
+        )
+        for name in ("last", "best", "selected")
+    ]
+    seconds, share = duration(summary["train_seconds"]), summary["wait_share"]
+    title = (
+        f"{out}: {summary['parameters']:,} parameters, {seconds}, {share:.1%} waiting for targets"
+    )
+    console.table(title, ("", "epoch", "test top-1", "test top-5"), rows)
+
+
+def show_rectification(console: Console, name: str, statistics: dict[str, Any]) -> None:
+    """What stage two found."""
+    top1 = statistics["top1_per_view"]
+    console.table(
+        f"rectification '{name}'",
+        ("what", "value"),
+        [
+            (
+                "teacher top-1 per view",
+                f"{sum(top1) / len(top1):.2%} ({min(top1):.2%} to {max(top1):.2%})",
+            ),
+            ("wrong rows", f"{statistics['wrong_rows']:,} ({statistics['wrong_rate']:.2%})"),
+            ("label is now the argmax", f"{statistics['label_is_argmax']:.2%} of them"),
+            *(
+                (f"confused: {pair['label']} taken for {pair['predicted']}", f"{pair['count']:,}")
+                for pair in statistics["most_confused"][:5]
+            ),
+        ],
+    )
+
+
+def show_plan(console: Console, out: str, plan: CachePlan) -> None:
+    """What stage one would do, before it does it."""
+    console.table(
+        f"plan for {out}",
+        ("what", "how much"),
+        [
+            ("samples x views", f"{plan.samples:,} x {plan.views:,}"),
+            ("blocks (missing)", f"{plan.blocks:,} ({plan.missing_blocks:,})"),
+            ("encoding", plan.encoding),
+            ("on disk", f"{size(plan.total_bytes)}, {plan.bytes_per_view:.1f} bytes a view"),
+            ("files", f"{plan.files:,}"),
+            ("measured speed", f"{plan.samples_per_second:,.0f} samples/s on {plan.device}"),
+            ("estimated time", f"{duration(plan.hours * 3600)} ({plan.hours:.2f} hours)"),
+            ("free disk", size(plan.free_bytes)),
+        ],
+    )
+
+
+def show_cached(console: Console, out: str, summary: CacheSummary) -> None:
+    """What stage one has done, and how good the teacher is."""
+    top1 = summary.train_top1
+    console.table(
+        f"{out}: {summary.views} views, {summary.computed_blocks} blocks computed now",
+        ("teacher top-1 on", "mean", "lowest", "highest"),
+        [
+            (
+                "training views",
+                *(f"{x:.2%}" for x in (sum(top1) / len(top1), min(top1), max(top1))),
+            ),
+            ("test split", f"{summary.test_top1:.2%}", "", ""),
+        ],
+    )
