@@ -1,0 +1,95 @@
+"""Images and labels by name: what a dataset is, whatever it was made from.
+
+Small images of one size are decoded once into a uint8 tensor; anything else is loaded one by one
+(`feed.py` does that in workers). A dataset's digests do not depend on which of the two it is.
+"""
+
+from pathlib import Path
+
+from stages.errors import DatasetError
+from stages.inputs.datasets.arrays import TORCHVISION, digits, torchvision_arrays
+from stages.inputs.datasets.callables import from_callable
+from stages.inputs.datasets.dataset import (
+    PUBLISHED_STATISTICS,
+    Feeding,
+    ImageDataset,
+    Split,
+    Statistics,
+)
+from stages.inputs.datasets.files import folder, imagenet
+
+__all__ = [
+    "PUBLISHED_STATISTICS",
+    "Feeding",
+    "ImageDataset",
+    "Split",
+    "Statistics",
+    "load_dataset",
+    "load_splits",
+]
+
+
+def load_dataset(
+    spec: str,
+    split: Split,
+    root: str | None = None,
+    feeding: Feeding = "auto",
+    download: bool = False,
+) -> ImageDataset:
+    """One split of `digits`, `cifar10`, `cifar100`, `fashion-mnist`, `imagenet`, `folder:DIR` or
+    `module:callable`.
+
+    Raises DatasetError if it is missing, unreadable, or has fewer than two classes.
+    """
+    kind, _, argument = spec.partition(":")
+    if kind == "folder":
+        dataset = folder(Path(argument), split, feeding)
+    elif spec == "digits":
+        dataset = digits(split)
+    elif spec in TORCHVISION:
+        dataset = torchvision_arrays(spec, split, root, download)
+    elif spec == "imagenet":
+        dataset = imagenet(split, root, feeding)
+    elif argument:
+        dataset = from_callable(spec, split, feeding)
+    else:
+        raise DatasetError(
+            f"unknown dataset '{spec}'",
+            "Known: digits, cifar10, cifar100, fashion-mnist, imagenet, folder:DIR, "
+            "module:callable.",
+        )
+    labels = dataset.labels
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(dataset.class_names):
+        raise DatasetError(
+            f"dataset '{spec}' ({split}) has labels from {int(labels.min())} to "
+            f"{int(labels.max())} for {len(dataset.class_names)} classes",
+            "Labels count from 0; give one class name a label.",
+        )
+    if len(dataset.class_names) < 2 or not len(dataset):
+        raise DatasetError(
+            f"dataset '{spec}' ({split}) has {len(dataset)} images in "
+            f"{len(dataset.class_names)} class(es)",
+            "Distillation needs at least two classes with images.",
+        )
+    return dataset
+
+
+def load_splits(
+    spec: str, root: str | None = None, feeding: Feeding = "auto", download: bool = False
+) -> tuple[ImageDataset, ImageDataset]:
+    """The training and the test split, which must have the same classes."""
+    train = load_dataset(spec, "train", root, feeding, download)
+    test = load_dataset(spec, "test", root, feeding, download)
+    if train.class_names != test.class_names:
+        only = sorted(set(train.class_names) ^ set(test.class_names))
+        raise DatasetError(
+            f"the classes of {spec}'s training and test split differ: {', '.join(only[:5])}",
+            "Both splits need the same classes under the same names.",
+        )
+    if train.shape[0] != test.shape[0]:
+        raise DatasetError(
+            f"{spec}'s training images have {train.shape[0]} channel(s), its test images "
+            f"{test.shape[0]}",
+            "Convert them alike, to grey or to colour.",
+        )
+    return train, test

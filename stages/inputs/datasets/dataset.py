@@ -1,0 +1,128 @@
+"""What a dataset is: labels, a way to load each image, and digests that say which it is."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stages.errors import DatasetError
+from stages.inputs.counter_hash import permute
+
+Split = Literal["train", "test"]
+Feeding = Literal["auto", "memory", "stream"]
+
+MEMORY_PIXELS = 128 * 128
+"""Larger images are streamed: at that size decoding no longer dominates and memory does."""
+MEMORY_BYTES = 4 * 2**30
+SAMPLED_IMAGES = 2048
+"""How many images channel statistics and the digest of an arbitrary dataset are taken from."""
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+PUBLISHED_STATISTICS: dict[str, Statistics] = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "fashion-mnist": ((0.2860,), (0.3530,)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """One split of a dataset.
+
+    labels: int64 (N,). load: index -> uint8 (C, H, W). images: uint8 (N, C, H, W) where they are
+    held in memory, else None. images_digest: hex, of the content or, for folders, of the relative
+    paths and file sizes in order.
+    """
+
+    name: str
+    split: Split
+    class_names: tuple[str, ...]
+    labels: Tensor
+    load: Callable[[int], Tensor]
+    images: Tensor | None
+    images_digest: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the first image."""
+        channels, height, width = self.load(0).shape
+        return channels, height, width
+
+    @property
+    def labels_digest(self) -> str:
+        return digest([self.labels.to(torch.int32).numpy().tobytes()])
+
+    def statistics(self) -> Statistics:
+        """Mean and standard deviation of each channel, on the scale of 0 to 1.
+
+        Published values where the literature has them, else measured on a fixed sample of images.
+        """
+        if self.name in PUBLISHED_STATISTICS:
+            return PUBLISHED_STATISTICS[self.name]
+        count, total, squares = 0, torch.tensor(0), torch.tensor(0)
+        for index in fixed_sample(len(self)):
+            pixels = self.load(index).flatten(1).long()  # integer sums are exact
+            count += pixels.shape[1]
+            total, squares = total + pixels.sum(1), squares + (pixels**2).sum(1)
+        mean = total.double() / count
+        std = (squares.double() / count - mean**2).clamp(min=0).sqrt()
+        return _rounded(mean / 255), _rounded((std / 255).clamp(min=1e-3))
+
+
+def in_memory(load: Callable[[int], Tensor], size: int, feeding: Feeding) -> Tensor | None:
+    """All images decoded, or None where they are to be streamed."""
+    if feeding == "stream" or not size:
+        return None
+    first = load(0)
+    small = first.shape[1] * first.shape[2] <= MEMORY_PIXELS
+    if feeding == "auto" and not (small and first.numel() * size <= MEMORY_BYTES):
+        return None
+    images = torch.empty((size, *first.shape), dtype=torch.uint8)
+
+    def decode(indices: range) -> bool:
+        for i in indices:
+            image = load(i)
+            if image.shape != first.shape:
+                return False
+            images[i] = image
+        return True
+
+    parts = [range(start, min(start + 512, size)) for start in range(0, size, 512)]
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        if all(pool.map(decode, parts)):
+            return images
+    if feeding == "memory":
+        raise DatasetError(
+            "the images differ in size and cannot be held in one tensor",
+            "Leave the feeding at 'auto' and give --image-size.",
+        )
+    return None
+
+
+def fixed_sample(size: int) -> list[int]:
+    """Up to SAMPLED_IMAGES indices, spread at random and always the same."""
+    return permute(torch.arange(size), size, 0)[:SAMPLED_IMAGES].tolist() if size else []
+
+
+def shape_and_bytes(images: Tensor) -> tuple[bytes, bytes]:
+    return str(tuple(images.shape)).encode(), images.contiguous().numpy().tobytes()
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def _rounded(values: Tensor) -> tuple[float, ...]:
+    return tuple(round(v, 4) for v in values.tolist())
