@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from zarr.storage import LocalStore
 
+from stages.cache import commits
 from stages.cache.commits import (
     CommitLog,
     describe_objects,
@@ -113,7 +114,6 @@ def test_foreign_files_are_ignored(tmp_path: Path) -> None:
         pytest.param(b"", id="empty"),
         pytest.param(b'{"view": 0, "blo', id="cut-off"),
         pytest.param(b"\xff\xfe\x00", id="bytes"),
-        pytest.param(b"null", id="null"),
         pytest.param(b"[7]", id="list-of-numbers"),
         pytest.param(b'"record"', id="text"),
         pytest.param(b'{"view": 0}', id="no-block"),
@@ -128,6 +128,91 @@ def test_an_unreadable_record_is_an_error(tmp_path: Path, name: str, content: by
 
     with pytest.raises(CacheError, match=f"commits/logits/{name} is not readable"):
         _ = log(tmp_path).records
+
+
+@pytest.mark.parametrize("name", ["v00000.json", "v00000/b00000.json"])
+def test_a_record_that_is_null_is_as_good_as_gone(tmp_path: Path, name: str) -> None:
+    commit(tmp_path, (1, 0))
+    path = tmp_path / "commits" / "logits" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"null")
+
+    assert set(log(tmp_path).records) == {(1, 0)}
+    assert not log(tmp_path).is_complete(0)
+
+
+def test_a_record_that_goes_after_it_was_listed_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed_before(store: Any, prefix: str) -> list[str]:
+        return [*list_objects(store, prefix), f"{prefix}v00000/b00000.json", f"{prefix}v00002.json"]
+
+    commit(tmp_path, (0, 0), (0, 1), (0, 2), (1, 0))
+    log(tmp_path).compact(0)
+    before = dict(log(tmp_path).records)
+    monkeypatch.setattr(commits, "list_objects", listed_before)
+
+    assert dict(log(tmp_path).records) == before
+    assert set(before) == {(0, 0), (0, 1), (0, 2), (1, 0)}
+
+
+def test_a_view_compacted_while_its_records_are_read_is_found_under_its_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listing has both; another process removes the blocks' records before they are read."""
+
+    def compacted_now(store: Any, key: str) -> bytes | None:
+        if "/b" in key and (folder := tmp_path / "commits/logits/v00000").exists():
+            shutil.rmtree(folder)
+        return read_object(store, key)
+
+    commit(tmp_path, (0, 0), (0, 1), (0, 2))
+    expected = dict(log(tmp_path).records)
+    folder = tmp_path / "commits" / "logits" / "v00000"
+    shutil.copytree(folder, tmp_path / "aside")
+    log(tmp_path).compact(0)
+    shutil.copytree(tmp_path / "aside", folder)  # compaction writes the one file first
+    monkeypatch.setattr(commits, "read_object", compacted_now)
+
+    assert dict(log(tmp_path).records) == expected
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut-off", "longer"])
+def test_objects_of_another_size_are_noticed(tmp_path: Path, harm: str) -> None:
+    store = LocalStore(tmp_path)
+    for block in range(BLOCKS):
+        key = f"a/c/0/{block}"
+        write_object(store, key, bytes(10))
+        log(tmp_path).commit(0, block, {"objects": describe_objects(store, [key])})
+    log(tmp_path).check_objects(0)
+    path = tmp_path / "a/c/0/1"
+    path.write_bytes({"cut-off": bytes(9), "longer": bytes(11), "gone": b""}[harm])
+    if harm == "gone":
+        path.unlink()
+
+    for block in (0, 2):
+        log(tmp_path).check_objects(0, block)
+    found = {"gone": 0, "cut-off": 9, "longer": 11}[harm]
+    for wrong in (None, 1):
+        with pytest.raises(CacheError, match=f"a/c/0/1 has {found} bytes, not 10") as caught:
+            log(tmp_path).check_objects(0, wrong)
+        assert "commits/logits/v00000*" in caught.value.remedy
+
+
+def test_forgotten_records_are_gone_and_those_of_other_parts_stay(tmp_path: Path) -> None:
+    commit(tmp_path, (0, 0), (1, 0))
+    log(tmp_path, "rectified/a").commit(0, 0, {})
+    log(tmp_path, "rectified/ab").commit(0, 1, {})
+    cleared = log(tmp_path, "rectified/a")
+    assert set(cleared.records) == {(0, 0)}
+
+    cleared.clear()
+    cleared.clear()  # nothing is there: nothing happens
+
+    assert cleared.records == {}
+    assert log(tmp_path, "rectified/a").records == {}
+    assert set(log(tmp_path, "rectified/ab").records) == {(0, 1)}
+    assert set(log(tmp_path).records) == {(0, 0), (1, 0)}
 
 
 def test_objects_are_described_by_size_and_digest(tmp_path: Path) -> None:

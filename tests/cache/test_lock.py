@@ -1,11 +1,13 @@
+import errno
 import subprocess
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from stages.cache import lock
-from stages.errors import CacheError
+from stages.errors import CacheError, ModelError
 
 # Loads the one file: importing stages.cache would bring torch, which takes seconds.
 HOLDER = f"""
@@ -62,9 +64,53 @@ def test_a_failure_lets_go(tmp_path: Path) -> None:
         pass
 
 
-def test_what_a_killed_writer_left_half_written_is_removed(cache_copy: Path) -> None:
-    files = {path for path in cache_copy.rglob("*") if path.is_file()}
-    (cache_copy / "logits/c/0/0/0.0123abcd.partial").write_bytes(b"half")
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        pytest.param(
+            OSError(errno.ENOSPC, "No space left on device"), "No space left on device", id="full"
+        ),
+        pytest.param(
+            PermissionError(errno.EROFS, "Read-only file system"), "Read-only", id="read-only"
+        ),
+        pytest.param(OSError("odd"), "odd", id="without-number"),
+    ],
+)
+def test_what_the_disk_refuses_is_told_with_its_remedy(
+    tmp_path: Path, error: OSError, words: str
+) -> None:
+    with (
+        pytest.raises(CacheError, match=f"{tmp_path} cannot be written: .*{words}") as caught,
+        lock.exclusive(tmp_path),
+    ):
+        raise error
+    assert caught.value.__cause__ is error
+    assert "again" in caught.value.remedy
+    with lock.exclusive(tmp_path):
+        pass
 
-    with lock.exclusive(cache_copy):
-        assert {path for path in cache_copy.rglob("*") if path.is_file()} == files
+
+def test_other_errors_come_through_as_they_are(tmp_path: Path) -> None:
+    error = ModelError("mine", "do this")
+    with pytest.raises(ModelError) as caught, lock.exclusive(tmp_path):
+        raise error
+    assert caught.value is error
+
+
+def test_only_what_zarr_left_half_written_counts_and_nothing_is_removed(tmp_path: Path) -> None:
+    ours = tmp_path / "logits/c/0/0" / f"0.{uuid4().hex}.partial"
+    for path in (
+        ours,
+        tmp_path / "film.mkv.partial",
+        tmp_path / f"film.{uuid4().hex}",
+        tmp_path / f"{uuid4().hex}.partial.txt",
+        tmp_path / "logits/c/0/0/0.0123abcd.partial",
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    before = set(tmp_path.rglob("*"))
+
+    with lock.exclusive(tmp_path):
+        assert lock.half_written(tmp_path) == [ours]
+
+    assert set(tmp_path.rglob("*")) == before

@@ -74,7 +74,8 @@ class ImageDataset:
             count += pixels.shape[1]
             total, squares = total + pixels.sum(1), squares + (pixels**2).sum(1)
         mean = total.double() / count
-        std = (squares.double() / count - mean**2).clamp(min=0).sqrt()
+        variance = (squares.double() - count * mean**2) / max(1, count - 1)
+        std = variance.clamp(min=0).sqrt()
         return _rounded(mean / 255), _rounded((std / 255).clamp(min=1e-3))
 
 
