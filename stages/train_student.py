@@ -22,38 +22,25 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache.identity import differences
 from stages.cache.targets import ViewTargets
-from stages.device import choose_device
 from stages.errors import CacheError, ConfigError, IdentityError
-from stages.inputs.feed import Batch, ViewFeed, pixel_probes
+from stages.inputs.feed import Batch, pixel_probes
 from stages.inputs.views import ViewPolicy, known_policy
 from stages.objectives.bias import BiasWeights, bias_weights
 from stages.objectives.losses import LOSSES, ce
 from stages.reporting import Reporter, Silent
-from stages.training.config import (
-    BiasSettings,
-    DataSettings,
-    LossSettings,
-    ModelSettings,
-    SeedSettings,
-    Settings,
-    TrainSettings,
-)
-from stages.training.run_directory import RunDirectory
+from stages.training.config import BiasSettings, LossSettings, RunConfig
 from stages.training.setup import (
+    Destination,
     Splits,
-    check_output,
     dataset_identity,
-    held_out,
     load_data,
-    make_evaluations,
-    make_model,
-    make_normalise,
+    make_trainer,
 )
 from stages.training.slabs import RESIDENT_BYTES, SlabReader
 from stages.training.trainer import Trainer, view_order
 
 
-class StudentConfig(Settings, frozen=True):
+class StudentConfig(RunConfig, frozen=True, kw_only=True):
     """A run of train-student.
 
     views: train from the first so many views of the cache, None for all. accept_pixel_drift: go
@@ -61,15 +48,10 @@ class StudentConfig(Settings, frozen=True):
     """
 
     cache: str
-    data: DataSettings
-    model: ModelSettings
     views: int | None = None
     loss: LossSettings = LossSettings()
     bias: BiasSettings = BiasSettings()
-    train: TrainSettings = TrainSettings()
-    seed: SeedSettings = SeedSettings()
     accept_pixel_drift: bool = False
-    device: str = "auto"
 
 
 def train_student(
@@ -108,35 +90,13 @@ def student_trainer(
     policy = cached_policy(cache)
     check_dataset(cache, splits, policy, config.accept_pixel_drift, reporter)
 
-    # 3) the student
-    device = choose_device(config.device)
-    model, resolved = make_model(config.model, splits.train, config.seed)
-    config = msgspec.structs.replace(config, model=resolved)
-    image_size = resolved.image_size or config.data.image_size or cache.identity.teacher.image_size
-    feed = ViewFeed(splits.train, policy, device, image_size, config.data.workers)
-    on_cpu = make_normalise(model, resolved, torch.device("cpu"), channels_last=False)
-    check_output(model, on_cpu, feed, cache.num_classes)
+    # 3) the student and its run
+    def task(labels: Tensor, _: ViewPolicy) -> CachedTask:
+        return CachedTask(cache, config, views, labels)
 
-    samples, validation = held_out(cache.num_samples, config.data.val_fraction, config.seed.data)
-
-    # 4) the run
-    run = RunDirectory.prepare(
-        out, {"kind": "student", **msgspec.to_builtins(config)}, resume, overwrite
-    )
-    reporter.say(run.config_text)
-    return Trainer(
-        module=model.module,
-        normalise=make_normalise(model, resolved, device, config.train.channels_last),
-        task=CachedTask(cache, config, views, splits.train.labels.to(device)),
-        feed=feed,
-        samples=samples,
-        evaluations=make_evaluations(config.data, splits, image_size, validation, device),
-        settings=config.train,
-        seeds=config.seed,
-        run=run,
-        reporter=reporter,
-        device=device,
-    )
+    teacher_size = cache.identity.teacher.image_size
+    destination = Destination(Path(out), "student", resume, overwrite)
+    return make_trainer(config, splits, lambda _: policy, task, destination, reporter, teacher_size)
 
 
 class Targets(Protocol):

@@ -6,44 +6,21 @@ pipeline train-teacher --dataset digits --model resnet20 --augment pad-crop:pad=
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import torch
 from torch import Tensor
 
-from stages.device import choose_device
-from stages.inputs.feed import Batch, ViewFeed
+from stages.inputs.feed import Batch
+from stages.inputs.views import ViewPolicy
 from stages.objectives.losses import ce
 from stages.reporting import Reporter, Silent
-from stages.training.config import (
-    DataSettings,
-    ModelSettings,
-    SeedSettings,
-    Settings,
-    TrainSettings,
-)
-from stages.training.run_directory import RunDirectory
-from stages.training.setup import (
-    Splits,
-    check_output,
-    chosen_policy,
-    held_out,
-    load_data,
-    make_evaluations,
-    make_model,
-    make_normalise,
-)
-from stages.training.trainer import Trainer, view_order
+from stages.training.config import RunConfig
+from stages.training.setup import Destination, Splits, chosen_policy, load_data, make_trainer
+from stages.training.trainer import view_order
 
 
-class TeacherConfig(Settings, frozen=True):
+class TeacherConfig(RunConfig, frozen=True, kw_only=True):
     """A run of train-teacher. augment: a view policy; every epoch shows another of its views."""
 
-    data: DataSettings
-    model: ModelSettings
     augment: str = "pad-crop-flip"
-    train: TrainSettings = TrainSettings()
-    seed: SeedSettings = SeedSettings()
-    device: str = "auto"
 
 
 class LabelTask:
@@ -73,39 +50,13 @@ def train_teacher(
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Train a model on hard labels and return the run's summary."""
-    reporter = reporter or Silent()
-    # 1) images and model
     splits = splits or load_data(config.data)
-    device = choose_device(config.device)
-    model, resolved = make_model(config.model, splits.train, config.seed)
-    image_size = resolved.image_size or config.data.image_size
-    policy = chosen_policy(config.augment, config.seed.data, image_size, config.data.resize)
-    feed = ViewFeed(splits.train, policy, device, image_size, config.data.workers)
-    cpu = torch.device("cpu")
-    check_output(
-        model, make_normalise(model, resolved, cpu, False), feed, len(splits.train.class_names)
-    )
 
-    samples, validation = held_out(len(splits.train), config.data.val_fraction, config.seed.data)
+    def policy(image_size: int | None) -> ViewPolicy:
+        return chosen_policy(config.augment, config.seed.data, image_size, config.data.resize)
 
-    # 2) the run directory
-    config = msgspec.structs.replace(config, model=resolved)
-    plain = {"kind": "teacher", **msgspec.to_builtins(config)}
-    run = RunDirectory.prepare(out, plain, resume, overwrite)
-    reporter.say(run.config_text)
+    def task(labels: Tensor, policy: ViewPolicy) -> LabelTask:
+        return LabelTask(labels, policy.count, config.seed.data)
 
-    # 3) train
-    trainer = Trainer(
-        module=model.module,
-        normalise=make_normalise(model, resolved, device, config.train.channels_last),
-        task=LabelTask(splits.train.labels.to(device), policy.count, config.seed.data),
-        feed=feed,
-        samples=samples,
-        evaluations=make_evaluations(config.data, splits, image_size, validation, device),
-        settings=config.train,
-        seeds=config.seed,
-        run=run,
-        reporter=reporter,
-        device=device,
-    )
-    return trainer.fit()
+    destination = Destination(Path(out), "teacher", resume, overwrite)
+    return make_trainer(config, splits, policy, task, destination, reporter or Silent()).fit()

@@ -141,3 +141,13 @@ def within(name: str, value: float, low: float, high: float) -> None:
     """Raise ConfigError unless low <= value <= high."""
     if not low <= value <= high:
         raise ConfigError(f"{name} must be in [{low:g}, {high:g}], was {value}")
+
+
+class RunConfig(Settings, frozen=True, kw_only=True):
+    """What every training run has."""
+
+    data: DataSettings
+    model: ModelSettings
+    train: TrainSettings = TrainSettings()
+    seed: SeedSettings = SeedSettings()
+    device: str = "auto"
