@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.lock import exclusive
+from stages.cache.lock import exclusive, half_written
 from stages.cache.rectified import RectificationSettings
 from stages.cache.store import Block
 from stages.errors import CacheError, ConfigError
@@ -40,6 +40,10 @@ from stages.training.config import Settings, positive
 
 Method = Literal["pairwise", "swap", "blend"]
 Space = Literal["probability-T", "probability-1", "logit"]
+
+
+_NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9][\w.+-]*")
+"""What can name a group of the store."""
 
 
 class RectifyConfig(Settings, frozen=True):
@@ -61,7 +65,9 @@ class RectifyConfig(Settings, frozen=True):
         positive("temperature", self.temperature)
         if self.views is not None:
             positive("views", self.views)
-        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", self.name):
+        if self.name is not None and not re.fullmatch(
+            r"(?!zarr\.json$)[A-Za-z0-9][\w.+-]*", self.name
+        ):
             raise ConfigError(
                 f"'{self.name}' cannot name a rectification",
                 "Use letters, digits, '.', '_', '+' and '-'.",
@@ -102,6 +108,8 @@ def rectify(
     name, views = config.chosen_name, _views(cache, config.views)
     with exclusive(Path(path)):
         # 1) what is missing
+        for leftover in half_written(Path(path)):
+            leftover.unlink()
         rectification = cache.create_rectification(name, config.settings)
         blocks = [(v, b) for v in views for b in range(cache.grid.num_blocks)]
         missing = [block for block in blocks if block not in rectification.commits.records]

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import DIGITS
 
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.train_teacher import TeacherConfig, train_teacher
-from stages.training.config import DataSettings, ModelSettings, TrainSettings
+from stages.training.config import ModelSettings, TrainSettings
 from stages.training.setup import Splits, load_data
 
 torch.set_num_threads(1)  # small models on few cores: threads cost more than they bring
-
-DIGITS = DataSettings(dataset="digits", workers=0)
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,7 @@ def test_a_plan_foretells_what_is_written(
     assert plan.encoding == {"auto": "float32"}.get(config.encoding, config.encoding)
     assert plan.missing_share == 1
     assert plan.samples_per_second > 0
+    assert plan.device == "cpu"
     assert plan.hours == pytest.approx(
         1000 * config.views / plan.samples_per_second / 3600, rel=1e-9
     )
@@ -108,6 +109,7 @@ PLAN = CachePlan(
     files=60,
     samples_per_second=100.0,
     free_bytes=10**9,
+    device="cpu",
 )
 
 

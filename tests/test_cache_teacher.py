@@ -2,9 +2,10 @@ import dataclasses
 import errno
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import xarray
 import yaml
 import zarr
+from helpers import Words
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from zarr.storage import LocalStore
@@ -33,29 +35,6 @@ from stages.training.setup import Splits
 
 Objects = Callable[[Path], dict[str, bytes]]
 BLOCKS_PER_VIEW = 3
-
-
-def bug(reason: str) -> pytest.MarkDecorator:
-    """Right behaviour that is not there yet; strict, so that whoever mends it removes the mark."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
-class Words:
-    """A reporter that remembers what was said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.done: list[float] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def progress(self, task: str, done: float, total: float, unit: str) -> None:
-        self.done.append(done / total)
-
-    def table(
-        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
-    ) -> None: ...
 
 
 def run(config: CacheConfig, out: Path, splits: Splits, **changes: Any) -> CacheSummary:
@@ -250,13 +229,7 @@ def test_fewer_views_than_there_are_are_no_reason_to_write(
     assert mtimes(cache_copy) == before
 
 
-@pytest.mark.parametrize(
-    "block",
-    [
-        pytest.param(0, id="whole-block", marks=bug("zarr reads a shard before it overwrites it")),
-        pytest.param(2, id="last-block", marks=bug("zarr reads a shard before it overwrites it")),
-    ],
-)
+@pytest.mark.parametrize("block", [0, 2], ids=["whole-block", "last-block"])
 def test_a_damaged_view_is_mended_as_the_message_says(
     cache_copy: Path, cache_config: CacheConfig, digits: Splits, array_bytes: Objects, block: int
 ) -> None:
@@ -271,6 +244,33 @@ def test_a_damaged_view_is_mended_as_the_message_says(
     summary = run(cache_config, cache_copy, digits)
 
     assert summary.computed_blocks == BLOCKS_PER_VIEW
+    assert array_bytes(cache_copy) == before
+
+
+@pytest.mark.parametrize("name", ["logits/c/1/2/0", "prediction/c/1/0", "eval_logits/c/0/0"])
+@pytest.mark.parametrize("kept", [0, -1], ids=["gone", "cut-off"])
+def test_an_object_that_is_not_whole_is_mended_as_the_message_says(
+    cache_copy: Path,
+    cache_config: CacheConfig,
+    digits: Splits,
+    array_bytes: Objects,
+    name: str,
+    kept: int,
+) -> None:
+    before = array_bytes(cache_copy)
+    shard = cache_copy / name
+    shard.write_bytes(shard.read_bytes()[:kept])
+    if not kept:
+        shard.unlink()
+    with pytest.raises(CacheError, match=rf"object {name} has \d+ bytes") as caught:
+        run(cache_config, cache_copy, digits)
+    remedy = re.match(r"Remove (commits/\S+)\* and run the stage again", caught.value.remedy)
+    assert remedy
+    for record in cache_copy.glob(f"{remedy[1]}*"):
+        record.unlink()
+
+    run(cache_config, cache_copy, digits)
+
     assert array_bytes(cache_copy) == before
 
 
@@ -310,11 +310,11 @@ def test_a_full_disk_is_told_and_the_next_run_completes(
 @pytest.mark.parametrize(
     "at",
     [
-        pytest.param("logits/zarr.json", id="metadata", marks=bug("a bare OSError")),
+        pytest.param("logits/zarr.json", id="metadata"),
         pytest.param("prediction/c/0/1", id="shard"),
         pytest.param("commits/logits/v00000/b00002.json", id="record"),
         pytest.param("commits/logits/v00000.json", id="compaction"),
-        pytest.param("eval_logits/c/0/0", id="test-split", marks=bug("a bare OSError")),
+        pytest.param("eval_logits/c/0/0", id="test-split"),
     ],
 )
 def test_a_disk_that_is_full_at_any_write_is_told(
@@ -488,40 +488,60 @@ def test_something_else_at_out_is_left_alone(
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [note]
 
 
-@bug("emptied and written over")
 def test_somebodys_zarr_group_at_out_is_left_alone(
     cache_config: CacheConfig, digits: Splits, tmp_path: Path
 ) -> None:
     group = zarr.create_group(tmp_path / "theirs.zarr", zarr_format=3)
     group.create_array("temperature", shape=(3,), dtype="float32")[:] = 1
+    half = tmp_path / f"theirs.zarr/temperature/c/1.{uuid4().hex}.partial"
+    half.write_bytes(b"being written")
+    before = mtimes(tmp_path / "theirs.zarr")
 
-    with pytest.raises(CacheError):
+    with pytest.raises(CacheError, match="not a teacher-logit cache"):
         run(cache_config, tmp_path / "theirs.zarr", digits, views=1)
-    assert (tmp_path / "theirs.zarr/temperature/c/0").exists()
+    assert mtimes(tmp_path / "theirs.zarr") == before
 
 
-@bug("lock.exclusive removes every *.partial below --out before anybody looks what --out is")
 def test_somebodys_partial_downloads_are_left_alone(
     cache_config: CacheConfig, digits: Splits, tmp_path: Path
 ) -> None:
     film = tmp_path / "downloads" / "film.mkv.partial"
     film.parent.mkdir()
     film.write_text("half a film")
+    before = mtimes(film.parent)
 
     with pytest.raises(CacheError):
         run(cache_config, film.parent, digits, views=1)
     assert film.read_text() == "half a film"
+    assert mtimes(film.parent) == before
 
 
-@bug("the digest is of 0 and 1, the store gives back 0.0 and 1.0: it can never be opened")
+def test_what_a_killed_writer_left_half_written_is_removed_and_nothing_else(
+    cache_copy: Path, cache_config: CacheConfig, digits: Splits
+) -> None:
+    (cache_copy / "logits/c/film.mkv.partial").write_text("half a film")
+    files = {path for path in cache_copy.rglob("*") if path.is_file()}
+    for name in ("zarr.json", "logits/c/0/0/0", "commits/logits/v00000.json"):
+        (cache_copy / f"{name}.{uuid4().hex}.partial").write_bytes(b"half")
+
+    assert run(cache_config, cache_copy, digits).computed_blocks == 0
+
+    assert {path for path in cache_copy.rglob("*") if path.is_file()} == files
+
+
 def test_whole_numbers_will_do_as_a_normalisation(
     cache_config: CacheConfig, digits: Splits, tmp_path: Path
 ) -> None:
     teacher = TeacherSettings(weights=cache_config.teacher.weights, mean=(0,), std=(1,))
+    config = msgspec.structs.replace(cache_config, teacher=teacher)
 
     for computed in (BLOCKS_PER_VIEW, 0):
         summary = run(cache_config, tmp_path / "c.zarr", digits, views=1, teacher=teacher)
         assert summary.computed_blocks == computed
+    identity = LogitCache.open(tmp_path / "c.zarr").identity
+    assert identity == prepare(config, digits).identity
+    assert (identity.teacher.mean, identity.teacher.std) == ((0.0,), (1.0,))
+    assert {type(x) for x in (*identity.teacher.mean, *identity.teacher.std)} == {float}
 
 
 # ---- teachers that do not belong ------------------------------------------------------------

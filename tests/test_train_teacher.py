@@ -1,6 +1,5 @@
 """What a teacher's run leaves, measured again without the training code."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from helpers import RUN_FILES, first, metrics, same_weights, weights
 from torch import Tensor
 
 from stages import train_teacher as stage
-from stages.errors import ModelError, PipelineError, ViewError
+from stages.errors import ConfigError, ModelError, PipelineError, ViewError
 from stages.inputs.cifar_models import cifar_model
-from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Batch
 from stages.train_teacher import LabelTask, TeacherConfig, train_teacher
 from stages.training.config import DataSettings, ModelSettings, SeedSettings, TrainSettings
 from stages.training.setup import Splits, held_out, load_data
 from stages.training.trainer import selected_epoch
-
-FILES = {"config.yaml", "last.pt", "log.txt", "metrics.jsonl", "model.safetensors", "summary.json"}
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +27,6 @@ def my_splits() -> Splits:
     """300 training and 150 test digits of 8 x 8."""
     splits = load_data(DataSettings(dataset="digits"))
     return Splits(first(splits.train, 300), first(splits.test, 150))
-
-
-def first(dataset: ImageDataset, size: int) -> ImageDataset:
-    assert dataset.images is not None
-    images, labels = dataset.images[:size], dataset.labels[:size]
-    return dataclasses.replace(dataset, labels=labels, images=images, load=images.__getitem__)
 
 
 def teacher_config(**changes: Any) -> TeacherConfig:
@@ -58,20 +48,6 @@ def my_run(tmp_path_factory: pytest.TempPathFactory, my_splits: Splits) -> Path:
     return run
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(run: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = load_file(run / "model.safetensors")
-    return found
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    left, right = weights(one), weights(other)
-    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
-
-
 def accuracy(run: Path, images: Tensor, labels: Tensor) -> tuple[float, float]:
     """Top-1 and top-5 of a run's saved weights in the plain model, without the training code."""
     model = yaml.safe_load((run / "config.yaml").read_text())["model"]
@@ -88,7 +64,7 @@ def accuracy(run: Path, images: Tensor, labels: Tensor) -> tuple[float, float]:
 
 
 def test_a_run_leaves_its_files(my_run: Path) -> None:
-    assert {path.name for path in my_run.iterdir()} == FILES
+    assert {path.name for path in my_run.iterdir()} == RUN_FILES
 
 
 def test_saved_weights_give_the_accuracy_that_was_reported(my_run: Path, my_splits: Splits) -> None:
@@ -242,6 +218,41 @@ REFUSED = {
         {"model": ModelSettings(architecture="resnet8", mean=(0.5,), std=(0.0,))},
         PipelineError,
         "positive",
+    ),
+    "mean-nan": (
+        {"model": ModelSettings(architecture="resnet8", mean=(float("nan"),), std=(1.0,))},
+        ConfigError,
+        "mean must be finite, was .*nan",
+    ),
+    "mean-inf": (
+        {"model": ModelSettings(architecture="resnet8", mean=(float("-inf"),), std=(1.0,))},
+        ConfigError,
+        "mean must be finite, was .*inf",
+    ),
+    "std-nan": (
+        {"model": ModelSettings(architecture="resnet8", mean=(0.0,), std=(float("nan"),))},
+        ConfigError,
+        "std must be positive, was nan",
+    ),
+    "std-inf": (
+        {"model": ModelSettings(architecture="resnet8", mean=(0.0,), std=(float("inf"),))},
+        ConfigError,
+        "std must be positive, was inf",
+    ),
+    "nothing-to-train-on": (
+        {"data": DataSettings(dataset="digits", val_fraction=0.999)},
+        ConfigError,
+        r"data\.val_fraction 0\.999 of 300 samples leaves 0 for training and 300 held out",
+    ),
+    "one-to-train-on": (
+        {"data": DataSettings(dataset="digits", val_fraction=0.997)},
+        ConfigError,
+        "leaves 1 for training and 299 held out",
+    ),
+    "nothing-held-out": (
+        {"data": DataSettings(dataset="digits", val_fraction=0.001)},
+        ConfigError,
+        "leaves 300 for training and 0 held out",
     ),
     "no-weights": (
         {"model": ModelSettings(architecture="resnet8", init="nowhere.pt")},

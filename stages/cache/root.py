@@ -58,7 +58,8 @@ def unfinished_group(path: Path) -> zarr.Group:
             leftover.unlink()
     if (path / "zarr.json").exists():
         return open_group(path, "r+")
-    return zarr.create_group(path, zarr_format=3, attributes=UNFINISHED)
+    # A copy: zarr keeps the dict and changes it with the attributes.
+    return zarr.create_group(path, zarr_format=3, attributes=dict(UNFINISHED))
 
 
 def read_attributes(path: Path, group: zarr.Group) -> RootAttributes:

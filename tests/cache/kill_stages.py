@@ -111,7 +111,7 @@ def main(run: str, out: Path, cache_kills: int, rectify_kills: int, seed: int) -
     config = CacheConfig(
         data=DataSettings(dataset="digits", workers=0),
         teacher=TeacherSettings(weights=run),
-        views=3,
+        views=2,
         augment="pad-crop:pad=2",
         block_rows=150,  # 7 blocks a view
         batch_size=64,

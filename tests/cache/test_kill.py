@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from stages.cache import LogitCache
+from stages.cache.lock import half_written
 
 HELPER = Path(__file__).with_name("kill_stages.py")
-BLOCKS = 21
+VIEWS, BLOCKS = 2, 14
 
 
 def records(store: Path) -> dict[str, dict[str, Any]]:
@@ -34,7 +35,7 @@ def blocks_of(store: dict[str, bytes]) -> set[str]:
 
 @pytest.mark.parametrize(
     ("cache_kills", "rectify_kills"),
-    [pytest.param(12, 4, id="a-few"), pytest.param(50, 50, id="many", marks=pytest.mark.slow)],
+    [pytest.param(10, 3, id="a-few"), pytest.param(50, 50, id="many", marks=pytest.mark.slow)],
 )
 def test_killed_and_run_again_equals_undisturbed(
     teacher_run: Path,
@@ -67,8 +68,12 @@ def test_killed_and_run_again_equals_undisturbed(
             assert description == {"bytes": len(content), "sha256": digest}
         for number in range(found["stores"]):
             store = tmp_path / stage / f"killed-{number}"
+            leftovers = half_written(store)
+            assert not (leftovers and stage == "cache")  # stage one alone tidies up
+            for leftover in leftovers:
+                leftover.unlink()
             ours = array_bytes(store)
             assert ours.keys() == expected.keys()
             assert {name for name in ours if ours[name] != expected[name]} == set()
             assert records(store) == described
-            assert LogitCache.open(store).complete_views == [0, 1, 2]
+            assert LogitCache.open(store).complete_views == list(range(VIEWS))

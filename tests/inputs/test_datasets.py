@@ -127,9 +127,68 @@ def test_a_grey_image_among_colours_is_repeated(folder: Path) -> None:
     assert np.array_equal(dataset.load(5).numpy(), np.stack([noise(6, 5)] * 3))
 
 
+@pytest.mark.parametrize("feeding", ["auto", "memory", "stream"])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_one_colour_image_among_grey_ones_makes_them_colour(
+    tmp_path: Path, feeding: Feeding, first: bool
+) -> None:
+    written = {f"{c}/{i}.png": noise(4, 4, seed=i) for c in "ab" for i in range(3)}
+    colour = "a/0.png" if first else "b/2.png"
+    written[colour] = noise(4, 4, 3)
+    write_images(tmp_path / "train", written)
+    dataset = load_dataset(f"folder:{tmp_path}", "train", feeding=feeding)
+    assert dataset.shape == (3, 4, 4)
+    for seen, (name, pixels) in zip(pixels_of(dataset), sorted(written.items()), strict=True):
+        wanted = pixels.transpose(2, 0, 1) if name == colour else np.stack([pixels] * 3)
+        assert np.array_equal(seen, wanted)
+
+
+def test_a_colour_image_that_turns_up_among_grey_ones_is_named(tmp_path: Path) -> None:
+    """As beyond the files that decide: they are looked at when the dataset is loaded."""
+    write_images(tmp_path / "train", {"a/0.png": noise(4, 4), "b/0.png": noise(4, 4)})
+    dataset = load_dataset(f"folder:{tmp_path}", "train", feeding="stream")
+    write_images(tmp_path / "train", {"b/0.png": noise(4, 4, 3)})
+    assert dataset.load(0).shape == (1, 4, 4)
+    with pytest.raises(DatasetError, match=r"image .*b/0\.png is in colour, others .* are grey"):
+        dataset.load(1)
+
+
+@pytest.mark.parametrize("feeding", ["auto", "stream"])
+@pytest.mark.parametrize("others", ["grey", "colour"])
+def test_an_image_of_16_bits_is_named(tmp_path: Path, feeding: Feeding, others: str) -> None:
+    pixels = noise(4, 4) if others == "grey" else noise(4, 4, 3)
+    write_images(tmp_path / "train", {"a/0.png": pixels, "b/0.png": pixels})
+    deep = np.arange(16, dtype=np.uint16).reshape(4, 4) * 4096
+    Image.fromarray(deep).save(tmp_path / "train/b/1.png")
+    with pytest.raises(DatasetError, match=r"image .*b/1\.png has more than 8 bits") as caught:
+        pixels_of(load_dataset(f"folder:{tmp_path}", "train", feeding=feeding))
+    assert "8 bits" in caught.value.remedy
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA"])
+def test_kinds_of_grey(tmp_path: Path, mode: str) -> None:
+    write_images(tmp_path / "train", {"a/0.png": np.full((4, 4), 255, np.uint8)})
+    (tmp_path / "train/b").mkdir()
+    Image.fromarray(np.full((4, 4), 255, np.uint8)).convert(mode).save(tmp_path / "train/b/0.png")
+    dataset = load_dataset(f"folder:{tmp_path}", "train")
+    assert dataset.shape == (1, 4, 4)
+    assert (np.stack(pixels_of(dataset)) == 255).all()
+
+
+def test_splits_of_different_channels_are_refused(tmp_path: Path) -> None:
+    for split, pixels in (("train", noise(4, 4)), ("test", noise(4, 4, 3))):
+        write_images(tmp_path / split, {"a/0.png": pixels, "b/0.png": pixels})
+    with pytest.raises(
+        DatasetError, match=r"training images have 1 channel\(s\), its test images 3"
+    ):
+        load_splits(f"folder:{tmp_path}")
+
+
 def test_other_files_are_left_out(folder: Path) -> None:
     (folder / "train" / "ant" / "notes.txt").write_text("not an image")
     (folder / "train" / "README.md").write_text("not a class")
+    (folder / "train" / "ant" / "._a.png").write_bytes(b"what a file system leaves")
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
     assert len(load_dataset(f"folder:{folder}", "train")) == 5
 
 
@@ -306,6 +365,29 @@ def empty(split):
 
 def one_class(split):
     return [(HWC[0], 0)] * 3
+
+def with_targets(targets, classes=("x", "y", "z")):
+    listed = Listed((x, 0) for x in HWC)
+    listed.classes, listed.targets = classes, targets
+    return listed
+
+def label_too_large(split):
+    return with_targets([0, 1, 3])
+
+def label_below_zero(split):
+    return with_targets([0, -1, 2])
+
+def labels_from_one(split):
+    return with_targets([1, 2, 3])
+
+def labels_too_few(split):
+    return with_targets([0, 1])
+
+def labels_too_many(split):
+    return with_targets([0, 1, 2, 0])
+
+def unnamed_below_zero(split):
+    return [(x, i - 1) for i, x in enumerate(HWC)]
 """
 
 
@@ -341,6 +423,12 @@ def test_callable_with_names_and_targets(importable: Importable) -> None:
         pytest.param("batches", r"image \d is torch.uint8 of shape \(1, 3, 4, 5\)", id="4-D"),
         pytest.param("empty", "has 0 images in 0 class", id="empty"),
         pytest.param("one_class", r"has 3 images in 1 class\(es\)", id="one class"),
+        pytest.param("label_too_large", "has labels from 0 to 3 for 3 classes", id="too large"),
+        pytest.param("label_below_zero", "has labels from -1 to 2 for 3 classes", id="below zero"),
+        pytest.param("labels_from_one", "has labels from 1 to 3 for 3 classes", id="from one"),
+        pytest.param("unnamed_below_zero", "has labels from -1 to 1 for 2 classes", id="unnamed"),
+        pytest.param("labels_too_few", "has 3 images and 2 labels", id="too few labels"),
+        pytest.param("labels_too_many", "has 3 images and 4 labels", id="too many labels"),
         pytest.param("nothing", "cannot import dataset 'user_dataset_", id="no such attribute"),
     ],
 )
@@ -352,6 +440,8 @@ def test_bad_callables(importable: Importable, feeding: Feeding, kind: str, mess
 def test_callable_of_no_module() -> None:
     with pytest.raises(DatasetError, match=r"cannot import dataset 'no_such_module:x'.*\n.*import"):
         load_dataset("no_such_module:x", "train")
+    with pytest.raises(DatasetError, match=r"cannot import dataset ':x'.*\n.*import"):
+        load_dataset(":x", "train")
 
 
 # ---- statistics -----------------------------------------------------------------------------

@@ -142,6 +142,48 @@ def test_workers_serve_one_pass_after_another() -> None:
         assert torch.equal(pixels, policy.apply(noise_images()[order], order, view))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_cannot_go_on_once_another_began(workers: int) -> None:
+    source, policy = dataset(streamed=True), view_policy("pad-crop-flip")
+    feed, order = ViewFeed(source, policy, CPU, workers=workers), torch.arange(21)
+    earlier = feed.batches(order, 0, 2)
+    next(earlier)
+    later = feed.batches(order, 7, 4)
+    begun = [next(later)]
+    with pytest.raises(RuntimeError, match="another pass over this feed began"):
+        next(earlier)
+    assert list(earlier) == []  # it has ended
+    samples, pixels = joined([*begun, *later])
+    assert torch.equal(samples, order)
+    assert torch.equal(pixels, policy.apply(noise_images(), order, 7))
+
+
+def test_passes_over_memory_may_overlap() -> None:
+    policy, order = view_policy("pad-crop-flip"), torch.arange(21)
+    feed = ViewFeed(dataset(), policy, CPU, workers=0)
+    passes = [feed.batches(order, view, 4) for view in (0, 7)]
+    batches = list(zip(*passes, strict=True))
+    for position, view in enumerate((0, 7)):
+        samples, pixels = joined([pair[position] for pair in batches])
+        assert torch.equal(samples, order)
+        assert torch.equal(pixels, policy.apply(noise_images(), order, view))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("samples", "batch_size"), [(21, 4), (21, 5), (20, 5), (3, 8)])
+def test_batches_can_be_skipped(streamed: bool, samples: int, batch_size: int) -> None:
+    feed = ViewFeed(dataset(streamed=streamed), view_policy("pad-crop-flip"), CPU, workers=0)
+    order = torch.arange(samples).flip(0)
+    every = list(feed.batches(order, 3, batch_size))
+    assert len(every) == num_batches(samples, batch_size)
+    for skip in range(len(every) + 2):
+        rest = list(feed.batches(order, 3, batch_size, skip=skip))
+        assert len(rest) == max(0, len(every) - skip)
+        for ours, theirs in zip(rest, every[skip:], strict=True):
+            assert torch.equal(ours.samples, theirs.samples)
+            assert torch.equal(ours.pixels, theirs.pixels)
+
+
 def test_images_of_any_size_are_brought_to_one() -> None:
     images = [torch.full((3, 6 + i, 9), 40 * i, dtype=torch.uint8) for i in range(5)]
     source = dataclasses.replace(
@@ -186,6 +228,9 @@ def test_cuda_gives_the_same_bytes(streamed: bool) -> None:
         pytest.param(5, 4, [5], id="joins the only other"),
         pytest.param(3, 4, [3], id="fewer than a batch"),
         pytest.param(1, 4, [1], id="one sample"),
+        pytest.param(1, 1, [1], id="one batch of one"),
+        pytest.param(0, 4, [], id="no samples"),
+        pytest.param(0, 1, [], id="no samples in batches of one"),
         pytest.param(3, 1, [1, 1, 1], id="batches of one"),
         pytest.param(3, 2, [3], id="three in twos"),
     ],
@@ -206,8 +251,8 @@ def test_an_unreadable_image_is_named(tmp_path: Path, workers: int) -> None:
         path = tmp_path / "train" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((8, 8), i, np.uint8)).save(path)
-    (tmp_path / "train" / "b" / "3.png").write_bytes(b"this is no image")
     source = load_dataset(f"folder:{tmp_path}", "train", feeding="stream")
+    (tmp_path / "train" / "b" / "3.png").write_bytes(b"this is no image")
     feed = ViewFeed(source, Plain(), CPU, workers=workers)
     with pytest.raises(DatasetError) as caught:
         list(feed.batches(torch.arange(6), 0, 2))
@@ -342,6 +387,19 @@ def test_grey_is_repeated_where_the_model_takes_colour(channels_last: bool) -> N
     three = Normalise((0.3,), (0.25,), 3, CPU, channels_last)(pixels)
     assert one.shape == (21, 1, 12, 12)
     assert torch.equal(three, torch.cat([one] * 3, 1))
+    three[:, 0] = 0  # a tensor of its own, not three views of one channel
+    assert torch.equal(three[:, 1:], torch.cat([one] * 2, 1))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_repeated_grey_takes_each_channels_own_statistics(channels_last: bool) -> None:
+    pixels = noise_images()[:, :1]
+    values = Normalise(MEAN, STD, 3, CPU, channels_last)(pixels)
+    repeated = Normalise(MEAN, STD, 3, CPU, channels_last)(torch.cat([pixels] * 3, 1))
+    assert values.shape == (21, 3, 12, 12)
+    assert torch.equal(values, repeated)
+    wanted = torch.channels_last if channels_last else torch.contiguous_format
+    assert values.is_contiguous(memory_format=wanted)
 
 
 def test_channels_last() -> None:

@@ -1,6 +1,7 @@
 import itertools
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,9 +201,13 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, key: str, zipped: bool) -> 
     path = tmp_path / "w.pth"
     attack = {key: MakesFolder(tmp_path / "attack")}
     torch.save(attack, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ModelError, match="cannot be read as plain tensors"):
+    with pytest.raises(ModelError, match="cannot be read as plain tensors") as caught:
         load_model(NAME, str(path), CLASSES, CHANNELS)
     assert not (tmp_path / "attack").exists()
+    # torch would advise to load it all the same
+    assert caught.value.cause == f"{path} cannot be read as plain tensors (UnpicklingError)"
+    assert not re.search("weights_only|add_safe_globals|unsafe", str(caught.value))
+    assert len(str(caught.value).splitlines()) == 2
 
 
 def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
@@ -305,6 +310,12 @@ def broken_config(run: Path) -> None:
     (run / "config.yaml").write_text("model: [")
 
 
+def no_statistics(run: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["mean"] = None
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
 def no_weights(run: Path) -> None:
     (run / "model.safetensors").unlink()
 
@@ -316,6 +327,7 @@ def no_weights(run: Path) -> None:
         pytest.param(empty_config, "is not a run directory", id="empty config"),
         pytest.param(incomplete_config, "is not a run directory", id="incomplete config"),
         pytest.param(broken_config, "is not a run directory", id="broken config"),
+        pytest.param(no_statistics, "is not a run directory", id="no statistics"),
         pytest.param(no_weights, r"no weights at .*safetensors\nHas the run", id="no weights"),
     ],
 )

@@ -67,6 +67,7 @@ def my_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(cifar_model("resnet8", 7, 1).state_dict(), folder / "seven.safetensors")
     torch.save(nn.Linear(1, 1), folder / "pickle.pt")
     (folder / "noise.safetensors").write_bytes(b"\x00\x01noise")
+    (folder / "noise.bin").write_bytes(b"\xff\xfe\x80\x81")
     (folder / "broken.yaml").write_text("train: [1, 2")
     (folder / "list.yaml").write_text("- 1")
     (folder / "wrong.yaml").write_text("train: {epoch: 3}")
@@ -119,10 +120,12 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "folder-empty-class": (f"{TEACH} --dataset folder:images", ["holds no images"]),
     "dataset-not-there": (f"{TEACH} --dataset cifar10 --root empty", ["cifar10 is missing"]),
     "dataset-not-importable": (f"{TEACH} --dataset nowhere:make", ["cannot import", "nowhere"]),
+    "dataset-without-module": (f"{TEACH} --dataset :make", ["cannot import dataset ':make'"]),
     # models and weights
     "model-unknown": (f"{TEACH} --model resnet8x", ["unknown model 'resnet8x'", "did you mean"]),
     "model-none": ("train-teacher --dataset digits --out new", ["'model.architecture' is missing"]),
     "model-not-importable": (f"{TEACH} --model nowhere:net", ["cannot import model"]),
+    "model-without-module": (f"{TEACH} --model :net", ["cannot import model ':net'"]),
     "student-unknown": (f"{STUDY} --student wrn_17_2", ["unknown model 'wrn_17_2'"]),
     "weights-missing": (f"{CACHE} --weights gone.pt --teacher resnet8", ["no weights at gone.pt"]),
     "weights-pickled": (
@@ -178,7 +181,11 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "rectify-method": (f"{RECTIFY} --method avarage", ["method", "pairwise, swap, blend"]),
     "rectify-space": (f"{RECTIFY} --space logit --method blend", ["'logit'", "--method pairwise"]),
     "rectify-temperature": (f"{RECTIFY} --temperature 0", ["temperature must be positive"]),
-    "rectify-views": (f"{RECTIFY} --views 3", ["2"]),
+    "rectify-views": (f"{RECTIFY} --views 3", ["cache.zarr has 2 views, 3 were asked for"]),
+    "rectify-views-0": (f"{RECTIFY} --views 0", ["views must be positive, was 0"]),
+    "rectify-views-minus-1": (f"{RECTIFY} --views -1", ["views must be positive, was -1"]),
+    "rectify-name-upwards": (f"{RECTIFY} --name ../x", ["'../x' cannot name a rectification"]),
+    "rectify-name-nested": (f"{RECTIFY} --name a/b", ["'a/b' cannot name a rectification"]),
     # the objective
     "loss-unknown": (f"{STUDY} --loss kl", ["unknown loss 'kl'", "kd"]),
     "bias-unknown": (f"{STUDY} --bias fix", ["bias.mode", "none, eliminate, rectify"]),
@@ -194,6 +201,17 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "loss-temperature": (f"{STUDY} --temperature -4", ["loss.temperature must be positive"]),
     # training
+    "nesterov-alone": (
+        f"{TEACH} --set train.nesterov=true --set train.momentum=0",
+        ["train.nesterov needs a train.momentum above 0"],
+    ),
+    "seed-of-90-bits": (f"{TEACH} --seed {2**90}", ["seed.data must be in"]),
+    "nothing-left-to-train-on": (
+        f"{TEACH} --val-fraction 0.9995",
+        ["data.val_fraction 0.9995 of 1000 samples leaves 0 for training"],
+    ),
+    "nothing-held-out": (f"{TEACH} --val-fraction 0.0004", ["1000 for training and 0 held out"]),
+    "student-nothing-left": (f"{STUDY} --val-fraction 0.9995", ["leaves 0 for training"]),
     "epochs-0": (f"{TEACH} --epochs 0", ["train.epochs must be positive, was 0"]),
     "batch-size": (f"{TEACH} --batch-size -5", ["train.batch_size must be positive, was -5"]),
     "lr-nan": (f"{TEACH} --lr nan", ["train.lr must be positive, was nan"]),
@@ -207,12 +225,17 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "mean-a-word": (f"{TEACH} --mean grey --std 1", ["--mean", "grey"]),
     "mean-alone": (f"{TEACH} --mean 0.5", ["belong together"]),
     "mean-too-long": (f"{TEACH} --mean 1,2,3,4 --std 1,1,1,1", ["mean has 4 numbers"]),
+    "mean-nan": (f"{TEACH} --mean nan --std 1", ["mean must be finite, was (nan,)"]),
+    "std-inf": (f"{TEACH} --mean 0 --std inf", ["std must be positive, was inf"]),
+    "teacher-std-nan": (f"{CACHE} --mean 0 --std nan", ["std must be positive, was nan"]),
     "std-0": (f"{TEACH} --mean 0.5 --std 0", ["std must be positive"]),
     "image-size": (f"{TEACH} --image-size 0", ["data.image_size must be positive"]),
     "workers": (f"{TEACH} --workers -1", ["data.workers must not be negative"]),
     # configuration
     "config-missing": (f"{TEACH} --config gone.yaml", ["cannot read gone.yaml"]),
     "config-not-yaml": (f"{TEACH} --config broken.yaml", ["broken.yaml is not YAML"]),
+    "config-not-text": (f"{TEACH} --config noise.bin", ["noise.bin is not a text file in UTF-8"]),
+    "set-not-yaml": (f"{TEACH} --set train.lr={{", ["--set train.lr={ is not YAML"]),
     "config-a-list": (f"{TEACH} --config list.yaml", ["does not hold keys and values"]),
     "config-unknown-key": (f"{TEACH} --config wrong.yaml", ["'train.epoch'", "'train.epochs'"]),
     "config-of-another-kind": (f"{STUDY} --config teacher/config.yaml", ["unknown key 'augment'"]),
@@ -225,7 +248,14 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "out-not-a-run": (f"{TEACH} --out thesis --overwrite", ["something else than a run"]),
     "out-a-file": (f"{TEACH} --out list.yaml", ["list.yaml"]),
     "out-below-a-file": (f"{TEACH} --out list.yaml/run", ["cannot make list.yaml/run"]),
-    "resume-with-others": (f"{TEACH} --out teacher --resume --lr 0.3", ["other settings", "train"]),
+    "resume-with-others": (
+        f"{TEACH} --out teacher --resume --lr 0.3",
+        ["teacher was started with other settings", "train.batch_size: 128, not 500"],
+    ),
+    "resume-and-overwrite": (
+        f"{TEACH} --out teacher --resume --overwrite",
+        ["cannot be resumed and overwritten"],
+    ),
     # commands
     "command-unknown": ("distil", ["No such command 'distil'"]),
     "option-unknown": (f"{TEACH} --epoch 3", ["--epoch"]),
@@ -252,52 +282,6 @@ def test_wrong_input_is_one_clear_error_and_leaves_nothing(
     before = everything_in(my_folder)
     check_told(my_pipeline(words), told)
     assert everything_in(my_folder) == before
-
-
-KNOWN_FAULTS: dict[str, tuple[str, str]] = {
-    "rectify-views-0": (f"{RECTIFY} --views 0", "rectify.py, summarise: divides by no rows"),
-    "rectify-views-minus-1": (f"{RECTIFY} --views -1", "rectify.py, summarise"),
-    "rectify-name-upwards": (f"{RECTIFY} --name ../x", "store.py, create_rectification"),
-    "rectify-name-nested": (f"{RECTIFY} --name a/b", "refused, but the group a stays behind"),
-    "nesterov-alone": (
-        f"{TEACH} --set train.nesterov=true --set train.momentum=0",
-        "torch's ValueError after the run directory is made",
-    ),
-    "warmup-of-one-step": (
-        f"{TEACH} --set train.schedule=onecycle --set train.warmup=0.125",
-        "torch's ZeroDivisionError after the run directory is made",
-    ),
-    "seed-of-90-bits": (f"{TEACH} --seed {2**90}", "setup.py, make_model: torch's ValueError"),
-    "model-without-module": (f"{TEACH} --model :net", "models.py, _imported: ValueError"),
-    "dataset-without-module": (f"{TEACH} --dataset :make", "datasets.py, _callable: ValueError"),
-    "nothing-left-to-train-on": (f"{TEACH} --val-fraction 0.9995", "run directory made first"),
-    "mean-nan": (f"{TEACH} --mean nan --std 1", "trains an epoch before it is told"),
-    "std-inf": (f"{TEACH} --mean 0 --std inf", "trains on nothing but zeros"),
-    "set-not-yaml": (f"{TEACH} --set train.lr={{", "config.py, read_config"),
-    "config-not-text": (f"{TEACH} --config noise.bin", "config.py, _read_yaml"),
-}
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        pytest.param(words, id=name, marks=pytest.mark.xfail(reason=why, raises=AssertionError))
-        for name, (words, why) in KNOWN_FAULTS.items()
-    ],
-)
-def test_more_wrong_input(
-    my_pipeline: Callable[..., Answer],
-    my_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    words: str,
-) -> None:
-    folder = shutil.copytree(my_folder, tmp_path / "copy")
-    (folder / "noise.bin").write_bytes(b"\xff\xfe\x80\x81")
-    monkeypatch.chdir(folder)
-    before = everything_in(folder)
-    check_told(my_pipeline(words), [])
-    assert everything_in(folder) == before
 
 
 def test_an_unexpected_failure_keeps_its_traceback(my_pipeline: Callable[..., Answer]) -> None:

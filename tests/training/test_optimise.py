@@ -1,11 +1,13 @@
 """Learning rates at given steps against values worked out by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from stages.errors import ConfigError
 from stages.training.config import TrainSettings
 from stages.training.optimise import make_optimizer, make_schedule
 
@@ -65,7 +67,6 @@ def test_onecycle_survives_any_warmup(warmup: float) -> None:
     assert all(0 < rate <= 0.3 + 1e-9 for rate in every)
 
 
-@pytest.mark.xfail(reason="torch divides by zero: make_schedule", raises=ZeroDivisionError)
 @pytest.mark.parametrize(
     ("epochs", "warmup"),
     [(8, 1 / 40), (1, 0.2), (8, 1.0)],
@@ -74,6 +75,30 @@ def test_onecycle_survives_any_warmup(warmup: float) -> None:
 def test_onecycle_with_a_warmup_at_the_edge(epochs: int, warmup: float) -> None:
     every = rates(TrainSettings(epochs=epochs, lr=0.3, schedule="onecycle", warmup=warmup))[:-1]
     assert all(0 < rate <= 0.3 + 1e-9 for rate in every)
+
+
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_onecycle_of_any_length_never_divides_by_zero(steps: int) -> None:
+    every_warmup = {share / 24 for share in range(25)} | {part / steps for part in range(steps + 1)}
+    for warmup in sorted(every_warmup):
+        settings = TrainSettings(epochs=1, lr=0.3, schedule="onecycle", warmup=warmup)
+        every = rates(settings, steps_per_epoch=steps)[:-1]
+        assert len(every) == steps
+        assert all(0 < rate <= 0.3 + 1e-9 for rate in every), warmup
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_nesterov_needs_momentum_where_sgd_uses_it(optimizer: Any, momentum: float) -> None:
+    def make() -> TrainSettings:
+        return TrainSettings(optimizer=optimizer, momentum=momentum, nesterov=True)
+
+    if optimizer == "sgd" and momentum == 0:
+        with pytest.raises(ConfigError, match=r"train\.nesterov needs a train\.momentum above 0"):
+            make()
+    else:
+        group = make_optimizer(nn.Linear(1, 1), make()).param_groups[0]
+        assert group.get("nesterov", True)
 
 
 @pytest.mark.parametrize(

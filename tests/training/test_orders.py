@@ -1,8 +1,11 @@
 """Which samples and which view an epoch shows; what is held out."""
 
+import re
+
 import pytest
 import torch
 
+from stages.errors import ConfigError
 from stages.training.setup import held_out
 from stages.training.trainer import sample_order, view_order
 
@@ -53,7 +56,7 @@ def test_view_order_differs_by_round_and_seed() -> None:
 
 @pytest.mark.parametrize(
     ("num_samples", "fraction", "size"),
-    [(1000, 0.1, 100), (1000, 0.0, 0), (997, 0.25, 249), (10, 0.9, 9), (3, 0.4, 1)],
+    [(1000, 0.1, 100), (1000, 0.0, 0), (997, 0.25, 249), (10, 0.8, 8), (3, 0.4, 1), (2, 0.0, 0)],
 )
 def test_held_out_is_disjoint_and_of_the_right_size(
     num_samples: int, fraction: float, size: int
@@ -64,6 +67,25 @@ def test_held_out_is_disjoint_and_of_the_right_size(
     assert torch.equal(both.sort().values, torch.arange(num_samples))
     for part in (training, validation):
         assert torch.equal(part, part.sort().values)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "fraction", "left", "out"),
+    [
+        (10, 0.9, 1, 9),
+        (10, 0.99, 0, 10),
+        (10, 0.04, 10, 0),
+        (1000, 0.0004, 1000, 0),
+        (1, 0.0, 1, 0),
+        (0, 0.0, 0, 0),
+    ],
+)
+def test_nothing_to_hold_out_or_nothing_left_to_train_on(
+    num_samples: int, fraction: float, left: int, out: int
+) -> None:
+    told = f"{fraction:g} of {num_samples} samples leaves {left} for training and {out} held out"
+    with pytest.raises(ConfigError, match=re.escape(f"data.val_fraction {told}")):
+        held_out(num_samples, fraction, seed=0)
 
 
 def test_held_out_is_a_draw_of_the_seed() -> None:

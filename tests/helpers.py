@@ -1,0 +1,66 @@
+"""Plain functions that several files of tests share."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stages.inputs.datasets import ImageDataset
+from stages.training.config import DataSettings
+
+DIGITS = DataSettings(dataset="digits", workers=0)
+RUN_FILES = {
+    "config.yaml",
+    "last.pt",
+    "log.txt",
+    "metrics.jsonl",
+    "model.safetensors",
+    "summary.json",
+}
+
+
+class Words:
+    """A reporter that remembers what was said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.done: list[float] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def progress(self, task: str, done: float, total: float, unit: str) -> None:
+        self.done.append(done / total)
+
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
+    ) -> None: ...
+
+
+def first(dataset: ImageDataset, size: int) -> ImageDataset:
+    """The first `size` images of a dataset that is held in memory."""
+    assert dataset.images is not None
+    images, labels = dataset.images[:size], dataset.labels[:size]
+    return dataclasses.replace(dataset, labels=labels, images=images, load=images.__getitem__)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """A run's epochs, as metrics.jsonl has them."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    """What a run keeps in model.safetensors."""
+    found: dict[str, Tensor] = load_file(run / "model.safetensors")
+    return found
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two runs ended with the same bits."""
+    left, right = weights(one), weights(other)
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)

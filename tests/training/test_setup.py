@@ -1,0 +1,83 @@
+"""What teachers and students need before the first step."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from stages.errors import ConfigError, ViewError
+from stages.inputs.feed import plain_view
+from stages.inputs.models import build_model
+from stages.inputs.views import view_policy
+from stages.training.config import SeedSettings
+from stages.training.setup import Splits, chosen_policy, dataset_identity, normalisation
+
+
+@pytest.mark.parametrize(
+    ("image_size", "resize"), [(None, None), (8, None), (8, 12), (224, 256), (None, 12)]
+)
+def test_no_augmentation_shows_what_evaluation_shows(
+    image_size: int | None, resize: int | None
+) -> None:
+    assert chosen_policy("none", 7, image_size, resize) == plain_view(image_size, resize)
+
+
+@pytest.mark.parametrize("augment", ["pad-crop:pad=2", "pad-crop-flip", "resized-crop-flip"])
+def test_other_policies_are_as_they_are_named(augment: str) -> None:
+    assert chosen_policy(augment, 7, 224, 256) == view_policy(augment, 7)
+
+
+def test_an_unknown_policy() -> None:
+    with pytest.raises(ViewError, match="pad-corp"):
+        chosen_policy("pad-corp", 0, None, None)
+
+
+def test_identity_of_a_dataset(digits: Splits) -> None:
+    train, identity = digits.train, dataset_identity(digits.train)
+    assert (identity.name, identity.split, identity.num_samples) == ("digits", "train", 1000)
+    assert identity.class_names == tuple("0123456789")
+    assert (identity.labels, identity.images) == (train.labels_digest, train.images_digest)
+    relabelled = dataclasses.replace(train, labels=train.labels.flip(0))
+    assert dataset_identity(relabelled).labels != identity.labels
+    assert dataset_identity(digits.test) != identity
+
+
+def test_whole_numbers_become_floats(digits: Splits) -> None:
+    chosen = normalisation(build_model("resnet8", 10, 1), digits.train, (0,), (1,))
+    assert chosen == ((0.0,), (1.0,))
+    assert {type(value) for values in chosen for value in values} == {float}
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ((NAN,), (1.0,), "mean must be finite"),
+        ((INF,), (1.0,), "mean must be finite"),
+        ((0.0,), (NAN,), "std must be positive"),
+        ((0.0,), (INF,), "std must be positive"),
+        ((0.0,), (0.0,), "std must be positive"),
+        ((0.0,), (-1.0,), "std must be positive"),
+        ((0.0,), None, "belong together"),
+        (None, (1.0,), "belong together"),
+        ((0.0,) * 2, (1.0,) * 2, "mean has 2 numbers"),
+    ],
+)
+def test_a_normalisation_that_cannot_be(
+    digits: Splits, mean: Sequence[float] | None, std: Sequence[float] | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        normalisation(build_model("resnet8", 10, 1), digits.train, mean, std)
+
+
+@pytest.mark.parametrize("name", ["data", "init"])
+def test_seeds_have_64_bits(name: str) -> None:
+    for seed in (-(2**63), 0, 2**63 - 1):
+        kept: Any = SeedSettings(**{name: seed})
+        assert getattr(kept, name) == seed
+    for seed in (2**63, -(2**63) - 1, 2**90):
+        with pytest.raises(ConfigError, match=rf"seed\.{name} must be in"):
+            SeedSettings(**{name: seed})
