@@ -134,8 +134,8 @@ def write_table(runs: Path, names: list[str]) -> None:
 
 def spread(values: list[float]) -> str:
     """Mean and standard deviation in percent."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2%} ± {deviation * 100:.2f}"
+    mean = f"{statistics.mean(values):.2%}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values) * 100:.2f}"
 
 
 if __name__ == "__main__":
