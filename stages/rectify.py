@@ -159,9 +159,8 @@ def replaced_logits(
     logits: float32 (n, C) of rows whose prediction is not the label. Put in their places, the two
     make softmax(row / T) the rectified distribution; for a temperature-free one at any T.
     """
-    exact = logits.double()
-    z_label = exact.gather(1, labels[:, None]).squeeze(1)
-    z_predicted = exact.gather(1, predictions[:, None]).squeeze(1)
+    z_label = logits.gather(1, labels[:, None]).squeeze(1).double()
+    z_predicted = logits.gather(1, predictions[:, None]).squeeze(1).double()
     if config.method == "swap":
         return z_predicted.float(), z_label.float()
     if config.space == "logit":
@@ -169,7 +168,7 @@ def replaced_logits(
         return new_label.float(), new_predicted.float()
     temperature = config.temperature if config.space == "probability-T" else 1.0
     # p = exp(z/T - offset): the offset turns probabilities back into logits of the same row.
-    offset = torch.logsumexp(exact / temperature, dim=1)
+    offset = torch.logsumexp(logits / temperature, dim=1).double()
     p_label = (z_label / temperature - offset).exp()
     p_predicted = (z_predicted / temperature - offset).exp()
     new_label, new_predicted = _replaced(p_label, p_predicted, config.method)
@@ -206,17 +205,18 @@ def rectify_block(cache: LogitCache, name: str, view: int, block: int) -> None:
     wrong = rows.predictions != rows.labels
     label_logit, predicted_logit = torch.zeros(2, len(wrong))
     at = wrong.nonzero().squeeze(1)
+    logits = rows.logits[at]
     new_label, new_predicted = replaced_logits(
-        rows.logits[at], rows.labels[at], rows.predictions[at], config
+        logits, rows.labels[at], rows.predictions[at], config
     )
     label_logit[at], predicted_logit[at] = new_label, new_predicted
-    rectified = rows.logits[at].scatter(1, rows.labels[at, None], new_label[:, None])
+    rectified = logits.scatter(1, rows.labels[at, None], new_label[:, None])
     rectified.scatter_(1, rows.predictions[at, None], new_predicted[:, None])
     arrays = {"wrong": wrong, "label_logit": label_logit, "predicted_logit": predicted_logit}
     if settings.materialised:
         temperature = 1.0 if settings.temperature_free else settings.temperature
-        logits = rows.logits.index_copy(0, at, rectified)
-        arrays["log_distribution"] = torch.log_softmax(logits / temperature, dim=1)
+        whole = rows.logits.index_copy(0, at, rectified)
+        arrays["log_distribution"] = torch.log_softmax(whole / temperature, dim=1)
     record = {"statistics": _block_statistics(rows, at, rectified)}
     rectification.write_block(view, block, arrays, record)
 
