@@ -97,6 +97,12 @@ def imagenet(split: Split, root: str | None, feeding: Feeding) -> ImageDataset:
     folder = root or "data/downloads/imagenet"
     try:
         source = tvd.ImageNet(folder, split="train" if split == "train" else "val")
+    except ModuleNotFoundError as error:  # torchvision reads the development kit with scipy
+        raise DatasetError(
+            f"ImageNet is missing or incomplete in {folder}: no meta.bin, and no {error.name} to "
+            "make it from the development kit",
+            "Point --root at the folder that holds its archives, and pip install scipy.",
+        ) from error
     except (RuntimeError, OSError) as error:
         raise DatasetError(
             f"ImageNet is missing or incomplete in {folder}: {str(error).splitlines()[0]}",
