@@ -5,7 +5,6 @@ A name is looked up among the CIFAR families of the distillation literature, the
 """
 
 import difflib
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from stages.errors import ModelError
 from stages.inputs.cifar_models import cifar_model, cifar_model_names
 from stages.inputs.datasets import Statistics
+from stages.inputs.imported import imported
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,7 @@ def _timm(name: str, num_classes: int, pretrained: bool) -> Any:
 
 
 def _imported(spec: str, num_classes: int) -> nn.Module:
-    module, _, attribute = spec.partition(":")
-    try:
-        build = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ModelError(
-            f"cannot import model '{spec}': {error}",
-            "module:callable must be importable from the current directory.",
-        ) from error
-    built = build(num_classes)
+    built = imported(spec, "model", ModelError)(num_classes)
     if not isinstance(built, nn.Module):
         raise ModelError(f"'{spec}' returned a {type(built).__name__}, not a torch.nn.Module")
     return built

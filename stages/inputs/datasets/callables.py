@@ -1,6 +1,5 @@
 """Datasets that somebody's own code returns."""
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from stages.inputs.datasets.dataset import (
     in_memory,
     shape_and_bytes,
 )
+from stages.inputs.imported import imported
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,7 @@ class _MapStyle:
 
 
 def from_callable(spec: str, split: Split, feeding: Feeding) -> ImageDataset:
-    module, _, attribute = spec.partition(":")
-    try:
-        build = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise DatasetError(
-            f"cannot import dataset '{spec}': {error}",
-            "module:callable must be importable from the current directory.",
-        ) from error
-    source = build(split)
+    source = imported(spec, "dataset", DatasetError)(split)
     size = len(source)
     labels = getattr(source, "targets", None)
     if labels is None:
