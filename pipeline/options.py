@@ -34,11 +34,18 @@ class Numbers(click.ParamType[tuple[float, ...]]):
 data_options = options(
     click.option(
         "--dataset",
-        help="digits, cifar10, cifar100, fashion-mnist, imagenet, folder:DIR or module:callable.",
+        help="digits, cifar10, cifar100, fashion-mnist, imagenet, folder:DIR, hf:DIR or "
+        "module:callable.",
     ),
     click.option("--root", help="Where torchvision's datasets lie."),
     click.option(
         "--download", is_flag=True, default=None, help="Let torchvision download what is missing."
+    ),
+    click.option(
+        "--rescan",
+        is_flag=True,
+        default=None,
+        help="List folders of images again: after files were overwritten in place.",
     ),
     click.option(
         "--image-size",
@@ -94,7 +101,8 @@ run_options = options(
 
 def data_flags(given: dict[str, Any]) -> dict[str, Any]:
     """The data section, from what was given on the command line."""
-    names = ("dataset", "root", "download", "image_size", "resize", "workers", "val_fraction")
+    places = ("dataset", "root", "download", "rescan")
+    names = (*places, "image_size", "resize", "workers", "val_fraction")
     return {f"data.{name}": given.get(name) for name in names}
 
 

@@ -4,7 +4,7 @@ Session fixtures are never written to: take `cache_copy`, or copy with shutil.co
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,14 @@ from stages.training.config import ModelSettings, TrainSettings
 from stages.training.setup import Splits, load_data
 
 torch.set_num_threads(1)  # small models on few cores: threads cost more than they bring
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is kept in, or read from, the caches of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -98,12 +98,14 @@ class BiasSettings(Settings, frozen=True):
 class DataSettings(Settings, frozen=True):
     """Where images come from and how they are fed. See `stages.inputs.datasets`.
 
-    val_fraction: share of the training samples held out for choosing the model.
+    val_fraction: share of the training samples held out for choosing the model. rescan: list a
+    folder of images again, as after overwriting files in place; see its `manifest`.
     """
 
     dataset: str
     root: str | None = None
     download: bool = False
+    rescan: bool = False
     feeding: Literal["auto", "memory", "stream"] = "auto"
     image_size: int | None = None
     resize: int | None = None

@@ -43,7 +43,9 @@ class Splits:
 def load_data(settings: DataSettings) -> Splits:
     """The dataset of a run. Raises DatasetError."""
     return Splits(
-        *load_splits(settings.dataset, settings.root, settings.feeding, settings.download)
+        *load_splits(
+            settings.dataset, settings.root, settings.feeding, settings.download, settings.rescan
+        )
     )
 
 

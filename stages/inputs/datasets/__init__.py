@@ -17,6 +17,7 @@ from stages.inputs.datasets.dataset import (
     Statistics,
 )
 from stages.inputs.datasets.files import folder, imagenet
+from stages.inputs.datasets.hf import hugging_face
 
 __all__ = [
     "PUBLISHED_STATISTICS",
@@ -35,27 +36,30 @@ def load_dataset(
     root: str | None = None,
     feeding: Feeding = "auto",
     download: bool = False,
+    rescan: bool = False,
 ) -> ImageDataset:
-    """One split of `digits`, `cifar10`, `cifar100`, `fashion-mnist`, `imagenet`, `folder:DIR` or
-    `module:callable`.
+    """One split of `digits`, `cifar10`, `cifar100`, `fashion-mnist`, `imagenet`, `folder:DIR`,
+    `hf:DIR` or `module:callable`. rescan: list folders of images again, see `manifest.py`.
 
     Raises DatasetError if it is missing, unreadable, or has fewer than two classes.
     """
     kind, _, argument = spec.partition(":")
     if kind == "folder":
-        dataset = folder(Path(argument), split, feeding)
+        dataset = folder(Path(argument), split, feeding, rescan)
+    elif kind == "hf":
+        dataset = hugging_face(Path(argument), split, feeding)
     elif spec == "digits":
         dataset = digits(split)
     elif spec in TORCHVISION:
         dataset = torchvision_arrays(spec, split, root, download)
     elif spec == "imagenet":
-        dataset = imagenet(split, root, feeding)
+        dataset = imagenet(split, root, feeding, rescan)
     elif argument:
         dataset = from_callable(spec, split, feeding)
     else:
         raise DatasetError(
             f"unknown dataset '{spec}'",
-            "Known: digits, cifar10, cifar100, fashion-mnist, imagenet, folder:DIR, "
+            "Known: digits, cifar10, cifar100, fashion-mnist, imagenet, folder:DIR, hf:DIR, "
             "module:callable.",
         )
     labels = dataset.labels
@@ -75,11 +79,15 @@ def load_dataset(
 
 
 def load_splits(
-    spec: str, root: str | None = None, feeding: Feeding = "auto", download: bool = False
+    spec: str,
+    root: str | None = None,
+    feeding: Feeding = "auto",
+    download: bool = False,
+    rescan: bool = False,
 ) -> tuple[ImageDataset, ImageDataset]:
     """The training and the test split, which must have the same classes."""
-    train = load_dataset(spec, "train", root, feeding, download)
-    test = load_dataset(spec, "test", root, feeding, download)
+    train = load_dataset(spec, "train", root, feeding, download, rescan)
+    test = load_dataset(spec, "test", root, feeding, download, rescan)
     if train.class_names != test.class_names:
         only = sorted(set(train.class_names) ^ set(test.class_names))
         raise DatasetError(

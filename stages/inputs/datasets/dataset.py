@@ -111,7 +111,7 @@ def in_memory(load: Callable[[int], Tensor], size: int, feeding: Feeding) -> Ten
 
 def fixed_sample(size: int) -> list[int]:
     """Up to SAMPLED_IMAGES indices, spread at random and always the same."""
-    return permute(torch.arange(size), size, 0)[:SAMPLED_IMAGES].tolist() if size else []
+    return permute(torch.arange(min(size, SAMPLED_IMAGES)), size, 0).tolist() if size else []
 
 
 def shape_and_bytes(images: Tensor) -> tuple[bytes, bytes]:

@@ -1,0 +1,116 @@
+"""Datasets of Hugging Face's `datasets`, as `save_to_disk` leaves them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages.errors import DatasetError
+from stages.inputs.datasets.compressed import SAMPLED_MODES, Mode, common_mode, decode
+from stages.inputs.datasets.dataset import (
+    Feeding,
+    ImageDataset,
+    Split,
+    digest,
+    fixed_sample,
+    in_memory,
+)
+
+SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "val")}
+
+
+@dataclass(frozen=True)
+class _StoredImages:
+    """Decodes the i-th image of a table of compressed ones; travels to workers as it is."""
+
+    table: Any
+    column: str
+    name: str
+    mode: Mode = "RGB"
+
+    def __call__(self, index: int) -> Tensor:
+        return decode(*self.compressed(index), self.mode)
+
+    def compressed(self, index: int) -> tuple[bytes, str]:
+        """The image's bytes as they are stored, and what to call it."""
+        name = f"{index} of {self.name}"
+        image = self.table[index][self.column]
+        if image is None:
+            raise DatasetError(f"image {name} is missing", "Filter such rows out.")
+        stored, path = image["bytes"], image["path"]
+        try:  # save_to_disk brings the files along unless told otherwise
+            return (Path(path).read_bytes() if stored is None else stored), name
+        except OSError as error:
+            raise DatasetError(
+                f"cannot read image {name}: {error}", "Save it with embed_external_files=True."
+            ) from error
+
+
+def hugging_face(root: Path, split: Split, feeding: Feeding) -> ImageDataset:
+    """One split of a DatasetDict. Its images are identified by the stored bytes of a fixed sample.
+
+    Raises DatasetError if there is not exactly one column of images and one of class labels.
+    """
+    try:
+        datasets: Any = import_module("datasets")
+    except ModuleNotFoundError as error:
+        raise DatasetError(
+            f"hf:{root} needs the package `datasets`", "pip install 'teacher-cache[hf]'"
+        ) from error
+    try:
+        found = datasets.load_from_disk(str(root))
+    except Exception as error:  # pyarrow and json raise many kinds on damaged files
+        raise DatasetError(
+            f"cannot read {root}: {str(error).splitlines()[0]}",
+            "hf:DIR needs what DatasetDict.save_to_disk(DIR) wrote.",
+        ) from error
+    splits: dict[str, Any] = found if isinstance(found, dict) else {}
+    name = next((n for n in SPLITS[split] if n in splits), None)
+    if name is None:
+        raise DatasetError(
+            f"{root} has no split {' or '.join(SPLITS[split])}, only {', '.join(splits) or 'none'}",
+            "Save a DatasetDict with the splits train and test, or train and validation.",
+        )
+    table = splits[name]
+    where = f"{root} ({name})"
+    image = _column(table, lambda feature: isinstance(feature, datasets.Image), "Image", where)
+    label = _column(
+        table, lambda feature: isinstance(feature, datasets.ClassLabel), "ClassLabel", where
+    )
+    labels = table.with_format("numpy", columns=[label])[:][label]  # no image is decoded
+    if labels.dtype.kind not in "iu":
+        raise DatasetError(f"column '{label}' of {where} has missing labels", "Filter them out.")
+
+    stored = table.select_columns([image]).with_format(None)
+    stored = stored.cast_column(image, datasets.Image(decode=False))
+    images, sampled = _StoredImages(stored, image, where), fixed_sample(len(table))
+    mode = common_mode(images.compressed(i) for i in sampled[:SAMPLED_MODES])
+    load = _StoredImages(stored, image, where, mode)
+    return ImageDataset(
+        "hf",
+        split,
+        tuple(table.features[label].names),
+        torch.from_numpy(labels.astype("int64")),
+        load,
+        in_memory(load, len(table), feeding),
+        digest(part for i in sampled for part in _length_and_bytes(images.compressed(i)[0])),
+    )
+
+
+def _length_and_bytes(content: bytes) -> tuple[bytes, bytes]:
+    return str(len(content)).encode(), content
+
+
+def _column(table: Any, wanted: Callable[[Any], bool], kind: str, where: str) -> str:
+    names: list[str] = [name for name, feature in table.features.items() if wanted(feature)]
+    if len(names) != 1:
+        columns = ", ".join(f"{n} ({type(f).__name__})" for n, f in table.features.items())
+        raise DatasetError(
+            f"{where} has {len(names) or 'no'} columns of type {kind}: {columns}",
+            f"Keep exactly one, with select_columns or cast_column(..., {kind}(...)).",
+        )
+    return names[0]

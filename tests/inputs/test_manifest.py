@@ -1,0 +1,290 @@
+"""A folder is listed once, and again whenever its files may be others."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages.inputs.datasets import files, load_dataset, manifest
+
+HOUR = 3600
+
+
+@pytest.fixture(autouse=True)
+def my_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    return tmp_path / "caches"
+
+
+@pytest.fixture
+def my_folder(tmp_path: Path) -> Path:
+    """Three classes of four images each, untouched for an hour."""
+    root = tmp_path / "images"
+    for label, name in enumerate(("ant", "bee", "cat")):
+        for i in range(4):
+            write_image(root / "train" / name / f"{i}.png", side=3 + i + label)
+    settle(root / "train")
+    return root
+
+
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every folder that is listed, as it is listed."""
+    listed: list[Path] = []
+    scan = files._list_folder
+
+    def spy(base: Path) -> manifest.FolderListing:
+        listed.append(base)
+        return scan(base)
+
+    monkeypatch.setattr(files, "_list_folder", spy)
+    return listed
+
+
+def write_image(path: Path, side: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(side).integers(0, 256, (side, side), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def settle(train: Path) -> None:
+    """Give every folder a time long past, as those of a dataset have."""
+    for folder in (train, *(path for path in train.rglob("*") if path.is_dir())):
+        os.utime(folder, (time.time() - HOUR,) * 2)
+
+
+def digests(root: Path, rescan: bool = False) -> tuple[str, str]:
+    dataset = load_dataset(f"folder:{root}", "train", feeding="stream", rescan=rescan)
+    return dataset.images_digest, dataset.labels_digest
+
+
+def only_manifest(caches: Path) -> Path:
+    (path,) = caches.rglob("*.json")
+    return path
+
+
+def test_the_second_time_nothing_is_listed(my_folder: Path, scans: list[Path]) -> None:
+    first = load_dataset(f"folder:{my_folder}", "train")
+    again = load_dataset(f"folder:{my_folder}", "train")
+    assert scans == [my_folder / "train"]
+    assert again.class_names == first.class_names == ("ant", "bee", "cat")
+    assert again.labels.tolist() == first.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert again.images_digest == first.images_digest
+    assert [again.load(i).shape for i in range(12)] == [first.load(i).shape for i in range(12)]
+
+
+def test_it_lies_in_the_users_cache_and_not_in_the_dataset(
+    my_folder: Path, my_caches: Path
+) -> None:
+    before = sorted(my_folder.rglob("*"))
+    digests(my_folder)
+    assert sorted(my_folder.rglob("*")) == before
+    kept = only_manifest(my_caches)
+    assert kept == manifest.manifest_path("folder", my_folder / "train")
+    assert kept.parent == my_caches / "teacher-cache" / "folders"
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]  # nothing half-written
+
+
+def test_it_lies_below_home_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/somewhere")
+    path = manifest.manifest_path("folder", Path("/images"))
+    assert path is not None
+    assert path.parent == Path("/somewhere/.cache/teacher-cache/folders")
+
+
+def add_file(train: Path) -> None:
+    write_image(train / "bee" / "9.png", side=4)
+
+
+def remove_file(train: Path) -> None:
+    (train / "bee" / "2.png").unlink()
+
+
+def rename_file(train: Path) -> None:
+    (train / "bee" / "2.png").rename(train / "bee" / "7.png")
+
+
+def relabel_file(train: Path) -> None:
+    (train / "bee" / "2.png").rename(train / "cat" / "7.png")
+
+
+def replace_file(train: Path) -> None:
+    """As most programs write: a new file beside it, then a rename."""
+    write_image(train / "bee" / "new.png", side=20)
+    (train / "bee" / "new.png").replace(train / "bee" / "2.png")
+
+
+def overwrite_file(train: Path) -> None:
+    """In place: its folder knows nothing; with few files, each one's size is looked at."""
+    write_image(train / "bee" / "2.png", side=20)
+
+
+def add_class(train: Path) -> None:
+    write_image(train / "dog" / "0.png", side=4)
+
+
+def rename_class(train: Path) -> None:
+    (train / "bee").rename(train / "wasp")
+
+
+def add_file_as_copies_do(train: Path) -> None:
+    """The folder's mtime is set back to what it was, as rsync and tar do."""
+    before = (train / "bee").stat()
+    add_file(train)
+    os.utime(train / "bee", ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        add_file,
+        remove_file,
+        rename_file,
+        relabel_file,
+        replace_file,
+        overwrite_file,
+        add_class,
+        rename_class,
+        add_file_as_copies_do,
+    ],
+)
+def test_changes_are_seen(
+    my_folder: Path, scans: list[Path], change: Callable[[Path], None]
+) -> None:
+    before = digests(my_folder)
+    change(my_folder / "train")
+    after = digests(my_folder)
+    assert len(scans) == 2
+    assert after == digests(my_folder, rescan=True)
+    assert after != before
+
+
+def test_an_overwritten_file_beyond_those_looked_at_needs_a_rescan(
+    my_folder: Path, scans: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "CHECKED_FILES", 0)
+    before = digests(my_folder)
+    overwrite_file(my_folder / "train")
+    assert digests(my_folder) == before
+    assert len(scans) == 1
+    rescanned = digests(my_folder, rescan=True)
+    assert rescanned != before
+    assert digests(my_folder) == rescanned  # and what was found then is what is remembered
+    assert len(scans) == 2
+
+
+def test_a_folder_that_changed_just_now_is_not_remembered(
+    my_folder: Path, my_caches: Path, scans: list[Path]
+) -> None:
+    os.utime(my_folder / "train" / "cat")
+    for _ in range(2):
+        digests(my_folder)
+    assert len(scans) == 2
+    assert list(my_caches.rglob("*.json")) == []
+
+
+def damage_start(content: bytes) -> bytes:
+    return b"\x00" + content[1:]
+
+
+def damage_a_size(content: bytes) -> bytes:
+    """Still JSON of the right shape: its last 1 becomes a 2."""
+    head, _, tail = content.rpartition(b"1")
+    return head + b"2" + tail
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(damage_start, id="first byte"),
+        pytest.param(damage_a_size, id="a digit"),
+        pytest.param(lambda content: content[: len(content) // 2], id="half"),
+        pytest.param(lambda content: b"", id="empty"),
+        pytest.param(lambda content: b"\xff\xfe\n\x80", id="not text"),
+        pytest.param(lambda content: content.partition(b"\n")[2], id="no digest"),
+    ],
+)
+def test_a_damaged_manifest_is_made_again(
+    my_folder: Path, my_caches: Path, scans: list[Path], damage: Callable[[bytes], bytes]
+) -> None:
+    before = digests(my_folder)
+    path = only_manifest(my_caches)
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert digests(my_folder) == before
+    assert len(scans) == 2
+    assert path.read_bytes() == whole
+
+
+def test_a_manifest_of_another_version_is_made_again(
+    my_folder: Path, scans: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests(my_folder)
+    monkeypatch.setattr(manifest, "VERSION", 2)
+    digests(my_folder)
+    digests(my_folder)
+    assert len(scans) == 2
+
+
+@pytest.mark.parametrize("blocked", ["caches", "caches/teacher-cache/folders"])
+def test_one_that_cannot_be_written_is_not_missed(
+    my_folder: Path, tmp_path: Path, scans: list[Path], blocked: str
+) -> None:
+    (tmp_path / blocked).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / blocked).write_text("a file where a folder should be")
+    assert digests(my_folder) == digests(my_folder)
+    assert len(scans) == 2
+
+
+def test_names_that_are_not_text_are_not_remembered(my_folder: Path, my_caches: Path) -> None:
+    odd = manifest.FolderListing(["a\udcff"], [0], ["a\udcff/0.png"], [1])
+    (my_folder / "train" / "a\udcff").mkdir()
+    settle(my_folder / "train")
+    assert manifest.remembered("folder", my_folder / "train", lambda: odd) == odd
+    assert not any(path.is_file() for path in my_caches.rglob("*"))
+
+
+def test_two_ways_of_listing_a_folder_do_not_mix(my_folder: Path) -> None:
+    train = my_folder / "train"
+    digests(my_folder)
+    other = manifest.FolderListing(
+        ["x"], [0], ["ant/0.png"], [(train / "ant/0.png").stat().st_size]
+    )
+    with pytest.raises(FileNotFoundError):  # its own scan is asked: there is no folder x
+        manifest.remembered("imagenet", train, lambda: other)
+
+
+def test_folders_inside_classes_are_watched(my_folder: Path) -> None:
+    train = my_folder / "train"
+    write_image(train / "ant" / "deep" / "er" / "0.png", side=5)
+    settle(train)
+    paths = ["ant/0.png", "ant/deep/er/0.png"]
+    size = [(train / path).stat().st_size for path in paths]
+    listing = manifest.FolderListing(["ant"], [0, 0], paths, size)
+    asked: list[int] = []
+
+    def scan() -> manifest.FolderListing:
+        asked.append(1)
+        return listing
+
+    for _ in range(2):
+        assert manifest.remembered("tree", train, scan) == listing
+    assert len(asked) == 1
+    write_image(train / "ant" / "deep" / "new" / "0.png", side=5)
+    manifest.remembered("tree", train, scan)
+    assert len(asked) == 2
+
+
+def test_a_manifest_is_json_lines(my_folder: Path, my_caches: Path) -> None:
+    digests(my_folder)
+    _, content = only_manifest(my_caches).read_text().splitlines()
+    version, listing, times = msgspec.json.decode(content)
+    assert version == manifest.VERSION
+    assert listing[2][:2] == ["ant/0.png", "ant/1.png"]
+    assert set(times) == {"", "ant", "bee", "cat"}
