@@ -42,7 +42,7 @@ class ViewsIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The view policy: name, parameters, version of its code, seed."""
 
     policy: str
-    parameters: dict[str, int | float]
+    parameters: dict[str, int | float | str]
     version: int
     seed: int
 

@@ -1,8 +1,9 @@
 """Pixels of one view of a dataset, batch by batch: one definition of a view, two ways of feeding.
 
-Images held in memory are cropped a whole batch at a time where they lie, on the training device
-where they fit. Other images are decoded and rendered by DataLoader workers. Both give the same
-bytes; so does any batch size, order or number of workers.
+Images held in memory are cropped, erased and mixed a whole batch at a time where they lie, on the
+training device where they fit. Other images, and views that are resampled or recoloured, are
+rendered by DataLoader workers. Both give the same bytes; so does any batch size, order or number of
+workers, as a sample's partner in a mixed view does not depend on its batch.
 """
 
 import zlib
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from stages.errors import DatasetError, PipelineError
 from stages.inputs.counter_hash import bounded, counter_hash
 from stages.inputs.datasets import ImageDataset
-from stages.inputs.views import Plain, ViewPolicy, check_view, render
+from stages.inputs.views import Plain, Shown, ViewPolicy, check_view
 
 PROBES = 256
 PROBED_VIEWS = 1024
@@ -33,10 +34,24 @@ def plain_view(image_size: int | None, resize: int | None) -> Plain:
 
 @dataclass(frozen=True)
 class Batch:
-    """samples: int64 (B,), dataset indices. pixels: uint8 (B, C, H, W). Both on the device."""
+    """samples: int64 (B,), dataset indices. pixels: uint8 (B, C, H, W). All on the device.
+
+    Where views mix two samples (mixup, cutmix), partners: int64 (B,), the other sample, and shares:
+    float32 (B,), how much of the pixels is the sample's own, at least 1/2; else None.
+    """
 
     samples: Tensor
     pixels: Tensor
+    partners: Tensor | None = None
+    shares: Tensor | None = None
+
+    def hard_labels(self, labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What `stages.objectives.losses.mixed_ce` takes: own labels (B,), partners' and shares.
+
+        labels: int64 (N,), of the whole dataset.
+        """
+        partners = None if self.partners is None else labels[self.partners]
+        return labels[self.samples], partners, self.shares
 
 
 class ViewFeed:
@@ -54,15 +69,14 @@ class ViewFeed:
         self.image_size = image_size
         self._rendered = _RenderedViews(dataset, policy, image_size)
         self._workers = workers
-        self._loader: DataLoader[Tensor | PipelineError] | None = None
+        self._loader: DataLoader[Shown | PipelineError] | None = None
         self._plan, self._passes = _Plan(), 0
         self._images: Tensor | None = None
-        if dataset.images is not None and self._crops_in_place(dataset.images):
+        if dataset.images is not None and policy.batched and self._at_own_size(dataset.images):
             self._images = _on_device(dataset.images, device)
 
-    def _crops_in_place(self, images: Tensor) -> bool:
-        at_own_size = self.image_size is None or tuple(images.shape[-2:]) == (self.image_size,) * 2
-        return self.policy.moves_pixels_only and at_own_size
+    def _at_own_size(self, images: Tensor) -> bool:
+        return self.image_size is None or tuple(images.shape[-2:]) == (self.image_size,) * 2
 
     def batches(self, order: Tensor, view: int, batch_size: int, skip: int = 0) -> Iterator[Batch]:
         """View `view` of the samples in `order` (int64 (n,)), cut into batches, without the first
@@ -77,20 +91,21 @@ class ViewFeed:
         parts = [*(order[:last].split(batch_size) if last else ()), order[last:]][skip:]
         if not parts:
             return
-        if self._images is not None:
-            yield from self._from_memory(self._images, parts, view)
+        policy, own_view = self.policy.at(view)
+        if self._images is not None and policy.batched:
+            yield from self._from_memory(self._images, policy, parts, own_view)
         else:
             yield from self._from_workers(parts, view)
 
-    def _from_memory(self, images: Tensor, parts: list[Tensor], view: int) -> Iterator[Batch]:
+    def _from_memory(
+        self, images: Tensor, policy: ViewPolicy, parts: list[Tensor], view: int
+    ) -> Iterator[Batch]:
         order = torch.cat(parts).to(images.device)
-        size = torch.tensor(images.shape[-2:], device=images.device)
-        boxes = self.policy.draw(order, view, *size.unsqueeze(1).expand(2, len(order)))
+        plan = policy.plan(order, view, len(self.dataset), images.shape[-2:])
         start = 0
         for part in parts:
             here = slice(start, start := start + len(part))
-            pixels = self.policy.crop(images[order[here]], boxes[here])
-            yield Batch(order[here].to(self.device), pixels.to(self.device))
+            yield self._batch(order[here], policy.show_planned(images, plan[here]))
 
     def _from_workers(self, parts: list[Tensor], view: int) -> Iterator[Batch]:
         self._plan.parts, self._plan.view = parts, view
@@ -105,15 +120,24 @@ class ViewFeed:
             )
         self._passes += 1
         this_pass = self._passes
-        for part, pixels in zip(parts, self._loader, strict=True):
-            if isinstance(pixels, PipelineError):
+        for part, shown in zip(parts, self._loader, strict=True):
+            if isinstance(shown, PipelineError):
                 try:
-                    raise pixels
+                    raise shown
                 finally:
-                    del pixels  # a cycle through this frame would keep the workers alive
-            yield Batch(part.to(self.device), pixels.to(self.device, non_blocking=True))
+                    del shown  # a cycle through this frame would keep the workers alive
+            yield self._batch(part, shown)
             if this_pass != self._passes:
                 raise RuntimeError("another pass over this feed began; its workers serve one")
+
+    def _batch(self, samples: Tensor, shown: Shown) -> Batch:
+        assert isinstance(shown.images, Tensor)
+        on_device = (
+            None if t is None else t.to(self.device, non_blocking=True)
+            for t in (shown.partners, shown.shares)
+        )
+        pixels = shown.images.to(self.device, non_blocking=True)
+        return Batch(samples.to(self.device), pixels, *on_device)
 
 
 def num_batches(samples: int, batch_size: int) -> int:
@@ -134,7 +158,7 @@ def pixel_probes(
     views = bounded(counter_hash(seed, probe, 0), min(policy.count or PROBED_VIEWS, PROBED_VIEWS))
     samples = bounded(counter_hash(seed, probe, 1), len(dataset))
     pairs = list(zip(samples.tolist(), views.tolist(), strict=True))
-    return [zlib.crc32(image.numpy().tobytes()) for image in rendered.images(pairs)]
+    return [zlib.crc32(image.numpy().tobytes()) for image in rendered.shown(pairs).images]
 
 
 class Normalise:
@@ -169,42 +193,41 @@ class Normalise:
 
 
 @dataclass(frozen=True)
-class _RenderedViews(Dataset[Tensor]):
-    """One view of one sample at a time, as workers render it; indexed by (sample, view)."""
+class _RenderedViews(Dataset[Shown]):
+    """Views as workers render them, one by one; indexed by (sample, view)."""
 
     dataset: ImageDataset
     policy: ViewPolicy
     image_size: int | None
 
-    def images(self, pairs: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """View v of sample i for every pair (i, v): uint8 (C, H, W) each."""
-        sources = [self.dataset.load(sample) for sample, _ in pairs]
+    def shown(self, pairs: Sequence[tuple[int, int]]) -> Shown:
+        """View v of sample i for every pair (i, v); the images may differ in size."""
         samples, views = torch.tensor(pairs).T
-        height, width = torch.tensor([source.shape[-2:] for source in sources]).T
-        boxes = self.policy.draw(samples, views, height, width)
-        sizes = [
-            s.shape[-2:] if self.image_size is None else (self.image_size,) * 2 for s in sources
-        ]
-        return [
-            render(source, boxes, i, size)
-            for i, (source, size) in enumerate(zip(sources, sizes, strict=True))
-        ]
+        size = None if self.image_size is None else (self.image_size,) * 2
+        return self.policy.show(self._load, len(self.dataset), samples, views, size)
 
-    def __getitems__(self, pairs: list[tuple[int, int]]) -> Tensor | PipelineError:
+    def _load(self, samples: Tensor) -> list[Tensor]:
+        held = self.dataset.images
+        if held is not None:  # decoded already
+            return list(held[samples])
+        return [self.dataset.load(sample) for sample in samples.tolist()]
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> Shown | PipelineError:
         # An error is returned and not raised: DataLoader would wrap it in a worker's traceback.
         try:
-            images = self.images(pairs)
+            shown = self.shown(pairs)
         except PipelineError as error:
             return error
+        images = list(shown.images)
         if any(image.shape != images[0].shape for image in images):
             return DatasetError(
                 f"images differ in size: {tuple(images[0].shape)} and others",
                 "Give --image-size, and --augment resized-crop-flip or none.",
             )
-        return torch.stack(images)
+        return shown._replace(images=torch.stack(images))
 
-    def __getitem__(self, pair: tuple[int, int]) -> Tensor:
-        return self.images([pair])[0]
+    def __getitem__(self, pair: tuple[int, int]) -> Shown:
+        return self.shown([pair])
 
 
 @dataclass

@@ -1,22 +1,16 @@
-"""Which augmented view of a sample: a pure function of (seed, view, sample).
+"""Crops: boxes drawn in integer pixels of the source image, cut out, mirrored, resized.
 
-A policy draws boxes in integer pixels of the source image: where a crop starts, how large it is,
-whether it is mirrored. Rendering a box to the input size of a teacher or a student is another step
-(`render`), so that both can look at the same crop at different sizes. Where a policy only moves
-pixels, whole batches are cropped by indexing, on CPU or GPU, with the same bytes as `render` gives
-for one image.
-
-Fails when: a policy needs the pixels of another sample.
+A policy draws where a crop starts, how large it is and whether it is mirrored. Rendering a box to
+the input size of a teacher or a student is another step (`render`), so that both can look at the
+same crop at different sizes. Where a policy only moves pixels, whole batches are cropped by
+indexing, on CPU or GPU, with the same bytes as `render` gives for one image.
 """
 
-import dataclasses
-import difflib
-import functools
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,10 +18,12 @@ from torchvision.transforms.v2 import functional as tv
 
 from stages.errors import ViewError
 from stages.inputs.counter_hash import bounded, counter_hash, permute
+from stages.inputs.views.policy import Drawn, ViewPolicy, views_of
+from stages.inputs.views.tables import GRID, log_uniform
 
 
 @dataclass(frozen=True)
-class Boxes:
+class Boxes(Drawn):
     """One crop a sample, in pixels of its source image; every field int64 (B,).
 
     top, left: the box's corner, negative or beyond the image where it reaches into the padding.
@@ -40,61 +36,36 @@ class Boxes:
     width: Tensor
     mirrored: Tensor
 
-    def __getitem__(self, which: Tensor | slice) -> "Boxes":
-        """The boxes at these positions."""
-        return Boxes(*(getattr(self, f.name)[which] for f in dataclasses.fields(self)))
 
-
-class ViewPolicy(ABC):
-    """What every policy has: who it is, how many views it knows, the draws, and cutting them out.
-
-    count: how many distinct views there are, None for unbounded. moves_pixels_only: whether a view
-    is made of source pixels alone, without resampling.
-    """
-
-    name: ClassVar[str]
-    version: ClassVar[int] = 1
-    seed: int
-
-    @property
-    @abstractmethod
-    def count(self) -> int | None: ...
+class CropPolicy(ViewPolicy):
+    """A policy that cuts one box out of each image."""
 
     @property
     def moves_pixels_only(self) -> bool:
         return True
 
-    @property
-    def parameters(self) -> dict[str, int | float]:
-        """The policy's parameters beside its seed, as plain numbers."""
-        fields = dataclasses.fields(cast(Any, self))  # every policy is a dataclass
-        return {f.name: getattr(self, f.name) for f in fields if f.name != "seed"}
-
     @abstractmethod
     def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
         """The box of each sample: samples, height, width int64 (B,); view as in `apply`."""
 
-    def apply(self, images: Tensor, samples: Tensor, view: int | Tensor) -> Tensor:
-        """Return view `view` of each image, at the size of the source.
-
-        images: uint8 (B, C, H, W). samples: int64 (B,), positions in the dataset.
-        view: one view for all, or int64 (B,). Returns uint8 (B, C, H, W) on `images`' device.
-        Raises ViewError if a view is outside [0, count).
-        """
-        check_view(self, view)
-        size = torch.tensor(images.shape[-2:], device=images.device)
-        samples = samples.to(images.device)
-        return self.crop(
-            images, self.draw(samples, view, *size.unsqueeze(1).expand(2, len(images)))
-        )
-
-    def crop(self, images: Tensor, boxes: Boxes) -> Tensor:
+    def crop(self, images: Tensor, drawn: Any) -> Tensor:
         """Cut drawn boxes out of equally large images: uint8 (B, C, H, W), as `apply`."""
-        return torch.stack([render(x, boxes, i, x.shape[-2:]) for i, x in enumerate(images)])
+        return torch.stack([render(x, drawn, i, x.shape[-2:]) for i, x in enumerate(images)])
+
+    def render_each(
+        self,
+        images: Sequence[Tensor],
+        samples: Tensor,
+        view: int | Tensor,
+        size: Sequence[int] | None,
+    ) -> list[Tensor]:
+        height, width = torch.tensor([image.shape[-2:] for image in images]).T
+        boxes = self.draw(samples, view, height, width)
+        return [render(x, boxes, i, size or x.shape[-2:]) for i, x in enumerate(images)]
 
 
 @dataclass(frozen=True)
-class PadCrop(ViewPolicy):
+class PadCrop(CropPolicy):
     """Zero-pad, crop back to size: He et al. 2016, section 4.2, without the mirror.
 
     With padding p there are (2p+1)^2 distinct views; the default has 81. View v of sample i is the
@@ -115,20 +86,21 @@ class PadCrop(ViewPolicy):
         return self.mirrors * (2 * self.pad + 1) ** 2
 
     def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
-        views = torch.as_tensor(view, device=samples.device).expand_as(samples)
-        which = permute(views, self.count, self.seed, samples)  # (B,) in [0, count)
+        which = permute(
+            views_of(view, samples), self.count, self.seed, samples
+        )  # (B,) in [0, count)
         side = 2 * self.pad + 1
         mirrored, offset = which // side**2, which % side**2
         return Boxes(offset // side - self.pad, offset % side - self.pad, height, width, mirrored)
 
-    def crop(self, images: Tensor, boxes: Boxes) -> Tensor:
+    def crop(self, images: Tensor, drawn: Any) -> Tensor:
         """As `render` for every image, by indexing, on any device."""
         height, width = images.shape[-2:]
         padded = torch.nn.functional.pad(images, [self.pad] * 4)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W)
         every = torch.arange(len(images), device=images.device)
-        crops = windows[every, :, boxes.top + self.pad, boxes.left + self.pad]
-        return torch.where(boxes.mirrored.view(-1, 1, 1, 1).bool(), crops.flip(-1), crops)
+        crops = windows[every, :, drawn.top + self.pad, drawn.left + self.pad]
+        return torch.where(drawn.mirrored.view(-1, 1, 1, 1).bool(), crops.flip(-1), crops)
 
 
 @dataclass(frozen=True)
@@ -143,7 +115,7 @@ class PadCropFlip(PadCrop):
 
 
 @dataclass(frozen=True)
-class ResizedCropFlip(ViewPolicy):
+class ResizedCropFlip(CropPolicy):
     """Random area and aspect ratio, maybe mirrored: Szegedy et al. 2015, as torchvision draws it.
 
     Up to ten tries for a box that fits, then the largest central crop within the ratios. The
@@ -178,10 +150,10 @@ class ResizedCropFlip(ViewPolicy):
         def hashed(purpose: int) -> Tensor:  # (B, tries)
             return counter_hash(self.seed, views, samples, tries * 4 + purpose)
 
-        grid = 2**24  # areas are drawn on a grid that float64 holds exactly
-        share = bounded(hashed(0), grid).double() / grid
+        share = bounded(hashed(0), GRID).double() / GRID
         area = (height * width).double() * (self.min_area + (1 - self.min_area) * share)
-        ratio = _ratios()[bounded(hashed(1), len(_ratios()))]
+        ratios = log_uniform(3 / 4, 4 / 3)
+        ratio = ratios[bounded(hashed(1), len(ratios))]
         box_width = (area * ratio).sqrt().round().long()  # (B, tries)
         box_height = (area / ratio).sqrt().round().long()
         fits = (box_width >= 1) & (box_height >= 1) & (box_width <= width) & (box_height <= height)
@@ -199,13 +171,6 @@ class ResizedCropFlip(ViewPolicy):
         return Boxes(*(t.squeeze(1).to(device) for t in (*drawn, mirrored)))
 
 
-@functools.cache
-def _ratios() -> Tensor:
-    low, high = math.log(3 / 4), math.log(4 / 3)
-    steps = [math.exp(low + (high - low) * (i + 0.5) / 1024) for i in range(1024)]
-    return torch.tensor([round(r * 2**20) / 2**20 for r in steps], dtype=torch.float64)
-
-
 def _central_within_ratios(height: Tensor, width: Tensor) -> tuple[Tensor, ...]:
     """torchvision's fallback: the whole image, cut to the nearest allowed ratio, centred."""
     box_width = torch.minimum(width, (height.double() * (4 / 3)).round().long())
@@ -214,7 +179,7 @@ def _central_within_ratios(height: Tensor, width: Tensor) -> tuple[Tensor, ...]:
 
 
 @dataclass(frozen=True)
-class Plain(ViewPolicy):
+class Plain(CropPolicy):
     """One view: the whole image, or, with zoom >= 1, its central square.
 
     The square's side is the shorter side of the image divided by `zoom`: 256 / 224 is the usual
@@ -244,70 +209,9 @@ class Plain(ViewPolicy):
         side = (torch.minimum(height, width).double() / self.zoom).round().long().clamp(min=1)
         return Boxes((height - side) // 2, (width - side) // 2, side, side, zero)
 
-    def crop(self, images: Tensor, boxes: Boxes) -> Tensor:
+    def crop(self, images: Tensor, drawn: Any) -> Tensor:
         """The images themselves, unless zoomed."""
-        return images if self.zoom == 0 else super().crop(images, boxes)
-
-
-POLICIES: Mapping[str, Callable[..., ViewPolicy]] = {
-    p.name: p for p in (PadCropFlip, PadCrop, ResizedCropFlip, Plain)
-}
-
-
-def view_policy(spec: str, seed: int = 0) -> ViewPolicy:
-    """The policy `name` or `name:parameter=value,...`, for example `pad-crop:pad=2`.
-
-    Raises ViewError for an unknown name or parameter, suggesting the nearest.
-    """
-    name, _, arguments = spec.partition(":")
-    if name not in POLICIES:
-        near = difflib.get_close_matches(name, POLICIES, n=1)
-        raise ViewError(
-            f"unknown view policy '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""),
-            f"Known policies: {', '.join(POLICIES)}.",
-        )
-    parameters: dict[str, int | float] = {}
-    known = POLICIES[name]().parameters
-    for argument in filter(None, arguments.split(",")):
-        key, _, value = argument.partition("=")
-        try:
-            parameters[key] = type(known[key])(value)
-        except (KeyError, ValueError):
-            raise ViewError(
-                f"'{argument}' is not a parameter of view policy '{name}'",
-                f"It takes {', '.join(f'{k}={v}' for k, v in known.items()) or 'none'}.",
-            ) from None
-    return POLICIES[name](**parameters, seed=seed)
-
-
-def known_policy(
-    name: str, parameters: Mapping[str, int | float], version: int, seed: int
-) -> ViewPolicy:
-    """The policy that an identity describes. Raises ViewError if this program draws otherwise."""
-    try:
-        policy = POLICIES[name](**parameters, seed=seed)
-    except (KeyError, TypeError):
-        raise ViewError(
-            f"this program has no view policy '{name}' with {dict(parameters)}",
-            "Install the version of teacher-cache that made the cache.",
-        ) from None
-    if policy.version != version:
-        raise ViewError(
-            f"view policy '{name}' is version {policy.version} here, {version} in the cache",
-            "Install the version of teacher-cache that made the cache.",
-        )
-    return policy
-
-
-def check_view(policy: ViewPolicy, view: int | Tensor) -> None:
-    """Raise ViewError unless every view is one that the policy has."""
-    views = torch.as_tensor(view)
-    low, high = int(views.min()), int(views.max())
-    if low < 0 or (policy.count is not None and high >= policy.count):
-        last = "..." if policy.count is None else policy.count - 1
-        raise ViewError(
-            f"view {low if low < 0 else high} of '{policy.name}' is outside [0, {last}]"
-        )
+        return images if self.zoom == 0 else super().crop(images, drawn)
 
 
 def render(image: Tensor, boxes: Boxes, i: int, size: Sequence[int]) -> Tensor:

@@ -1,0 +1,64 @@
+"""Which augmented view of a sample: a pure function of (seed, view, sample).
+
+`policy.py` says what a policy is; `crops.py` has the bases, `augment.py` and `erasing.py` what goes
+on top of them (`layers.py`), `mixing.py` mixup and cutmix, `pairs.py` weak and strong views,
+`transforms.py` torchvision's own transforms, `spec.py` their names.
+"""
+
+from stages.inputs.views.augment import RandAugment, TrivialAugment
+from stages.inputs.views.crops import (
+    Boxes,
+    CropPolicy,
+    PadCrop,
+    PadCropFlip,
+    Plain,
+    ResizedCropFlip,
+    render,
+)
+from stages.inputs.views.erasing import Erasing
+from stages.inputs.views.layers import Composed, Layer
+from stages.inputs.views.mixing import (
+    MIXERS,
+    Cutmix,
+    Mixed,
+    Mixer,
+    Mixup,
+    check_unmixed,
+    mixes,
+)
+from stages.inputs.views.pairs import Paired
+from stages.inputs.views.policy import Plan, Shown, ViewPolicy, check_view
+from stages.inputs.views.spec import LAYERS, POLICIES, known_policy, view_policy
+from stages.inputs.views.transforms import Transform
+
+__all__ = [
+    "LAYERS",
+    "MIXERS",
+    "POLICIES",
+    "Boxes",
+    "Composed",
+    "CropPolicy",
+    "Cutmix",
+    "Erasing",
+    "Layer",
+    "Mixed",
+    "Mixer",
+    "Mixup",
+    "PadCrop",
+    "PadCropFlip",
+    "Paired",
+    "Plain",
+    "Plan",
+    "RandAugment",
+    "ResizedCropFlip",
+    "Shown",
+    "Transform",
+    "TrivialAugment",
+    "ViewPolicy",
+    "check_unmixed",
+    "check_view",
+    "known_policy",
+    "mixes",
+    "render",
+    "view_policy",
+]

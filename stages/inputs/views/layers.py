@@ -1,0 +1,126 @@
+"""Stages on top of a crop, each with draws of its own: `resized-crop-flip+rand-augment+erasing`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stages.inputs.views.policy import (
+    Drawn,
+    Parameters,
+    ViewPolicy,
+    check_view,
+    parameters_of,
+    views_of,
+)
+
+
+class Layer(ABC):
+    """Something that changes an image that has been cropped and brought to its final size.
+
+    moves_pixels_only: whether it copies pixels or makes them zero; then `on_batch` works on any
+    device, otherwise images are changed one by one on the CPU.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    moves_pixels_only: ClassVar[bool] = False
+
+    @abstractmethod
+    def draw(
+        self, seed: int, samples: Tensor, views: Tensor, height: Tensor, width: Tensor
+    ) -> Drawn:
+        """What `on_image` needs: samples, views, height and width int64 (B,), of the images."""
+
+    @abstractmethod
+    def on_image(self, image: Tensor, drawn: Any, i: int) -> Tensor:
+        """uint8 (C, H, W) -> the same shape, changed as was drawn for sample i."""
+
+    def on_batch(self, images: Tensor, drawn: Any) -> Tensor:
+        """uint8 (B, C, H, W), with the bytes of `on_image`, on any device."""
+        raise NotImplementedError(f"'{self.name}' works image by image")
+
+
+@dataclass(frozen=True)
+class _Layered(Drawn):
+    base: Drawn
+    layers: tuple[Drawn, ...]
+
+
+@dataclass(frozen=True)
+class Composed(ViewPolicy):
+    """A base and the layers on top of it, in order.
+
+    Unbounded, as every layer draws afresh in every view: base view v is v modulo the base's count.
+    """
+
+    base: ViewPolicy
+    layers: tuple[Layer, ...]
+
+    @property
+    def name(self) -> str:
+        return "+".join((self.base.name, *(layer.name for layer in self.layers)))
+
+    @property
+    def seed(self) -> int:
+        return self.base.seed
+
+    @property
+    def count(self) -> None:
+        return None
+
+    @property
+    def version(self) -> int:
+        """Grows with every change of any part."""
+        return self.base.version + sum(layer.version - 1 for layer in self.layers)
+
+    @property
+    def parameters(self) -> Parameters:
+        on_top = {
+            f"{layer.name}.{key}": value
+            for layer in self.layers
+            for key, value in parameters_of(layer).items()
+        }
+        return {**self.base.parameters, **on_top}
+
+    @property
+    def moves_pixels_only(self) -> bool:
+        layers = (layer.moves_pixels_only for layer in self.layers)
+        return self.base.moves_pixels_only and all(layers)
+
+    def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Drawn:
+        base = self.base.draw(samples, within_count(self.base, view), height, width)
+        views = views_of(view, samples)
+        return _Layered(
+            base,
+            tuple(layer.draw(self.seed, samples, views, height, width) for layer in self.layers),
+        )
+
+    def crop(self, images: Tensor, drawn: Any) -> Tensor:
+        images = self.base.crop(images, drawn.base)
+        for layer, own in zip(self.layers, drawn.layers, strict=True):
+            images = layer.on_batch(images, own)
+        return images
+
+    def render_each(
+        self,
+        images: Sequence[Tensor],
+        samples: Tensor,
+        view: int | Tensor,
+        size: Sequence[int] | None,
+    ) -> list[Tensor]:
+        check_view(self, view)
+        rendered = self.base.render_each(images, samples, within_count(self.base, view), size)
+        height, width = torch.tensor([image.shape[-2:] for image in rendered]).T
+        for layer in self.layers:
+            drawn = layer.draw(self.seed, samples, views_of(view, samples), height, width)
+            rendered = [layer.on_image(image, drawn, i) for i, image in enumerate(rendered)]
+        return rendered
+
+
+def within_count(policy: ViewPolicy, view: int | Tensor) -> int | Tensor:
+    """The view, or, beyond the last one, the views from the first on again."""
+    return view if policy.count is None else view % policy.count
