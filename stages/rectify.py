@@ -35,6 +35,7 @@ from stages.cache.lock import exclusive, half_written
 from stages.cache.rectified import RectificationSettings
 from stages.cache.store import Block
 from stages.errors import CacheError, ConfigError
+from stages.inputs.views import check_unmixed
 from stages.reporting import Reporter, Silent
 from stages.training.config import Settings, positive
 
@@ -101,10 +102,12 @@ def rectify(
 ) -> dict[str, Any]:
     """Rectify every block of a cache that is not rectified yet; return the statistics.
 
-    Raises CacheError if the cache is incomplete, or has this name with other settings.
+    Raises CacheError if the cache is incomplete, or has this name with other settings, ViewError if
+    its views mix samples (mixup, cutmix): such a row has two labels.
     """
     reporter = reporter or Silent()
     cache = LogitCache.open(path, writable=True)
+    check_unmixed(cache.identity.views.policy, "rectification")
     name, views = config.chosen_name, _views(cache, config.views)
     with exclusive(Path(path)):
         # 1) what is missing

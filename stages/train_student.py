@@ -9,7 +9,9 @@ An epoch shows one view of every sample and learns from that view's row of the c
 
 where the row weights w are all 1, or those of bias elimination and rectification
 (`stages.objectives.bias`). With the loss `ce` the same views are shown and no targets are read:
-the fair baseline.
+the fair baseline. Where the cached views mix two samples (mixup, cutmix), CE is that of both labels
+by their shares, and targets are as ever: the teacher saw the mixed image. Bias elimination and
+rectification need one label a row, and refuse such a cache.
 """
 
 from pathlib import Path
@@ -24,9 +26,9 @@ from stages.cache.identity import differences
 from stages.cache.targets import ViewTargets
 from stages.errors import CacheError, ConfigError, IdentityError
 from stages.inputs.feed import Batch, pixel_probes
-from stages.inputs.views import ViewPolicy, known_policy
+from stages.inputs.views import ViewPolicy, check_unmixed, known_policy
 from stages.objectives.bias import BiasWeights, bias_weights
-from stages.objectives.losses import LOSSES, ce
+from stages.objectives.losses import LOSSES, mixed_ce
 from stages.reporting import Reporter, Silent
 from stages.training.config import BiasSettings, LossSettings, RunConfig
 from stages.training.setup import (
@@ -145,7 +147,7 @@ class CachedTask:
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         samples, labels = batch.samples, self._labels[batch.samples]
-        hard = ce(logits, None, labels)
+        hard = mixed_ce(logits, *batch.hard_labels(self._labels))
         if self.targets is None:
             return {"loss": hard}
         settings = self._config.loss
@@ -177,7 +179,8 @@ class CachedTask:
 def check_objective(config: StudentConfig, cache: LogitCache) -> StudentConfig:
     """The configuration with the rectification's name filled in.
 
-    Raises ConfigError or CacheError for a loss, bias mode or temperature that cannot be.
+    Raises ConfigError or CacheError for a loss, bias mode or temperature that cannot be, ViewError
+    for bias-aware losses on views that mix samples.
     """
     loss, bias = config.loss, config.bias
     if loss.name not in LOSSES:
@@ -187,6 +190,8 @@ def check_objective(config: StudentConfig, cache: LogitCache) -> StudentConfig:
             f"bias '{bias.mode}' needs a loss that uses the teacher, not 'ce'",
             "Use --loss kd, or --bias none.",
         )
+    if bias.mode != "none":
+        check_unmixed(cache.identity.views.policy, f"bias '{bias.mode}'")
     if bias.mode != "rectify":
         if bias.rectified is not None:
             raise ConfigError(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.inputs.feed import Batch
 from stages.inputs.views import ViewPolicy
-from stages.objectives.losses import ce
+from stages.objectives.losses import mixed_ce
 from stages.reporting import Reporter, Silent
 from stages.training.config import RunConfig
 from stages.training.setup import Destination, Splits, chosen_policy, load_data, make_trainer
@@ -24,7 +24,9 @@ class TeacherConfig(RunConfig, frozen=True, kw_only=True):
 
 
 class LabelTask:
-    """Hard labels on a view that no two epochs share, as far as the policy has views."""
+    """Hard labels, both of them where samples are mixed, on a view that no two epochs share, as far
+    as the policy has views.
+    """
 
     def __init__(self, labels: Tensor, num_views: int | None, seed: int) -> None:
         self._labels, self._num_views, self._seed = labels, num_views, seed
@@ -35,7 +37,7 @@ class LabelTask:
         return view_order(self._seed, epoch, self._num_views)
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": ce(logits, None, self._labels[batch.samples])}
+        return {"loss": mixed_ce(logits, *batch.hard_labels(self._labels))}
 
     def epoch_metrics(self) -> dict[str, float]:
         return {}

@@ -27,6 +27,25 @@ def ce(
     return F.cross_entropy(student_logits.float(), labels, reduction=reduction)
 
 
+def mixed_ce(
+    student_logits: Tensor,
+    labels: Tensor,
+    partner_labels: Tensor | None = None,
+    shares: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of mixed images: s CE(z, y) + (1 - s) CE(z, y_partner), Zhang et al. 2018,
+    arXiv 1710.09412; plain cross-entropy where nothing is mixed.
+
+    student_logits: float (B, C). labels, partner_labels: int64 (B,). shares: float32 (B,), s.
+    Returns float32, ().
+    """
+    if partner_labels is None or shares is None:
+        return ce(student_logits, None, labels)
+    own = ce(student_logits, None, labels, reduction="none")
+    partners = ce(student_logits, None, partner_labels, reduction="none")
+    return (shares * own + (1 - shares) * partners).mean()
+
+
 def kd(
     student_logits: Tensor,
     teacher_logits: Tensor,

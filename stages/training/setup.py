@@ -67,7 +67,7 @@ def chosen_policy(
     """The view policy asked for; `none` shows what evaluation shows."""
     if augment == "none":
         return plain_view(image_size, resize)
-    return view_policy(augment, seed)
+    return view_policy(augment, seed, plain_view(image_size, resize))
 
 
 def make_model(
@@ -211,6 +211,11 @@ def make_trainer(
     on_cpu = Normalise(*statistics, torch.device("cpu"), channels_last=False)
     check_output(model, on_cpu, feed, len(train.class_names))
     samples, validation = held_out(len(train), data.val_fraction, config.seed.data)
+    if policy.mixes and len(validation):
+        raise ConfigError(
+            f"data.val_fraction holds samples out, and '{policy.name}' shows them as partners",
+            "Train on all samples with --val-fraction 0, or without mixup and cutmix.",
+        )
 
     resolved_config = msgspec.structs.replace(config, model=resolved)
     plain = {"kind": destination.kind, **msgspec.to_builtins(resolved_config)}
