@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.errors import ViewError
 from stages.inputs.views.layers import within_count
 from stages.inputs.views.policy import (
     Load,
@@ -32,6 +33,13 @@ class Paired(ViewPolicy):
 
     weak: ViewPolicy
     strong: ViewPolicy
+
+    def __post_init__(self) -> None:
+        if self.weak == self.strong:
+            raise ViewError(
+                f"both sides of '{self.name}' are the same views",
+                "Give WEAK|STRONG, for example pad-crop-flip|pad-crop-flip+rand-augment.",
+            )
 
     @property
     def _both(self) -> tuple[ViewPolicy, ViewPolicy]:

@@ -1,0 +1,305 @@
+"""Specifications of composed policies, their identities, weak and strong pairs."""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from stages.cache.identity import ViewsIdentity
+from stages.errors import ViewError
+from stages.inputs.datasets import ImageDataset
+from stages.inputs.feed import ViewFeed, pixel_probes
+from stages.inputs.views import (
+    Composed,
+    Cutmix,
+    Erasing,
+    Mixed,
+    Mixup,
+    PadCrop,
+    PadCropFlip,
+    Paired,
+    Plain,
+    RandAugment,
+    ResizedCropFlip,
+    Transform,
+    TrivialAugment,
+    ViewPolicy,
+    known_policy,
+    view_policy,
+)
+from stages.inputs.views.transforms import TORCHVISION
+from stages.training.setup import chosen_policy
+
+V2 = "v2:torchvision.transforms.v2:RandomHorizontalFlip"
+
+
+def noise(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def dataset() -> ImageDataset:
+    images, labels = noise(21, 3, 12, 12), torch.arange(21) % 2
+    return ImageDataset("noise", "train", ("a", "b"), labels, images.__getitem__, images, "")
+
+
+def pixels(policy: ViewPolicy, view: int) -> Tensor:
+    (batch,) = ViewFeed(dataset(), policy, torch.device("cpu"), workers=0).batches(
+        torch.arange(21), view, 21
+    )
+    return batch.pixels
+
+
+# ---- specifications -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        pytest.param(
+            "pad-crop+trivial-augment",
+            Composed(PadCrop(seed=7), (TrivialAugment(),)),
+            id="one layer",
+        ),
+        pytest.param(
+            "resized-crop-flip+rand-augment:m=7+erasing+mixup:alpha=0.8",
+            Mixed(
+                Composed(ResizedCropFlip(seed=7), (RandAugment(m=7), Erasing())), Mixup(alpha=0.8)
+            ),
+            id="all stages",
+        ),
+        pytest.param(
+            "none:zoom=1.5+cutmix", Mixed(Plain(zoom=1.5, seed=7), Cutmix()), id="mixer alone"
+        ),
+        pytest.param(
+            "pad-crop-flip:pad=2+rand-augment:n=3,m=4+erasing:p=0.5",
+            Composed(PadCropFlip(pad=2, seed=7), (RandAugment(n=3, m=4), Erasing(p=0.5))),
+            id="parameters follow their own stage",
+        ),
+        pytest.param(
+            "none+trivial-augment+rand-augment",
+            Composed(Plain(seed=7), (TrivialAugment(), RandAugment())),
+            id="both augmentations",
+        ),
+        pytest.param(
+            "pad-crop|pad-crop+erasing",
+            Paired(PadCrop(seed=7), Composed(PadCrop(seed=7), (Erasing(),))),
+            id="a pair",
+        ),
+        pytest.param(
+            f"{V2}+cutmix:alpha=2",
+            Mixed(Transform(V2.removeprefix("v2:"), seed=7), Cutmix(alpha=2.0)),
+            id="a transform as base",
+        ),
+    ],
+)
+def test_specifications(spec: str, expected: ViewPolicy) -> None:
+    assert view_policy(spec, seed=7) == expected
+
+
+ORDER = "is not a composition: a base comes first, then at most one each of trivial-augment, "
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        pytest.param("mixup", ORDER, id="base missing"),
+        pytest.param("rand-augment+pad-crop", ORDER, id="base second"),
+        pytest.param("pad-crop+pad-crop", ORDER, id="two bases"),
+        pytest.param("pad-crop+mixup+erasing", ORDER, id="mixup before erasing"),
+        pytest.param("pad-crop+erasing+rand-augment", ORDER, id="erasing before augment"),
+        pytest.param("pad-crop+mixup+cutmix", ORDER, id="two mixers"),
+        pytest.param("pad-crop+erasing+erasing", ORDER, id="twice the same"),
+        pytest.param(f"pad-crop+{V2}", ORDER, id="a transform on top"),
+        pytest.param("pad-crop|mixup", ORDER, id="in one side"),
+        pytest.param(
+            "pad-crop+mixpu", "unknown view policy 'mixpu'; did you mean 'mixup'", id="near"
+        ),
+        pytest.param("pad-crop+zzz", "unknown view policy 'zzz'\nKnown policies: pad", id="far"),
+        pytest.param("pad-crop+", "unknown view policy ''", id="nothing"),
+        pytest.param("pad-crop|", "unknown view policy ''", id="half a pair"),
+        pytest.param(
+            "none|none+erasing|none+mixup", "has 3 sides\nGive POLICY or WEAK", id="three"
+        ),
+        pytest.param("none|none", "both sides .*are the same", id="the same twice"),
+        pytest.param("none+erasing:q=1", "'q=1' is not a parameter.*\nIt takes p=0.25", id="key"),
+        pytest.param("none+rand-augment:n=x", "'n=x' is not a parameter", id="value"),
+        pytest.param("none+trivial-augment:m=1", "It takes none", id="no parameters"),
+        pytest.param("none+erasing:p=1.5", r"p must be in \[0, 1\], was 1.5", id="p"),
+        pytest.param("none+erasing:p=nan", r"p must be in \[0, 1\]", id="p nan"),
+        pytest.param("none+rand-augment:n=0", r"n must be in \[1, 16\], was 0", id="n"),
+        pytest.param("none+rand-augment:m=31", r"m must be in \[0, 30\], was 31", id="m"),
+        pytest.param("none+mixup:alpha=0", r"alpha must be in \(0, 100\]", id="alpha 0"),
+        pytest.param("none+cutmix:alpha=inf", r"alpha must be in \(0, 100\]", id="alpha inf"),
+        pytest.param("none+mixup:pad=2", "'pad=2' is not a parameter", id="another's parameter"),
+    ],
+)
+def test_a_composition_that_does_not_exist(spec: str, message: str) -> None:
+    with pytest.raises(ViewError, match=message):
+        view_policy(spec)
+
+
+def test_none_in_a_composition_is_what_evaluation_shows() -> None:
+    zoom = 256 / 224
+    assert chosen_policy("none+mixup", 3, 224, 256) == Mixed(Plain(zoom, seed=3), Mixup())
+    assert chosen_policy("none:zoom=2+mixup", 3, 224, 256) == Mixed(Plain(2.0, seed=3), Mixup())
+    pair = chosen_policy("none|none+erasing", 3, 224, 256)
+    assert pair.parameters == {"weak.zoom": zoom, "strong.zoom": zoom, "strong.erasing.p": 0.25}
+    assert chosen_policy("none+mixup", 3, None, None) == view_policy("none+mixup", 3)
+
+
+# ---- identity -------------------------------------------------------------------------------
+
+COMPOSED = {
+    "pad-crop+trivial-augment": ("pad-crop+trivial-augment", {"pad": 4}),
+    "resized-crop-flip+rand-augment:m=7+erasing+mixup:alpha=0.4": (
+        "resized-crop-flip+rand-augment+erasing+mixup",
+        {
+            "min_area": 0.08,
+            "rand-augment.n": 2,
+            "rand-augment.m": 7,
+            "erasing.p": 0.25,
+            "mixup.alpha": 0.4,
+        },
+    ),
+    "none+cutmix": ("none+cutmix", {"zoom": 0.0, "cutmix.alpha": 1.0}),
+    "pad-crop:pad=1|pad-crop+erasing+mixup": (
+        "pad-crop|pad-crop+erasing+mixup",
+        {"weak.pad": 1, "strong.pad": 4, "strong.erasing.p": 0.25, "strong.mixup.alpha": 0.8},
+    ),
+    V2: (V2, {"torchvision": TORCHVISION}),
+    f"none|{V2}+erasing": (
+        f"none|{V2}+erasing",
+        {"weak.zoom": 0.0, "strong.torchvision": TORCHVISION, "strong.erasing.p": 0.25},
+    ),
+}
+
+
+@pytest.mark.parametrize("spec", COMPOSED)
+def test_an_identity_gives_the_same_pixels(spec: str) -> None:
+    policy = view_policy(spec, seed=5)
+    name, parameters = COMPOSED[spec]
+    assert policy.name == name
+    assert policy.parameters == parameters
+    identity = ViewsIdentity(policy.name, policy.parameters, policy.version, policy.seed)
+    stored = json.loads(msgspec.json.encode(identity))  # as it lies in the store
+    read = msgspec.convert(stored, ViewsIdentity)
+    known = known_policy(read.policy, read.parameters, read.version, read.seed)
+    assert known == policy
+    assert torch.equal(pixels(known, 3), pixels(policy, 3))
+
+
+@pytest.mark.parametrize("spec", COMPOSED)
+def test_probes_know_compositions_apart(spec: str) -> None:
+    probes = pixel_probes(dataset(), view_policy(spec), None)
+    for other in (*COMPOSED, "none", "pad-crop"):
+        if other != spec:
+            theirs = pixel_probes(dataset(), view_policy(other), None)
+            assert sum(a != b for a, b in zip(probes, theirs, strict=True)) > 30
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        pytest.param("pad-crop+sharpening", {"pad": 4}, id="unknown layer"),
+        pytest.param("cutmix", {"pad": 4}, id="no base"),
+        pytest.param("pad-crop+mixup+erasing", {"pad": 4}, id="another order"),
+        pytest.param("pad-crop+mixup", {"pad": 4, "mixup.beta": 1.0}, id="unknown parameter"),
+        pytest.param("pad-crop+mixup", {"pad": 4, "cutmix.alpha": 1.0}, id="of another stage"),
+        pytest.param("pad-crop", {"weak.pad": 4}, id="of a pair"),
+        pytest.param("pad-crop|none|pad-crop+mixup", {}, id="three sides"),
+    ],
+)
+def test_an_identity_that_this_program_cannot_draw(name: str, parameters: dict[str, Any]) -> None:
+    with pytest.raises(ViewError, match="this program has no view policy"):
+        known_policy(name, parameters, version=1, seed=0)
+
+
+def test_another_version_of_a_part_is_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = view_policy("pad-crop|pad-crop+erasing+mixup")
+    for part in (Erasing, Mixup):
+        before = policy.version
+        monkeypatch.setattr(part, "version", 2)
+        assert policy.version == before + 1
+    with pytest.raises(ViewError, match="is version 3 here, 1 in the cache"):
+        known_policy(policy.name, policy.parameters, version=1, seed=0)
+
+
+# ---- what a policy says of itself -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "count", "moves_pixels_only", "batched", "mixes"),
+    [
+        ("pad-crop-flip", 162, True, True, False),
+        ("pad-crop-flip+erasing", None, True, True, False),
+        ("pad-crop-flip+cutmix", None, True, True, True),
+        ("pad-crop-flip+mixup", None, False, True, True),
+        ("pad-crop-flip+rand-augment", None, False, False, False),
+        ("pad-crop-flip+rand-augment+cutmix", None, False, False, True),
+        ("resized-crop-flip+erasing", None, False, False, False),
+        (V2, None, False, False, False),
+        ("pad-crop|pad-crop-flip", 324, True, True, False),
+        ("none|pad-crop", 162, True, True, False),
+        ("pad-crop-flip|pad-crop-flip+rand-augment", None, False, True, False),
+        ("none|none+mixup", None, False, True, True),
+    ],
+)
+def test_properties(
+    spec: str, count: int | None, moves_pixels_only: bool, batched: bool, mixes: bool
+) -> None:
+    policy = view_policy(spec)
+    assert policy.count == count
+    assert policy.moves_pixels_only == moves_pixels_only
+    assert policy.batched == batched
+    assert policy.mixes == mixes
+
+
+# ---- weak and strong ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weak", "strong"),
+    [
+        ("pad-crop", "pad-crop+rand-augment"),
+        ("none", "pad-crop-flip+erasing+mixup"),
+        ("pad-crop-flip", "pad-crop"),
+    ],
+)
+def test_even_views_are_weak_and_odd_ones_strong(weak: str, strong: str) -> None:
+    pair = view_policy(f"{weak}|{strong}", seed=4)
+    for view in (0, 1, 10, 11, 161):
+        policy = view_policy((weak, strong)[view % 2], seed=4)
+        own = view // 2 if policy.count is None else view // 2 % policy.count
+        assert torch.equal(pixels(pair, view), pixels(policy, own))
+
+
+def test_the_strong_view_is_of_the_weak_views_crop() -> None:
+    pair = view_policy("pad-crop|pad-crop+rand-augment:m=0", seed=4)
+    assert isinstance(pair, Paired)
+    assert isinstance(pair.strong, Composed)
+    assert pair.strong.base == pair.weak
+
+
+def test_partner_views() -> None:
+    pair = view_policy("none|none+erasing")
+    assert [pair.paired_views(view) for view in (0, 1, 6, 7)] == [(0, 1), (0, 1), (6, 7), (6, 7)]
+    assert view_policy("none").paired_views(0) is None
+    assert view_policy("none+mixup").paired_views(0) is None
+
+
+def test_a_pair_applied_with_a_view_for_each_sample() -> None:
+    pair = view_policy("pad-crop|pad-crop+erasing:p=1", seed=4)
+    images, samples, views = noise(6, 3, 8, 8), torch.arange(6), torch.tensor([0, 1, 5, 160, 7, 8])
+    together = pair.apply(images, samples, views)
+    for i, view in enumerate(views.tolist()):
+        one = pair.apply(images[i : i + 1], samples[i : i + 1], view)
+        assert torch.equal(together[i : i + 1], one)
+
+
+def test_a_view_beyond_a_pairs_last() -> None:
+    with pytest.raises(ViewError, match=r"view 162 of 'none\|pad-crop' is outside \[0, 161\]"):
+        view_policy("none|pad-crop").apply(noise(2, 1, 4, 4), torch.arange(2), 162)
