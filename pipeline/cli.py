@@ -93,7 +93,10 @@ def train_teacher_command(**given: Any) -> None:
         "--augment", help="View policy: pad-crop-flip, pad-crop:pad=2, resized-crop-flip, none."
     ),
     click.option("--seed", type=int, help="Of the views."),
-    click.option("--encoding", help="float32, float16 or auto."),
+    click.option(
+        "--encoding", help="float32, float16, uint8, klt, topk:k=10, or auto (the default)."
+    ),
+    click.option("--max-kl", type=float, help="Mean KL that the encoding must hold, at T=1."),
     click.option("--batch-size", type=int),
     click.option("--out", required=True, help="The cache, for example cache.zarr."),
     click.option("--dry-run", is_flag=True, help="Only say how large and how long it would be."),
@@ -107,13 +110,20 @@ def cache_teacher_command(**given: Any) -> None:
 
     Run it again to complete an interrupted cache, or with more --views to extend one.
     """
+    from dataclasses import replace
+
+    from msgspec import structs
+
     from pipeline.config import read_config
     from pipeline.console import Console
     from pipeline.tables import show_cached, show_plan
     from stages.cache_plan import plan_cache
     from stages.cache_teacher import CacheConfig, cache_teacher, prepare
 
-    names = ("views", "augment", "seed", "encoding", "batch_size", "dtype", "device")
+    names = (
+        *("views", "augment", "seed", "encoding", "max_kl"),
+        *("batch_size", "dtype", "device"),
+    )
     flags = data_flags(given) | {name: given[name] for name in names}
     teacher = {"architecture": "teacher", "weights": "weights", "mean": "mean", "std": "std"}
     flags |= {f"teacher.{key}": given[flag] for key, flag in teacher.items()}
@@ -125,6 +135,9 @@ def cache_teacher_command(**given: Any) -> None:
     plan.check_fits(given["out"])
     if given["dry_run"]:
         return
+    # What was shown is what is made: `auto` has been decided.
+    if job.config.encoding == "auto":
+        job = replace(job, config=structs.replace(job.config, encoding=plan.encoding))
     summary = cache_teacher(job, given["out"], console)
     show_cached(console, given["out"], summary)
 
@@ -171,6 +184,17 @@ def rectify_command(cache: str, **given: Any) -> None:
     click.option("--rectified", help="Which rectification; may be left out where there is one."),
     click.option("--views", type=int, help="Only the first so many views."),
     click.option(
+        "--also",
+        multiple=True,
+        metavar="CACHE",
+        help="Another teacher's cache of the same views, to be averaged; may be repeated.",
+    ),
+    click.option(
+        "--slab-memory",
+        metavar="SIZE",
+        help="Memory for targets, 2GB for example; where views are larger they are read in groups.",
+    ),
+    click.option(
         "--accept-pixel-drift", is_flag=True, default=None, help="Go on where pixel probes differ."
     ),
 )
@@ -189,6 +213,8 @@ def train_student_command(cache: str, **given: Any) -> None:
 
     flags = train_flags(given) | {
         "cache": cache,
+        "also": given["also"] or None,
+        "slab_memory": given["slab_memory"],
         "model.architecture": given["student"],
         "model.init": given["init"],
         "loss.name": given["loss"],

@@ -4,6 +4,7 @@ from typing import Any
 
 from pipeline.console import Console, duration, size
 from stages.cache import LogitCache
+from stages.cache.encoding import Encoding, Fidelity
 from stages.cache_plan import CachePlan
 from stages.cache_teacher import CacheSummary
 
@@ -16,6 +17,7 @@ def show_cache(path: str, console: Console) -> None:
     per_view = sum(sizes) / len(sizes) if sizes else 0.0
     parameters = ", ".join(f"{k}={v}" for k, v in identity.views.parameters.items())
     versions = ", ".join(f"{k} {v}" for k, v in cache.provenance.get("versions", {}).items())
+    made_from = cache.provenance.get("config", {}).get("teacher", {})
     dataset = identity.dataset
     console.table(
         str(path),
@@ -31,7 +33,7 @@ def show_cache(path: str, console: Console) -> None:
             ),
             ("views", f"{identity.views.policy} ({parameters}), seed {identity.views.seed}"),
             ("identity", cache.identity.digest()),
-            ("encoding", cache.encoding.name),
+            ("encoding", encoding_text(cache.encoding)),
             ("complete", f"{len(complete)} of {cache.num_views} views"),
             (
                 "on disk",
@@ -40,11 +42,13 @@ def show_cache(path: str, console: Console) -> None:
             ("test logits", "yes" if cache.eval_commits.is_complete(0) else "not yet"),
             (
                 "made from",
-                f"{cache.provenance.get('weights')}, on {cache.provenance.get('device')}",
+                f"{made_from.get('weights', '?')}, on {cache.provenance.get('device')}",
             ),
             ("made with", versions),
         ],
     )
+    if cache.fidelity is not None:
+        show_fidelity(console, cache.fidelity)
     rows = []
     for name in cache.rectifications:
         rectification = cache.rectification(name)
@@ -117,9 +121,53 @@ def show_plan(console: Console, out: str, plan: CachePlan) -> None:
             ("files", f"{plan.files:,}"),
             ("measured speed", f"{plan.samples_per_second:,.0f} samples/s on {plan.device}"),
             ("estimated time", f"{duration(plan.hours * 3600)} ({plan.hours:.2f} hours)"),
-            ("free disk", size(plan.free_bytes)),
+            ("free disk", "?" if plan.free_bytes is None else size(plan.free_bytes)),
         ],
     )
+    show_encodings(console, plan)
+
+
+def show_encodings(console: Console, plan: CachePlan) -> None:
+    """What each encoding would cost in bytes and in truth, on rows of this teacher."""
+    rows = []
+    for measured in plan.encodings:
+        fidelity = measured.fidelity
+        kls = [kl for pair in zip(fidelity.mean_kl, fidelity.high_kl, strict=True) for kl in pair]
+        rows.append(
+            (
+                ("* " if measured.coding.name == plan.encoding else "  ") + measured.coding.name,
+                f"{measured.row_bytes:.1f}",
+                *(f"{kl:.1e}" for kl in kls),
+                f"{fidelity.top1_agreement:.2%}",
+                f"{measured.decoded_per_second / 1e6:.2f} M",
+            )
+        )
+    columns = [text for t in (1, 2, 4) for text in (f"KL T={t}", "99.9 %")]
+    console.table(
+        f"encodings, on {plan.measured_rows:,} rows (* is used)",
+        ("encoding", "bytes a view", *columns, "same top-1", "rows decoded/s"),
+        rows,
+    )
+
+
+def show_fidelity(console: Console, fidelity: Fidelity) -> None:
+    """How far the decoded rows of a cache are from the teacher's."""
+    rows = [
+        (f"{t:g}", f"{mean:.1e}", f"{high:.1e}")
+        for t, mean, high in zip(
+            fidelity.temperatures, fidelity.mean_kl, fidelity.high_kl, strict=True
+        )
+    ]
+    title = f"fidelity, {fidelity.rows:,} rows: top-1 agrees on {fidelity.top1_agreement:.2%}"
+    if fidelity.saturated:
+        title += f", {fidelity.saturated:,} saturated"
+    console.table(title, ("T", "mean KL", "99.9 %"), rows)
+
+
+def encoding_text(coding: Encoding) -> str:
+    """An encoding by name and parameters."""
+    told = ", ".join(f"{key}={value}" for key, value in coding.parameters.items())
+    return f"{coding.name} ({told})" if told else coding.name
 
 
 def show_cached(console: Console, out: str, summary: CacheSummary) -> None:

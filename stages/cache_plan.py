@@ -7,18 +7,30 @@ from pathlib import Path
 
 import torch
 
-from stages.cache.encoding import encoding
+from stages.cache.encoding import FIT_ROWS, Measured, fit_encoding, measure_all
 from stages.cache.layout import block_grid
-from stages.cache.measure import row_bytes_on_disk
-from stages.cache_teacher import CacheJob, missing_blocks, open_existing, teacher_logits
+from stages.cache.location import location
+from stages.cache_teacher import (
+    CacheJob,
+    missing_blocks,
+    open_existing,
+    row_order,
+    teacher_logits,
+)
 from stages.errors import CacheError
 
 MEASURED_SECONDS = 2.0
+MOST_SECONDS = 20.0
+"""The teacher is measured on the rows that encodings are fitted to, or on what it does in this."""
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a run would do. bytes are on disk; missing_* is what is not there already."""
+    """What a run would do. bytes are on disk; missing_* is what is not there already.
+
+    encodings: every encoding on `measured_rows` rows of this teacher. free_bytes: None where there
+    is no knowing, in an object store.
+    """
 
     samples: int
     views: int
@@ -28,8 +40,10 @@ class CachePlan:
     bytes_per_view: float
     files: int
     samples_per_second: float
-    free_bytes: int
+    free_bytes: int | None
     device: str
+    encodings: list[Measured]
+    measured_rows: int
 
     @property
     def missing_share(self) -> float:
@@ -45,48 +59,67 @@ class CachePlan:
 
     def check_fits(self, out: str | Path) -> None:
         """Raise CacheError if the disk is too small."""
-        if (needed := self.total_bytes * self.missing_share) > self.free_bytes:
+        needed = self.total_bytes * self.missing_share
+        if self.free_bytes is not None and needed > self.free_bytes:
             raise CacheError(
                 f"{out} needs {needed / 1e6:,.1f} MB more, "
                 f"{self.free_bytes / 1e6:,.1f} MB are free",
-                "Cache fewer --views, use --encoding float16, or choose a larger disk.",
+                "Cache fewer --views, use a smaller --encoding, or choose a larger disk.",
             )
 
 
 def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
-    """Measure the teacher on real batches for about two seconds and extrapolate."""
+    """Measure the teacher and all encodings on real rows, and extrapolate.
+
+    Raises CacheError if the encoding asked for does not hold the KL asked for.
+    """
     config, train = job.config, job.splits.train
     feed = job.feed(train, job.policy)
-    measured: list[torch.Tensor] = []
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    parts = order.split(config.batch_size)
+    order = row_order(job)
+    parts = order[: max(FIT_ROWS, config.batch_size)].split(config.batch_size)
     teacher_logits(job, feed, parts[0], 0)  # warms up: allocations, kernels, workers
-    started = time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < MEASURED_SECONDS or not measured:
+    measured: list[torch.Tensor] = []
+    started, elapsed = time.perf_counter(), 0.0
+    while elapsed < MEASURED_SECONDS or (len(measured) < len(parts) and elapsed < MOST_SECONDS):
         # .cpu() waits for the device
         measured.append(teacher_logits(job, feed, parts[len(measured) % len(parts)], 0).cpu())
-    elapsed = time.perf_counter() - started
-    logits = torch.cat(measured[: len(parts)])
+        elapsed = time.perf_counter() - started
+    logits = torch.cat(measured[: len(parts)])[:FIT_ROWS]
+    labels = train.labels[order[: len(logits)]]
 
     cache = open_existing(job, out)
-    coding = cache.encoding if cache else encoding(config.encoding, job.num_classes)
+    if cache is not None:
+        coding = cache.encoding
+    else:
+        coding = fit_encoding(config.encoding, logits, labels, config.max_kl)
+    encodings = measure_all(logits, labels, config.max_kl, more=coding)
+    chosen = next(m for m in encodings if m.coding is coding)
     grid = cache.grid if cache else block_grid(len(train), job.num_classes, config.block_rows)
     blocks = config.views * grid.num_blocks
     missing = len(missing_blocks(cache, config.views)) if cache else blocks
     arrays = len(coding.arrays()) + 1  # and `prediction`
-    metadata = 4 + len(coding.arrays()) + 5 + 3 + 1  # groups, arrays, whole arrays, test logits
+    whole = len(coding.calibration_arrays()) + 4  # one chunk each
+    # documents of groups and arrays, whole arrays, the copy of the attributes, the test's record
+    metadata = 3 + (arrays + whole) + whole + 1 + 1
     return CachePlan(
         samples=len(train),
         views=config.views,
         blocks=blocks,
         missing_blocks=missing,
         encoding=coding.name,
-        bytes_per_view=row_bytes_on_disk(coding, logits),
+        bytes_per_view=chosen.row_bytes,
         files=blocks * arrays + config.views + metadata,
         samples_per_second=sum(map(len, measured)) / elapsed,
         device=str(job.device),
-        free_bytes=shutil.disk_usage(_existing(Path(out))).free,
+        free_bytes=_free_bytes(out),
+        encodings=encodings,
+        measured_rows=len(logits),
     )
+
+
+def _free_bytes(out: str | Path) -> int | None:
+    where = location(out)
+    return shutil.disk_usage(_existing(where)).free if isinstance(where, Path) else None
 
 
 def _existing(path: Path) -> Path:

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.commits import Record
-from stages.cache.encoding import encoding
+from stages.cache.encoding import FIT_ROWS, Encoding, check_encoding, fit_encoding
 from stages.cache.identity import (
     Identity,
     TeacherIdentity,
@@ -25,7 +26,8 @@ from stages.cache.identity import (
     differences,
     weights_digest,
 )
-from stages.cache.layout import MAX_BLOCK_ROWS
+from stages.cache.layout import MAX_BLOCK_ROWS, block_grid
+from stages.cache.location import location
 from stages.cache.lock import exclusive, half_written
 from stages.cache.writer import BackgroundWriter
 from stages.device import autocast, choose_device, device_name, place, versions
@@ -62,7 +64,11 @@ class TeacherSettings(Settings, frozen=True):
 
 
 class CacheConfig(Settings, frozen=True):
-    """A run of cache-teacher. seed: of the views. dtype: of the teacher's forward pass."""
+    """A run of cache-teacher. seed: of the views. dtype: of the teacher's forward pass.
+
+    encoding: a name, with parameters after a colon (`topk:k=20`). max_kl: mean KL to the exact rows
+    at T=1, in nats, that the encoding must hold; with `auto` the smallest that does is taken.
+    """
 
     data: DataSettings
     teacher: TeacherSettings
@@ -70,6 +76,7 @@ class CacheConfig(Settings, frozen=True):
     augment: str = "pad-crop-flip"
     seed: int = 0
     encoding: str = "auto"
+    max_kl: float | None = None
     dtype: Dtype = "float32"
     batch_size: int = 512
     block_rows: int = MAX_BLOCK_ROWS
@@ -80,6 +87,9 @@ class CacheConfig(Settings, frozen=True):
         positive("views", self.views)
         positive("batch_size", self.batch_size)
         positive("block_rows", self.block_rows)
+        check_encoding(self.encoding)
+        if self.max_kl is not None:
+            positive("max_kl", self.max_kl)
 
 
 @dataclass(frozen=True)
@@ -157,15 +167,22 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
 
     Raises IdentityError if it was made from something else, CacheError if it cannot be written.
     """
-    reporter = reporter or Silent()
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(f"cannot make {out}: {error.strerror}", "Choose another --out.") from error
-    with exclusive(Path(out)):
+    reporter, where = reporter or Silent(), location(out)
+    if isinstance(where, Path):
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CacheError(
+                f"cannot make {out}: {error.strerror}", "Choose another --out."
+            ) from error
+    with exclusive(where):
         # 1) the store, and what is missing in it
-        cache = open_existing(job, out) or _create(job, out)
-        for leftover in half_written(Path(out)):
+        feed, first = job.feed(job.splits.train, job.policy), Computed({})
+        cache = open_existing(job, out)
+        if cache is None:
+            first, coding = fitted_encoding(job, feed)
+            cache = _create(job, out, coding)
+        for leftover in half_written(where):
             leftover.unlink()
         cache.grow(job.config.views)
         missing = missing_blocks(cache, job.config.views)
@@ -173,16 +190,19 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
             reporter.say(f"{done} blocks are there already, {len(missing)} are missing")
 
         # 2) the training views, block by block
-        feed = job.feed(job.splits.train, job.policy)
-        record: Record = {"provenance": _provenance(job)}
-        write = functools.partial(_write_block, cache, record)
+        record: Record = {"device": device_name(job.device), "versions": versions()}
         progress = _Progress(reporter, sum(cache.grid.length(b) for _, b in missing))
-        with BackgroundWriter(write).running() as writer:
+        with BackgroundWriter(functools.partial(_write_block, cache, record)).running() as writer:
             for view, block in missing:
                 samples = cache.dataset_index[cache.grid.rows(block)]
-                logits = teacher_logits(job, feed, samples, view, progress)
-                _check_finite(logits, samples, f"view {view}")
-                writer.put(_Computed(view, block, logits.cpu(), logits.argmax(1).cpu()))
+                logits = first.blocks.pop((view, block), None)
+                if logits is None:
+                    logits = checked_logits(job, feed, samples, view, progress)
+                else:
+                    progress(len(samples))
+                writer.put((view, block, logits))
+        if missing:
+            cache.write_fidelity()
 
         # 3) the test split
         if not cache.eval_commits.is_complete(0):
@@ -198,6 +218,27 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         )
 
 
+def row_order(job: CacheJob) -> Tensor:
+    """int64 (N,): the sample of each row, a keyed permutation."""
+    samples = len(job.splits.train)
+    return permute(torch.arange(samples), samples, job.config.seed, _ROW_ORDER)
+
+
+def fitted_encoding(job: CacheJob, feed: ViewFeed) -> tuple["Computed", Encoding]:
+    """The encoding asked for, fitted to the first rows of view 0; and the blocks that these are,
+    so that nothing is computed twice.
+    """
+    order, labels = row_order(job), job.splits.train.labels
+    grid = block_grid(len(order), job.num_classes, job.config.block_rows)
+    needed = -(-min(FIT_ROWS, len(order)) // grid.block_rows)
+    blocks = {
+        (0, block): checked_logits(job, feed, order[grid.rows(block)], 0) for block in range(needed)
+    }
+    rows = torch.cat(list(blocks.values()))[:FIT_ROWS]
+    coding = fit_encoding(job.config.encoding, rows, labels[order[: len(rows)]], job.config.max_kl)
+    return Computed(blocks), coding
+
+
 def open_existing(job: CacheJob, out: str | Path) -> LogitCache | None:
     """The cache at `out` if there is one. Raises IdentityError if it was made otherwise."""
     if not LogitCache.exists(out):
@@ -208,7 +249,7 @@ def open_existing(job: CacheJob, out: str | Path) -> LogitCache | None:
             f"{out} was made from something else: {'; '.join(differing[:3])}",
             "Use the settings it was made with, or another --out.",
         )
-    if job.config.encoding not in ("auto", cache.encoding.name):
+    if check_encoding(job.config.encoding) not in ("auto", cache.encoding.name):
         raise IdentityError(
             f"{out} is encoded as {cache.encoding.name}, not {job.config.encoding}",
             "Leave --encoding out, or choose another --out.",
@@ -246,11 +287,23 @@ def teacher_logits(
 
 
 @dataclass(frozen=True)
-class _Computed:
-    view: int
-    block: int
-    logits: Tensor
-    predictions: Tensor
+class Computed:
+    """Blocks that were computed before there was a store: (view, block) -> float32 (n, C)."""
+
+    blocks: dict[tuple[int, int], Tensor]
+
+
+def checked_logits(
+    job: CacheJob,
+    feed: ViewFeed,
+    samples: Tensor,
+    view: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Tensor:
+    """As `teacher_logits`, on the CPU. Raises ModelError unless all are finite."""
+    logits = teacher_logits(job, feed, samples, view, progress).cpu()
+    _check_finite(logits, samples, f"view {view}")
+    return logits
 
 
 class _Progress:
@@ -262,14 +315,14 @@ class _Progress:
         self._reporter.progress("teacher pass", self._done, self._total, "samples")
 
 
-def _create(job: CacheJob, out: str | Path) -> LogitCache:
+def _create(job: CacheJob, out: str | Path, coding: Encoding) -> LogitCache:
     config, train = job.config, job.splits.train
     return LogitCache.create(
         out,
         identity=job.identity,
-        coding=encoding(config.encoding, job.num_classes),
+        coding=coding,
         num_views=config.views,
-        dataset_index=permute(torch.arange(len(train)), len(train), config.seed, _ROW_ORDER),
+        dataset_index=row_order(job),
         labels=train.labels,
         eval_labels=job.splits.test.labels,
         pixel_probes=pixel_probes(train, job.policy, job.image_size),
@@ -281,25 +334,23 @@ def _create(job: CacheJob, out: str | Path) -> LogitCache:
 def _provenance(job: CacheJob) -> dict[str, object]:
     """What was used and does not decide which numbers are right."""
     return {
-        "dataset": job.config.data.dataset,
-        "weights": job.config.teacher.weights,
+        "config": msgspec.to_builtins(job.config),
         "device": device_name(job.device),
-        "batch_size": job.config.batch_size,
-        "channels_last": job.config.channels_last,
         "versions": versions(),
     }
 
 
-def _write_block(cache: LogitCache, record: Record, computed: _Computed) -> None:
-    cache.write_block(computed.view, computed.block, computed.logits, computed.predictions, record)
+def _write_block(cache: LogitCache, record: Record, computed: tuple[int, int, Tensor]) -> None:
+    view, block, logits = computed
+    cache.write_block(view, block, logits, logits.argmax(1), record)
 
 
 def _cache_test_split(job: CacheJob, cache: LogitCache, record: Record) -> None:
     feed = job.feed(job.splits.test, plain_view(job.image_size, job.config.data.resize))
     samples = torch.arange(len(job.splits.test))
-    logits = teacher_logits(job, feed, samples, 0)
+    logits = teacher_logits(job, feed, samples, 0).cpu()
     _check_finite(logits, samples, "the test split")
-    cache.write_eval_logits(logits.cpu(), record)
+    cache.write_eval_logits(logits, record)
 
 
 def _check_finite(logits: Tensor, samples: Tensor, where: str) -> None:

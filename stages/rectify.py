@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
+from stages.cache.location import Location
 from stages.cache.lock import exclusive, half_written
 from stages.cache.rectified import RectificationSettings
 from stages.cache.store import Block
@@ -66,9 +67,7 @@ class RectifyConfig(Settings, frozen=True):
         positive("temperature", self.temperature)
         if self.views is not None:
             positive("views", self.views)
-        if self.name is not None and not re.fullmatch(
-            r"(?!zarr\.json$)[A-Za-z0-9][\w.+-]*", self.name
-        ):
+        if self.name is not None and not _NAME.fullmatch(self.name):
             raise ConfigError(
                 f"'{self.name}' cannot name a rectification",
                 "Use letters, digits, '.', '_', '+' and '-'.",
@@ -109,9 +108,9 @@ def rectify(
     cache = LogitCache.open(path, writable=True)
     check_unmixed(cache.identity.views.policy, "rectification")
     name, views = config.chosen_name, _views(cache, config.views)
-    with exclusive(Path(path)):
+    with exclusive(cache.path):
         # 1) what is missing
-        for leftover in half_written(Path(path)):
+        for leftover in half_written(cache.path):
             leftover.unlink()
         rectification = cache.create_rectification(name, config.settings)
         blocks = [(v, b) for v in views for b in range(cache.grid.num_blocks)]
@@ -204,7 +203,8 @@ def rectify_block(cache: LogitCache, name: str, view: int, block: int) -> None:
         {"method": settings.method, "space": settings.space, "temperature": settings.temperature},
         RectifyConfig,
     )
-    rows = cache.read_block(view, block)
+    at_temperature = 1.0 if settings.temperature_free else settings.temperature
+    rows = cache.read_block(view, block, at_temperature)
     wrong = rows.predictions != rows.labels
     label_logit, predicted_logit = torch.zeros(2, len(wrong))
     at = wrong.nonzero().squeeze(1)
@@ -224,7 +224,7 @@ def rectify_block(cache: LogitCache, name: str, view: int, block: int) -> None:
     rectification.write_block(view, block, arrays, record)
 
 
-def _rectify_block_at(path: Path, name: str, view: int, block: int) -> None:
+def _rectify_block_at(path: Location, name: str, view: int, block: int) -> None:
     """As `rectify_block`, in a process of its own."""
     rectify_block(LogitCache.open(path, writable=True), name, view, block)
 
@@ -312,7 +312,7 @@ def _run_on_cluster(
             "Start one with `dask scheduler`, or leave --scheduler out.",
         ) from error
     with client:
-        path = cache.path.absolute()
+        path = cache.path.absolute() if isinstance(cache.path, Path) else cache.path
         tasks = [client.submit(_rectify_block_at, path, name, *b, pure=False) for b in blocks]
         for task in as_completed(tasks):
             task.result()

@@ -1,31 +1,43 @@
 """Zarr, as this store uses it: groups, arrays by spec, reads that say what is damaged."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import zarr
 from torch import Tensor
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
+from zarr.core.buffer import Buffer
 from zarr.core.sync import sync
+from zarr.storage import MemoryStore
 
-from stages.cache.commits import CommitLog, Record, describe_objects
+from stages.cache.commits import CommitLog, Record, described, write_object
 from stages.cache.layout import ArraySpec, BlockGrid, block_key
+from stages.cache.location import Location, open_store, told, unreachable
 from stages.errors import CacheError
 
 
-def open_group(path: Path, mode: Literal["r", "r+"]) -> zarr.Group:
-    """The Zarr v3 group at a path. Raises CacheError if there is none."""
-    if not path.exists():
-        raise CacheError(f"no cache at {path}", "Make one with `pipeline cache-teacher`.")
+def open_group(where: Location, writable: bool = False) -> zarr.Group:
+    """The Zarr v3 group at a location. Raises CacheError if there is none."""
+    missing = CacheError(f"no cache at {where}", "Make one with `pipeline cache-teacher`.")
+    if isinstance(where, Path) and not where.exists():
+        raise missing
+    store = open_store(where, read_only=not writable)
     try:
-        return zarr.open_group(path, mode=mode, zarr_format=3)
+        return zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3)
     except Exception as error:  # zarr raises many kinds on damaged documents
+        if isinstance(where, str) and isinstance(error, FileNotFoundError):
+            raise missing from error
+        if unreachable(error):
+            raise CacheError(
+                f"{where} cannot be read: {told(error)}",
+                "Check the URL, the credentials in the environment and the connection.",
+            ) from error
         raise CacheError(
-            f"{path} is not a teacher-logit cache: {type(error).__name__}",
-            "Give the folder that `pipeline cache-teacher --out` made.",
+            f"{where} is not a teacher-logit cache: {type(error).__name__}",
+            "Give what `pipeline cache-teacher --out` made.",
         ) from error
 
 
@@ -66,6 +78,7 @@ def create_array(
         chunks=spec.chunk(sizes, grid) if spec.by_block else tuple(max(1, n) for n in shape),
         dtype=spec.dtype,
         dimension_names=spec.dimensions,
+        filters=[TransposeCodec(order=spec.stored_order)] if spec.stored_order else None,
         compressors=[ZstdCodec(level=1), Crc32cCodec()],
         fill_value=False if spec.dtype == "bool" else 0,
         config={"write_empty_chunks": True},  # a block of zeros is a block all the same
@@ -78,18 +91,50 @@ def read_array(group: zarr.Group, name: str, *where: int | slice) -> Tensor:
 
     Raises CacheError, naming the place, if bytes are damaged.
     """
+    return _values(get_array(group, name), *where)
+
+
+def read_rows(group: zarr.Group, name: str, view: int, runs: Sequence[slice]) -> Tensor:
+    """Some runs of rows of one view, one after another, as `read_array` gives them; beside the
+    result only one run is in memory.
+    """
     array = get_array(group, name)
+    if len(runs) == 1:
+        return _values(array, view, runs[0])
+    shape = (sum(run.stop - run.start for run in runs), *array.shape[2:])
+    values = torch.empty(shape, dtype=held_dtype(array.dtype.name))
+    start = 0
+    for run in runs:
+        part = _values(array, view, run)
+        values[start : start + len(part)] = part
+        start += len(part)
+    return values
+
+
+def held_dtype(stored: str) -> torch.dtype:
+    """The nearest dtype to a stored one that torch has arithmetic for."""
+    widened = {"uint16": "int32", "uint32": "int64", "int32": "int64"}
+    dtype: torch.dtype = getattr(torch, widened.get(stored, stored))
+    return dtype
+
+
+def _values(array: zarr.Array[Any], *where: int | slice) -> Tensor:
     if array.shards is None and not _has_bytes(array):
         raise CacheError(f"{array.store_path}: its values are missing")
     try:
         values = np.asarray(array[where if where else slice(None)])
     except Exception as error:  # codecs raise what they like on damaged bytes
+        if unreachable(error):
+            raise CacheError(
+                f"{array.store_path} cannot be read: {told(error)}",
+                "Nothing is damaged by that: check the connection and run the command again.",
+            ) from error
         raise CacheError(
             f"{array.store_path} is damaged at {where}: {error}",
-            "Remove the view's records under commits/ and run the stage again: it recomputes it.",
+            "Run `pipeline verify --repair`: it computes what is damaged again.",
         ) from error
-    widened = {"uint16": "int64", "uint32": "int64", "int32": "int64"}
-    return torch.from_numpy(values.astype(widened.get(array.dtype.name, array.dtype.name)))
+    dtype = str(held_dtype(array.dtype.name)).removeprefix("torch.")
+    return torch.from_numpy(values.astype(dtype, copy=False))
 
 
 def _has_bytes(array: zarr.Array[Any]) -> bool:
@@ -110,18 +155,30 @@ def write_block(
     specs: Mapping[str, ArraySpec],
     record: Record,
 ) -> None:
-    """Write block (view, block) of some arrays, one shard each, then its commit record."""
+    """Write block (view, block) of some arrays, one shard each, then its commit record.
+
+    A shard is made in memory and put down whole, so that its record knows its digest and nothing
+    that lies there is read.
+    """
     view, block = where
     rows = grid.rows(block)
-    keys = []
+    objects = {}
     for name, values in arrays.items():
-        array = get_array(group, name)
+        shard = encode_shard(specs[name], grid, block, values)
         key = block_key(f"{group.path}/{name}".lstrip("/"), specs[name], view, block)
-        sync(group.store.delete(key))  # zarr would read a damaged shard before replacing it
-        array[view, rows] = values.numpy().astype(array.dtype)
-        keys.append(key)
-    objects = describe_objects(group.store, keys)
+        write_object(group.store, key, shard)
+        objects[key] = described(shard)
     commits.commit(view, block, {**record, "rows": [rows.start, rows.stop], "objects": objects})
+
+
+def encode_shard(spec: ArraySpec, grid: BlockGrid, block: int, values: Tensor) -> bytes:
+    """One block of an array as the bytes of its shard. values: (n, ...), the block's rows."""
+    objects: dict[str, Buffer] = {}
+    shape = (1, grid.num_rows, *values.shape[1:])
+    sizes = dict(zip(spec.dimensions, shape, strict=True))
+    array = create_array(zarr.create_group(MemoryStore(objects)), "a", spec, sizes, grid)
+    array[0, grid.rows(block)] = values.numpy().astype(array.dtype, copy=False)
+    return objects[block_key("a", spec, 0, block)].to_bytes()
 
 
 def grow(group: zarr.Group, num_views: int, last: str = "") -> None:

@@ -1,10 +1,11 @@
 """Which blocks exist: one small JSON record a block, written after its objects.
 
 A block exists if and only if its record does. Records lie under commits/<part>/, one file a block
-while a view is being written, one file a view once it is complete:
+while a view is being written, one file a view once it is complete. Each is a JSON object of its
+records and the sha256 of their text, so that a record cannot change unnoticed:
 
-    commits/<part>/v00003/b00000.json   one record
-    commits/<part>/v00003.json          all records of view 3, in block order
+    commits/<part>/v00003/b00000.json   {"digest": ..., "records": [one record]}
+    commits/<part>/v00003.json          {"digest": ..., "records": [all of view 3, by block]}
 
 Compaction writes the second before it removes the first, so that a kill in between loses nothing;
 readers take the union.
@@ -47,15 +48,9 @@ def list_objects(store: Store, prefix: str) -> list[str]:
     return sync(collect())
 
 
-def describe_objects(store: Store, keys: list[str]) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of objects that were just written, as a record keeps them."""
-    described = {}
-    for key in keys:
-        content = read_object(store, key)
-        if content is None:
-            raise CacheError(f"object {key} vanished right after it was written")
-        described[key] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    return described
+def described(content: bytes) -> dict[str, Any]:
+    """Size and sha256 of an object, as a record keeps them."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 @dataclass
@@ -79,24 +74,23 @@ class CommitLog:
             match = _KEY.fullmatch(key.removeprefix(self._prefix))
             if match is None:
                 continue
-            content = self._json(key)  # None: compacted since it was listed
-            for record in content if isinstance(content, list) else filter(None, [content]):
+            for record in self._read(key):
                 try:
                     found[int(record["view"]), int(record["block"])] = record
                 except (TypeError, KeyError, ValueError):
                     raise CacheError(f"commit record {key} is not readable") from None
         return found
 
-    def _json(self, key: str) -> Any:
+    def _read(self, key: str) -> list[Record]:
         content = read_object(self.store, key)
-        if content is None:
-            return None
+        if content is None:  # compacted since it was listed
+            return []
         try:
-            return json.loads(content)
+            return unsealed(content)
         except ValueError as error:
             raise CacheError(
                 f"commit record {key} is not readable: {error}",
-                "Remove it and run the stage again: it recomputes those blocks.",
+                "Run `pipeline verify --repair`: it computes those blocks again.",
             ) from error
 
     def has(self, view: int, block: int) -> bool:
@@ -109,7 +103,7 @@ class CommitLog:
     def commit(self, view: int, block: int, record: Record) -> None:
         """Make a block exist. Its objects must lie in the store already."""
         record = {"view": view, "block": block, **record}
-        write_object(self.store, self._block_key(view, block), _encode(record))
+        write_object(self.store, self._block_key(view, block), seal_records([record]))
         if "records" in self.__dict__:
             self.records[view, block] = record
 
@@ -121,7 +115,7 @@ class CommitLog:
         if not self.is_complete(view):
             return
         whole = [self.records[view, block] for block in range(self.num_blocks)]
-        write_object(self.store, self._view_key(view), _encode(whole))
+        write_object(self.store, self._view_key(view), seal_records(whole))
         sync(self.store.delete_dir(f"{self._prefix}v{view:05d}"))
 
     def check_objects(self, view: int, block: int | None = None) -> None:
@@ -138,9 +132,21 @@ class CommitLog:
                 if size != described["bytes"]:
                     raise CacheError(
                         f"{self.store}: object {key} has {size} bytes, not {described['bytes']}",
-                        f"Remove commits/{self.part}/v{view:05d}* and run the stage again: it "
-                        "recomputes that view.",
+                        "Run `pipeline verify --repair`: it computes that block again.",
                     )
+
+    def forget(self, view: int, block: int) -> None:
+        """Unmake a block, so that its stage computes it again. Only for the single writer."""
+        left = [
+            self.records[view, b]
+            for b in range(self.num_blocks)
+            if b != block and (view, b) in self.records
+        ]
+        for record in left:  # one file a block again, before the file of the view goes
+            write_object(self.store, self._block_key(view, record["block"]), seal_records([record]))
+        sync(self.store.delete(self._view_key(view)))
+        sync(self.store.delete(self._block_key(view, block)))
+        self.records.pop((view, block), None)
 
     def clear(self) -> None:
         """Forget every record, of a part that is made anew."""
@@ -163,5 +169,20 @@ class CommitLog:
         )
 
 
-def _encode(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+_SEALED = re.compile(rb'\{"digest":"([0-9a-f]{64})","records":(\[.*\])\}', re.DOTALL)
+
+
+def seal_records(records: list[Record]) -> bytes:
+    """The bytes of a file of records."""
+    text = json.dumps(records, sort_keys=True, separators=(",", ":")).encode()
+    digest = hashlib.sha256(text).hexdigest().encode()
+    return b'{"digest":"%s","records":%s}' % (digest, text)
+
+
+def unsealed(content: bytes) -> list[Record]:
+    """The records in a file. Raises ValueError unless it is what was written."""
+    match = _SEALED.fullmatch(content)
+    if match is None or hashlib.sha256(match[2]).hexdigest().encode() != match[1]:
+        raise ValueError("its digest does not match")
+    records: list[Record] = json.loads(match[2])
+    return records

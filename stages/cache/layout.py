@@ -56,10 +56,14 @@ def block_grid(num_rows: int, num_classes: int, max_rows: int = MAX_BLOCK_ROWS) 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of a store: its dimensions by name and its dtype."""
+    """One array of a store: its dimensions by name and its dtype.
+
+    stored_order: the order of the dimensions inside a chunk's bytes, None for the array's own.
+    """
 
     dimensions: tuple[str, ...]
     dtype: str
+    stored_order: tuple[int, ...] | None = None
 
     @property
     def by_block(self) -> bool:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from stages.cache.location import Location, told, unreachable
 from stages.errors import CacheError
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.partial$")
@@ -14,11 +15,31 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.partial$")
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(where: Location) -> Iterator[None]:
     """Hold the store's folder. The kernel lets go when the process ends, however it ends.
 
-    A disk that is full, or read-only, becomes a CacheError.
+    A disk that is full, or read-only, becomes a CacheError; so does an object store that does not
+    answer. Object stores have no lock: `verify` finds what two launches mixed.
     """
+    try:
+        with _held(where) if isinstance(where, Path) else contextlib.nullcontext():
+            yield
+    except OSError as error:
+        raise CacheError(
+            f"{where} cannot be written: {error.strerror or told(error)}",
+            "Everything committed so far is kept: make room, then run the same command again.",
+        ) from error
+    except Exception as error:
+        if not unreachable(error):
+            raise
+        raise CacheError(
+            f"{where} cannot be written: {told(error)}",
+            "Everything committed so far is kept: run the same command again.",
+        ) from error
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
     folder = os.open(path, os.O_RDONLY)
     try:
         try:
@@ -28,15 +49,15 @@ def exclusive(path: Path) -> Iterator[None]:
                 f"another process is writing to {path}", "Wait for it or stop it, then try again."
             ) from None
         yield
-    except OSError as error:
-        raise CacheError(
-            f"{path} cannot be written: {error.strerror or error}",
-            "Everything committed so far is kept: make room, then run the same command again.",
-        ) from error
     finally:
         os.close(folder)
 
 
-def half_written(path: Path) -> list[Path]:
-    """What a killed writer left of objects: never part of a cache, they get their name whole."""
-    return [p for p in path.rglob("*.partial") if _TEMPORARY.search(p.name)]
+def half_written(where: Location) -> list[Path]:
+    """What a killed writer left of objects: never part of a cache, they get their name whole.
+
+    Object stores have none: a PUT is whole or nothing.
+    """
+    if isinstance(where, str):
+        return []
+    return [p for p in where.rglob("*.partial") if _TEMPORARY.search(p.name)]

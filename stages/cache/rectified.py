@@ -1,6 +1,6 @@
 """One rectification of a cache: a group rectified/<name> beside the logits it belongs to."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from stages.cache import arrays, layout
 from stages.cache.commits import CommitLog, Record
-from stages.cache.layout import BlockGrid
+from stages.cache.documents import array_fault, check_seal, sealed
+from stages.cache.layout import ArraySpec, BlockGrid
 from stages.cache.targets import RectifiedValues
 from stages.errors import CacheError
 
@@ -49,14 +50,20 @@ class Rectification:
         """Write the metadata into an empty group; the attributes come last and make it one."""
         for name, spec in layout.rectified_arrays(settings.materialised).items():
             arrays.create_array(group, name, spec, sizes, grid)
-        group.attrs.put({**msgspec.to_builtins(settings), "identity_digest": identity_digest})
+        known = {**msgspec.to_builtins(settings), "identity_digest": identity_digest}
+        group.attrs.put(sealed(known))
 
     @staticmethod
     def open(
-        name: str, group: zarr.Group, grid: BlockGrid, identity_digest: str
+        name: str,
+        group: zarr.Group,
+        grid: BlockGrid,
+        sizes: Mapping[str, int],
+        identity_digest: str,
     ) -> "Rectification":
-        """Raises CacheError if it belongs to another cache."""
+        """Raises CacheError if it belongs to another cache, or its metadata are damaged."""
         attributes = group.attrs.asdict()
+        check_seal(attributes, f"rectification '{name}'")
         if attributes.get("identity_digest") != identity_digest:
             raise CacheError(
                 f"rectification '{name}' belongs to another cache than the one it lies in",
@@ -67,7 +74,22 @@ class Rectification:
             settings = msgspec.convert(known, RectificationSettings)
         except msgspec.ValidationError as error:
             raise CacheError(f"rectification '{name}' is not readable: {error}") from error
-        return Rectification(name, group, grid, settings)
+        rectification = Rectification(name, group, grid, settings)
+        if faults := rectification.document_faults(sizes):
+            raise CacheError(
+                f"rectification '{name}': {faults[0]}", "Run `pipeline verify --repair`."
+            )
+        return rectification
+
+    @property
+    def specs(self) -> dict[str, ArraySpec]:
+        return layout.rectified_arrays(self.settings.materialised)
+
+    def document_faults(self, sizes: Mapping[str, int]) -> list[str]:
+        """What is wrong with the metadata of its arrays."""
+        specs = self.specs.items()
+        faults = (array_fault(self.group, n, spec, sizes, self.grid) for n, spec in specs)
+        return [fault for fault in faults if fault is not None]
 
     @cached_property
     def commits(self) -> CommitLog:
@@ -80,22 +102,21 @@ class Rectification:
         return dict(found)
 
     def write_statistics(self, statistics: Mapping[str, Any]) -> None:
-        self.group.attrs["statistics"] = dict(statistics)
+        self.group.attrs.put(sealed({**self.group.attrs.asdict(), "statistics": statistics}))
 
     def write_block(
         self, view: int, block: int, values: Mapping[str, Tensor], record: Record
     ) -> None:
         """Write and commit a block: its arrays as layout.py names them."""
-        specs = layout.rectified_arrays(materialise=True)
         arrays.write_block(
-            self.group, self.commits, self.grid, (view, block), values, specs, record
+            self.group, self.commits, self.grid, (view, block), values, self.specs, record
         )
 
-    def read_values(self, view: int) -> RectifiedValues:
-        """The replaced logits of a complete view."""
+    def read_values(self, view: int, runs: Sequence[slice]) -> RectifiedValues:
+        """The replaced logits of some runs of rows of a complete view."""
         return RectifiedValues(
-            arrays.read_array(self.group, "label_logit", view),
-            arrays.read_array(self.group, "predicted_logit", view),
+            arrays.read_rows(self.group, "label_logit", view, runs),
+            arrays.read_rows(self.group, "predicted_logit", view, runs),
         )
 
     def check_temperature(self, temperature: float) -> None:

@@ -1,25 +1,27 @@
 """The root group of a store: its attributes, and the mark of one that is being created."""
 
-import shutil
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import zarr
+from zarr.core.sync import sync
 
 from stages.cache import layout
 from stages.cache.arrays import open_group
+from stages.cache.commits import list_objects, read_object, seal_records, unsealed, write_object
+from stages.cache.documents import check_seal, sealed
+from stages.cache.encoding import EncodingAttributes, Fidelity
+from stages.cache.location import Location, open_store
 from stages.cache.lock import half_written
 from stages.errors import CacheError
 
 UNFINISHED = {"format": layout.FORMAT, "unfinished": True}
 """The root attributes of a cache that is being created."""
-
-
-class EncodingAttributes(msgspec.Struct, frozen=True):
-    """How rows are stored: the name of an encoding."""
-
-    name: str
+COPY = "commits/attributes.json"
+"""The root attributes once more: all else can be computed again, provenance cannot."""
 
 
 class RootAttributes(msgspec.Struct, frozen=True):
@@ -30,57 +32,89 @@ class RootAttributes(msgspec.Struct, frozen=True):
     encoding: EncodingAttributes
     provenance: dict[str, Any]
     pixel_probes: list[int]
+    fidelity: Fidelity | None = None
 
 
-def exists(path: Path) -> bool:
-    """Whether a finished root lies at `path`: not in an empty folder, nor in what an interrupted
+def exists(where: Location) -> bool:
+    """Whether a finished root lies there: not in an empty folder, nor in what an interrupted
     creation left. Raises CacheError if something else lies there.
     """
-    if not path.exists():
+    if isinstance(where, str):
+        store = open_store(where, read_only=True)
+        if read_object(store, "zarr.json") is None:
+            if list_objects(store, "commits/"):
+                raise CacheError(f"the root document of {where} is missing")
+            return False
+    elif not where.exists() or (
+        where.is_dir() and set(where.iterdir()) <= set(half_written(where))
+    ):
         return False
-    if path.is_dir() and set(path.iterdir()) <= set(half_written(path)):
-        return False
-    return open_group(path, "r").attrs.asdict() != UNFINISHED
+    return open_group(where).attrs.asdict() != UNFINISHED
 
 
-def unfinished_group(path: Path) -> zarr.Group:
+def unfinished_group(where: Location) -> zarr.Group:
     """An empty root group, marked as unfinished; replaces one that is so marked.
 
     The mark goes down first and stays until the attributes replace it, so that nothing but our own
     leftovers is ever removed.
     """
-    if exists(path):
-        raise CacheError(f"there is a cache at {path} already", "Choose another path.")
-    for leftover in path.glob("*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        elif leftover.name != "zarr.json":
+    if exists(where):
+        raise CacheError(f"there is a cache at {where} already", "Choose another path.")
+    store = open_store(where, read_only=False)
+    if isinstance(where, Path):
+        where.mkdir(parents=True, exist_ok=True)
+        for leftover in half_written(where):
             leftover.unlink()
-    if (path / "zarr.json").exists():
-        return open_group(path, "r+")
+    for key in {key.partition("/")[0] for key in list_objects(store, "")}:
+        if key != "zarr.json":
+            sync(store.delete_dir(key))
+            sync(store.delete(key))
+    if read_object(store, "zarr.json") is not None:
+        return open_group(where, writable=True)
     # A copy: zarr keeps the dict and changes it with the attributes.
-    return zarr.create_group(path, zarr_format=3, attributes=dict(UNFINISHED))
+    return zarr.create_group(store, zarr_format=3, attributes=dict(UNFINISHED))
 
 
-def read_attributes(path: Path, group: zarr.Group) -> RootAttributes:
+def write_attributes(group: zarr.Group, attributes: Mapping[str, Any]) -> None:
+    """Seal and write the root attributes, their copy first."""
+    whole = sealed(attributes)
+    write_object(group.store, COPY, seal_records([whole]))
+    group.attrs.put(whole)
+
+
+def restore_attributes(where: Location) -> bool:
+    """Write the root document again from its copy. False if the copy is damaged, too."""
+    store = open_store(where, read_only=False)
+    content = read_object(store, COPY)
+    with contextlib.suppress(ValueError):
+        if content is not None:
+            (attributes,) = unsealed(content)
+            sync(store.delete("zarr.json"))
+            zarr.create_group(store, zarr_format=3, attributes=attributes)
+            return True
+    return False
+
+
+def read_attributes(where: Location, group: zarr.Group) -> RootAttributes:
     """The root attributes. Raises CacheError for another format, a newer version, or damage."""
     attributes = group.attrs.asdict()
     if attributes == UNFINISHED:
         raise CacheError(
-            f"{path} was never finished being created", "Run `pipeline cache-teacher` again."
+            f"{where} was never finished being created", "Run `pipeline cache-teacher` again."
         )
     if attributes.get("format") != layout.FORMAT:
         raise CacheError(
-            f"{path} is not a teacher-logit cache",
-            "Give the folder that `pipeline cache-teacher --out` made.",
+            f"{where} is not a teacher-logit cache",
+            "Give what `pipeline cache-teacher --out` made.",
         )
     version = attributes.get("version")
     if version != layout.VERSION:
         raise CacheError(
-            f"{path} has format version {version}; this program reads {layout.VERSION}",
+            f"{where} has format version {version}; this program reads {layout.VERSION}",
             "Install the version of teacher-cache that wrote it, or a newer one.",
         )
+    check_seal(attributes, str(where))
     try:
         return msgspec.convert(attributes, RootAttributes)
     except msgspec.ValidationError as error:
-        raise CacheError(f"the attributes of {path} are damaged: {error}") from error
+        raise CacheError(f"the attributes of {where} are damaged: {error}") from error

@@ -8,21 +8,32 @@ Order of writing: all metadata, then a block's shards, then its commit record. A
 touches a block without a record: Zarr itself would silently return zeros for it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import zarr
 from torch import Tensor
 
 from stages.cache import arrays, layout, root
-from stages.cache.commits import CommitLog, Record, describe_objects
-from stages.cache.encoding import Encoding, encoding
+from stages.cache.commits import CommitLog, Record, described, read_object
+from stages.cache.documents import array_fault
+from stages.cache.encoding import (
+    Encoding,
+    Fidelity,
+    combined,
+    encoding_attributes,
+    measure,
+    restored,
+)
 from stages.cache.identity import Identity, identity_from_json
-from stages.cache.layout import BlockGrid
+from stages.cache.layout import ArraySpec, BlockGrid
+from stages.cache.location import Location, location
 from stages.cache.rectified import Rectification, RectificationSettings
 from stages.cache.targets import ViewTargets
 from stages.errors import CacheError
@@ -40,19 +51,34 @@ class Block:
     predictions: Tensor
 
 
+_CHECKED_ROWS = 4096
+"""Of each block: rows that its fidelity is measured on. Rows are in random order."""
+_MAX_SATURATED = 0.01
+
+
+def all_arrays(num_classes: int, coding: Encoding) -> dict[str, ArraySpec]:
+    """Every array at the root of a cache with this encoding."""
+    return layout.base_arrays(num_classes) | coding.arrays() | coding.calibration_arrays()
+
+
 class LogitCache:
     """A store that exists: open it with `open`, make one with `create`."""
 
-    def __init__(self, path: str | Path, group: zarr.Group) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Location, group: zarr.Group) -> None:
+        self.path = path
         self._group = group
-        attributes = root.read_attributes(self.path, group)
+        attributes = root.read_attributes(path, group)
         self.identity: Identity = identity_from_json(attributes.identity, str(path))
         if self.identity.digest() != attributes.identity_digest:
             raise CacheError(f"{path}: the identity does not match its digest")
         self.provenance = attributes.provenance
         self.pixel_probes = attributes.pixel_probes
-        self.encoding: Encoding = encoding(attributes.encoding.name, self.num_classes)
+        self.fidelity: Fidelity | None = attributes.fidelity
+        self.encoding: Encoding = restored(
+            attributes.encoding, self.num_classes, lambda name: arrays.read_array(group, name)
+        )
+        if faults := self.document_faults():
+            raise CacheError(f"{path}: {faults[0]}", "Run `pipeline verify --repair`.")
         self.commits = CommitLog(group.store, "logits", self.grid.num_blocks)
         self.eval_commits = CommitLog(group.store, "eval", 1)
 
@@ -61,7 +87,8 @@ class LogitCache:
     @staticmethod
     def open(path: str | Path, writable: bool = False) -> "LogitCache":
         """The cache at `path`. Raises CacheError if there is none, or a newer version."""
-        return LogitCache(path, arrays.open_group(Path(path), "r+" if writable else "r"))
+        where = location(path)
+        return LogitCache(where, arrays.open_group(where, writable))
 
     @staticmethod
     def create(
@@ -87,37 +114,41 @@ class LogitCache:
             "sample": len(dataset_index),
             "class": classes,
             "eval_sample": len(eval_labels),
+            **coding.sizes,
         }
         grid = layout.block_grid(len(dataset_index), classes, block_rows)
-        group = root.unfinished_group(Path(path))
-        for name, spec in (layout.base_arrays(classes) | coding.arrays()).items():
+        group = root.unfinished_group(location(path))
+        for name, spec in all_arrays(classes, coding).items():
             arrays.create_array(group, name, spec, sizes, grid)
-        for name, values in (
-            ("dataset_index", dataset_index),
-            ("label", labels[dataset_index]),
-            ("eval_label", eval_labels),
-        ):
+        whole = {
+            "dataset_index": dataset_index,
+            "label": labels[dataset_index],
+            "eval_label": eval_labels,
+            **coding.calibration(),
+        }
+        for name, values in whole.items():
             array = arrays.get_array(group, name)
-            array[:] = values.numpy().astype(array.dtype)
+            array[...] = values.numpy().astype(array.dtype)
         group.create_group("commits")
         group.create_group("rectified")
-        group.attrs.put(
+        root.write_attributes(
+            group,
             {
                 "format": layout.FORMAT,
                 "version": layout.VERSION,
                 "identity": identity.to_json(),
                 "identity_digest": identity.digest(),
-                "encoding": {"name": coding.name},
+                "encoding": encoding_attributes(coding),
                 "provenance": dict(provenance),
                 "pixel_probes": list(pixel_probes),
-            }
+            },
         )
         return LogitCache.open(path, writable=True)
 
     @staticmethod
     def exists(path: str | Path) -> bool:
         """Whether a cache can be opened at `path`; see `root.exists`."""
-        return root.exists(Path(path))
+        return root.exists(location(path))
 
     def grow(self, num_views: int) -> None:
         """Make room for more views in every array, rectifications included. Safe to repeat:
@@ -150,10 +181,28 @@ class LogitCache:
     def grid(self) -> BlockGrid:
         """The block grid the arrays were created with."""
         array = arrays.get_array(self._group, "prediction")
-        if array.shards is None:
-            raise CacheError(f"{self.path}: array 'prediction' is not sharded")
+        if array.shards is None or array.ndim != 2:
+            raise CacheError(f"{self.path}: array 'prediction' is not sharded by view and sample")
         rows, chunk, shard = int(array.shape[1]), int(array.chunks[1]), int(array.shards[1])
-        return BlockGrid(rows, chunk, shard // chunk)
+        return BlockGrid(rows, chunk, max(1, shard // chunk))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The length of every dimension."""
+        return {
+            "view": self.num_views,
+            "sample": self.num_samples,
+            "class": self.num_classes,
+            "eval_sample": int(arrays.get_array(self._group, "eval_label").shape[0]),
+            **self.encoding.sizes,
+        }
+
+    def document_faults(self) -> list[str]:
+        """What is wrong with the metadata of the root's arrays."""
+        specs = all_arrays(self.num_classes, self.encoding)
+        sizes, grid = self.sizes, self.grid
+        faults = (array_fault(self._group, n, spec, sizes, grid) for n, spec in specs.items())
+        return [fault for fault in faults if fault is not None]
 
     @cached_property
     def dataset_index(self) -> Tensor:
@@ -180,29 +229,55 @@ class LogitCache:
     def top1(self, view: int) -> float:
         """The teacher's accuracy on a complete view, in [0, 1]."""
         self._require_view(self.commits, view)
-        return float((self._predictions(view) == self.row_labels).double().mean())
+        predictions = self._predictions(view, slice(0, self.num_samples))
+        return float((predictions == self.row_labels).double().mean())
 
     # ---- reading ------------------------------------------------------------------------
 
-    def read_view(self, view: int, rectified: str | None = None) -> ViewTargets:
-        """All targets of a view, still encoded. Raises CacheError if it is not complete."""
+    def read_view(
+        self, view: int, rectified: str | None = None, runs: Sequence[slice] | None = None
+    ) -> ViewTargets:
+        """The targets of a view, still encoded; of all its rows, or of some runs of them.
+
+        runs: rows in `dataset_index`, disjoint; whole chunks of `grid` are read without waste.
+        Raises CacheError if the view is not complete.
+        """
         self._require_view(self.commits, view)
+        labels, row_of = self.row_labels, self.row_of
+        if runs is not None:
+            rows = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+            labels, row_of = labels[rows], torch.full_like(row_of, len(rows))
+            row_of[self.dataset_index[rows]] = torch.arange(len(rows))
+        runs = [slice(0, self.num_samples)] if runs is None else runs
         values = None
         if rectified is not None:
             rectification = self.rectification(rectified)
             self._require_view(rectification.commits, view)
-            values = rectification.read_values(view)
+            values = rectification.read_values(view, runs)
         return ViewTargets(
             encoding=self.encoding,
-            arrays=self._encoded(view, slice(None)),
-            predictions=self._predictions(view),
-            labels=self.row_labels,
-            row_of=self.row_of,
+            arrays=self._encoded(view, *runs),
+            predictions=self._predictions(view, *runs),
+            labels=labels,
+            row_of=row_of,
             rectified=values,
         )
 
-    def read_block(self, view: int, block: int) -> Block:
-        """One committed block, decoded. Raises CacheError if it is not committed."""
+    @property
+    def row_bytes(self) -> int:
+        """What one row of a view takes in memory once it is read, a rectification included."""
+        sizes = {**self.encoding.sizes, "class": self.num_classes, "view": 1, "sample": 1}
+        encoded = sum(
+            math.prod(spec.shape(sizes)) * arrays.held_dtype(spec.dtype).itemsize
+            for spec in self.encoding.arrays().values()
+        )
+        return encoded + 2 * torch.int64.itemsize + 2 * torch.float32.itemsize
+
+    def read_block(self, view: int, block: int, temperature: float = 1.0) -> Block:
+        """One committed block, decoded for `temperature` as `Encoding.decode` says.
+
+        Raises CacheError if it is not committed.
+        """
         if not self.commits.has(view, block):
             raise CacheError(
                 f"{self.path}: block {block} of view {view} is not there",
@@ -211,7 +286,7 @@ class LogitCache:
         self.commits.check_objects(view, block)
         rows = self.grid.rows(block)
         return Block(
-            self.encoding.decode(self._encoded(view, rows)),
+            self.encoding.decode(self._encoded(view, rows), temperature),
             self.row_labels[rows],
             self._predictions(view, rows),
         )
@@ -224,7 +299,8 @@ class LogitCache:
             self.rectification(rectified).check_temperature(temperature)
         targets = self.read_view(view, rectified)
         samples = torch.arange(self.num_samples)
-        rows = targets.rows(samples) if rectified is None else targets.rectified_rows(samples)
+        read = targets.rows if rectified is None else targets.rectified_rows
+        rows = read(samples, temperature)
         return torch.softmax(rows / temperature, dim=1)
 
     def eval_logits(self) -> tuple[Tensor, Tensor]:
@@ -238,12 +314,12 @@ class LogitCache:
         logits = arrays.read_array(self._group, "eval_logits").float()
         return logits, arrays.read_array(self._group, "eval_label")
 
-    def _predictions(self, view: int, rows: slice = slice(None)) -> Tensor:
-        return arrays.read_array(self._group, "prediction", view, rows)
+    def _predictions(self, view: int, *runs: slice) -> Tensor:
+        return arrays.read_rows(self._group, "prediction", view, runs).long()
 
-    def _encoded(self, view: int, rows: slice) -> dict[str, Tensor]:
+    def _encoded(self, view: int, *runs: slice) -> dict[str, Tensor]:
         names = self.encoding.arrays()
-        return {name: arrays.read_array(self._group, name, view, rows) for name in names}
+        return {name: arrays.read_rows(self._group, name, view, runs) for name in names}
 
     def _require_view(self, commits: CommitLog, view: int) -> None:
         if not 0 <= view < self.num_views:
@@ -264,20 +340,47 @@ class LogitCache:
         self, view: int, block: int, logits: Tensor, predictions: Tensor, record: Record
     ) -> None:
         """Encode, write and commit a block. logits: float32 (n, C); predictions: int64 (n,)."""
-        values = self.encoding.encode(logits) | {"prediction": predictions}
-        specs = self.encoding.arrays() | layout.base_arrays(self.num_classes)
+        labels = self.row_labels[self.grid.rows(block)]
+        values = self.encoding.encode(logits, labels) | {"prediction": predictions}
+        checked = slice(_CHECKED_ROWS)
+        fidelity = measure(self.encoding, logits[checked], labels[checked])
+        self._check_calibration(fidelity)
+        record = {
+            **record,
+            "right": int((predictions == labels).sum()),
+            "fidelity": msgspec.to_builtins(fidelity),
+        }
+        specs = all_arrays(self.num_classes, self.encoding)
         arrays.write_block(
             self._group, self.commits, self.grid, (view, block), values, specs, record
         )
         self.commits.compact(view)
+
+    def _check_calibration(self, fidelity: Fidelity) -> None:
+        if fidelity.saturated > _MAX_SATURATED * fidelity.rows:
+            raise CacheError(
+                f"{fidelity.saturated} of {fidelity.rows} rows go beyond what the encoding "
+                f"{self.encoding.name} was fitted to",
+                "Choose another --out and --encoding uint8 or float16.",
+            )
+
+    def write_fidelity(self) -> None:
+        """Put the fidelity of all committed blocks together among the root attributes."""
+        parts = [msgspec.convert(r["fidelity"], Fidelity) for r in self.commits.records.values()]
+        self.fidelity = combined(parts)
+        known = self._group.attrs.asdict()
+        root.write_attributes(
+            self._group, {**known, "fidelity": msgspec.to_builtins(self.fidelity)}
+        )
 
     def write_eval_logits(self, logits: Tensor, record: Record) -> None:
         """The teacher's logits on the test split: float32 (M, C), kept as float16."""
         limit = torch.finfo(torch.float16).max
         halves = logits.clamp(-limit, limit).half()
         arrays.get_array(self._group, "eval_logits")[:] = halves.numpy()
-        objects = describe_objects(self._group.store, ["eval_logits/c/0/0"])
-        self.eval_commits.commit(0, 0, {**record, "objects": objects})
+        key = "eval_logits/c/0/0"
+        content = read_object(self._group.store, key) or b""
+        self.eval_commits.commit(0, 0, {**record, "objects": {key: described(content)}})
         self.eval_commits.compact(0)
 
     # ---- rectifications -----------------------------------------------------------------
@@ -285,8 +388,14 @@ class LogitCache:
     @property
     def rectifications(self) -> list[str]:
         """The names of this cache's rectifications."""
-        groups = arrays.subgroup(self._group, "rectified").groups()
-        return sorted(name for name, child in groups if child.attrs.asdict())
+        folder = arrays.subgroup(self._group, "rectified")
+        try:
+            return sorted(name for name, child in folder.groups() if child.attrs.asdict())
+        except Exception as error:  # zarr raises many kinds on damaged documents
+            raise CacheError(
+                f"{self.path}: the metadata of a rectification are damaged: {error}",
+                "Run `pipeline verify --repair`.",
+            ) from error
 
     def rectification(self, name: str) -> Rectification:
         """An open rectification. Raises CacheError if there is none of this name."""
@@ -298,7 +407,7 @@ class LogitCache:
                 f"Make one with `pipeline rectify {self.path}`.",
             )
         group = arrays.subgroup(self._group, f"rectified/{name}")
-        return Rectification.open(name, group, self.grid, self.identity.digest())
+        return Rectification.open(name, group, self.grid, self.sizes, self.identity.digest())
 
     def create_rectification(self, name: str, settings: RectificationSettings) -> Rectification:
         """A new rectification, or the one of this name if it has the same settings.

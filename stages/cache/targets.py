@@ -24,10 +24,10 @@ class RectifiedValues:
 
 @dataclass(frozen=True)
 class ViewTargets:
-    """A slab: all rows of one view.
+    """A slab: all rows of one view, or some (n of N).
 
-    arrays: what the encoding stored, each (N, ...). predictions, labels: int64 (N,), row order.
-    row_of: int64 (N,), the row of each sample.
+    arrays: what the encoding stored, each (n, ...). predictions, labels: int64 (n,), row order.
+    row_of: int64 (N,), where among these rows each sample is; n for those that were not read.
     """
 
     encoding: Encoding
@@ -44,6 +44,7 @@ class ViewTargets:
         )
         return dataclasses.replace(
             self,
+            encoding=self.encoding.to(device),
             arrays={name: array.to(device) for name, array in self.arrays.items()},
             predictions=self.predictions.to(device),
             labels=self.labels.to(device),
@@ -51,25 +52,46 @@ class ViewTargets:
             rectified=moved,
         )
 
-    def rows(self, samples: Tensor) -> Tensor:
-        """The teacher's logits for dataset indices int64 (n,): float32 (n, C)."""
+    def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
+        """The teacher's logits for dataset indices int64 (n,): float32 (n, C).
+
+        temperature: at which the rest of a row weighs what it should, where only part of it is
+        kept (`topk`).
+        """
+        return self.encoding.decode(self._encoded(samples), temperature)
+
+    def kept(self, samples: Tensor) -> Tensor | None:
+        """The classes whose logits are known, int64 (n, k); None if all are."""
+        return self.encoding.kept(self._encoded(samples))
+
+    def _encoded(self, samples: Tensor) -> dict[str, Tensor]:
+        rows = self._rows_of(samples)
+        return {name: array[rows] for name, array in self.arrays.items()}
+
+    def _rows_of(self, samples: Tensor) -> Tensor:
+        """int64 (n,). Raises CacheError for a sample that was not read; on a GPU, where asking
+        would cost a wait in every batch, indexing beyond the end stops the device instead.
+        """
         rows = self.row_of[samples]
-        return self.encoding.decode({name: array[rows] for name, array in self.arrays.items()})
+        if not rows.is_cuda and bool((rows == len(self.labels)).any()):
+            absent = int(samples[rows == len(self.labels)][0])
+            raise CacheError(f"sample {absent} is not among the rows that were read")
+        return rows
 
     def wrong(self, samples: Tensor) -> Tensor:
         """bool (n,): whether the teacher's argmax on this view differs from the label."""
-        rows = self.row_of[samples]
+        rows = self._rows_of(samples)
         return self.predictions[rows] != self.labels[rows]
 
-    def rectified_rows(self, samples: Tensor) -> Tensor:
+    def rectified_rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
         """As `rows`, with the two replaced entries on wrong rows: float32 (n, C).
 
         Raises CacheError if the view was read without a rectification.
         """
         if self.rectified is None:
             raise CacheError("these targets were read without a rectification")
-        logits = self.rows(samples)
-        rows = self.row_of[samples]
+        logits = self.rows(samples, temperature)
+        rows = self._rows_of(samples)
         labels, predictions = self.labels[rows, None], self.predictions[rows, None]
         wrong = labels != predictions
         for column, values in (

@@ -7,6 +7,7 @@ with reduction="none" one number a row, so that bias-aware weights can be put on
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -61,6 +62,19 @@ def kd(
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
     rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1) * temperature**2
     return rows.mean() if reduction == "mean" else rows
+
+
+def lump(logits: Tensor, kept: Tensor, temperature: float) -> Tensor:
+    """The logits of some classes, and one for all other classes together.
+
+    logits: float (n, C). kept: int64 (n, k), k < C, distinct in each row. Returns (n, k + 1): with
+    softmax(. / temperature), the last entry is the probability of all the rest. A loss on rows
+    lumped on both sides is exact in what is kept and blind to how the rest divides; renormalising
+    the kept ones instead would pull them up (Sparse Logit Sampling, 2503.16870).
+    """
+    rest = logits.scatter(1, kept, -torch.inf)
+    together = temperature * torch.logsumexp(rest / temperature, dim=1, keepdim=True)
+    return torch.cat([logits.gather(1, kept), together], dim=1)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"ce": ce, "kd": kd}

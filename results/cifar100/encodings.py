@@ -1,0 +1,188 @@
+"""One teacher pass, five encodings: bytes and truth of each, and what its students reach.
+
+    python results/cifar100/encodings.py --cache cifar100-float32.zarr --data DIR --out runs/encodings
+
+CACHE holds the exact rows (`cache-teacher --encoding float32`); every other encoding is written
+from it, as stage one would write it. Runs and caches that have finished are kept, so that the
+command may be stopped and given again. Writes encodings.md and encodings.jsonl.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from pipeline.config import read_config
+from pipeline.console import Console
+from stages.cache import LogitCache
+from stages.cache.encoding import FIT_ROWS, fit_encoding, row_kl
+from stages.train_student import StudentConfig, student_trainer
+from stages.training.config import DataSettings
+from stages.training.setup import load_data
+
+HERE = Path(__file__).parent
+STUDENTS = ("float32", "uint8", "klt", "topk")
+
+
+@click.command()
+@click.option("--cache", required=True, help="The float32 cache.")
+@click.option("--data", required=True, help="CIFAR-100 as an image folder.")
+@click.option("--out", default="runs/encodings", show_default=True)
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--threads", default=0, help="CPU threads; all if 0.")
+def main(cache: str, data: str, out: str, seeds: int, threads: int) -> None:
+    """Recode, measure, train, and write the tables."""
+    if threads:
+        torch.set_num_threads(threads)
+    exact, folder = LogitCache.open(cache), Path(out)
+    rows = [measured(exact, recoded(exact, name, folder), folder) for name in NAMES]
+    rows += peers(exact)
+    write_table(rows, folder)
+    train(cache, data, folder, seeds)
+    write_table(rows, folder)
+
+
+NAMES = ("float32", "float16", "uint8", "klt", "topk", "topk:k=25")
+
+
+def recoded(exact: LogitCache, name: str, folder: Path) -> LogitCache:
+    """The cache with its rows in another encoding, fitted to its first rows."""
+    path = folder / f"{name.replace(':', '-').replace('=', '')}.zarr"
+    if not LogitCache.exists(path):
+        logits = exact.read_block(0, 0).logits[:FIT_ROWS]
+        labels = exact.row_labels[: len(logits)]
+        LogitCache.create(
+            path,
+            identity=exact.identity,
+            coding=fit_encoding(name, logits, labels),
+            num_views=exact.num_views,
+            dataset_index=exact.dataset_index,
+            labels=exact.labels,
+            eval_labels=exact.eval_logits()[1],
+            pixel_probes=exact.pixel_probes,
+            provenance=exact.provenance,
+        )
+    cache = LogitCache.open(path, writable=True)
+    for view in range(exact.num_views):
+        for block in range(exact.grid.num_blocks):
+            if not cache.commits.has(view, block):
+                rows = exact.read_block(view, block)
+                cache.write_block(view, block, rows.logits, rows.predictions, {})
+    if not cache.eval_commits.is_complete(0):
+        cache.write_eval_logits(exact.eval_logits()[0], {})
+        cache.write_fidelity()
+    return cache
+
+
+def measured(exact: LogitCache, cache: LogitCache, folder: Path) -> dict[str, Any]:
+    """Bytes a view and sample on disk, everything included; KL over all rows; reading speed."""
+    whole = sum(f.stat().st_size for f in Path(cache.path).rglob("*") if f.is_file())
+    views, samples = range(cache.num_views), torch.arange(cache.num_samples)
+    kls: dict[float, list[float]] = {1.0: [], 4.0: []}
+    agreed = []
+    for view in views:
+        theirs, ours = exact.read_view(view), cache.read_view(view)
+        for temperature, found in kls.items():
+            pairs = zip(
+                theirs.rows(samples).split(8192),
+                ours.rows(samples, temperature).split(8192),
+                strict=True,
+            )
+            found.append(float(torch.cat([row_kl(a, b, temperature) for a, b in pairs]).mean()))
+        agreed.append(float((ours.rows(samples).argmax(1) == theirs.predictions).double().mean()))
+    read, decode = [], []
+    for view in views:
+        started = time.perf_counter()
+        targets = cache.read_view(view)
+        read.append(time.perf_counter() - started)
+        for part in samples.split(256):
+            targets.rows(part)
+        decode.append(time.perf_counter() - started - read[-1])
+    return {
+        "format": Path(cache.path).stem,
+        "bytes_a_view": whole / cache.num_samples / len(views),
+        "kl_1": statistics.mean(kls[1.0]),
+        "kl_4": statistics.mean(kls[4.0]),
+        "top1_agreement": statistics.mean(agreed),
+        "slab_read_seconds": statistics.median(read),
+        "slab_decode_seconds": statistics.median(decode),
+    }
+
+
+def peers(exact: LogitCache) -> list[dict[str, Any]]:
+    """Ten largest probabilities at T=1 in half precision, the rest spread evenly: what FKD,
+    TinyViT and ml-dr keep. Bytes: as each lays them out, without labels or checksums.
+    """
+    logits = exact.read_view(0).rows(torch.arange(exact.num_samples))
+    restored = top10_probabilities(logits)
+    kl = {t: float(row_kl(logits, restored, t).mean()) for t in (1.0, 4.0)}
+    layouts = {
+        "top-10, int64 index and float32 value (FKD)": 10 * (8 + 4),
+        "top-10, int16 index and float16 value, 4-byte seed (TinyViT)": 10 * (2 + 2) + 4,
+        "top-10, as its README counts 2.5 GB for 800 views (ml-dr)": 2.5e9 / 800 / 50_000,
+    }
+    same = float((restored.argmax(1) == logits.argmax(1)).double().mean())
+    return [
+        {"format": n, "bytes_a_view": b, "kl_1": kl[1.0], "kl_4": kl[4.0], "top1_agreement": same}
+        for n, b in layouts.items()
+    ]
+
+
+def top10_probabilities(logits: Tensor) -> Tensor:
+    """log-probabilities (n, C) that a reader of such a record has."""
+    top = logits.softmax(1).topk(10)
+    values = top.values.half().float()
+    rest = (1 - values.sum(1, keepdim=True)).clamp(min=1e-8) / (logits.shape[1] - 10)
+    return rest.expand_as(logits).scatter(1, top.indices, values.clamp(min=1e-8)).log()
+
+
+def train(cache: str, data: str, folder: Path, seeds: int) -> None:
+    """The student `KD, 8 cached views` of students.yaml from each encoding."""
+    splits, console = load_data(DataSettings(dataset=f"folder:{data}")), Console()
+    for seed in range(seeds):
+        for name in STUDENTS:
+            out = folder / f"student-{name}-{seed}"
+            if (out / "summary.json").exists():
+                continue
+            console.say(f"== {name}, seed {seed}")
+            flags = {"cache": str(folder / f"{name}.zarr"), "data.dataset": f"folder:{data}"}
+            seeded = {"seed.data": seed, "seed.init": seed}
+            config = read_config(StudentConfig, str(HERE / "base.yaml"), flags | seeded, [])
+            student_trainer(config, out, splits=splits, overwrite=True, reporter=console).fit()
+
+
+def write_table(rows: list[dict[str, Any]], folder: Path) -> None:
+    """encodings.md and encodings.jsonl, beside this file."""
+    lines = [
+        "| format | bytes a view | KL T=1 | KL T=4 | same top-1 | slab read | decoded rows/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        read = f"{row['slab_read_seconds'] * 1e3:.0f} ms" if "slab_read_seconds" in row else ""
+        speed = f"{50_000 / row['slab_decode_seconds'] / 1e6:.2f} M" if read else ""
+        lines.append(
+            f"| {row['format']} | {row['bytes_a_view']:.1f} | {row['kl_1']:.1e} | "
+            f"{row['kl_4']:.1e} | {row['top1_agreement']:.2%} | {read} | {speed} |"
+        )
+    lines += ["", "| student's cache | test top-1, last epoch | n | epoch |", "|---|---|---|---|"]
+    for name in STUDENTS:
+        runs = [json.loads(p.read_text()) for p in folder.glob(f"student-{name}-*/summary.json")]
+        if runs:
+            top1 = [100 * run["last"]["test_top1"] for run in runs]
+            spread = f" +- {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+            epoch = statistics.median(run["train_seconds"] / run["epochs"] for run in runs)
+            lines.append(
+                f"| {name} | {statistics.mean(top1):.2f}{spread} | {len(top1)} | {epoch:.1f} s |"
+            )
+            rows = [*rows, {"student": name, "top1": top1, "epoch_seconds": epoch}]
+    (HERE / "encodings.md").write_text("\n".join(lines) + "\n")
+    (HERE / "encodings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The JSON documents of a store: what they should be, and whether they are.
+
+Zarr accepts a document whose shape, fill value or attributes have changed, and would then read
+something else. So attributes carry a digest of themselves, and arrays are compared with what
+`layout.py` says; both when a cache is opened and when it is verified.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import zarr
+from zarr.storage import MemoryStore
+
+from stages.cache.arrays import create_array, get_array
+from stages.cache.layout import ArraySpec, BlockGrid
+from stages.errors import CacheError
+
+
+def sealed(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes with a digest of all others."""
+    bare = {name: value for name, value in attributes.items() if name != "digest"}
+    text = json.dumps(bare, sort_keys=True, separators=(",", ":"))
+    return {**bare, "digest": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def check_seal(attributes: Mapping[str, Any], where: str) -> None:
+    """Raise CacheError unless the attributes are what they were when they were sealed."""
+    if sealed(attributes) != dict(attributes):
+        raise CacheError(
+            f"the attributes of {where} are damaged: their digest is another",
+            "Run `pipeline verify --repair`.",
+        )
+
+
+def array_fault(
+    group: zarr.Group, name: str, spec: ArraySpec, sizes: Mapping[str, int], grid: BlockGrid
+) -> str | None:
+    """What is wrong with the document of an array, if anything is.
+
+    An array may have room for more views than `sizes` says: an append stopped half-way.
+    """
+    try:
+        found = get_array(group, name).metadata.to_dict()
+    except CacheError as error:
+        return error.cause
+    scratch = zarr.create_group(MemoryStore())
+    expected = create_array(scratch, name, spec, sizes, grid).metadata.to_dict()
+    room: Any = found["shape"]
+    if spec.by_block and len(room) == len(spec.dimensions) and room[0] > sizes["view"]:
+        expected["shape"] = (room[0], *spec.shape(sizes)[1:])
+    differing = [k for k in {*found, *expected} if _plain(found, k) != _plain(expected, k)]
+    if differing:
+        return f"the metadata of array '{name}' is not what was written: {sorted(differing)[0]}"
+    return None
+
+
+def is_canonical(document: bytes) -> bool:
+    """Whether a zarr.json is written as Zarr writes it, byte for byte."""
+    try:
+        return json.dumps(json.loads(document), indent=2).encode() == document
+    except ValueError:
+        return False
+
+
+def _plain(document: Mapping[str, Any], key: str) -> str:
+    return json.dumps(document.get(key), sort_keys=True, default=str)

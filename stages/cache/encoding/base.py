@@ -1,0 +1,101 @@
+"""What every encoding has."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stages.cache.layout import ArraySpec
+from stages.errors import CacheError
+
+ALONG_CLASSES = ("view", "sample", "class")
+
+
+class Encoding(ABC):
+    """How rows of logits are stored. Rows are independent of each other.
+
+    `encode` gives the arrays that `arrays` names; `decode` is the way back, on whatever device the
+    arrays and the encoding are. What an encoding was fitted to is its calibration: a few arrays
+    that are written once, before the first block.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Plain JSON values that, with the calibration, make the encoding again."""
+        return {}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The dimensions of its arrays beside view, sample and class."""
+        return {}
+
+    @abstractmethod
+    def arrays(self) -> dict[str, ArraySpec]:
+        """The arrays that are written block by block."""
+
+    def calibration_arrays(self) -> dict[str, ArraySpec]:
+        """The arrays that are written once."""
+        return {}
+
+    def calibration(self) -> dict[str, Tensor]:
+        """Their values."""
+        return {}
+
+    @abstractmethod
+    def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """float32 (n, C) -> arrays, each (n, ...).
+
+        labels: int64 (n,), for encodings that keep part of a row and always the label's logit.
+        Raises CacheError where a logit cannot be represented.
+        """
+
+    @abstractmethod
+    def decode(self, arrays: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
+        """Arrays -> float32 (n, C).
+
+        temperature: where only a part of the row is kept, the one at which the probability of all
+        the rest together is right. Raises CacheError for one that the arrays do not hold.
+        """
+
+    def holds(self, temperature: float) -> bool:
+        """Whether rows can be decoded for this temperature."""
+        return True
+
+    def kept(self, arrays: Mapping[str, Tensor]) -> Tensor | None:
+        """The classes whose logits the arrays hold, int64 (n, k); None if they hold all."""
+        return None
+
+    def saturated(self, arrays: Mapping[str, Tensor]) -> int:
+        """How many rows have a code at the end of its range."""
+        return 0
+
+    def to(self, device: torch.device) -> "Encoding":
+        """The same encoding with its calibration on a device."""
+        return self
+
+    def digest(self) -> str:
+        """sha256 (hex, 32 digits) of name, parameters and calibration."""
+        digest = hashlib.sha256(self.name.encode())
+        digest.update(json.dumps(self.parameters, sort_keys=True).encode())
+        for name, values in sorted(self.calibration().items()):
+            digest.update(f"{name}\t{values.dtype}\t{tuple(values.shape)}\n".encode())
+            digest.update(values.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+
+def check_range(logits: Tensor, largest: float, name: str) -> None:
+    """Raise CacheError unless every logit is finite and at most `largest` in magnitude."""
+    if not logits.numel():
+        return
+    peak = float(logits.abs().max())  # NaN where any is
+    if not peak <= largest:
+        raise CacheError(
+            f"a teacher logit of {peak:.3g} does not fit in {name}",
+            "Use --encoding float32." if peak < float("inf") else "Check the teacher.",
+        )

@@ -1,0 +1,71 @@
+"""How far decoded rows are from the exact ones."""
+
+import msgspec
+import torch
+from torch import Tensor
+
+from stages.cache.encoding.base import Encoding
+
+TEMPERATURES = (1.0, 2.0, 4.0)
+
+
+class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Measured on `rows` rows. KL(exact || decoded) of softmax(z / T), in nats, for each
+    temperature: its mean and its 99.9 % quantile. top1_agreement: share of rows whose argmax
+    survives. saturated: rows with a code at the end of its range.
+    """
+
+    rows: int
+    temperatures: tuple[float, ...]
+    mean_kl: tuple[float, ...]
+    high_kl: tuple[float, ...]
+    top1_agreement: float
+    saturated: int
+
+
+def row_kl(exact: Tensor, decoded: Tensor, temperature: float) -> Tensor:
+    """KL of each row, float64 (n,). exact, decoded: float32 (n, C) logits.
+
+    Never negative, but for rounding: computed in float64, where 1e-9 of a nat is still a number.
+    """
+    target = torch.log_softmax(exact.double() / temperature, dim=1)
+    given = torch.log_softmax(decoded.double() / temperature, dim=1)
+    return (target.exp() * (target - given)).sum(1).clamp(min=0)
+
+
+def mean_kl(exact: Tensor, decoded: Tensor, temperature: float) -> Tensor:
+    return row_kl(exact, decoded, temperature).mean()
+
+
+def measure(coding: Encoding, logits: Tensor, labels: Tensor) -> Fidelity:
+    """Encode rows, decode them and compare. logits: float32 (n, C); labels: int64 (n,)."""
+    arrays = coding.encode(logits, labels)
+    held = [t for t in TEMPERATURES if coding.holds(t)]
+    kls = [row_kl(logits, coding.decode(arrays, t), t) for t in held]
+    same = coding.decode(arrays, held[0] if held else 1.0).argmax(1) == logits.argmax(1)
+    return Fidelity(
+        rows=len(logits),
+        temperatures=tuple(held),
+        mean_kl=tuple(float(kl.mean()) for kl in kls),
+        high_kl=tuple(float(kl.quantile(0.999)) for kl in kls),
+        top1_agreement=float(same.double().mean()),
+        saturated=coding.saturated(arrays),
+    )
+
+
+def combined(parts: list[Fidelity]) -> Fidelity:
+    """Of all blocks together: means weighted by rows, the largest of the high quantiles."""
+    rows = sum(p.rows for p in parts)
+
+    def weighted(values: list[float]) -> float:
+        return sum(p.rows * v for p, v in zip(parts, values, strict=True)) / rows
+
+    several = range(len(parts[0].temperatures))
+    return Fidelity(
+        rows=rows,
+        temperatures=parts[0].temperatures,
+        mean_kl=tuple(weighted([p.mean_kl[t] for p in parts]) for t in several),
+        high_kl=tuple(max(p.high_kl[t] for p in parts) for t in several),
+        top1_agreement=weighted([p.top1_agreement for p in parts]),
+        saturated=sum(p.saturated for p in parts),
+    )

@@ -1,0 +1,130 @@
+"""Whole rows in few bits: rotated to where they are uncorrelated, rounded, entropy-coded by zstd.
+
+The dataset's mean row is subtracted, the rest is rotated by the orthonormal eigenbasis of the
+logits' covariance (Karhunen-Loeve transform) and rounded to a uniform step. A rotation keeps
+lengths, so a step means the same error in every direction, and the components are uncorrelated, so
+that coding each of them alone loses little. Most components of a trained teacher hold two to four
+bits. Chunks are stored component-major: zstd then sees one component after another.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stages.cache.encoding.base import Encoding, check_range
+from stages.cache.encoding.fidelity import mean_kl
+from stages.cache.layout import ArraySpec
+from stages.errors import CacheError
+
+DEFAULT_MAX_KL = 5e-3
+"""Mean KL at T=1, in nats: what `klt` aims at where nothing is asked for."""
+
+_HEADROOM = 1.5
+"""How much larger than the calibration's largest code a code may be."""
+_MARGIN = 0.9
+"""Of the KL budget: rows beyond the calibration differ a little."""
+_COARSEST, _STEPS_PER_OCTAVE, _OCTAVES = 8.0, 8, 16
+
+
+@dataclass(frozen=True, eq=False)
+class Klt(Encoding):
+    """logits = mean + (code * step) @ basis.
+
+    basis: float32 (component, class), orthonormal, largest variance first. mean: float32 (class,).
+    step: float32 (component,), equal but for the leading components, which take a coarser one
+    where int8 would not hold their codes: a few coarse components of many cost hardly any KL, a
+    second byte costs half as much space again.
+    """
+
+    basis: Tensor
+    mean: Tensor
+    step: Tensor
+    dtype: str = "int8"
+    name: ClassVar[str] = "klt"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "step": float(self.step.min())}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"component": len(self.basis)}
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        dimensions = ("view", "sample", "component")
+        return {"logits_code": ArraySpec(dimensions, self.dtype, stored_order=(0, 2, 1))}
+
+    def calibration_arrays(self) -> dict[str, ArraySpec]:
+        return {
+            "klt_basis": ArraySpec(("component", "class"), "float32"),
+            "klt_mean": ArraySpec(("class",), "float32"),
+            "klt_step": ArraySpec(("component",), "float32"),
+        }
+
+    def calibration(self) -> dict[str, Tensor]:
+        return {"klt_basis": self.basis, "klt_mean": self.mean, "klt_step": self.step}
+
+    def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        check_range(logits, torch.finfo(torch.float32).max, self.name)
+        basis, mean, step = (t.to(logits.device) for t in (self.basis, self.mean, self.step))
+        codes = ((logits - mean) @ basis.T / step).round()
+        dtype = getattr(torch, self.dtype)
+        limit = torch.iinfo(dtype).max
+        return {"logits_code": codes.clamp(-limit, limit).to(dtype)}
+
+    def decode(self, arrays: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
+        scaled = arrays["logits_code"].float() * self.step
+        return torch.addmm(self.mean, scaled, self.basis)
+
+    def saturated(self, arrays: Mapping[str, Tensor]) -> int:
+        codes = arrays["logits_code"]
+        return int((codes.abs() == torch.iinfo(codes.dtype).max).any(1).sum())
+
+    def to(self, device: torch.device) -> "Klt":
+        moved = {n: getattr(self, n).to(device) for n in ("basis", "mean", "step")}
+        return dataclasses.replace(self, **moved)
+
+
+def fit_klt(logits: Tensor, max_kl: float = DEFAULT_MAX_KL) -> Klt:
+    """Basis and mean of these rows, and the coarsest step that holds the budget on them.
+
+    logits: float32 (n, C), a fair draw of rows. max_kl: mean KL to the exact rows at T=1, in nats.
+    Raises CacheError if no step holds it.
+    """
+    mean = logits.double().mean(0)
+    centred = logits.double() - mean
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    basis = vectors.flip(1).T  # largest variance first
+    basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
+    basis, mean = basis.float().contiguous(), mean.float()
+    peaks = ((logits - mean) @ basis.T).abs().amax(0) * _HEADROOM
+
+    # int8 first: where it holds the budget, it takes half the bytes.
+    for dtype in ("int8", "int16"):
+        finest_that_fits = peaks / torch.iinfo(getattr(torch, dtype)).max
+
+        def with_step(exponent: int) -> Klt:
+            step = _COARSEST * 2 ** (-exponent / _STEPS_PER_OCTAVE)
+            return Klt(basis, mean, finest_that_fits.clamp(min=step), dtype)  # noqa: B023
+
+        low, high = 0, _STEPS_PER_OCTAVE * _OCTAVES  # KL falls with the exponent
+        if _kl(with_step(high), logits) > _MARGIN * max_kl:
+            continue
+        while low < high:
+            middle = (low + high) // 2
+            if _kl(with_step(middle), logits) <= _MARGIN * max_kl:
+                high = middle
+            else:
+                low = middle + 1
+        return with_step(high)
+    raise CacheError(
+        f"no step of the encoding klt holds a KL of {max_kl:g}", "Use --encoding float32."
+    )
+
+
+def _kl(coding: Klt, logits: Tensor) -> float:
+    return float(mean_kl(logits, coding.decode(coding.encode(logits)), 1.0))

@@ -1,0 +1,105 @@
+"""The largest logits of a row, and enough about the rest to know its weight: for many classes."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stages.cache.encoding.base import Encoding, check_range
+from stages.cache.layout import ArraySpec
+from stages.errors import CacheError
+
+_DTYPES = ((2**8, "uint8"), (2**16, "uint16"), (2**32, "uint32"))
+
+
+@dataclass(frozen=True)
+class TopK(Encoding):
+    """The k largest logits, largest first; the last of them gives way to the label's where the
+    label is not among them. Of the rest: its logsumexp(z / T) at some temperatures, and mean and
+    standard deviation of the whole row.
+
+    So at those temperatures the probabilities of the label, of the prediction and of all the rest
+    together are exact up to half precision. How the rest divides among its classes is lost:
+    `decode` spreads it evenly, losses lump it together on both sides (`kept`).
+    """
+
+    num_classes: int
+    k: int = 10
+    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
+    name: ClassVar[str] = "topk"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.k <= self.num_classes:
+            raise CacheError(
+                f"topk keeps 2 to {self.num_classes} logits of {self.num_classes} classes, "
+                f"not {self.k}",
+                "Give --encoding topk:k=NUMBER.",
+            )
+        if not self.temperatures or not all(0 < t < math.inf for t in self.temperatures):
+            raise CacheError(
+                f"topk cannot keep tails at the temperatures {self.temperatures}",
+                "Give positive ones: --encoding topk:temperatures=1/2/4.",
+            )
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"k": self.k, "temperatures": list(self.temperatures)}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"k": self.k, "temperature": len(self.temperatures)}
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        packed = next(dtype for most, dtype in _DTYPES if self.num_classes <= most)
+        each = ("view", "sample")
+        return {
+            "topk_index": ArraySpec((*each, "k"), packed),
+            "topk_value": ArraySpec((*each, "k"), "float16"),
+            "topk_tail": ArraySpec((*each, "temperature"), "float32"),
+            "topk_mean": ArraySpec(each, "float16"),
+            "topk_std": ArraySpec(each, "float16"),
+        }
+
+    def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        check_range(logits, torch.finfo(torch.float16).max, self.name)
+        # Stable: of equal logits the first class comes first, as in the stored prediction.
+        order = logits.sort(dim=1, descending=True, stable=True).indices[:, : self.k]
+        if labels is not None:
+            absent = (order != labels[:, None]).all(1)
+            order[:, -1] = torch.where(absent, labels, order[:, -1])
+        rest = logits.scatter(1, order, -math.inf)
+        tails = [torch.logsumexp(rest / t, dim=1) for t in self.temperatures]
+        return {
+            "topk_index": order.to(getattr(torch, self.arrays()["topk_index"].dtype)),
+            "topk_value": logits.gather(1, order).half(),
+            "topk_tail": torch.stack(tails, dim=1),
+            "topk_mean": logits.mean(1).half(),
+            "topk_std": logits.std(1).half(),
+        }
+
+    def decode(self, arrays: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
+        values, rest = arrays["topk_value"].float(), self.num_classes - self.k
+        if not rest:
+            return torch.empty_like(values).scatter_(1, self._classes(arrays), values)
+        if not self.holds(temperature):
+            raise CacheError(
+                f"this topk cache knows the rest of a row at T = "
+                f"{', '.join(f'{t:g}' for t in self.temperatures)}, not at {temperature:g}",
+                "Use one of these, or cache again with --encoding topk:temperatures=...",
+            )
+        tail = arrays["topk_tail"][:, self.temperatures.index(temperature), None]
+        even = temperature * (tail - math.log(rest))
+        rows = even.expand(-1, self.num_classes).contiguous()
+        return rows.scatter_(1, self._classes(arrays), values)
+
+    def holds(self, temperature: float) -> bool:
+        return self.k == self.num_classes or temperature in self.temperatures
+
+    def kept(self, arrays: Mapping[str, Tensor]) -> Tensor | None:
+        return None if self.k == self.num_classes else self._classes(arrays)
+
+    def _classes(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        return arrays["topk_index"].to(torch.int64)

@@ -1,0 +1,65 @@
+"""Where a store lies: a folder, or the URL of an object store."""
+
+import re
+from datetime import timedelta
+from pathlib import Path
+
+from zarr.abc.store import Store
+from zarr.storage import LocalStore
+
+from stages.errors import CacheError
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_SCHEMES = ("s3", "gs", "az")
+_RETRY_SECONDS = 60
+
+Location = Path | str
+"""A folder, or a URL as text."""
+
+
+def location(path: str | Path) -> Location:
+    """A Path, or the text of a URL. Raises CacheError for an unknown scheme."""
+    match = _URL.match(str(path))
+    if match is None:
+        return Path(path)
+    if match[1] not in _SCHEMES:
+        raise CacheError(
+            f"'{path}': caches lie in folders or behind {', '.join(f'{s}://' for s in _SCHEMES)} "
+            f"URLs, not {match[1]}://"
+        )
+    return str(path).rstrip("/")
+
+
+def open_store(where: Location, read_only: bool) -> Store:
+    """The store at a location; nothing is asked of an object store yet.
+
+    Credentials come from the environment, as the provider's own tools read them.
+    """
+    if isinstance(where, Path):
+        return LocalStore(where, read_only=read_only)
+    try:
+        import obstore.store
+        from zarr.storage import ObjectStore
+    except ModuleNotFoundError as error:
+        raise CacheError(
+            f"{where} needs the package obstore", "pip install 'teacher-cache[remote]'"
+        ) from error
+    try:
+        remote = obstore.store.from_url(
+            where,
+            retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)},
+        )
+    except Exception as error:  # obstore raises its own kinds on what it cannot parse
+        raise CacheError(f"{where} is not a URL of an object store: {told(error)}") from error
+    return ObjectStore(remote, read_only=read_only)
+
+
+def told(error: Exception) -> str:
+    """The first line of an error: obstore's go on for a page."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def unreachable(error: BaseException) -> bool:
+    """Whether an object store did not answer, or refused; the bytes may well be intact."""
+    return type(error).__module__.startswith(("obstore", "builtins.obstore"))
