@@ -117,6 +117,7 @@ class ViewFeed:
                 num_workers=self._workers,
                 persistent_workers=self._workers > 0,
                 pin_memory=self.device.type == "cuda",
+                generator=torch.Generator(),  # or it would draw from the global one
             )
         self._passes += 1
         this_pass = self._passes

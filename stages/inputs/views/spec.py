@@ -168,7 +168,7 @@ def _composed(parts: list[Part], seed: int) -> ViewPolicy:
 
 
 def _base(name: str, parameters: Parameters, seed: int) -> ViewPolicy:
-    if name.startswith("v2:"):
-        version = parameters.get("torchvision", TORCHVISION)
-        return Transform(name.removeprefix("v2:"), str(version), seed)
+    kind, _, target = name.partition(":")
+    if kind == "v2":
+        return Transform(target, str(parameters.get("torchvision", TORCHVISION)), seed)
     return POLICIES[name](**parameters, seed=seed)

@@ -1,0 +1,204 @@
+"""Views that mix two samples, through all stages: the cached row is the mixed image's."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from helpers import DIGITS, first, metrics
+from torch import Tensor
+
+from pipeline.console import Console
+from pipeline.tables import show_cache
+from stages.cache import LogitCache
+from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.errors import ViewError
+from stages.inputs.feed import Batch, ViewFeed
+from stages.inputs.models import logits_of
+from stages.inputs.views import Mixed
+from stages.objectives.losses import ce, kd, mixed_ce
+from stages.rectify import RectifyConfig, rectify
+from stages.train_student import (
+    StudentConfig,
+    cached_policy,
+    student_trainer,
+    train_student,
+)
+from stages.train_teacher import LabelTask, TeacherConfig, train_teacher
+from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
+from stages.training.setup import Splits
+
+AUGMENT = "pad-crop:pad=1+mixup"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def my_splits(digits: Splits) -> Splits:
+    return Splits(first(digits.train, 120), first(digits.test, 60))
+
+
+@pytest.fixture(scope="module")
+def my_job(teacher_run: Path, my_splits: Splits) -> CacheJob:
+    config = CacheConfig(
+        data=DIGITS,
+        teacher=TeacherSettings(weights=str(teacher_run)),
+        views=12,  # more than the nine crops
+        augment=AUGMENT,
+        encoding="float32",
+        block_rows=50,
+        batch_size=32,
+        device="cpu",
+    )
+    return prepare(config, my_splits)
+
+
+@pytest.fixture(scope="module")
+def my_cache(tmp_path_factory: pytest.TempPathFactory, my_job: CacheJob) -> Path:
+    path = tmp_path_factory.mktemp("mixed") / "digits.zarr"
+    cache_teacher(my_job, path)
+    return path
+
+
+def student_config(cache: Path) -> StudentConfig:
+    return StudentConfig(
+        cache=str(cache),
+        data=DIGITS,
+        model=ModelSettings(architecture="resnet8"),
+        train=TrainSettings(epochs=2, batch_size=32, lr=0.02),
+        loss=LossSettings(ce_weight=0.5, weight=0.5),
+        device="cpu",
+    )
+
+
+def naive_ce(logits: Tensor, batch: Batch, labels: Tensor) -> float:
+    """Share times the own label's loss and the rest times the partner's, one row at a time."""
+    assert batch.partners is not None
+    assert batch.shares is not None
+    total = 0.0
+    for i, row in enumerate(logits.double().numpy()):
+        log_p = row - row.max() - np.log(np.exp(row - row.max()).sum())
+        own, other = int(labels[batch.samples[i]]), int(labels[batch.partners[i]])
+        share = float(batch.shares[i])
+        total -= share * log_p[own] + (1 - share) * log_p[other]
+    return total / len(logits)
+
+
+# ---- the loss -------------------------------------------------------------------------------
+
+
+def test_mixed_cross_entropy_is_a_naive_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 7, generator=generator) * 3
+    labels = torch.randint(7, (100,), generator=generator)
+    samples, partners = torch.randint(100, (2, 40), generator=generator)
+    shares = torch.rand(40, generator=generator) / 2 + 0.5
+    batch = Batch(samples, torch.empty(0), partners, shares)
+    ours = mixed_ce(logits, *batch.hard_labels(labels))
+    assert float(ours) == pytest.approx(naive_ce(logits, batch, labels), rel=1e-6)
+
+
+def test_without_a_partner_it_is_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(9, 5, generator=generator), torch.arange(9) % 5
+    alone = Batch(torch.arange(9), torch.empty(0))
+    assert torch.equal(mixed_ce(logits, *alone.hard_labels(labels)), ce(logits, None, labels))
+    whole = mixed_ce(logits, labels, labels.flip(0), torch.ones(9))
+    assert float(whole) == pytest.approx(float(ce(logits, None, labels)), rel=1e-6)
+
+
+def test_both_tasks_learn_both_labels(
+    my_cache: Path, my_splits: Splits, my_job: CacheJob, tmp_path: Path
+) -> None:
+    labels, cache = my_splits.train.labels, LogitCache.open(my_cache)
+    feed = ViewFeed(my_splits.train, my_job.policy, CPU, workers=0)
+    logits = torch.randn(120, 10, generator=torch.Generator().manual_seed(1))
+    task = student_trainer(student_config(my_cache), tmp_path / "run", splits=my_splits).task
+    view = task.start_epoch(0)
+    (batch,) = feed.batches(torch.arange(120), view, 120)
+    hard = naive_ce(logits, batch, labels)
+    teacher = LabelTask(labels, None, 0)
+    assert float(teacher.loss_parts(logits, batch)["loss"]) == pytest.approx(hard, rel=1e-6)
+    parts = task.loss_parts(logits, batch)
+    assert float(parts["loss_ce"]) == pytest.approx(hard, rel=1e-6)
+    rows = cache.distribution(view, temperature=4.0).log()
+    soft = float(kd(logits, rows * 4, labels, 4.0))  # log-probabilities times T are logits
+    assert float(parts["loss"]) == pytest.approx(0.5 * hard + 0.5 * soft, rel=1e-4)
+
+
+# ---- all stages -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("view", [0, 5, 11])
+def test_the_cached_row_is_the_live_teachers_on_the_mixed_image(
+    my_cache: Path, my_job: CacheJob, my_splits: Splits, view: int
+) -> None:
+    cache = LogitCache.open(my_cache)
+    policy = cached_policy(cache)
+    assert isinstance(policy, Mixed)
+    assert my_splits.train.images is not None
+    # Mixed here from the two crops and not by the feed.
+    samples = torch.arange(120)
+    partners = policy.partners(samples, view, 120)
+    assert not torch.equal(samples, partners)
+    own, other = (
+        policy.base.apply(my_splits.train.images[who], who, view % 9).int()
+        for who in (samples, partners)
+    )
+    (batch,) = my_job.feed(my_splits.train, my_job.policy).batches(samples, view, 120)
+    assert batch.shares is not None
+    keep = (batch.shares * 256).int().view(-1, 1, 1, 1)
+    pixels = ((keep * own + (256 - keep) * other + 128) // 256).to(torch.uint8)
+    with torch.inference_mode():
+        live = logits_of(my_job.model.module(my_job.normalise(pixels)))
+    ours = cache.distribution(view, temperature=1.0)
+    torch.testing.assert_close(ours, live.softmax(1), rtol=1e-4, atol=1e-6)
+
+
+def test_a_student_trains_from_it(my_cache: Path, my_splits: Splits, tmp_path: Path) -> None:
+    summary = train_student(student_config(my_cache), tmp_path / "run", splits=my_splits)
+    lines = metrics(tmp_path / "run")
+    assert summary["epochs"] == len(lines) == 2
+    assert lines[1]["loss"] < lines[0]["loss"]
+
+
+def test_a_teacher_trains_on_mixed_views(my_splits: Splits, tmp_path: Path) -> None:
+    config = TeacherConfig(
+        data=DIGITS,
+        model=ModelSettings(architecture="resnet8"),
+        augment="pad-crop:pad=1+erasing+cutmix",
+        train=TrainSettings(epochs=2, batch_size=32, lr=0.02),
+        device="cpu",
+    )
+    train_teacher(config, tmp_path / "run", splits=my_splits)
+    lines = metrics(tmp_path / "run")
+    assert [line["view"] for line in lines] == [0, 1]
+    assert lines[1]["loss"] < lines[0]["loss"]
+
+
+def test_inspect_shows_the_composition(my_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_cache(str(my_cache), Console())
+    shown = capsys.readouterr().out
+    assert "pad-crop+mixup (pad=1, mixup.alpha=0.8), seed 0" in shown
+
+
+# ---- what needs one label -------------------------------------------------------------------
+
+
+def test_rectification_is_refused(my_cache: Path) -> None:
+    with pytest.raises(
+        ViewError, match=r"rectification needs one label a row, .*'pad-crop\+mixup'"
+    ):
+        rectify(my_cache, RectifyConfig())
+    assert LogitCache.open(my_cache).rectifications == []
+
+
+@pytest.mark.parametrize("mode", ["eliminate", "rectify"])
+def test_bias_aware_losses_are_refused(
+    my_cache: Path, my_splits: Splits, tmp_path: Path, mode: str
+) -> None:
+    bias = msgspec.convert({"mode": mode}, BiasSettings)
+    config = msgspec.structs.replace(student_config(my_cache), bias=bias)
+    with pytest.raises(ViewError, match=f"bias '{mode}' needs one label a row(.|\n)*--bias none"):
+        student_trainer(config, tmp_path / "run", splits=my_splits)
+    assert not (tmp_path / "run").exists()
