@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from pipeline.options import (
+    augment_option,
     compute_options,
     config_options,
     data_flags,
@@ -50,9 +51,7 @@ def cli() -> None:
         "--model", help="A CIFAR-family name, a torchvision name, timm:NAME or module:callable."
     ),
     click.option("--init", help="Weights to start from."),
-    click.option(
-        "--augment", help="View policy: pad-crop-flip, pad-crop:pad=2, resized-crop-flip, none."
-    ),
+    augment_option,
 )
 @data_options
 @train_options
@@ -89,9 +88,7 @@ def train_teacher_command(**given: Any) -> None:
         "--weights", help="A run directory, .safetensors, a plain state dict, or 'pretrained'."
     ),
     click.option("--views", type=int, help="How many augmented views of every sample to cache."),
-    click.option(
-        "--augment", help="View policy: pad-crop-flip, pad-crop:pad=2, resized-crop-flip, none."
-    ),
+    augment_option,
     click.option("--seed", type=int, help="Of the views."),
     click.option(
         "--encoding", help="float32, float16, uint8, klt, topk:k=10, or auto (the default)."

@@ -31,6 +31,13 @@ class Numbers(click.ParamType[tuple[float, ...]]):
             self.fail(f"'{value}' is not a list of numbers such as 0.5,0.5,0.5", param, ctx)
 
 
+augment_option = click.option(
+    "--augment",
+    metavar="POLICY",
+    help="Views: pad-crop-flip, pad-crop:pad=2, resized-crop-flip, none or v2:module:callable; on "
+    "top of one, with '+', trivial-augment or rand-augment:n=2,m=9, erasing:p=0.25, and last "
+    "mixup:alpha=0.8 or cutmix:alpha=1.0. WEAK|STRONG caches both in turn.",
+)
 data_options = options(
     click.option(
         "--dataset",
