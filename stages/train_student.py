@@ -14,8 +14,9 @@ by their shares, and targets are as ever: the teacher saw the mixed image. Bias 
 rectification need one label a row, and refuse such a cache.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import torch
@@ -23,37 +24,50 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.identity import differences
-from stages.cache.targets import ViewTargets
+from stages.device import choose_device
 from stages.errors import CacheError, ConfigError, IdentityError
 from stages.inputs.feed import Batch, pixel_probes
 from stages.inputs.views import ViewPolicy, check_unmixed, known_policy
 from stages.objectives.bias import BiasWeights, bias_weights
-from stages.objectives.losses import LOSSES, mixed_ce
+from stages.objectives.losses import LOSSES, lump, mixed_ce
 from stages.reporting import Reporter, Silent
+from stages.training.budget import SlabPlan, parse_bytes, plan_slabs
 from stages.training.config import BiasSettings, LossSettings, RunConfig
+from stages.training.ensemble import NOT_RECTIFIED, open_members
+from stages.training.epoch_targets import TargetReader, Targets
 from stages.training.setup import (
     Destination,
     Splits,
     dataset_identity,
+    held_out,
     load_data,
     make_trainer,
 )
-from stages.training.slabs import RESIDENT_BYTES, SlabReader
-from stages.training.trainer import Trainer, view_order
+from stages.training.trainer import Trainer, sample_order
 
 
 class StudentConfig(RunConfig, frozen=True, kw_only=True):
     """A run of train-student.
 
-    views: train from the first so many views of the cache, None for all. accept_pixel_drift: go
-    on with a warning where the pixels are no longer quite those the teacher saw.
+    also: further caches of the same views, whose probabilities are averaged with the first's; see
+    `stages.training.ensemble`. views: train from the first so many views of the cache, None for
+    all. slab_memory: how much memory targets may take, for example 2GB; where two views are more,
+    epochs are read and shuffled in groups of chunks (`stages.training.groups`), in the same order
+    for every loss. accept_pixel_drift: go on with a warning where the pixels are no longer quite
+    those the teacher saw.
     """
 
     cache: str
+    also: tuple[str, ...] = ()
     views: int | None = None
+    slab_memory: str | None = None
     loss: LossSettings = LossSettings()
     bias: BiasSettings = BiasSettings()
     accept_pixel_drift: bool = False
+
+    def __post_init__(self) -> None:
+        if self.slab_memory is not None:
+            parse_bytes(self.slab_memory, "slab_memory")
 
 
 def train_student(
@@ -85,28 +99,33 @@ def student_trainer(
     # 1) the cache, and what is to be learned from it
     cache = LogitCache.open(config.cache)
     config = check_objective(config, cache)
-    views = usable_views(cache, config)
+    caches = open_members(cache, config.also, config.loss.temperature)
+    views = shared_views(caches, config)
 
-    # 2) images: the ones the teacher saw
+    # 2) images: the ones the teachers saw
     splits = splits or load_data(config.data)
     policy = cached_policy(cache)
-    check_dataset(cache, splits, policy, config.accept_pixel_drift, reporter)
+    for member in caches:
+        check_dataset(member, splits, policy, config.accept_pixel_drift, reporter)
 
     # 3) the student and its run
+    plan = slab_plan(caches, config, len(views))
+
     def task(labels: Tensor, _: ViewPolicy) -> CachedTask:
-        return CachedTask(cache, config, views, labels)
+        seed, epochs = config.seed.data, config.train.epochs
+        targets = TargetReader(caches, config.bias.rectified, views, plan, epochs, seed, labels)
+        return CachedTask(targets, config, labels)
 
-    teacher_size = cache.identity.teacher.image_size
-    destination = Destination(Path(out), "student", resume, overwrite)
-    return make_trainer(config, splits, lambda _: policy, task, destination, reporter, teacher_size)
-
-
-class Targets(Protocol):
-    """What is learned from, asked by dataset index int64 (n,): see `ViewTargets`."""
-
-    def rows(self, samples: Tensor) -> Tensor: ...
-    def wrong(self, samples: Tensor) -> Tensor: ...
-    def rectified_rows(self, samples: Tensor) -> Tensor: ...
+    return make_trainer(
+        config,
+        splits,
+        lambda _: policy,
+        task,
+        Destination(Path(out), "student", resume, overwrite),
+        reporter,
+        teacher_size=cache.identity.teacher.image_size,
+        order=plan.groups.order if plan.groups else sample_order,
+    )
 
 
 class CachedTask:
@@ -115,35 +134,23 @@ class CachedTask:
     targets: those of the epoch at hand, None where the loss uses none.
     """
 
-    def __init__(
-        self, cache: LogitCache, config: StudentConfig, views: list[int], labels: Tensor
-    ) -> None:
-        self._config, self._labels = config, labels
+    def __init__(self, reader: TargetReader, config: StudentConfig, labels: Tensor) -> None:
+        self._reader, self._config, self._labels = reader, config, labels
         self._loss = LOSSES[config.loss.name]
         self._weights = BiasWeights(1.0, 1.0)
         self.targets: Targets | None = None
         self._waited_before = 0.0
-
-        def view_of_epoch(epoch: int) -> int:
-            return views[view_order(config.seed.data, epoch, len(views))]
-
-        def read(view: int) -> ViewTargets:
-            return cache.read_view(view, config.bias.rectified).to(labels.device)
-
-        slab_bytes = cache.num_samples * cache.num_classes * 4
-        resident = slab_bytes * len(views) <= RESIDENT_BYTES
-        self._view_of_epoch = view_of_epoch
-        self._slabs = SlabReader(read, view_of_epoch, config.train.epochs, resident)
 
     def start_epoch(self, epoch: int) -> int:
         bias = self._config.bias
         self._weights = bias_weights(
             bias.mode, bias.chosen_schedule, bias.reduction, epoch, self._config.train.epochs
         )
-        self._waited_before = self._slabs.waited
+        self._waited_before = self._reader.waited
+        self.targets = None  # let go before more is read
         if self._config.loss.name != "ce":
-            self.targets = self._slabs.slab(epoch)
-        return self._view_of_epoch(epoch)
+            self.targets = self._reader.of_epoch(epoch)
+        return self._reader.view_of(epoch)
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         samples, labels = batch.samples, self._labels[batch.samples]
@@ -153,8 +160,14 @@ class CachedTask:
         settings = self._config.loss
         wrong = self.targets.wrong(samples)
         rectified = self._config.bias.rectified is not None
-        teacher = (self.targets.rectified_rows if rectified else self.targets.rows)(samples)
-        rows = self._loss(logits, teacher, labels, settings.temperature, reduction="none")
+        read = self.targets.rectified_rows if rectified else self.targets.rows
+        teacher, kept = read(samples, settings.temperature), self.targets.kept(samples)
+        if kept is None:
+            student, classes = logits, labels
+        else:  # the rest of the row counts as one class, on both sides
+            student, teacher = (lump(z, kept, settings.temperature) for z in (logits, teacher))
+            classes = (kept == labels[:, None]).long().argmax(1)
+        rows = self._loss(student, teacher, classes, settings.temperature, reduction="none")
         weighted = self._weights.rows(wrong) * rows
         loss = settings.ce_weight * hard + settings.weight * weighted.mean()
         return {
@@ -169,7 +182,7 @@ class CachedTask:
         return {
             "weight_right": self._weights.right,
             "weight_wrong": self._weights.wrong,
-            "wait_seconds": self._slabs.waited - self._waited_before,
+            "wait_seconds": self._reader.waited - self._waited_before,
         }
 
 
@@ -190,8 +203,17 @@ def check_objective(config: StudentConfig, cache: LogitCache) -> StudentConfig:
             f"bias '{bias.mode}' needs a loss that uses the teacher, not 'ce'",
             "Use --loss kd, or --bias none.",
         )
+    if loss.name != "ce" and not cache.encoding.holds(loss.temperature):
+        held = ", ".join(f"{t:g}" for t in cache.encoding.parameters["temperatures"])
+        raise ConfigError(
+            f"{cache.path} keeps part of each row, with its rest at T = {held}, not at "
+            f"{loss.temperature:g}",
+            "Train at one of these temperatures, or cache with another --encoding.",
+        )
     if bias.mode != "none":
         check_unmixed(cache.identity.views.policy, f"bias '{bias.mode}'")
+    if bias.mode == "rectify" and config.also:
+        raise ConfigError(*NOT_RECTIFIED)
     if bias.mode != "rectify":
         if bias.rectified is not None:
             raise ConfigError(
@@ -213,6 +235,29 @@ def _only_rectification(cache: LogitCache) -> str:
         + (f": {', '.join(names)}" if names else ""),
         "Name one with --rectified." if names else f"Run `pipeline rectify {cache.path}` first.",
     )
+
+
+def slab_plan(caches: Sequence[LogitCache], config: StudentConfig, num_views: int) -> SlabPlan:
+    """How targets are read. Raises ConfigError where slab_memory is too small, or missing."""
+    if config.slab_memory is None and config.loss.name == "ce":
+        return SlabPlan()  # none are read
+    text, total = config.slab_memory, caches[0].num_samples
+    budget = None if text is None else parse_bytes(text, "slab_memory")
+    samples, _ = held_out(total, config.data.val_fraction, config.seed.data)
+    device = choose_device(config.device)
+    return plan_slabs(caches, num_views, budget, samples, config.train.batch_size, device)
+
+
+def shared_views(caches: Sequence[LogitCache], config: StudentConfig) -> list[int]:
+    """The views to train from, which every cache must have; see `usable_views`."""
+    counts = {cache.num_views for cache in caches}
+    if config.views is None and len(counts) > 1:
+        raise ConfigError(
+            f"the caches have {' and '.join(map(str, sorted(counts)))} views",
+            f"Train from those that all have with --views {min(counts)}.",
+        )
+    views, *_ = [usable_views(cache, config) for cache in caches]
+    return views
 
 
 def usable_views(cache: LogitCache, config: StudentConfig) -> list[int]:

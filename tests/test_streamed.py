@@ -1,6 +1,9 @@
 """Photographs of differing sizes, streamed by workers through all three stages."""
 
 import io
+import os
+import signal
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,22 +12,28 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from helpers import metrics, weights
+import yaml
+from click.testing import CliRunner
+from helpers import metrics, same_weights, weights
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.cli import cli
 from stages import train_student as stage
 from stages.cache import LogitCache
+from stages.cache.targets import ViewTargets
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
-from stages.errors import IdentityError
+from stages.errors import ConfigError, IdentityError, RunError
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import pixel_probes
 from stages.inputs.views import view_policy
-from stages.train_student import StudentConfig, train_student
-from stages.training.config import DataSettings, ModelSettings, TrainSettings
-from stages.training.setup import Splits, load_data
+from stages.reporting import Silent
+from stages.train_student import CachedTask, StudentConfig, train_student
+from stages.training.budget import parse_bytes
+from stages.training.config import DataSettings, LossSettings, ModelSettings, TrainSettings
+from stages.training.setup import Splits, held_out, load_data
 
 # Two workers are what is tested, also where a container grants one core.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
@@ -242,3 +251,183 @@ def test_workers_change_nothing(
         train_student(config, tmp_path / f"run{workers}", splits=my_splits)
     one, two = (weights(tmp_path / f"run{workers}") for workers in (0, 2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# ---- bounded slab memory --------------------------------------------------------------------
+
+TIGHT = "12kB"
+"""Two of a view's six chunks at a time, and two to come."""
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[CachedTask, Tensor]]:
+    """The task and the samples of every batch that is trained on."""
+    batches: list[tuple[CachedTask, Tensor]] = []
+    loss_parts = CachedTask.loss_parts
+
+    def spy(task: CachedTask, logits: Tensor, batch: Any) -> dict[str, Tensor]:
+        batches.append((task, batch.samples))
+        return loss_parts(task, logits, batch)
+
+    monkeypatch.setattr(CachedTask, "loss_parts", spy)
+    return batches
+
+
+@pytest.fixture(scope="module")
+def my_tight(
+    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A whole run of two epochs of five batches each, in three groups of 80 samples."""
+    run = tmp_path_factory.mktemp("tight") / "run"
+    config = student_config(my_cache, my_folder, slab_memory=TIGHT)
+    train_student(config, run, splits=my_splits)
+    return run
+
+
+def test_an_epoch_in_groups_shows_every_sample_once(
+    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path, shown: Any
+) -> None:
+    """With two workers; each batch learns from the rows that the whole view has for it."""
+    config = student_config(my_cache, my_folder, slab_memory=TIGHT)
+    cache, views = LogitCache.open(my_cache), []
+    trainer = stage.student_trainer(config, tmp_path / "run", splits=my_splits)
+    loss_parts = trainer.task.loss_parts
+
+    def compare(logits: Tensor, batch: Any) -> dict[str, Tensor]:
+        targets = trainer.task.targets  # type: ignore[attr-defined]
+        whole = cache.read_view(views[-1])
+        for _ in range(2):  # any question, any number of times
+            assert torch.equal(targets.rows(batch.samples), whole.rows(batch.samples))
+            assert torch.equal(targets.wrong(batch.samples), whole.wrong(batch.samples))
+            assert targets.kept(batch.samples) is None
+        return loss_parts(logits, batch)
+
+    def start_epoch(epoch: int) -> int:
+        views.append(start(epoch))
+        return views[-1]
+
+    start = trainer.task.start_epoch
+    trainer.task.start_epoch = start_epoch  # type: ignore[method-assign]
+    trainer.task.loss_parts = compare  # type: ignore[method-assign]
+    trainer.fit()
+    assert len(shown) == 2 * 5
+    for epoch in range(2):
+        order = torch.cat([samples for _, samples in shown[5 * epoch : 5 * epoch + 5]])
+        assert torch.equal(order.sort().values, torch.arange(SAMPLES))
+        assert torch.equal(order, trainer.order(torch.arange(SAMPLES), 0, epoch))
+        chunks = cache.row_of[order] // cache.grid.chunk_rows
+        assert [len(set(part.tolist())) for part in chunks.split(80)] == [2, 2, 2]
+        assert len(set(chunks.tolist())) == 6
+
+
+def test_the_baseline_sees_the_same_order(
+    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path, shown: Any
+) -> None:
+    orders = []
+    for name in ("kd", "ce"):
+        shown.clear()
+        config = student_config(
+            my_cache, my_folder, 0, slab_memory=TIGHT, loss=LossSettings(name=name)
+        )
+        train_student(config, tmp_path / name, splits=my_splits)
+        orders.append(torch.cat([samples for _, samples in shown]))
+    assert torch.equal(*orders)
+
+
+def test_held_out_samples_are_absent_from_their_groups(
+    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path, shown: Any
+) -> None:
+    settings = msgspec.structs.replace(data(my_folder, 0), image_size=32, val_fraction=0.25)
+    config = student_config(my_cache, my_folder, data=settings, slab_memory=TIGHT)
+    train_student(config, tmp_path / "run", splits=my_splits)
+    training, _ = held_out(SAMPLES, 0.25, seed=0)
+    order = torch.cat([samples for _, samples in shown]).view(2, 180)
+    assert torch.equal(order.sort(1).values, training.expand(2, -1))
+
+
+@pytest.mark.parametrize("batches", [1, 2, 5, 8])
+def test_a_run_in_groups_resumes_exactly(
+    my_cache: Path,
+    my_folder: Path,
+    my_splits: Splits,
+    my_tight: Path,
+    tmp_path: Path,
+    batches: int,
+) -> None:
+    """Stopped within a group, before a batch across two groups, and at the end of an epoch."""
+    config = student_config(my_cache, my_folder, slab_memory=TIGHT)
+    trainer = stage.student_trainer(config, tmp_path / "run", splits=my_splits)
+    trainer.reporter = TermAfter(batches)
+    with pytest.raises(RunError, match="SIGTERM"):
+        trainer.fit()
+    train_student(config, tmp_path / "run", resume=True, splits=my_splits)
+    assert same_weights(tmp_path / "run", my_tight)
+
+
+class TermAfter(Silent):
+    """Sends SIGTERM at the n-th batch."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def progress(self, task: str, done: float, total: float, unit: str) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_memory_is_bounded(
+    my_cache: Path,
+    my_folder: Path,
+    my_splits: Splits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At every read, what is alive of this and earlier slabs is within the budget."""
+    alive: list[weakref.ref[Tensor]] = []
+    resident: list[int] = []
+    read_view = LogitCache.read_view
+
+    def counted(cache: LogitCache, *which: Any) -> ViewTargets:
+        targets = read_view(cache, *which)
+        held = [*targets.arrays.values(), targets.predictions, targets.labels, targets.row_of]
+        alive.extend(weakref.ref(tensor) for tensor in held)
+        tensors = [tensor for reference in alive if (tensor := reference()) is not None]
+        resident.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
+        return targets
+
+    monkeypatch.setattr(LogitCache, "read_view", counted)
+    config = student_config(
+        my_cache, my_folder, 0, slab_memory=TIGHT, train=TrainSettings(epochs=4, batch_size=7)
+    )
+    train_student(config, tmp_path / "run", splits=my_splits)
+    assert len(resident) == 4 * 3
+    one_group = 80 * (LogitCache.open(my_cache).row_bytes - 8) + 8 * SAMPLES
+    assert max(resident) <= 2 * one_group <= parse_bytes(TIGHT, "")
+    assert max(resident) > one_group  # the next group is read ahead
+
+
+def test_too_little_memory(
+    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path
+) -> None:
+    config = student_config(my_cache, my_folder, slab_memory="7kB")
+    with pytest.raises(ConfigError, match=r"7kB is too small.*\nGive --slab-memory 10.24kB"):
+        train_student(config, tmp_path / "run", splits=my_splits)
+    assert not (tmp_path / "run").exists()
+    offered = student_config(my_cache, my_folder, 0, slab_memory="10.24kB")
+    assert stage.student_trainer(offered, tmp_path / "run", splits=my_splits)
+
+
+def test_from_the_command_line(my_cache: Path, my_folder: Path, tmp_path: Path) -> None:
+    command = (
+        f"train-student {my_cache} --also {my_cache} --slab-memory 24kB --dataset "
+        f"folder:{my_folder} --image-size 32 --workers 2 --rescan --student resnet8 --epochs 1 "
+        f"--batch-size 50 --device cpu --set data.feeding=stream --out {tmp_path / 'run'}"
+    )
+    result = CliRunner().invoke(cli, command.split(), catch_exceptions=False)
+    assert result.exit_code == 0
+    kept = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert kept["also"] == [str(my_cache)]
+    assert kept["slab_memory"] == "24kB"
+    assert kept["data"]["rescan"] is True
+    assert len(metrics(tmp_path / "run")) == 1

@@ -204,8 +204,11 @@ class LiveTargets:
     def to(self, device: torch.device) -> "LiveTargets":
         return self
 
-    def rows(self, samples: Tensor) -> Tensor:
+    def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
         return self.logits[samples]
+
+    def kept(self, samples: Tensor) -> None:
+        """All of them."""
 
     def wrong(self, samples: Tensor) -> Tensor:
         return self.logits[samples].argmax(1) != self.labels[samples]
@@ -222,7 +225,7 @@ def test_runs_are_equal_bit_for_bit_with_the_live_teacher_in_the_caches_batches(
     asked: list[int] = []
     labels = my_world.splits.train.labels
 
-    def live_view(cache: LogitCache, view: int, rectified: str | None = None) -> LiveTargets:
+    def live_view(cache: LogitCache, view: int, *_: None) -> LiveTargets:
         asked.append(view)
         logits = torch.empty(SAMPLES, 10)
         logits[row_order] = my_world.live(row_order, view, CACHE_BATCH)

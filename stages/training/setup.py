@@ -27,7 +27,7 @@ from stages.training.config import (
     positive,
 )
 from stages.training.run_directory import RunDirectory
-from stages.training.trainer import Evaluation, Task, Trainer
+from stages.training.trainer import Evaluation, SampleOrder, Task, Trainer, sample_order
 
 _HELD_OUT = 3  # a stream of seed.data, apart from those of the trainer
 
@@ -193,11 +193,13 @@ def make_trainer(
     destination: Destination,
     reporter: Reporter,
     teacher_size: int | None = None,
+    order: SampleOrder = sample_order,
 ) -> Trainer:
     """Model, images and run directory, checked and ready for `fit`; nothing is written before.
 
     choose_policy: input size -> the views to show. make_task: labels int64 (N,) on the device, and
-    the policy -> what is learned. teacher_size: the input size where nothing else gives one.
+    the policy -> what is learned. teacher_size: the input size where nothing else gives one. order:
+    of the samples in an epoch.
     """
     train, data = splits.train, config.data
     device = choose_device(config.device)
@@ -233,4 +235,5 @@ def make_trainer(
         run=run,
         reporter=reporter,
         device=device,
+        order=order,
     )

@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,6 +29,9 @@ from stages.training.optimise import make_optimizer, make_schedule
 from stages.training.run_directory import RunDirectory
 
 _SAMPLE_ORDER, _VIEW_ORDER = 1, 2  # separate streams of one seed
+
+SampleOrder = Callable[[Tensor, int, int], Tensor]
+"""(samples, seed.data, epoch) -> the samples in the order of that epoch; see `sample_order`."""
 
 
 class Task(Protocol):
@@ -87,6 +90,7 @@ class Trainer:
     run: RunDirectory
     reporter: Reporter
     device: torch.device
+    order: SampleOrder = field(default_factory=lambda: sample_order)
 
     def __post_init__(self) -> None:
         use_deterministic(self.settings.deterministic)
@@ -120,7 +124,7 @@ class Trainer:
         view = self.task.start_epoch(epoch)
         if position.step == 0:
             position.lr = float(self._schedule.get_last_lr()[0])
-        order = sample_order(self.samples, self.seeds.data, epoch)
+        order = self.order(self.samples, self.seeds.data, epoch)
         self.module.train()
         started = time.perf_counter() - position.seconds
         for batch in self.feed.batches(order, view, settings.batch_size, skip=position.step):

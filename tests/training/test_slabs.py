@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -37,8 +38,8 @@ def my_shelf() -> Iterator[Shelf]:
 
 def reader(
     read: Callable[[int], str], epochs: int = len(VIEWS), resident: bool = False
-) -> SlabReader[str]:
-    return SlabReader(read, VIEWS.__getitem__, epochs, resident)
+) -> SlabReader[int, str]:
+    return SlabReader(read, lambda epoch: [VIEWS[epoch]], epochs, resident)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -109,3 +110,75 @@ def test_a_failed_read_comes_out_in_its_epoch() -> None:
     assert slabs.slab(0) == "slab 2"
     with pytest.raises(OSError, match="disk on fire"):
         slabs.slab(1)
+
+
+# ---- epochs in several parts ----------------------------------------------------------------
+
+PARTS = [["a", "b", "c"], ["d", "e"], ["f"]]
+
+
+class Library:
+    """Reads letters; remembers in what order, and what is still held of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.held: weakref.WeakValueDictionary[str, Letter] = weakref.WeakValueDictionary()
+        self.most = 0
+
+    def __call__(self, name: str) -> "Letter":
+        letter = Letter(name)
+        self.asked.append(name)
+        self.held[name] = letter
+        self.most = max(self.most, len(self.held))
+        return letter
+
+
+class Letter:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+@pytest.fixture
+def my_library() -> Library:
+    return Library()
+
+
+def in_parts(library: Library) -> SlabReader[str, Letter]:
+    return SlabReader(library, PARTS.__getitem__, len(PARTS), resident=False)
+
+
+def test_parts_come_one_after_another(my_library: Library) -> None:
+    slabs = in_parts(my_library)
+    found = [slabs.slab(e, p).name for e, parts in enumerate(PARTS) for p in range(len(parts))]
+    assert found == my_library.asked == list("abcdef")
+    assert my_library.most <= 2
+
+
+def test_asking_again_reads_nothing(my_library: Library) -> None:
+    slabs = in_parts(my_library)
+    for _ in range(3):
+        assert slabs.slab(0, 1).name == "b"
+    until(lambda: my_library.asked == ["b", "c"])
+
+
+def test_two_parts_at_once_read_nothing_ahead(my_library: Library) -> None:
+    """As a batch across two groups needs; what comes next is read once the first is let go."""
+    slabs = in_parts(my_library)
+    assert slabs.slab(0, 0).name == "a"
+    for _ in range(3):
+        assert [letter.name for letter in slabs.slabs(0, 0, 1)] == ["a", "b"]
+    time.sleep(0.02)
+    assert my_library.asked == ["a", "b"]
+    assert slabs.slab(0, 1).name == "b"
+    until(lambda: my_library.asked == ["a", "b", "c"])
+    assert set(my_library.held) == {"b", "c"}
+    assert my_library.most <= 2
+
+
+def test_a_resumed_run_starts_in_its_own_part(my_library: Library) -> None:
+    slabs = in_parts(my_library)
+    assert slabs.slab(1, 1).name == "e"
+    until(lambda: my_library.asked == ["e", "f"])
+    assert slabs.slab(2).name == "f"
+    time.sleep(0.02)
+    assert my_library.asked == ["e", "f"]

@@ -1,0 +1,130 @@
+"""How much memory targets may take, and how an epoch is read so that they do not take more."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from stages.cache import LogitCache
+from stages.errors import ConfigError
+from stages.training.groups import ChunkGroups
+from stages.training.slabs import RESIDENT_BYTES
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def parse_bytes(text: str, name: str) -> int:
+    """Bytes of `2GB` (10^9), `1.5GiB` (2^30), `800M`, `4096`. Raises ConfigError, naming `name`."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or (match[3] and not match[2]):
+        raise ConfigError(f"{name} is '{text}', not a size", "Write 2GB, 1.5GiB or 800MB.")
+    number, unit, binary = match.groups()
+    return round(float(number) * (_BINARY if binary else _UNITS)[unit.upper()])
+
+
+def in_words(count: float) -> str:
+    """A size that `parse_bytes` takes, rounded up: 25MB, 1.63GB."""
+    prefix, factor = next(((p, f) for p, f in reversed(_UNITS.items()) if count >= f), ("", 1))
+    return f"{math.ceil(count / factor * 100) / 100:g}{prefix.replace('K', 'k')}B"
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free where targets are held: on the GPU, or what this process may still take.
+
+    A container may take less than its machine has (cgroup version 2).
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = int(psutil.virtual_memory().available)
+    try:
+        return min(available, int(_CONTAINER_LIMIT.read_text()))
+    except (OSError, ValueError):  # no such file, or 'max'
+        return available
+
+
+def slab_bytes(caches: Sequence[LogitCache], rows: int) -> int:
+    """What so many rows of one view take in memory, of all caches together.
+
+    Counted with a rectification, whether one is used or not: the order of samples is then the same
+    for every student of a cache.
+    """
+    index = caches[0].num_samples * torch.int64.itemsize  # which sample lies where
+    return sum(rows * cache.row_bytes + index for cache in caches)
+
+
+@dataclass(frozen=True)
+class SlabPlan:
+    """How targets are read. groups: None where views are read whole. resident: all views are kept
+    once they were read.
+    """
+
+    groups: ChunkGroups | None = None
+    resident: bool = False
+
+
+def plan_slabs(
+    caches: Sequence[LogitCache],
+    num_views: int,
+    budget: int | None,
+    samples: Tensor,
+    batch_size: int,
+    device: torch.device,
+) -> SlabPlan:
+    """How to read `num_views` views so that targets take no more than `budget` bytes on `device`:
+    the slab in use and the next.
+
+    samples: int64, those that are trained on. Raises ConfigError, naming a budget that works, where
+    the budget is too small, or where none is given and half of the available memory is. An order
+    of samples that depended on the machine would not be the seed's: nobody chooses silently.
+    """
+    whole = slab_bytes(caches, caches[0].num_samples)
+    needed = min(2, num_views) * whole
+    resident = num_views * whole <= min(RESIDENT_BYTES, budget or RESIDENT_BYTES)
+    if budget is None and needed > (half := available_bytes(device) // 2):
+        raise ConfigError(
+            f"the targets of {min(2, num_views)} views take {in_words(needed)}, more than half of "
+            f"the {in_words(2 * half)} that are free",
+            f"Give --slab-memory {in_words(half)} to read and shuffle groups of chunks, or as much "
+            "as there is.",
+        )
+    if resident or budget is None or needed <= budget:
+        return SlabPlan(None, resident)
+    return SlabPlan(_chunk_groups(caches, budget, samples, batch_size))
+
+
+def _chunk_groups(
+    caches: Sequence[LogitCache], budget: int, samples: Tensor, batch_size: int
+) -> ChunkGroups:
+    cache = caches[0]
+    if any(not torch.equal(c.dataset_index, cache.dataset_index) for c in caches[1:]):
+        raise ConfigError(
+            "caches whose rows lie in different orders cannot be read in groups",
+            "Leave --slab-memory out, or make it large enough for whole views.",
+        )
+    chunk_rows = cache.grid.chunk_rows
+
+    def groups(most: int) -> ChunkGroups:
+        return ChunkGroups(cache.row_of, chunk_rows, most)
+
+    def holds_a_batch(most: int) -> bool:  # a batch may lie across two groups, never three
+        return groups(most).smallest(samples) > batch_size
+
+    per_chunk = chunk_rows * sum(c.row_bytes for c in caches)
+    most = (budget // 2 - slab_bytes(caches, 0)) // per_chunk
+    if most >= 1 and holds_a_batch(most):
+        return groups(most)
+    chunks = next(filter(holds_a_batch, range(1, groups(1).num_chunks)), groups(1).num_chunks)
+    least = 2 * slab_bytes(caches, min(chunks * chunk_rows, cache.num_samples))
+    raise ConfigError(
+        f"a slab memory of {in_words(budget)} is too small: two groups of whole chunks "
+        f"({chunk_rows} rows each), no smaller than a batch, take {in_words(least)}",
+        f"Give --slab-memory {in_words(least)} or more.",
+    )

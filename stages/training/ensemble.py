@@ -1,0 +1,86 @@
+"""Several teachers at once: caches of the same views, their probabilities averaged.
+
+    pipeline train-student one.zarr --also two.zarr --also three.zarr ...
+
+The target is the mean of the members' probabilities at the loss's temperature, written as logits
+for which softmax(z / T) is that mean:
+
+    z = T log(mean_k softmax(z_k / T))
+
+up to the constant that softmax ignores. A row of the ensemble is wrong where the class with the
+largest mean probability at T = 1, which is what the ensemble would answer, is not the label. Both
+are taken from the decoded rows: members may be encoded differently and lie in different orders.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.cache import LogitCache
+from stages.cache.identity import differences
+from stages.cache.targets import ViewTargets
+from stages.errors import CacheError, ConfigError, IdentityError
+
+
+@dataclass(frozen=True)
+class EnsembleTargets:
+    """The targets of one view from several caches. labels: int64 (N,), in dataset order."""
+
+    members: Sequence[ViewTargets]
+    labels: Tensor
+
+    def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
+        """Logits whose softmax at `temperature` is the members' mean: float32 (n, C).
+
+        samples: int64 (n,). Where a member keeps only part of a row, the rest is spread evenly.
+        """
+        scaled = [member.rows(samples, temperature) / temperature for member in self.members]
+        logs = torch.stack([torch.log_softmax(z, dim=1) for z in scaled])  # (K, n, C)
+        return temperature * (logs.logsumexp(0) - math.log(len(scaled)))
+
+    def wrong(self, samples: Tensor) -> Tensor:
+        """bool (n,): whether the ensemble's answer at T = 1 differs from the label."""
+        return self.rows(samples).argmax(1) != self.labels[samples]
+
+    def kept(self, samples: Tensor) -> None:
+        """Every class: what is lost of one member is known of another, or spread evenly."""
+
+    def rectified_rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
+        """There are none: raises ConfigError."""
+        raise ConfigError(*NOT_RECTIFIED)
+
+
+NOT_RECTIFIED = (
+    "a rectification belongs to one cache, not to several",
+    "Leave --also out, or use --bias eliminate, which takes the mistakes of all together.",
+)
+
+
+def open_members(cache: LogitCache, also: Sequence[str], temperature: float) -> list[LogitCache]:
+    """The first cache and those beside it. Raises IdentityError unless they hold the same views
+    of the same dataset, CacheError if their rows are not known at the loss's temperature and 1.
+    """
+    members = [LogitCache.open(path) for path in also]
+    for member in members:
+        differing = [
+            f"{part}.{line}"
+            for part in ("dataset", "views")
+            for line in differences(getattr(member.identity, part), getattr(cache.identity, part))
+        ]
+        if differing:
+            raise IdentityError(
+                f"{member.path} and {cache.path} are not of the same views: "
+                f"{'; '.join(differing[:3])}",
+                "Averaged teachers must have looked at the same pixels: cache this one anew.",
+            )
+    for member in [cache, *members] if members else []:
+        for needed in (temperature, 1.0):
+            if not member.encoding.holds(needed):
+                raise CacheError(
+                    f"{member.path} keeps part of each row, without its rest at T = {needed:g}",
+                    "Several teachers are averaged there and at 1: use another --encoding.",
+                )
+    return [cache, *members]

@@ -1,0 +1,120 @@
+"""What every epoch of a run learns from: the targets of its view, from one cache or several."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from stages.cache import LogitCache
+from stages.training.budget import SlabPlan
+from stages.training.ensemble import EnsembleTargets
+from stages.training.slabs import SlabReader
+from stages.training.trainer import view_order
+
+Answer = TypeVar("Answer", Tensor, Tensor | None)
+
+
+class Targets(Protocol):
+    """What is learned from, asked by dataset index int64 (n,): see `ViewTargets`."""
+
+    def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor: ...
+    def kept(self, samples: Tensor) -> Tensor | None: ...
+    def wrong(self, samples: Tensor) -> Tensor: ...
+    def rectified_rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is read at once: a view, or some chunks of it."""
+
+    view: int
+    chunks: tuple[int, ...] = ()
+
+
+class TargetReader:
+    """The targets of the epochs of a run. `waited`: seconds spent waiting for them, in total."""
+
+    def __init__(
+        self,
+        caches: Sequence[LogitCache],
+        rectified: str | None,
+        views: Sequence[int],
+        plan: SlabPlan,
+        epochs: int,
+        seed: int,
+        labels: Tensor,
+    ) -> None:
+        """views: those that are shown. seed: seed.data. labels: int64 (N,), on the device where
+        targets are needed.
+        """
+        self._caches, self._rectified, self._labels = caches, rectified, labels
+        self._views, self._seed, self._groups = views, seed, plan.groups
+        self._slabs = SlabReader(self._read, self._parts_of, epochs, plan.resident)
+
+    def view_of(self, epoch: int) -> int:
+        """The view that an epoch shows."""
+        return self._views[view_order(self._seed, epoch, len(self._views))]
+
+    @property
+    def waited(self) -> float:
+        return self._slabs.waited
+
+    def of_epoch(self, epoch: int) -> Targets:
+        """The targets of an epoch's view."""
+        if self._groups is None:
+            return self._slabs.slab(epoch)
+        group_of = self._groups.group_of(self._seed, epoch).to(self._labels.device)
+        return GroupedTargets(self._slabs, epoch, group_of)
+
+    def _parts_of(self, epoch: int) -> list[_Part]:
+        view = self.view_of(epoch)
+        if self._groups is None:
+            return [_Part(view)]
+        return [_Part(view, chunks) for chunks in self._groups.chunks(self._seed, epoch)]
+
+    def _read(self, part: _Part) -> Targets:
+        runs = None if self._groups is None else self._groups.runs(part.chunks)
+        members = [
+            cache.read_view(part.view, self._rectified, runs).to(self._labels.device)
+            for cache in self._caches
+        ]
+        return members[0] if len(members) == 1 else EnsembleTargets(members, self._labels)
+
+
+@dataclass(frozen=True)
+class GroupedTargets:
+    """The targets of an epoch that is read in groups; samples are asked for group by group.
+
+    A batch that lies across two groups is answered from both; only then are both needed at once.
+    group_of: int64 (N,), the group that shows each sample.
+    """
+
+    reader: SlabReader[_Part, Targets]
+    epoch: int
+    group_of: Tensor
+
+    def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
+        return self._ask(samples, lambda slab, some: slab.rows(some, temperature))
+
+    def kept(self, samples: Tensor) -> Tensor | None:
+        return self._ask(samples, lambda slab, some: slab.kept(some))
+
+    def wrong(self, samples: Tensor) -> Tensor:
+        return self._ask(samples, lambda slab, some: slab.wrong(some))
+
+    def rectified_rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
+        return self._ask(samples, lambda slab, some: slab.rectified_rows(some, temperature))
+
+    def _ask(self, samples: Tensor, question: Callable[[Targets, Tensor], Answer]) -> Answer:
+        groups = self.group_of[samples]
+        first, last = torch.stack(groups.aminmax()).tolist()
+        slabs = self.reader.slabs(self.epoch, first, last)
+        if first == last:
+            return question(slabs[0], samples)
+        order = groups.argsort(stable=True)  # group by group
+        parts = samples[order].split((groups - first).bincount().tolist())
+        answers = [question(slab, part) for slab, part in zip(slabs, parts, strict=True)]
+        found = [answer for answer in answers if answer is not None]
+        return torch.cat(found)[order.argsort()] if found else answers[0]

@@ -1,0 +1,68 @@
+"""Some rows of a view: the same answers as from the whole view, for the samples that were read."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.cache import LogitCache
+from stages.errors import CacheError
+from stages.rectify import RectifyConfig, rectify
+
+CHUNKS = [slice(334, 668), slice(0, 334), slice(668, 1000)]
+CASES = {
+    "one chunk": [CHUNKS[0]],
+    "two, backwards": [CHUNKS[2], CHUNKS[1]],
+    "all": CHUNKS,
+    "across blocks": [slice(300, 700)],
+    "one row": [slice(999, 1000)],
+}
+
+
+@pytest.fixture(scope="module")
+def my_cache(finished_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
+    """Three views of 1,000 rows in three blocks, with one rectification."""
+    path = tmp_path_factory.mktemp("runs") / "cache.zarr"
+    shutil.copytree(finished_cache, path)
+    rectify(path, RectifyConfig())
+    return LogitCache.open(path)
+
+
+@pytest.mark.parametrize("runs", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("view", [0, 2])
+def test_the_same_answers(my_cache: LogitCache, runs: Sequence[slice], view: int) -> None:
+    whole = my_cache.read_view(view, "pairwise-T4")
+    some = my_cache.read_view(view, "pairwise-T4", runs)
+    samples = torch.cat([my_cache.dataset_index[run] for run in runs])
+    samples = samples[torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(some.rows(samples), whole.rows(samples))
+    assert torch.equal(some.wrong(samples), whole.wrong(samples))
+    assert torch.equal(some.rectified_rows(samples), whole.rectified_rows(samples))
+
+
+def test_only_these_rows_are_held(my_cache: LogitCache) -> None:
+    some = my_cache.read_view(1, "pairwise-T4", [CHUNKS[2]])
+    assert {len(array) for array in some.arrays.values()} == {332}
+    assert some.rectified is not None
+    sizes = {len(t) for t in (some.labels, some.predictions, some.rectified.label_logit)}
+    assert sizes == {332}
+    held = [*some.arrays.values(), some.labels, some.predictions, some.row_of]
+    held += [some.rectified.label_logit, some.rectified.predicted_logit]
+    assert sum(t.untyped_storage().nbytes() for t in held) == 332 * my_cache.row_bytes + 8 * 1000
+
+
+@pytest.mark.parametrize("ask", ["rows", "wrong", "rectified_rows"])
+def test_a_sample_that_was_not_read(my_cache: LogitCache, ask: str) -> None:
+    some = my_cache.read_view(0, "pairwise-T4", [CHUNKS[0]])
+    here, elsewhere = my_cache.dataset_index[400], my_cache.dataset_index[700]
+    with pytest.raises(CacheError, match=f"sample {int(elsewhere)} is not among the rows"):
+        getattr(some, ask)(torch.stack([here, elsewhere]))
+
+
+def test_an_incomplete_view_is_refused_whatever_rows_are_asked(cache_copy: Path) -> None:
+    (record,) = (cache_copy / "commits/logits").glob("v00001*")
+    record.unlink()
+    with pytest.raises(CacheError, match="view 1 of logits is not complete"):
+        LogitCache.open(cache_copy).read_view(1, None, [CHUNKS[0]])

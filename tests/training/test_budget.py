@@ -1,0 +1,150 @@
+"""Sizes as people write them, and slabs that fit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.cache import LogitCache
+from stages.errors import ConfigError
+from stages.training import budget
+from stages.training.budget import (
+    SlabPlan,
+    available_bytes,
+    in_words,
+    parse_bytes,
+    plan_slabs,
+    slab_bytes,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("4096", 4096),
+        ("2GB", 2 * 10**9),
+        ("2 gb", 2 * 10**9),
+        ("1.5GiB", 3 * 2**29),
+        ("800M", 800 * 10**6),
+        ("64KiB", 2**16),
+        ("0.5TB", 5 * 10**11),
+        ("12B", 12),
+    ],
+)
+def test_sizes(text: str, count: int) -> None:
+    assert parse_bytes(text, "x") == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "2 giga", "-1GB", "2GBs", "1e9", "2iB", "2,5GB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"slab_memory is .*, not a size") as caught:
+        parse_bytes(text, "slab_memory")
+    assert "2GB" in caught.value.remedy
+
+
+@pytest.mark.parametrize("count", [0, 1, 999, 1000, 12345, 999_999, 25_010_000, 3 * 10**9 + 1])
+def test_words_can_be_given_back(count: int) -> None:
+    back = parse_bytes(in_words(count), "x")
+    assert count <= back <= count * 1.01 + 1
+
+
+def test_available_memory_is_plausible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert 2**20 < available_bytes(CPU) < 2**50
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(budget, "_CONTAINER_LIMIT", limit)
+    unlimited = available_bytes(CPU)
+    limit.write_text("max\n")
+    assert available_bytes(CPU) > unlimited / 2
+    limit.write_text("1048576\n")
+    assert available_bytes(CPU) == 2**20
+
+
+# ---- plans ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def my_cache(finished_cache: Path) -> LogitCache:
+    """1,000 rows in three chunks of 334, 334 and 332."""
+    return LogitCache.open(finished_cache)
+
+
+def plan(cache: LogitCache, wanted: int | None, views: int = 3, **changes: Any) -> SlabPlan:
+    settings = {"samples": torch.arange(1000), "batch_size": 64, **changes}
+    return plan_slabs([cache], views, wanted, device=CPU, **settings)
+
+
+def test_slab_bytes_are_those_of_its_tensors(my_cache: LogitCache) -> None:
+    targets = my_cache.read_view(0)
+    tensors = [*targets.arrays.values(), targets.predictions, targets.labels, targets.row_of]
+    held = sum(tensor.nbytes for tensor in tensors)
+    rectification = 1000 * 2 * 4  # counted whether it is used or not
+    assert slab_bytes([my_cache], 1000) == held + rectification
+    assert slab_bytes([my_cache] * 3, 1000) == 3 * (held + rectification)
+
+
+def test_plans_by_budget(my_cache: LogitCache) -> None:
+    whole = slab_bytes([my_cache], 1000)
+    assert plan(my_cache, None) == plan(my_cache, 3 * whole) == SlabPlan(None, resident=True)
+    assert plan(my_cache, 3 * whole - 1) == plan(my_cache, 2 * whole) == SlabPlan(None)
+    grouped = plan(my_cache, 2 * whole - 1)
+    assert grouped.groups is not None
+    assert (grouped.groups.most, grouped.groups.num_chunks, grouped.resident) == (2, 3, False)
+    two_chunks = 2 * slab_bytes([my_cache], 334)
+    least = plan(my_cache, two_chunks)
+    assert least.groups is not None
+    assert least.groups.most == 1
+
+
+def test_one_view_needs_no_room_for_a_second(my_cache: LogitCache) -> None:
+    whole = slab_bytes([my_cache], 1000)
+    assert plan(my_cache, whole, views=1) == SlabPlan(None, resident=True)
+    assert plan(my_cache, whole - 1, views=1).groups is not None
+
+
+def test_too_small_a_budget_names_the_least(my_cache: LogitCache) -> None:
+    least = 2 * slab_bytes([my_cache], 334)
+    with pytest.raises(ConfigError, match=r"too small: two groups of whole chunks \(334") as caught:
+        plan(my_cache, least - 1)
+    word = caught.value.remedy.split()[2]
+    assert caught.value.remedy == f"Give --slab-memory {word} or more."
+    assert plan(my_cache, parse_bytes(word, "x")).groups is not None
+
+
+@pytest.mark.parametrize(("batch_size", "most"), [(331, 1), (332, 2), (400, 2)])
+def test_a_group_is_never_smaller_than_a_batch(
+    my_cache: LogitCache, batch_size: int, most: int
+) -> None:
+    """The smallest chunk has 332 rows; three chunks in groups of up to two are a 2 and a 1."""
+    tight = 2 * slab_bytes([my_cache], 334)
+    if most == 1:
+        assert plan(my_cache, tight, batch_size=batch_size).groups is not None
+        return
+    with pytest.raises(ConfigError, match="no smaller than a batch") as caught:
+        plan(my_cache, tight, batch_size=batch_size)
+    word = caught.value.remedy.split()[2]
+    assert plan(my_cache, parse_bytes(word, "x"), batch_size=batch_size) == SlabPlan(None)
+
+
+def test_held_out_samples_do_not_fill_a_group(my_cache: LogitCache) -> None:
+    tight = 2 * slab_bytes([my_cache], 334)
+    few = torch.arange(0, 1000, 5)
+    with pytest.raises(ConfigError, match="no smaller than a batch"):
+        plan(my_cache, tight, samples=few, batch_size=100)
+    assert plan(my_cache, tight, samples=few, batch_size=40).groups is not None
+
+
+def test_nothing_is_chosen_silently_where_memory_is_short(
+    my_cache: LogitCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = slab_bytes([my_cache], 1000)
+    monkeypatch.setattr(budget, "available_bytes", lambda device: 4 * whole)
+    assert plan(my_cache, None).groups is None
+    monkeypatch.setattr(budget, "available_bytes", lambda device: 4 * whole - 2)
+    with pytest.raises(ConfigError, match=r"targets of 2 views take .* more than half") as caught:
+        plan(my_cache, None)
+    word = caught.value.remedy.split()[2]
+    plan(my_cache, parse_bytes(word, "x"))  # what it offers works
+    assert plan(my_cache, None, views=1).groups is None

@@ -1,0 +1,301 @@
+"""Several caches of the same views, averaged: against a loop over rows, members and classes."""
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import DIGITS, metrics
+from torch import Tensor
+
+from stages.cache import LogitCache
+from stages.cache.encoding import Float32
+from stages.cache.targets import ViewTargets
+from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.errors import CacheError, ConfigError, IdentityError, RunError
+from stages.train_student import (
+    CachedTask,
+    StudentConfig,
+    shared_views,
+    student_trainer,
+    train_student,
+)
+from stages.train_teacher import TeacherConfig, train_teacher
+from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
+from stages.training.ensemble import EnsembleTargets, open_members
+from stages.training.setup import Splits
+from stages.training.trainer import sample_order
+
+SAMPLES, CLASSES, VIEWS = 60, 7, 3
+
+
+def member(seed: int, scale: float, labels: Tensor) -> ViewTargets:
+    """Random logits in a row order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(SAMPLES, CLASSES, generator=generator) * scale
+    row_of = torch.randperm(SAMPLES, generator=generator)
+    of_row = row_of.argsort()
+    return ViewTargets(
+        Float32(), {"logits": logits[of_row]}, logits[of_row].argmax(1), labels[of_row], row_of
+    )
+
+
+def ensemble(*scales: float) -> EnsembleTargets:
+    labels = torch.arange(SAMPLES) % CLASSES
+    return EnsembleTargets([member(i, s, labels) for i, s in enumerate(scales)], labels)
+
+
+def naive_mean(targets: EnsembleTargets, sample: int, temperature: float) -> list[float]:
+    """mean_k softmax(z_k / T) of one sample, a number at a time."""
+    total = [0.0] * CLASSES
+    for one in targets.members:
+        row = one.rows(torch.tensor([sample]))[0].double().tolist()
+        weights = [math.exp((z - max(row)) / temperature) for z in row]
+        for c in range(CLASSES):
+            total[c] += weights[c] / sum(weights) / len(targets.members)
+    return total
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, 20.0])
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 3.0), (0.1, 5.0, 9.0)])
+def test_rows_are_the_mean_probabilities(scales: tuple[float, ...], temperature: float) -> None:
+    targets, samples = ensemble(*scales), torch.tensor([5, 59, 0, 5])
+    found = torch.softmax(targets.rows(samples, temperature) / temperature, dim=1)
+    expected = [naive_mean(targets, int(sample), temperature) for sample in samples]
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
+
+
+def test_wrong_is_where_the_mean_at_one_has_another_answer() -> None:
+    targets, samples = ensemble(1.0, 3.0, 2.0), torch.arange(SAMPLES).flip(0)
+    expected = []
+    for sample in samples.tolist():
+        mean = naive_mean(targets, sample, 1.0)
+        expected.append(mean.index(max(mean)) != sample % CLASSES)
+    assert targets.wrong(samples).tolist() == expected
+    assert any(one.wrong(samples).tolist() != expected for one in targets.members)
+
+
+def test_large_logits_stay_finite() -> None:
+    targets = ensemble(1e4, 1e4)
+    rows = targets.rows(torch.arange(SAMPLES), 1.0)
+    assert torch.isfinite(rows).all()
+    assert torch.allclose(torch.softmax(rows, 1).sum(1), torch.ones(SAMPLES))
+
+
+def test_one_member_is_that_member() -> None:
+    targets, samples = ensemble(2.0), torch.arange(SAMPLES)
+    (alone,) = targets.members
+    found, own = (torch.softmax(t.rows(samples) / 4, 1) for t in (targets, alone))
+    np.testing.assert_allclose(
+        torch.softmax(targets.rows(samples, 4.0) / 4, 1), own, rtol=1e-5, atol=1e-7
+    )
+    assert found.shape == own.shape
+    assert torch.equal(targets.wrong(samples), alone.wrong(samples))
+
+
+def test_there_is_no_rectification() -> None:
+    with pytest.raises(ConfigError, match="belongs to one cache"):
+        ensemble(1.0, 2.0).rectified_rows(torch.arange(3))
+
+
+# ---- whole runs -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def my_caches(
+    cache_config: CacheConfig,
+    finished_cache: Path,
+    digits: Splits,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Mapping[str, Path]:
+    """`first`, and caches of another teacher: `other` in half precision and in other blocks, `two`
+    with two views, `seed` and `policy` of other views.
+    """
+    folder = tmp_path_factory.mktemp("ensemble")
+    teacher = TeacherConfig(
+        data=DIGITS,
+        model=ModelSettings(architecture="resnet8"),
+        augment="pad-crop:pad=2",
+        train=TrainSettings(epochs=1, lr=0.05),
+        device="cpu",
+    )
+    train_teacher(teacher, folder / "run", splits=digits)
+    weights = msgspec.structs.replace(cache_config.teacher, weights=str(folder / "run"))
+    changes: dict[str, dict[str, Any]] = {
+        "other": {"encoding": "float16", "block_rows": 130},
+        "two": {"views": 2},
+        "seed": {"seed": 1, "views": 1},
+        "policy": {"augment": "pad-crop-flip:pad=2", "views": 1},
+    }
+    for name, changed in changes.items():
+        config = msgspec.structs.replace(cache_config, teacher=weights, **changed)
+        cache_teacher(prepare(config, digits), folder / name)
+    return {"first": finished_cache, **{name: folder / name for name in changes}}
+
+
+def student_config(caches: Mapping[str, Path], *names: str, **changes: Any) -> StudentConfig:
+    first, *others = (str(caches[name]) for name in names)
+    config = StudentConfig(
+        cache=first,
+        also=tuple(others),
+        data=DIGITS,
+        model=ModelSettings(architecture="resnet8"),
+        train=TrainSettings(epochs=2, batch_size=128, lr=0.05),
+        device="cpu",
+    )
+    return msgspec.structs.replace(config, **changes)
+
+
+def test_averaging_a_teacher_with_itself_changes_next_to_nothing(
+    my_caches: Mapping[str, Path], digits: Splits, tmp_path: Path
+) -> None:
+    for name, caches in (("alone", ["first"]), ("twice", ["first", "first"])):
+        config = student_config(my_caches, *caches)
+        train_student(config, tmp_path / name, splits=digits)
+    alone, twice = (metrics(tmp_path / name) for name in ("alone", "twice"))
+    for one, two in zip(alone, twice, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["wrong_rate"] == one["wrong_rate"]
+
+
+@pytest.mark.parametrize("mode", ["none", "eliminate"])
+def test_two_teachers(
+    my_caches: Mapping[str, Path],
+    digits: Splits,
+    tmp_path: Path,
+    mode: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At a rate of nothing in one batch: the loss is that of the mean, worked out in numpy."""
+    config = student_config(
+        my_caches,
+        "first",
+        "other",
+        bias=BiasSettings(mode=mode),
+        loss=LossSettings(ce_weight=0.0, weight=1.0),
+        train=TrainSettings(epochs=1, batch_size=1000, lr=1e-12, weight_decay=0),
+    )
+    shown: list[tuple[Tensor, Tensor]] = []
+    loss_parts = CachedTask.loss_parts
+
+    def spy(task: CachedTask, logits: Tensor, batch: Any) -> dict[str, Tensor]:
+        shown.append((batch.samples, logits.detach().double()))
+        return loss_parts(task, logits, batch)
+
+    monkeypatch.setattr(CachedTask, "loss_parts", spy)
+    train_student(config, tmp_path / "run", splits=digits)
+    ((samples, logits),) = shown
+    (line,) = metrics(tmp_path / "run")
+    caches = [LogitCache.open(my_caches[name]) for name in ("first", "other")]
+    means = {}
+    for temperature in (1.0, 4.0):
+        rows = [c.read_view(line["view"]).rows(samples).double() / temperature for c in caches]
+        means[temperature] = sum(torch.softmax(z, 1) for z in rows).numpy() / 2
+    wrong = means[1.0].argmax(1) != digits.train.labels[samples].numpy()
+    assert line["wrong_rate"] == pytest.approx(wrong.mean(), abs=1e-6)
+    student = torch.log_softmax(logits / 4, 1).numpy()
+    rows = 16 * (means[4.0] * (np.log(means[4.0]) - student)).sum(1)
+    expected = rows.mean() if mode == "none" else rows[~wrong].mean()
+    assert line["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("bias", ["none", "eliminate"])
+def test_a_run_resumes_and_leaves_a_record(
+    my_caches: Mapping[str, Path], digits: Splits, tmp_path: Path, bias: Any
+) -> None:
+    config = student_config(my_caches, "first", "other", bias=BiasSettings(mode=bias))
+    train_student(config, tmp_path / "run", splits=digits)
+    kept = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert kept["also"] == [str(my_caches["other"])]
+    alone = student_config(my_caches, "first", bias=BiasSettings(mode=bias))
+    with pytest.raises(RunError, match="also"):
+        train_student(alone, tmp_path / "run", resume=True, splits=digits)
+    train_student(config, tmp_path / "run", resume=True, splits=digits)
+
+
+def test_in_groups_of_the_firsts_chunks(
+    my_caches: Mapping[str, Path], digits: Splits, tmp_path: Path
+) -> None:
+    """The members have other chunks; every sample is shown once, to the same effect at rate 0."""
+    still = TrainSettings(epochs=1, batch_size=100, lr=1e-12, weight_decay=0)
+    lines = {}
+    for name, memory in (("whole", None), ("groups", "120kB")):
+        config = student_config(my_caches, "first", "other", train=still, slab_memory=memory)
+        trainer = student_trainer(config, tmp_path / name, splits=digits)
+        trainer.fit()
+        (lines[name],) = metrics(tmp_path / name)
+        order = trainer.order(torch.arange(1000), 0, 0)
+        assert torch.equal(order, sample_order(torch.arange(1000), 0, 0)) == (memory is None)
+    assert lines["groups"]["wrong_rate"] == pytest.approx(lines["whole"]["wrong_rate"], abs=1e-6)
+    assert lines["groups"]["loss"] == pytest.approx(lines["whole"]["loss"], rel=0.1)
+
+
+# ---- what is refused ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("other", "field"),
+    [("seed", r"views\.seed: 1, not 0"), ("policy", r"views\.policy: pad-crop-flip, not pad-crop")],
+)
+def test_caches_of_other_views(my_caches: Mapping[str, Path], other: str, field: str) -> None:
+    with pytest.raises(IdentityError, match=rf"not of the same views: .*{field}"):
+        open_members(LogitCache.open(my_caches["first"]), [str(my_caches[other])], 4.0)
+
+
+def test_caches_of_another_dataset(
+    my_caches: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, other = (LogitCache.open(my_caches[name]) for name in ("first", "other"))
+    dataset = msgspec.structs.replace(other.identity.dataset, labels="of others")
+    other.identity = msgspec.structs.replace(other.identity, dataset=dataset)
+    monkeypatch.setattr(LogitCache, "open", lambda path: other)
+    with pytest.raises(IdentityError, match=r"dataset\.labels: of others, not "):
+        open_members(first, ["other"], 4.0)
+
+
+def test_caches_of_other_numbers_of_views(
+    my_caches: Mapping[str, Path], digits: Splits, tmp_path: Path
+) -> None:
+    caches = [LogitCache.open(my_caches[name]) for name in ("first", "two")]
+    with pytest.raises(ConfigError, match=r"have 2 and 3 views\n.*--views 2"):
+        shared_views(caches, student_config(my_caches, "first", "two"))
+    assert shared_views(caches, student_config(my_caches, "first", "two", views=2)) == [0, 1]
+    with pytest.raises(ConfigError, match="3 views were asked for, the cache has 2"):
+        shared_views(caches, student_config(my_caches, "first", "two", views=3))
+
+
+def test_a_member_that_is_not_complete(my_caches: Mapping[str, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(my_caches["other"], broken)
+    (record,) = (broken / "commits/logits").glob("v00001*")
+    record.unlink()
+    caches = [LogitCache.open(path) for path in (my_caches["first"], broken)]
+    with pytest.raises(CacheError, match=r"broken is not complete: 2 of 3"):
+        shared_views(caches, student_config(my_caches, "first", "other"))
+
+
+def test_rectification_is_refused(
+    my_caches: Mapping[str, Path], digits: Splits, tmp_path: Path
+) -> None:
+    config = student_config(my_caches, "first", "other", bias=BiasSettings(mode="rectify"))
+    with pytest.raises(ConfigError, match=r"belongs to one cache.*\n.*--bias eliminate"):
+        train_student(config, tmp_path / "run", splits=digits)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_whose_rest_is_unknown_at_one(
+    cache_config: CacheConfig, my_caches: Mapping[str, Path], digits: Splits, tmp_path: Path
+) -> None:
+    config = msgspec.structs.replace(cache_config, views=1, encoding="topk:k=3,temperatures=4")
+    cache_teacher(prepare(config, digits), tmp_path / "topk")
+    first = LogitCache.open(my_caches["first"])
+    with pytest.raises(CacheError, match=r"topk keeps part of each row, without its rest at T = 1"):
+        open_members(first, [str(tmp_path / "topk")], 4.0)
+    with pytest.raises(CacheError, match=r"without its rest at T = 2"):
+        open_members(first, [str(tmp_path / "topk")], 2.0)
