@@ -355,7 +355,7 @@ def test_a_run_in_groups_resumes_exactly(
     batches: int,
 ) -> None:
     """Stopped within a group, before a batch across two groups, and at the end of an epoch."""
-    config = student_config(my_cache, my_folder, slab_memory=TIGHT)
+    config = student_config(my_cache, my_folder, 0, slab_memory=TIGHT)
     trainer = stage.student_trainer(config, tmp_path / "run", splits=my_splits)
     trainer.reporter = TermAfter(batches)
     with pytest.raises(RunError, match="SIGTERM"):

@@ -1,9 +1,11 @@
 """A folder is listed once, and again whenever its files may be others."""
 
+import hashlib
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -288,3 +290,30 @@ def test_a_manifest_is_json_lines(my_folder: Path, my_caches: Path) -> None:
     assert version == manifest.VERSION
     assert listing[2][:2] == ["ant/0.png", "ant/1.png"]
     assert set(times) == {"", "ant", "bee", "cat"}
+
+
+def test_the_identity_is_of_relative_paths_and_sizes_in_order(my_folder: Path) -> None:
+    """As it has always been, whether the folder was listed or remembered: caches depend on it."""
+    train = my_folder / "train"
+    lines = [f"{path.relative_to(train)}\t{path.stat().st_size}\n" for path in train.glob("*/*")]
+    expected = hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()[:32]
+    assert digests(my_folder)[0] == digests(my_folder)[0] == expected
+
+
+def test_imagenet_is_remembered_too(my_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def fake(root: Path, split: str) -> SimpleNamespace:
+        made.append(split)
+        paths = sorted((root / split).glob("*/*"))
+        names = sorted({path.parent.name for path in paths})
+        samples = [(str(path), names.index(path.parent.name)) for path in paths]
+        return SimpleNamespace(samples=samples, wnids=names)
+
+    monkeypatch.setattr("torchvision.datasets.ImageNet", fake)
+    loads = [load_dataset("imagenet", "train", str(my_folder)) for _ in range(2)]
+    assert made == ["train"]
+    assert loads[0].images_digest == loads[1].images_digest == digests(my_folder)[0]
+    assert loads[1].class_names == ("ant", "bee", "cat")
+    assert loads[1].labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert loads[1].name == "imagenet"
