@@ -60,7 +60,7 @@ def my_cache(tmp_path_factory: pytest.TempPathFactory, my_job: CacheJob) -> Path
     return path
 
 
-def student_config(cache: Path) -> StudentConfig:
+def student_config(cache: object) -> StudentConfig:
     return StudentConfig(
         cache=str(cache),
         data=DIGITS,
@@ -180,6 +180,28 @@ def test_inspect_shows_the_composition(my_cache: Path, capsys: pytest.CaptureFix
     show_cache(str(my_cache), Console())
     shown = capsys.readouterr().out
     assert "pad-crop+mixup (pad=1, mixup.alpha=0.8), seed 0" in shown
+
+
+def test_weak_and_strong_rows_lie_side_by_side(
+    my_job: CacheJob, my_splits: Splits, tmp_path: Path
+) -> None:
+    spec = "pad-crop:pad=1|pad-crop:pad=1+erasing:p=1+cutmix"
+    config = msgspec.structs.replace(my_job.config, augment=spec, views=4)
+    job = prepare(config, my_splits)
+    cache_teacher(job, tmp_path / "pairs.zarr")
+    cache = LogitCache.open(tmp_path / "pairs.zarr")
+    policy = cached_policy(cache)
+    weak_and_strong = policy.paired_views(2)
+    assert weak_and_strong == (2, 3)
+    feed, samples = ViewFeed(my_splits.train, policy, CPU, workers=0), torch.arange(120)
+    for view in weak_and_strong:
+        (batch,) = feed.batches(samples, view, 120)
+        assert (batch.partners is None) == (view % 2 == 0)
+        with torch.inference_mode():
+            live = logits_of(job.model.module(job.normalise(batch.pixels)))
+        ours = cache.distribution(view, temperature=1.0)
+        torch.testing.assert_close(ours, live.softmax(1), rtol=1e-4, atol=1e-6)
+    train_student(student_config(cache.path), tmp_path / "run", splits=my_splits)
 
 
 # ---- what needs one label -------------------------------------------------------------------

@@ -307,6 +307,21 @@ def test_cuda_gives_the_same_bytes(spec: str) -> None:
     assert same(Batch(*on_cpu), expected)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("spec", ["pad-crop-flip+mixup", "none+erasing+cutmix", "none|none+mixup"])
+def test_moved_and_mixed_pixels_need_no_workers(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = ViewFeed(dataset(), view_policy(spec), CPU, workers=2)
+    monkeypatch.setattr(ViewFeed, "_from_workers", None)  # calling it is a TypeError
+    assert fed(feed, torch.arange(21), 1, 5).pixels.shape == (21, 3, 12, 12)
+
+
+@pytest.mark.parametrize("mixer", [Cutmix(), Cutmix(alpha=5.0)])
+def test_a_larger_input_is_cut_in_the_same_place(mixer: Cutmix) -> None:
+    small, large = (drawn(mixer, torch.arange(500), 0, (side, side)).box for side in (24, 96))
+    for edge in ("top", "left", "height", "width"):
+        difference = getattr(large, edge) / 4 - getattr(small, edge)
+        assert float(difference.abs().max()) <= 2.5  # both are rounded down, halves too
+
+
 def test_another_size_is_mixed_at_that_size() -> None:
     policy = view_policy("none+cutmix")
     batch = fed(ViewFeed(dataset(), policy, CPU, image_size=5, workers=0), torch.arange(21), 3, 21)

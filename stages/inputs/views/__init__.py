@@ -1,8 +1,8 @@
 """Which augmented view of a sample: a pure function of (seed, view, sample).
 
 `policy.py` says what a policy is; `crops.py` has the bases, `augment.py` and `erasing.py` what goes
-on top of them (`layers.py`), `mixing.py` mixup and cutmix, `pairs.py` weak and strong views,
-`transforms.py` torchvision's own transforms, `spec.py` their names.
+on top of them (`layers.py`), `mixers.py` mixup and cutmix, `mixing.py` who is mixed with whom,
+`pairs.py` weak and strong views, `transforms.py` torchvision's own transforms, `spec.py` the names.
 """
 
 from stages.inputs.views.augment import RandAugment, TrivialAugment
@@ -17,15 +17,8 @@ from stages.inputs.views.crops import (
 )
 from stages.inputs.views.erasing import Erasing
 from stages.inputs.views.layers import Composed, Layer
-from stages.inputs.views.mixing import (
-    MIXERS,
-    Cutmix,
-    Mixed,
-    Mixer,
-    Mixup,
-    check_unmixed,
-    mixes,
-)
+from stages.inputs.views.mixers import MIXERS, Cutmix, Mixer, Mixup
+from stages.inputs.views.mixing import Mixed, check_unmixed, mixes
 from stages.inputs.views.pairs import Paired
 from stages.inputs.views.policy import Plan, Shown, ViewPolicy, check_view
 from stages.inputs.views.spec import LAYERS, POLICIES, known_policy, view_policy

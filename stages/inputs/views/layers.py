@@ -21,6 +21,9 @@ from stages.inputs.views.policy import (
 class Layer(ABC):
     """Something that changes an image that has been cropped and brought to its final size.
 
+    Boxes are drawn in proportion to that size, so that a teacher and a student of other input sizes
+    see the same. Distances in pixels, trivial-augment's translations, are of each size's own.
+
     moves_pixels_only: whether it copies pixels or makes them zero; then `on_batch` works on any
     device, otherwise images are changed one by one on the CPU.
     """

@@ -1,31 +1,24 @@
-"""Mixup and cutmix: every image with a partner, the same one whatever batch it is in.
+"""Every image with a partner, the same one whatever batch it is in.
 
 The partner of sample i in view v is p_v(i), p_v a keyed permutation of the dataset: everyone is
 partner once in every view (and, as in any permutation, about one sample a view is its own). The
 partner is shown in its own crop of the same view, so that a mixed view costs two renderings.
 
-The share l of an image is drawn from Beta(alpha, alpha) and folded to max(l, 1 - l), in whole
-256ths: the own label is always the dominant one. Beta(alpha, alpha) is symmetric, so that folding
-leaves the mixtures of unordered pairs as they were for mixup. For cutmix the smaller share is
-always the box and never the frame around it.
-
 A row of a mixed view has two labels: bias elimination and rectification, which need one, refuse.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stages.errors import DatasetError, ViewError
-from stages.inputs.counter_hash import bounded, counter_hash, permute
-from stages.inputs.views.erasing import Patches
+from stages.inputs.counter_hash import permute
 from stages.inputs.views.layers import within_count
+from stages.inputs.views.mixers import MIXERS, Mixer
 from stages.inputs.views.policy import (
-    Drawn,
     Load,
     Parameters,
     Plan,
@@ -36,113 +29,6 @@ from stages.inputs.views.policy import (
     parameters_of,
     views_of,
 )
-from stages.inputs.views.tables import GRID, MIXED, folded_beta
-
-
-class Mixer(ABC):
-    """How two images become one."""
-
-    name: ClassVar[str]
-    version: ClassVar[int] = 1
-    moves_pixels_only: ClassVar[bool] = False
-    alpha: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 100:
-            raise ViewError(f"alpha must be in (0, 100], was {self.alpha}")
-
-    @abstractmethod
-    def draw(
-        self, seed: int, samples: Tensor, views: Tensor, height: Tensor, width: Tensor
-    ) -> Drawn:
-        """What `mix` needs: samples, views, height and width int64 (B,), of the images."""
-
-    @abstractmethod
-    def mix(self, images: Tensor, others: Tensor, drawn: Any) -> Tensor:
-        """uint8 (B, C, H, W) twice -> the mixture, by integer arithmetic on any device."""
-
-    @abstractmethod
-    def shares(self, drawn: Any) -> Tensor:
-        """The share of each image, not its partner's: float32 (B,), at least 1/2."""
-
-    def _keep(self, seed: int, stream: Stream, samples: Tensor, views: Tensor) -> Tensor:
-        """256 max(l, 1 - l), l ~ Beta(alpha, alpha): int64 (B,) in [128, 256]."""
-        uniform = bounded(counter_hash(seed, stream, views, samples, 0), GRID)
-        table = folded_beta(self.alpha).to(samples.device)
-        keep: Tensor = MIXED // 2 + torch.searchsorted(table, uniform, right=True)
-        return keep
-
-
-@dataclass(frozen=True)
-class _Keeps(Drawn):
-    keep: Tensor
-    """int64 (B,): 256ths of the own image."""
-
-
-@dataclass(frozen=True)
-class Mixup(Mixer):
-    """l a + (1 - l) b: Zhang et al. 2018, arXiv 1710.09412."""
-
-    alpha: float = 0.8
-    name: ClassVar[str] = "mixup"
-
-    def draw(
-        self, seed: int, samples: Tensor, views: Tensor, height: Tensor, width: Tensor
-    ) -> _Keeps:
-        return _Keeps(self._keep(seed, Stream.MIXUP, samples, views))
-
-    def mix(self, images: Tensor, others: Tensor, drawn: Any) -> Tensor:
-        keep: Tensor = drawn.keep.int().view(-1, 1, 1, 1)
-        return ((keep * images + (MIXED - keep) * others + MIXED // 2) >> 8).to(torch.uint8)
-
-    def shares(self, drawn: Any) -> Tensor:
-        keep: Tensor = drawn.keep
-        return keep.float() / MIXED
-
-
-@dataclass(frozen=True)
-class _Cuts(Drawn):
-    box: Patches
-    height: Tensor
-    width: Tensor
-
-
-@dataclass(frozen=True)
-class Cutmix(Mixer):
-    """A box of the partner in the image: Yun et al. 2019, arXiv 1905.04899.
-
-    The box has sides sqrt(1 - l) of the image's, a centre anywhere, and is cut off at the edges;
-    the share is counted in pixels of what is left of it.
-    """
-
-    alpha: float = 1.0
-    name: ClassVar[str] = "cutmix"
-    moves_pixels_only: ClassVar[bool] = True
-
-    def draw(
-        self, seed: int, samples: Tensor, views: Tensor, height: Tensor, width: Tensor
-    ) -> _Cuts:
-        keep = self._keep(seed, Stream.CUTMIX, samples, views)
-        # Rounded down, so that the box never covers more than 1 - l <= 1/2. The square root of a
-        # multiple of 2^-8 in float64 is correctly rounded, the same on every machine.
-        side = ((MIXED - keep).double() / MIXED).sqrt()
-        edges = []
-        for draw, length in ((1, height), (2, width)):
-            cut = (length * side).long()
-            centre = bounded(counter_hash(seed, Stream.CUTMIX, views, samples, draw), length)
-            start = (centre - cut // 2).clamp(min=0)
-            stop = torch.minimum(centre - cut // 2 + cut, length)
-            edges.append((start, stop - start))
-        (top, box_height), (left, box_width) = edges
-        return _Cuts(Patches(top, left, box_height, box_width), height, width)
-
-    def mix(self, images: Tensor, others: Tensor, drawn: Any) -> Tensor:
-        return torch.where(drawn.box.inside(*images.shape[-2:]), others, images)
-
-    def shares(self, drawn: Any) -> Tensor:
-        whole = drawn.height * drawn.width
-        own: Tensor = (whole - drawn.box.height * drawn.box.width).double() / whole
-        return own.float()
 
 
 @dataclass(frozen=True)
@@ -266,6 +152,3 @@ def check_unmixed(name: str, wanted: str) -> None:
             f"{wanted} needs one label a row, and views of '{name}' mix two samples",
             "Cache views without mixup and cutmix for it, or train with --bias none.",
         )
-
-
-MIXERS: Mapping[str, Callable[..., Mixer]] = {mixer.name: mixer for mixer in (Mixup, Cutmix)}

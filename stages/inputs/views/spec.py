@@ -14,7 +14,8 @@ from stages.inputs.views.augment import RandAugment, TrivialAugment
 from stages.inputs.views.crops import CropPolicy, PadCrop, PadCropFlip, Plain, ResizedCropFlip
 from stages.inputs.views.erasing import Erasing
 from stages.inputs.views.layers import Composed
-from stages.inputs.views.mixing import MIXERS, Mixed
+from stages.inputs.views.mixers import MIXERS
+from stages.inputs.views.mixing import Mixed
 from stages.inputs.views.pairs import Paired
 from stages.inputs.views.policy import Parameters, ViewPolicy, parameters_of
 from stages.inputs.views.transforms import TORCHVISION, Transform

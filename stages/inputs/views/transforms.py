@@ -4,6 +4,7 @@ Transforms draw from the global generators of torch, numpy and `random`. Each im
 under generators that are seeded for it and put back afterwards, so that nothing leaks in or out.
 
 Fails when: a transform has a generator of its own, remembers earlier images, or draws on a GPU.
+A cache names its transform: training from a stranger's cache imports and calls what it names.
 """
 
 import functools
