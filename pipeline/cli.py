@@ -239,6 +239,48 @@ def inspect_command(cache: str) -> None:
     show_cache(cache, Console())
 
 
+@cli.command("verify")
+@click.argument("cache")
+@options(
+    click.option(
+        "--live", type=click.IntRange(1), help="Run the teacher on so many random rows as well."
+    ),
+    click.option("--pixels", is_flag=True, help="Compare with the dataset's pixels as well."),
+    click.option("--repair", is_flag=True, help="Compute again what is damaged."),
+    click.option("--dataset", help="As it was cached from, if it has moved."),
+    click.option("--root", help="Where the dataset lies, if it has moved."),
+    click.option("--weights", help="The teacher's, if they have moved."),
+    click.option("--device", help="auto, cpu, cuda, cuda:1, ..."),
+)
+def verify_command(cache: str, **given: Any) -> None:
+    """Check every byte of a cache against what its stages promised.
+
+    Exit code 0 only if all holds, 1 with a list of what does not.
+    """
+    from pipeline.console import Console
+    from pipeline.tables import show_verified
+    from stages.cache import LogitCache
+    from stages.repair import recorded_job, repair
+    from stages.verify import verify, verify_live, verify_pixels
+
+    console = Console()
+    verified = verify(cache, console)
+    faults = verified.faults
+    if given["live"] or given["pixels"] or (given["repair"] and faults):
+        moved = {name: given[name] for name in ("dataset", "root", "weights", "device")}
+        job = recorded_job(cache, **moved)
+        if given["repair"] and faults:
+            show_verified(console, cache, verified, faults)
+            faults = repair(cache, job, faults, console)
+        if not faults and given["live"]:
+            faults = verify_live(LogitCache.open(cache), job, given["live"])
+        if not faults and given["pixels"]:
+            faults = verify_pixels(LogitCache.open(cache), job.splits)
+    show_verified(console, cache, verified, faults)
+    if faults:
+        sys.exit(1)
+
+
 @cli.command("demo")
 @click.option("--out", default="demo-out", show_default=True, help="Where everything goes.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier demo.")

@@ -1,5 +1,6 @@
 """Tables about caches and runs: what is planned, what is there, what came of it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.console import Console, duration, size
@@ -7,6 +8,9 @@ from stages.cache import LogitCache
 from stages.cache.encoding import Encoding, Fidelity
 from stages.cache_plan import CachePlan
 from stages.cache_teacher import CacheSummary
+from stages.verify import Fault, Verified
+
+MOST_FAULTS = 50
 
 
 def show_cache(path: str, console: Console) -> None:
@@ -184,3 +188,14 @@ def show_cached(console: Console, out: str, summary: CacheSummary) -> None:
             ("test split", f"{summary.test_top1:.2%}", "", ""),
         ],
     )
+
+
+def show_verified(console: Console, path: str, verified: Verified, faults: Sequence[Fault]) -> None:
+    """What was looked at, and what is wrong."""
+    if not faults:
+        console.say(f"{path}: {verified.blocks:,} blocks, {size(verified.bytes)}: everything holds")
+        return
+    shown = [(fault.where, fault.what) for fault in faults[:MOST_FAULTS]]
+    if len(faults) > MOST_FAULTS:
+        shown.append(("...", f"and {len(faults) - MOST_FAULTS:,} more"))
+    console.table(f"{path}: {len(faults):,} faults", ("where", "what"), shown)

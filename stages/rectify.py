@@ -198,13 +198,21 @@ def _replaced(label: Tensor, predicted: Tensor, method: Method) -> tuple[Tensor,
 def rectify_block(cache: LogitCache, name: str, view: int, block: int) -> None:
     """Rectify and commit one block: a Dask task."""
     rectification = cache.rectification(name)
-    settings = rectification.settings
+    arrays, statistics = rectified_block(cache, rectification.settings, view, block)
+    record = {"settings": msgspec.to_builtins(rectification.settings), "statistics": statistics}
+    rectification.write_block(view, block, arrays, record)
+
+
+def rectified_block(
+    cache: LogitCache, settings: RectificationSettings, view: int, block: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The arrays of one rectified block, each (n, ...) as layout.py names them; its statistics."""
     config = msgspec.convert(
         {"method": settings.method, "space": settings.space, "temperature": settings.temperature},
         RectifyConfig,
     )
-    at_temperature = 1.0 if settings.temperature_free else settings.temperature
-    rows = cache.read_block(view, block, at_temperature)
+    temperature = 1.0 if settings.temperature_free else settings.temperature
+    rows = cache.read_block(view, block, temperature)
     wrong = rows.predictions != rows.labels
     label_logit, predicted_logit = torch.zeros(2, len(wrong))
     at = wrong.nonzero().squeeze(1)
@@ -217,11 +225,9 @@ def rectify_block(cache: LogitCache, name: str, view: int, block: int) -> None:
     rectified.scatter_(1, rows.predictions[at, None], new_predicted[:, None])
     arrays = {"wrong": wrong, "label_logit": label_logit, "predicted_logit": predicted_logit}
     if settings.materialised:
-        temperature = 1.0 if settings.temperature_free else settings.temperature
         whole = rows.logits.index_copy(0, at, rectified)
         arrays["log_distribution"] = torch.log_softmax(whole / temperature, dim=1)
-    record = {"statistics": _block_statistics(rows, at, rectified)}
-    rectification.write_block(view, block, arrays, record)
+    return arrays, _block_statistics(rows, at, rectified)
 
 
 def _rectify_block_at(path: Location, name: str, view: int, block: int) -> None:

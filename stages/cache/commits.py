@@ -48,6 +48,15 @@ def list_objects(store: Store, prefix: str) -> list[str]:
     return sync(collect())
 
 
+def folders(store: Store, folder: str) -> list[str]:
+    """The names right under a folder, but for documents and what a killed writer left."""
+
+    async def collect() -> list[str]:
+        return [name async for name in store.list_dir(folder)]
+
+    return sorted(n for n in sync(collect()) if not n.endswith(("zarr.json", ".partial")))
+
+
 def described(content: bytes) -> dict[str, Any]:
     """Size and sha256 of an object, as a record keeps them."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -67,31 +76,39 @@ class CommitLog:
 
     @cached_property
     def records(self) -> dict[tuple[int, int], Record]:
-        """Every committed block, (view, block) -> record. Read once, kept up by `commit`."""
+        """Every committed block, (view, block) -> record. Read once, kept up by `commit`.
+
+        Raises CacheError if a file of records is damaged.
+        """
+        records, damaged = self.readable()
+        if damaged:
+            raise CacheError(
+                f"commit record {damaged[0]} is not readable",
+                "Run `pipeline verify --repair`: it computes those blocks again.",
+            )
+        return records
+
+    def readable(self) -> tuple[dict[tuple[int, int], Record], list[str]]:
+        """The records that are intact, and the keys of the files that are not."""
         found: dict[tuple[int, int], Record] = {}
+        damaged: list[str] = []
         # Longer keys first: a view compacted meanwhile is then found under its one file.
         for key in sorted(list_objects(self.store, self._prefix), key=len, reverse=True):
             match = _KEY.fullmatch(key.removeprefix(self._prefix))
-            if match is None:
+            content = None if match is None else read_object(self.store, key)
+            if content is None:  # not ours, or compacted since it was listed
                 continue
-            for record in self._read(key):
-                try:
+            try:
+                for record in unsealed(content):
                     found[int(record["view"]), int(record["block"])] = record
-                except (TypeError, KeyError, ValueError):
-                    raise CacheError(f"commit record {key} is not readable") from None
-        return found
+            except (TypeError, KeyError, ValueError):
+                damaged.append(key)
+        return found, damaged
 
-    def _read(self, key: str) -> list[Record]:
-        content = read_object(self.store, key)
-        if content is None:  # compacted since it was listed
-            return []
-        try:
-            return unsealed(content)
-        except ValueError as error:
-            raise CacheError(
-                f"commit record {key} is not readable: {error}",
-                "Run `pipeline verify --repair`: it computes those blocks again.",
-            ) from error
+    def discard(self, key: str) -> None:
+        """Remove a damaged file of records: its blocks are then not there."""
+        sync(self.store.delete(key))
+        self.__dict__.pop("records", None)
 
     def has(self, view: int, block: int) -> bool:
         """Whether one block is committed, without reading all records."""

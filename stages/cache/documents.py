@@ -19,10 +19,10 @@ from stages.errors import CacheError
 
 
 def sealed(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes with a digest of all others."""
+    """The attributes, sorted, with a digest of all others."""
     bare = {name: value for name, value in attributes.items() if name != "digest"}
     text = json.dumps(bare, sort_keys=True, separators=(",", ":"))
-    return {**bare, "digest": hashlib.sha256(text.encode()).hexdigest()}
+    return {**json.loads(text), "digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def check_seal(attributes: Mapping[str, Any], where: str) -> None:

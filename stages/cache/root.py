@@ -82,22 +82,25 @@ def write_attributes(group: zarr.Group, attributes: Mapping[str, Any]) -> None:
     group.attrs.put(whole)
 
 
-def restore_attributes(where: Location) -> bool:
-    """Write the root document again from its copy. False if the copy is damaged, too."""
-    store = open_store(where, read_only=False)
-    content = read_object(store, COPY)
+def copied_attributes(where: Location) -> dict[str, Any] | None:
+    """The root attributes as their copy has them; None if that is missing or damaged."""
+    content = read_object(open_store(where, read_only=True), COPY)
     with contextlib.suppress(ValueError):
         if content is not None:
             (attributes,) = unsealed(content)
-            sync(store.delete("zarr.json"))
-            zarr.create_group(store, zarr_format=3, attributes=attributes)
-            return True
-    return False
+            return attributes
+    return None
 
 
-def read_attributes(where: Location, group: zarr.Group) -> RootAttributes:
+def restore_attributes(where: Location, attributes: dict[str, Any]) -> None:
+    """Write the root document again."""
+    store = open_store(where, read_only=False)
+    sync(store.delete("zarr.json"))
+    zarr.create_group(store, zarr_format=3, attributes=attributes)
+
+
+def read_attributes(where: Location, attributes: Mapping[str, Any]) -> RootAttributes:
     """The root attributes. Raises CacheError for another format, a newer version, or damage."""
-    attributes = group.attrs.asdict()
     if attributes == UNFINISHED:
         raise CacheError(
             f"{where} was never finished being created", "Run `pipeline cache-teacher` again."

@@ -21,7 +21,7 @@ import zarr
 from torch import Tensor
 
 from stages.cache import arrays, layout, root
-from stages.cache.commits import CommitLog, Record, described, read_object
+from stages.cache.commits import CommitLog, Record, described, folders, read_object
 from stages.cache.documents import array_fault
 from stages.cache.encoding import (
     Encoding,
@@ -67,7 +67,7 @@ class LogitCache:
     def __init__(self, path: Location, group: zarr.Group) -> None:
         self.path = path
         self._group = group
-        attributes = root.read_attributes(path, group)
+        attributes = root.read_attributes(path, group.attrs.asdict())
         self.identity: Identity = identity_from_json(attributes.identity, str(path))
         if self.identity.digest() != attributes.identity_digest:
             raise CacheError(f"{path}: the identity does not match its digest")
@@ -175,6 +175,13 @@ class LogitCache:
 
     @property
     def complete_views(self) -> list[int]:
+        """Raises CacheError where views are committed for which the arrays have no room."""
+        last = max((view for view, _ in self.commits.records), default=-1)
+        if last >= self.num_views:
+            raise CacheError(
+                f"{self.path}: view {last} is committed, the arrays have {self.num_views}",
+                "Run `pipeline verify --repair`.",
+            )
         return [v for v in range(self.num_views) if self.commits.is_complete(v)]
 
     @cached_property
@@ -324,7 +331,7 @@ class LogitCache:
     def _require_view(self, commits: CommitLog, view: int) -> None:
         if not 0 <= view < self.num_views:
             raise CacheError(f"{self.path} has views 0 to {self.num_views - 1}, not {view}")
-        if not commits.is_complete(view):
+        if view not in self.complete_views or not commits.is_complete(view):
             complete = sum(commits.is_complete(v) for v in range(self.num_views))
             stage = "cache-teacher" if commits is self.commits else "rectify"
             raise CacheError(
@@ -366,7 +373,8 @@ class LogitCache:
 
     def write_fidelity(self) -> None:
         """Put the fidelity of all committed blocks together among the root attributes."""
-        parts = [msgspec.convert(r["fidelity"], Fidelity) for r in self.commits.records.values()]
+        records = [record for _, record in sorted(self.commits.records.items())]
+        parts = [msgspec.convert(record["fidelity"], Fidelity) for record in records]
         self.fidelity = combined(parts)
         known = self._group.attrs.asdict()
         root.write_attributes(
@@ -386,16 +394,25 @@ class LogitCache:
     # ---- rectifications -----------------------------------------------------------------
 
     @property
+    def group(self) -> zarr.Group:
+        """The Zarr group, for what only `verify` looks at."""
+        return self._group
+
+    @property
     def rectifications(self) -> list[str]:
         """The names of this cache's rectifications."""
-        folder = arrays.subgroup(self._group, "rectified")
-        try:
-            return sorted(name for name, child in folder.groups() if child.attrs.asdict())
-        except Exception as error:  # zarr raises many kinds on damaged documents
-            raise CacheError(
-                f"{self.path}: the metadata of a rectification are damaged: {error}",
-                "Run `pipeline verify --repair`.",
-            ) from error
+        store, names = self._group.store, []
+        for name in folders(store, "rectified"):
+            if read_object(store, f"rectified/{name}/zarr.json") is None:
+                if not folders(store, f"commits/rectified/{name}"):
+                    continue  # a creation that stopped at its first step
+                raise CacheError(
+                    f"{self.path}: the metadata of rectification '{name}' are missing",
+                    "Run `pipeline verify --repair`.",
+                )
+            if arrays.subgroup(self._group, f"rectified/{name}").attrs.asdict():
+                names.append(name)
+        return names
 
     def rectification(self, name: str) -> Rectification:
         """An open rectification. Raises CacheError if there is none of this name."""

@@ -1,0 +1,253 @@
+"""Mend what `verify` found: write metadata again, compute bad blocks again, nothing else.
+
+Blocks are forgotten first and computed by stages one and two as if they had never been there, so a
+repair that is stopped goes on like an interrupted run. On the machine that made the cache the
+mended bytes are the same; on another they are as near as the teacher is to itself.
+"""
+
+import dataclasses
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import msgspec
+
+from stages.cache import LogitCache, root
+from stages.cache.arrays import open_group, read_array
+from stages.cache.commits import CommitLog, folders, read_object, write_object
+from stages.cache.encoding import Encoding, restored
+from stages.cache.identity import Identity, differences, identity_from_json
+from stages.cache.location import Location, location
+from stages.cache.lock import exclusive
+from stages.cache.rectified import RectificationSettings
+from stages.cache.root import RootAttributes
+from stages.cache_teacher import (
+    CacheConfig,
+    CacheJob,
+    cache_teacher,
+    fitted_encoding,
+    prepare,
+    row_order,
+)
+from stages.errors import CacheError, IdentityError
+from stages.rectify import RectifyConfig, rectify
+from stages.reporting import Reporter, Silent
+from stages.verify import Fault, verify
+
+
+def recorded_job(
+    path: str | Location,
+    dataset: str | None = None,
+    root: str | None = None,
+    weights: str | None = None,
+    device: str | None = None,
+) -> CacheJob:
+    """What stage one had when it made a cache, loaded again; the arguments say what has moved.
+
+    Raises CacheError if the cache does not say how it was made, IdentityError if this dataset or
+    this teacher is another, and what `prepare` raises.
+    """
+    where = location(path)
+    try:
+        config = msgspec.convert(_trusted_attributes(where).provenance["config"], CacheConfig)
+    except (KeyError, msgspec.ValidationError) as error:
+        raise CacheError(
+            f"{where} does not say how it was made: {error}",
+            "Run `pipeline cache-teacher` with the settings it was made with.",
+        ) from error
+    replace = msgspec.structs.replace
+    moved = {"dataset": dataset, "root": root}
+    config = replace(
+        config,
+        data=replace(config.data, **{k: v for k, v in moved.items() if v is not None}),
+        teacher=replace(config.teacher, weights=weights or config.teacher.weights),
+        device=device or "auto",
+    )
+    job = prepare(config)
+    check_teacher(where, job)
+    return job
+
+
+def check_teacher(path: str | Location, job: CacheJob) -> None:
+    """Raise IdentityError unless this teacher and this dataset made the cache."""
+    attributes = _trusted_attributes(location(path))
+    theirs = identity_from_json(attributes.identity, str(path))
+    if differing := differences(job.identity, theirs):
+        raise IdentityError(
+            f"{path} was made from something else: {'; '.join(differing[:3])}",
+            "Give the --dataset and the --weights that it was made from.",
+        )
+
+
+def repair(
+    path: str | Location, job: CacheJob, faults: list[Fault], reporter: Reporter | None = None
+) -> list[Fault]:
+    """Mend these faults; return those that are left.
+
+    Raises IdentityError if `job` is not what the cache was made from.
+    """
+    reporter, where = reporter or Silent(), location(path)
+    check_teacher(where, job)
+    with exclusive(where):
+        attributes = _trusted_attributes(where, mend=True)
+        views = _mend_metadata(where, attributes, job, reporter)
+        # Metadata that was damaged may have hidden damaged blocks.
+        faults = [*faults, *verify(where, Silent()).faults]
+        rectifications = _forget(where, faults)
+    job = _with_config(job, views=views, encoding="auto")
+    cache_teacher(job, path, reporter)
+    for name, settings in rectifications.items():
+        config = RectifyConfig(
+            method=settings["method"],
+            space=settings["space"],
+            temperature=settings["temperature"],
+            materialise=settings["materialised"],
+            views=settings["views"],
+            name=name,
+        )
+        rectify(path, config, reporter)
+    return verify(where, reporter).faults
+
+
+def _trusted_attributes(where: Location, mend: bool = False) -> RootAttributes:
+    """The root attributes, or their copy where they are damaged; `mend` writes it back."""
+    try:
+        return root.read_attributes(where, open_group(where).attrs.asdict())
+    except CacheError as error:
+        copy = root.copied_attributes(where)
+        if copy is None:
+            raise CacheError(
+                f"{where} cannot be repaired, its root attributes are damaged or not a cache's: "
+                f"{error.cause}",
+                "Copy zarr.json from another copy of this cache, or cache again.",
+            ) from error
+        attributes = root.read_attributes(where, copy)
+        if mend:
+            root.restore_attributes(where, copy)
+        return attributes
+
+
+def _mend_metadata(
+    where: Location, attributes: RootAttributes, job: CacheJob, reporter: Reporter
+) -> int:
+    """Write every document and every whole array that is not as stage one would write it now.
+
+    A store with the same metadata is made beside it, in a temporary folder, and copied from.
+    Returns the number of views.
+    """
+    identity = identity_from_json(attributes.identity, str(where))
+    coding = _calibrated(where, attributes, job)
+    group = open_group(where, writable=True)
+    root.write_attributes(group, group.attrs.asdict())  # and their copy
+    committed = CommitLog(group.store, "logits", 1).readable()[0]
+    views = max(job.config.views, *(view + 1 for view, _ in committed), 1)
+    with TemporaryDirectory() as folder:
+        reference = _reference(Path(folder) / "reference", identity, coding, job, views, attributes)
+        settings = _rectification_settings(where)
+        for name, found in settings.items():
+            reference.create_rectification(name, found)
+        store = reference.group.store
+        for file in sorted(Path(reference.path).rglob("*")):
+            key = str(file.relative_to(Path(reference.path)))
+            if not file.is_file() or key == "zarr.json" or key.startswith("commits/attr"):
+                continue
+            content = read_object(store, key) or b""
+            is_attributes = key.startswith("rectified/") and key.count("/") == 2
+            if read_object(group.store, key) != content and not (
+                is_attributes and _intact(where, key)
+            ):
+                write_object(group.store, key, content)
+                reporter.say(f"written again: {key}")
+    return views
+
+
+def _reference(
+    path: Path,
+    identity: Identity,
+    coding: Encoding,
+    job: CacheJob,
+    views: int,
+    attributes: RootAttributes,
+) -> LogitCache:
+    return LogitCache.create(
+        path,
+        identity=identity,
+        coding=coding,
+        num_views=views,
+        dataset_index=row_order(job),
+        labels=job.splits.train.labels,
+        eval_labels=job.splits.test.labels,
+        pixel_probes=attributes.pixel_probes,
+        provenance=attributes.provenance,
+        block_rows=job.config.block_rows,
+    )
+
+
+def _calibrated(where: Location, attributes: RootAttributes, job: CacheJob) -> Encoding:
+    """The cache's encoding; its calibration computed again where it is damaged."""
+    group = open_group(where)
+    try:
+        return restored(attributes.encoding, job.num_classes, lambda name: read_array(group, name))
+    except CacheError as error:
+        again = _with_config(job, encoding=attributes.encoding.name)
+        coding = fitted_encoding(again, again.feed(again.splits.train, again.policy))[1]
+        if coding.digest() != attributes.encoding.digest:
+            raise CacheError(
+                f"the calibration of {where} is damaged and cannot be computed again here",
+                "Repair it on the machine that made it, or cache again.",
+            ) from error
+        return coding
+
+
+def _rectification_settings(where: Location) -> dict[str, RectificationSettings]:
+    """Of every rectification, from the records of its blocks: they say it once more."""
+    store = open_group(where).store
+    found = {}
+    for name in folders(store, "rectified"):
+        records, _ = CommitLog(store, f"rectified/{name}", 1).readable()
+        for record in records.values():
+            found[name] = msgspec.convert(record["settings"], RectificationSettings)
+    return found
+
+
+def _intact(where: Location, key: str) -> bool:
+    """Whether the attributes of a rectification are what was written, with its statistics."""
+    try:
+        cache = LogitCache.open(where)
+        cache.rectification(key.split("/")[1])
+    except CacheError:
+        return False
+    return True
+
+
+def _forget(where: Location, faults: list[Fault]) -> dict[str, dict[str, Any]]:
+    """Unmake bad blocks, and the rectified blocks that were made from them.
+
+    Returns the rectifications that have to be run again: name -> settings, and how many views.
+    """
+    cache = LogitCache.open(where, writable=True)
+    for fault in faults:
+        if fault.key is not None:
+            cache.commits.discard(fault.key)
+    logs = {"logits": cache.commits, "eval": cache.eval_commits}
+    logs |= {f"rectified/{n}": cache.rectification(n).commits for n in cache.rectifications}
+    views = {part: {view for view, _ in log.records} for part, log in logs.items()}
+    for fault in faults:
+        if fault.part is None:
+            continue
+        made_from = fault.part == "logits"
+        for part, log in logs.items():
+            bad = (fault.view, fault.block) in log.records
+            if bad and (part == fault.part or (made_from and part.startswith("rectified/"))):
+                log.forget(fault.view, fault.block)
+    again = {}
+    for name in cache.rectifications:
+        rectification = cache.rectification(name)
+        covered = max(views[f"rectified/{name}"], default=-1) + 1
+        if covered:
+            again[name] = {**msgspec.to_builtins(rectification.settings), "views": covered}
+    return again
+
+
+def _with_config(job: CacheJob, **changes: Any) -> CacheJob:
+    return dataclasses.replace(job, config=msgspec.structs.replace(job.config, **changes))
