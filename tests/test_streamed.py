@@ -1,6 +1,7 @@
 """Photographs of differing sizes, streamed by workers through all three stages."""
 
 import io
+import multiprocessing
 import os
 import signal
 import weakref
@@ -232,6 +233,23 @@ def test_other_pixels_in_files_of_the_same_size_are_refused(
 # ---- workers --------------------------------------------------------------------------------
 
 Arrays = Callable[[Path], dict[str, bytes]]
+
+
+def test_workers_are_gone_when_a_run_ends(
+    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path
+) -> None:
+    """Also where it was stopped; and a feed that is used again has workers again."""
+    before = set(multiprocessing.active_children())
+    config = student_config(my_cache, my_folder, workers=2)
+    trainer = stage.student_trainer(config, tmp_path / "run", splits=my_splits)
+    trainer.reporter = TermAfter(3)
+    with pytest.raises(RunError, match="SIGTERM"):
+        trainer.fit()
+    assert set(multiprocessing.active_children()) <= before
+    (batch,) = trainer.feed.batches(torch.arange(4), 0, 4)
+    assert len(batch.samples) == 4
+    trainer.feed.close()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_workers_change_nothing(

@@ -131,6 +131,15 @@ class ViewFeed:
             if this_pass != self._passes:
                 raise RuntimeError("another pass over this feed began; its workers serve one")
 
+    def close(self) -> None:
+        """Let the workers go; the next pass starts others. Found by the garbage collector, or left
+        to the end of the program, each of them may be waited for, for seconds.
+        """
+        iterator: Any = getattr(self._loader, "_iterator", None)
+        if hasattr(iterator, "_shutdown_workers"):  # without workers there is nothing to do
+            iterator._shutdown_workers()
+        self._loader = None
+
     def _batch(self, samples: Tensor, shown: Shown) -> Batch:
         assert isinstance(shown.images, Tensor)
         on_device = (

@@ -108,11 +108,15 @@ class Trainer:
         """
         position = self._restore()
         history = self.run.keep_metrics(position.epoch)
-        with stop_on_sigterm() as stop:
-            while position.epoch < self.settings.epochs:
-                metrics = self._train_epoch(position, stop)
-                history.append(metrics)
-                self._finish_epoch(position, metrics, history)
+        try:
+            with stop_on_sigterm() as stop:
+                while position.epoch < self.settings.epochs:
+                    metrics = self._train_epoch(position, stop)
+                    history.append(metrics)
+                    self._finish_epoch(position, metrics, history)
+        finally:
+            for feed in (self.feed, *(e.feed for e in self.evaluations.values())):
+                feed.close()
         summary = summarise(history, sum(p.numel() for p in self.module.parameters()))
         self.run.save_summary(summary)
         return summary
