@@ -19,6 +19,7 @@ to raw logits, as the released training scripts do: the label then often stays b
 class, and the result depends on the logits' common offset.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,7 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache.location import Location
 from stages.cache.lock import exclusive, half_written
-from stages.cache.rectified import RectificationSettings
+from stages.cache.rectified import Rectification, RectificationSettings
 from stages.cache.store import Block
 from stages.errors import CacheError, ConfigError
 from stages.inputs.views import check_unmixed
@@ -120,7 +121,9 @@ def rectify(
 
         # 2) one task a block
         run = _run_on_threads if config.scheduler is None else _run_on_cluster
-        for done, _ in enumerate(run(cache, name, missing, config.scheduler or ""), start=1):
+        for done, _ in enumerate(
+            run(cache, rectification, missing, config.scheduler or ""), start=1
+        ):
             reporter.progress("rectify", done, len(missing), "blocks")
 
         # 3) what came of it, from every block's record
@@ -195,9 +198,8 @@ def _replaced(label: Tensor, predicted: Tensor, method: Method) -> tuple[Tensor,
 # ---- blocks ---------------------------------------------------------------------------------
 
 
-def rectify_block(cache: LogitCache, name: str, view: int, block: int) -> None:
+def rectify_block(cache: LogitCache, rectification: Rectification, view: int, block: int) -> None:
     """Rectify and commit one block: a Dask task."""
-    rectification = cache.rectification(name)
     arrays, statistics = rectified_block(cache, rectification.settings, view, block)
     record = {"settings": msgspec.to_builtins(rectification.settings), "statistics": statistics}
     rectification.write_block(view, block, arrays, record)
@@ -232,7 +234,8 @@ def rectified_block(
 
 def _rectify_block_at(path: Location, name: str, view: int, block: int) -> None:
     """As `rectify_block`, in a process of its own."""
-    rectify_block(LogitCache.open(path, writable=True), name, view, block)
+    cache = LogitCache.open(path, writable=True)
+    rectify_block(cache, cache.rectification(name), view, block)
 
 
 def _block_statistics(rows: Block, wrong: Tensor, rectified: Tensor) -> dict[str, Any]:
@@ -294,24 +297,26 @@ def _views(cache: LogitCache, wanted: int | None) -> range:
 
 
 def _run_on_threads(
-    cache: LogitCache, name: str, blocks: list[tuple[int, int]], _: str
+    cache: LogitCache, rectification: Rectification, blocks: list[tuple[int, int]], _: str
 ) -> Iterator[None]:
     """One task a block on this machine's cores, so many blocks at a time; yields after each."""
     threads = max(1, torch.get_num_threads())
+    # As a partial: Dask would take the arguments apart.
+    task = dask.delayed(functools.partial(rectify_block, cache, rectification))
     for start in range(0, len(blocks), threads):
-        tasks = [dask.delayed(rectify_block)(cache, name, *b) for b in blocks[start:][:threads]]
+        tasks = [task(*block) for block in blocks[start:][:threads]]
         dask.compute(*tasks, scheduler="threads", num_workers=threads, optimize_graph=False)
         yield from (None for _ in tasks)
 
 
 def _run_on_cluster(
-    cache: LogitCache, name: str, blocks: list[tuple[int, int]], address: str
+    cache: LogitCache, rectification: Rectification, blocks: list[tuple[int, int]], address: str
 ) -> Iterator[None]:
     """One task a block on an existing Dask cluster that sees the same path."""
     from distributed import Client, as_completed
 
     try:
-        client = Client(address, timeout=10)
+        client = Client(address, timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
         raise CacheError(
             f"the Dask scheduler at {address} does not answer: {error}",
@@ -319,7 +324,10 @@ def _run_on_cluster(
         ) from error
     with client:
         path = cache.path.absolute() if isinstance(cache.path, Path) else cache.path
-        tasks = [client.submit(_rectify_block_at, path, name, *b, pure=False) for b in blocks]
+        tasks = [
+            client.submit(_rectify_block_at, path, rectification.name, *b, pure=False)
+            for b in blocks
+        ]
         for task in as_completed(tasks):
             task.result()
             yield
