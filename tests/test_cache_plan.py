@@ -6,6 +6,8 @@ import msgspec
 import pytest
 
 from stages import cache_plan
+from stages.cache import LogitCache
+from stages.cache.encoding import DEFAULT_MAX_KL, ENCODINGS
 from stages.cache_plan import CachePlan, plan_cache
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
 from stages.errors import CacheError, IdentityError
@@ -28,6 +30,9 @@ def files_and_bytes(store: Path) -> tuple[int, int]:
         pytest.param({"block_rows": 65_536, "views": 12}, 12, id="one-block-a-view"),
         pytest.param({"block_rows": 350, "views": 3}, 9, id="several-blocks"),
         pytest.param({"block_rows": 500, "views": 2, "encoding": "float16"}, 4, id="float16"),
+        pytest.param({"block_rows": 500, "views": 2, "encoding": "uint8"}, 4, id="uint8"),
+        pytest.param({"block_rows": 500, "views": 2, "encoding": "klt"}, 4, id="klt"),
+        pytest.param({"block_rows": 500, "views": 2, "encoding": "topk:k=4"}, 4, id="topk"),
     ],
 )
 def test_a_plan_foretells_what_is_written(
@@ -41,7 +46,10 @@ def test_a_plan_foretells_what_is_written(
     assert not out.parent.exists()  # planning writes nothing
     assert (plan.samples, plan.views) == (1000, config.views)
     assert plan.blocks == plan.missing_blocks == blocks
-    assert plan.encoding == {"auto": "float32"}.get(config.encoding, config.encoding)
+    name = config.encoding.partition(":")[0]
+    assert plan.encoding == {"auto": "float32"}.get(name, name)
+    assert [m.coding.name for m in plan.encodings] == list(ENCODINGS)
+    assert plan.measured_rows == 1000
     assert plan.missing_share == 1
     assert plan.samples_per_second > 0
     assert plan.device == "cpu"
@@ -51,8 +59,78 @@ def test_a_plan_foretells_what_is_written(
     cache_teacher(job, out)
     files, _ = files_and_bytes(out)
     assert plan.files == files
-    shards = sum(files_and_bytes(out / name / "c")[1] for name in ("logits", "prediction"))
+    blocks_of = [*LogitCache.open(out).encoding.arrays(), "prediction"]
+    shards = sum(files_and_bytes(out / name / "c")[1] for name in blocks_of)
     assert plan.total_bytes == pytest.approx(shards, rel=0.25)
+
+
+def test_a_plan_measures_every_encoding(
+    cache_config: CacheConfig, digits: Splits, tmp_path: Path
+) -> None:
+    plan = plan_cache(prepare(cache_config, digits), tmp_path / "c.zarr")
+
+    found = {m.coding.name: m for m in plan.encodings}
+    assert list(found) == list(ENCODINGS)
+    assert found["float32"].fidelity.mean_kl == (0, 0, 0)
+    assert found["float32"].fidelity.top1_agreement == 1
+    assert found["klt"].fidelity.mean_kl[0] <= DEFAULT_MAX_KL
+    assert found["klt"].row_bytes < found["uint8"].row_bytes < found["float32"].row_bytes
+    for measured in found.values():
+        assert measured.fidelity.rows == 1000
+        assert measured.decoded_per_second > 0
+    assert plan.bytes_per_view == found["float32"].row_bytes
+
+
+@pytest.mark.parametrize(
+    ("encoding", "max_kl", "chosen"),
+    [
+        pytest.param("auto", 5e-3, "klt", id="loose"),
+        pytest.param("auto", 1e-12, "float32", id="nothing-but-exact"),
+        pytest.param("float16", 1e-5, "float16", id="by-name"),
+    ],
+)
+def test_a_plan_takes_the_smallest_encoding_that_holds_the_kl(
+    cache_config: CacheConfig,
+    digits: Splits,
+    tmp_path: Path,
+    encoding: str,
+    max_kl: float,
+    chosen: str,
+) -> None:
+    config = msgspec.structs.replace(cache_config, encoding=encoding, max_kl=max_kl)
+
+    plan = plan_cache(prepare(config, digits), tmp_path / "c.zarr")
+
+    assert plan.encoding == chosen
+    able = [m for m in plan.encodings if m.fidelity.mean_kl[0] <= max_kl]
+    if encoding == "auto":
+        assert plan.bytes_per_view == min(m.row_bytes for m in able)
+
+
+def test_a_plan_for_a_kl_that_nobody_holds_is_refused(
+    cache_config: CacheConfig, digits: Splits, tmp_path: Path
+) -> None:
+    config = msgspec.structs.replace(cache_config, encoding="topk:k=2", max_kl=1e-9)
+
+    with pytest.raises(CacheError, match="holds a mean KL of 1e-09"):
+        plan_cache(prepare(config, digits), tmp_path / "c.zarr")
+    assert not (tmp_path / "c.zarr").exists()
+
+
+@pytest.mark.parametrize("encoding", ["float32", "topk:k=4"])
+def test_a_plan_for_a_cache_keeps_that_caches_encoding(
+    cache_config: CacheConfig, digits: Splits, tmp_path: Path, encoding: str
+) -> None:
+    config = msgspec.structs.replace(cache_config, encoding=encoding, views=1)
+    cache_teacher(prepare(config, digits), tmp_path / "c.zarr")
+    config = msgspec.structs.replace(config, encoding="auto", views=2)
+
+    plan = plan_cache(prepare(config, digits), tmp_path / "c.zarr")
+
+    assert plan.encoding == encoding.partition(":")[0]
+    chosen = next(m for m in plan.encodings if m.coding.name == plan.encoding)
+    assert chosen.coding.parameters == LogitCache.open(tmp_path / "c.zarr").encoding.parameters
+    assert plan.bytes_per_view == chosen.row_bytes
 
 
 def test_bytes_are_those_of_the_whole_store_once_it_is_large(
@@ -110,6 +188,8 @@ PLAN = CachePlan(
     samples_per_second=100.0,
     free_bytes=10**9,
     device="cpu",
+    encodings=[],
+    measured_rows=1000,
 )
 
 

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from zarr.storage import LocalStore
 
 from stages.cache import LogitCache, arrays
-from stages.cache_teacher import CacheConfig, CacheSummary, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import (
+    CacheConfig,
+    CacheSummary,
+    TeacherSettings,
+    cache_teacher,
+    prepare,
+    row_order,
+)
 from stages.errors import (
     CacheError,
     ConfigError,
@@ -31,7 +38,9 @@ from stages.errors import (
 )
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.views import view_policy
+from stages.repair import repair
 from stages.training.setup import Splits
+from stages.verify import verify
 
 Objects = Callable[[Path], dict[str, bytes]]
 BLOCKS_PER_VIEW = 3
@@ -229,6 +238,13 @@ def test_fewer_views_than_there_are_are_no_reason_to_write(
     assert mtimes(cache_copy) == before
 
 
+def mend(config: CacheConfig, out: Path, splits: Splits, repaired: int) -> None:
+    """What `pipeline verify --repair` does; so many objects were damaged."""
+    faults = verify(out).faults
+    assert len(faults) == repaired
+    assert repair(out, prepare(config, splits), faults) == []
+
+
 @pytest.mark.parametrize("block", [0, 2], ids=["whole-block", "last-block"])
 def test_a_damaged_view_is_mended_as_the_message_says(
     cache_copy: Path, cache_config: CacheConfig, digits: Splits, array_bytes: Objects, block: int
@@ -238,12 +254,10 @@ def test_a_damaged_view_is_mended_as_the_message_says(
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(CacheError, match="damaged") as caught:
         LogitCache.open(cache_copy).read_view(1)
-    assert "records under commits/" in caught.value.remedy
-    (cache_copy / "commits/logits/v00001.json").unlink()
+    assert "pipeline verify --repair" in caught.value.remedy
 
-    summary = run(cache_config, cache_copy, digits)
+    mend(cache_config, cache_copy, digits, repaired=1)
 
-    assert summary.computed_blocks == BLOCKS_PER_VIEW
     assert array_bytes(cache_copy) == before
 
 
@@ -264,17 +278,14 @@ def test_an_object_that_is_not_whole_is_mended_as_the_message_says(
         shard.unlink()
     with pytest.raises(CacheError, match=rf"object {name} has \d+ bytes") as caught:
         run(cache_config, cache_copy, digits)
-    remedy = re.match(r"Remove (commits/\S+)\* and run the stage again", caught.value.remedy)
-    assert remedy
-    for record in cache_copy.glob(f"{remedy[1]}*"):
-        record.unlink()
+    assert "pipeline verify --repair" in caught.value.remedy
 
-    run(cache_config, cache_copy, digits)
+    mend(cache_config, cache_copy, digits, repaired=1)
 
     assert array_bytes(cache_copy) == before
 
 
-@pytest.mark.parametrize("step", ["write_block", "describe_objects"])
+@pytest.mark.parametrize("step", ["write_block", "encode_shard", "write_object"])
 def test_a_full_disk_is_told_and_the_next_run_completes(
     cache_config: CacheConfig,
     digits: Splits,
@@ -286,10 +297,12 @@ def test_a_full_disk_is_told_and_the_next_run_completes(
 ) -> None:
     calls = 0
 
+    at = 3 if step == "write_block" else 5  # two arrays a block
+
     def full(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == at:
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(*arguments)
 
@@ -305,6 +318,27 @@ def test_a_full_disk_is_told_and_the_next_run_completes(
 
     assert summary.computed_blocks == 3 * BLOCKS_PER_VIEW - 2
     assert array_bytes(out) == array_bytes(finished_cache)
+
+
+def test_a_run_that_ended_before_it_declared_the_fidelity_is_completed_by_the_next(
+    cache_config: CacheConfig, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks are committed by then: nothing is missing but the attribute."""
+
+    def killed(_: LogitCache) -> None:
+        raise KeyboardInterrupt
+
+    for views in (1, 2):  # made, and appended to
+        with monkeypatch.context() as patch:
+            patch.setattr(LogitCache, "write_fidelity", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run(cache_config, tmp_path / "c.zarr", digits, views=views)
+
+        assert run(cache_config, tmp_path / "c.zarr", digits, views=views).computed_blocks == 0
+
+        fidelity = LogitCache.open(tmp_path / "c.zarr").fidelity
+        assert fidelity is not None
+        assert fidelity.rows == views * 1000
 
 
 @pytest.mark.parametrize(
@@ -596,6 +630,13 @@ def blackened(splits: Splits, split: str, sample: int) -> Splits:
     return dataclasses.replace(splits, **{split: black})
 
 
+def prepare_order(config: CacheConfig, splits: Splits, teacher: TeacherSettings) -> list[int]:
+    """The sample of each row."""
+    job = prepare(msgspec.structs.replace(config, teacher=teacher), splits)
+    samples: list[int] = row_order(job).tolist()
+    return samples
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=["nan", "inf"])
 def test_logits_that_are_not_finite_are_named(
     teachers: Path, cache_config: CacheConfig, digits: Splits, poison: float
@@ -607,8 +648,24 @@ def test_logits_that_are_not_finite_are_named(
         run(cache_config, out, splits, teacher=teacher)
     assert caught.value.remedy
 
+    assert not LogitCache.exists(out)  # view 0 comes before the store: encodings are fitted to it
+    splits = Splits(digits.train, splits.test)
+    assert run(cache_config, out, splits, teacher=teacher, views=1).views == 1
+
+
+def test_logits_that_are_not_finite_leave_what_was_committed_before(
+    teachers: Path, cache_config: CacheConfig, digits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, out = save("Poisoned", 10, teachers, float("nan")), teachers / "c.zarr"
+    splits = blackened(digits, "train", 123)
+    monkeypatch.setattr("stages.cache_teacher.FIT_ROWS", 334)
+    row = prepare_order(cache_config, splits, teacher).index(123)
+    assert row >= 334  # in a block after the first, or nothing is committed
+
+    with pytest.raises(ModelError, match=r"not finite: sample 123, view 0\n"):
+        run(cache_config, out, splits, teacher=teacher)
     cache = LogitCache.open(out)
-    row = cache.dataset_index.tolist().index(123)
+    assert cache.dataset_index.tolist().index(123) == row
     assert set(cache.commits.records) == {(0, block) for block in range(row // 334)}
 
 
@@ -659,7 +716,9 @@ def test_a_teacher_of_other_classes_is_refused(
 def test_provenance_says_what_was_used(finished_cache: Path, teacher_run: Path) -> None:
     attributes = json.loads((finished_cache / "zarr.json").read_text())["attributes"]
 
-    assert attributes["provenance"]["dataset"] == "digits"
-    assert attributes["provenance"]["weights"] == str(teacher_run)
+    config = attributes["provenance"]["config"]
+    assert config["data"]["dataset"] == "digits"
+    assert config["teacher"]["weights"] == str(teacher_run)
+    assert msgspec.convert(config, CacheConfig).views == 3
     assert attributes["provenance"]["versions"]["torch"] == torch.__version__
     assert attributes["identity"]["dataset"]["num_samples"] == 1000

@@ -1,5 +1,6 @@
 import errno
 import itertools
+import json
 import math
 import shutil
 from collections import Counter
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stages.cache import LogitCache, arrays
+from stages.cache.documents import sealed
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
 from stages.errors import CacheError, ConfigError
 from stages.rectify import Method, RectifyConfig, Space, rectify, rectify_rows, replaced_logits
@@ -581,9 +583,46 @@ def test_a_failing_block_keeps_what_was_done(
 def test_a_rectification_of_another_cache_is_refused(side_by_side: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(side_by_side, tmp_path / "c.zarr"))
     group = zarr.open_group(path / "rectified/swap-T4", mode="r+")
-    group.attrs["identity_digest"] = "of another"
+    group.attrs.put(sealed({**group.attrs.asdict(), "identity_digest": "of another"}))
 
     with pytest.raises(CacheError, match="'swap-T4' belongs to another cache"):
+        LogitCache.open(path).read_view(0, "swap-T4")
+    assert LogitCache.open(path).read_view(0, "blend-T2").rectified is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"identity_digest": "of another"}, id="identity"),
+        pytest.param({"temperature": 2.0}, id="temperature"),
+        pytest.param({"statistics": {}}, id="statistics"),
+        pytest.param({"digest": "00"}, id="digest"),
+        pytest.param({"note": "hello"}, id="one-more"),
+    ],
+)
+def test_attributes_changed_by_hand_are_noticed(
+    side_by_side: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    path = Path(shutil.copytree(side_by_side, tmp_path / "c.zarr"))
+    zarr.open_group(path / "rectified/swap-T4", mode="r+").attrs.update(change)
+
+    with pytest.raises(CacheError, match="'swap-T4' are damaged: their digest is another"):
+        LogitCache.open(path).read_view(0, "swap-T4")
+    assert LogitCache.open(path).read_view(0, "blend-T2").rectified is not None
+
+
+@pytest.mark.parametrize(
+    "change", [{"fill_value": 1.0}, {"shape": [3, 999]}, {"data_type": "float64"}], ids=str
+)
+def test_array_metadata_changed_by_hand_are_noticed(
+    side_by_side: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    path = Path(shutil.copytree(side_by_side, tmp_path / "c.zarr"))
+    document = path / "rectified/swap-T4/label_logit/zarr.json"
+    document.write_text(json.dumps(json.loads(document.read_text()) | change))
+
+    (name,) = change
+    with pytest.raises(CacheError, match=f"'swap-T4': .*'label_logit'.*: {name}"):
         LogitCache.open(path).read_view(0, "swap-T4")
     assert LogitCache.open(path).read_view(0, "blend-T2").rectified is not None
 
@@ -696,7 +735,7 @@ def test_an_error_on_the_cluster_is_told_as_it_is(cache_copy: Path) -> None:
         pytest.raises(CacheError, match=r"object logits/c/1/1/0 has \d+ bytes, not \d+") as caught,
     ):
         rectify(cache_copy, RectifyConfig(scheduler=cluster.scheduler_address))
-    assert "commits/logits/v00001" in caught.value.remedy
+    assert "pipeline verify --repair" in caught.value.remedy
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "carrier-pigeon://x:1"])
@@ -705,15 +744,15 @@ def test_a_scheduler_that_does_not_answer_is_told(
 ) -> None:
     import distributed
 
-    def impatient(address: str, timeout: float) -> Any:
-        return client(address, timeout=0.5)
+    def impatient(address: str, timeout: float, **options: Any) -> Any:
+        return client(address, timeout=0.5, **options)
 
     client: Callable[..., Any] = distributed.Client
     monkeypatch.setattr(distributed, "Client", impatient)
-    with (
-        dask.config.set({"distributed.comm.timeouts.connect": "0.5s"}),
-        pytest.raises(CacheError, match="does not answer") as caught,
-    ):
-        rectify(cache_copy, RectifyConfig(scheduler=address))
+    with dask.config.set({"distributed.comm.timeouts.connect": "0.5s", "scheduler": "threads"}):
+        with pytest.raises(CacheError, match="does not answer") as caught:
+            rectify(cache_copy, RectifyConfig(scheduler=address))
+        scheduler = dask.config.get("scheduler")
     assert address in caught.value.cause
     assert LogitCache.open(cache_copy).complete_views == [0, 1, 2]
+    assert scheduler == "threads"  # whatever uses dask later does not wait for it

@@ -244,7 +244,8 @@ def test_the_teacher_is_never_loaded(
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("somebody loads a model's weights")
 
-    assert not Path(LogitCache.open(my_world.cache).provenance["weights"]).exists()
+    teacher = LogitCache.open(my_world.cache).provenance["config"]["teacher"]
+    assert not Path(teacher["weights"]).exists()
     monkeypatch.setattr(setup, "load_model", fail)
     config = student_config(my_world.cache, train=TrainSettings(epochs=1, batch_size=200))
     train_student(config, tmp_path / "run", splits=my_world.splits)

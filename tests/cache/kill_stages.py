@@ -1,10 +1,10 @@
 """Start a stage, SIGKILL it at a random moment, start it again, over and over; see test_kill.py.
 
-    python kill_stages.py RUN OUT CACHE_KILLS RECTIFY_KILLS SEED
+    python kill_stages.py RUN OUT ENCODING CACHE_KILLS RECTIFY_KILLS SEED
 
-RUN is a teacher's run directory. OUT/cache/undisturbed is made in one go; OUT/cache/killed-0,
-killed-1, ... each by runs that were killed until one came through; OUT/rectify likewise. Prints one
-JSON object: for each stage, how many blocks were committed at each kill.
+RUN is a teacher's run directory, ENCODING the cache's. OUT/cache/undisturbed is made in one go;
+OUT/cache/killed-0, killed-1, ... each by runs that were killed until one came through; OUT/rectify
+likewise. Prints one JSON object: for each stage, how many blocks were committed at each kill.
 
 Every run is a fork of this process, which has imported everything and loaded the teacher: a run
 costs no start-up, and a kill lands in the stage and not in an import. Nothing here touches Zarr
@@ -71,8 +71,7 @@ def committed(store: Path, part: str) -> int:
     """Number of committed blocks, by the records alone."""
     records: set[tuple[int, int]] = set()
     for file in (store / "commits" / part).rglob("*.json"):
-        content = json.loads(file.read_text())
-        found = content if isinstance(content, list) else [content]
+        found = json.loads(file.read_text())["records"]
         records |= {(record["view"], record["block"]) for record in found}
     return len(records)
 
@@ -106,13 +105,16 @@ def kill_again_and_again(
             sys.exit(f"a run after a kill ended with {status}")
 
 
-def main(run: str, out: Path, cache_kills: int, rectify_kills: int, seed: int) -> None:
+def main(
+    run: str, out: Path, encoding: str, cache_kills: int, rectify_kills: int, seed: int
+) -> None:
     torch.set_num_threads(1)
     config = CacheConfig(
         data=DataSettings(dataset="digits", workers=0),
         teacher=TeacherSettings(weights=run),
         views=2,
         augment="pad-crop:pad=2",
+        encoding=encoding,
         block_rows=150,  # 7 blocks a view
         batch_size=64,
         device="cpu",
@@ -141,5 +143,5 @@ def main(run: str, out: Path, cache_kills: int, rectify_kills: int, seed: int) -
 
 
 if __name__ == "__main__":
-    run, out, *numbers = sys.argv[1:]
-    main(run, Path(out), *map(int, numbers))
+    run, out, encoding, *numbers = sys.argv[1:]
+    main(run, Path(out), encoding, *map(int, numbers))

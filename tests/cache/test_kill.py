@@ -21,32 +21,37 @@ def records(store: Path) -> dict[str, dict[str, Any]]:
     """Object -> its description, from all commit records, however compacted."""
     found: dict[str, dict[str, Any]] = {}
     for file in (store / "commits").rglob("v*.json"):
-        content = json.loads(file.read_text())
-        for record in content:  # a finished view is one file: a list of records
+        for record in json.loads(file.read_text())["records"]:
             found |= record["objects"]
     return found
 
 
 def blocks_of(store: dict[str, bytes]) -> set[str]:
     """The objects that commit records describe."""
-    whole = ("label/", "eval_label/", "dataset_index/")
+    whole = ("label/", "eval_label/", "dataset_index/", "klt_")
     return {name for name in store if "/c/" in name and not name.startswith(whole)}
 
 
 @pytest.mark.parametrize(
-    ("cache_kills", "rectify_kills"),
-    [pytest.param(10, 3, id="a-few"), pytest.param(50, 50, id="many", marks=pytest.mark.slow)],
+    ("encoding", "cache_kills", "rectify_kills"),
+    [
+        pytest.param("float32", 6, 3, id="a-few"),
+        pytest.param("klt", 4, 1, id="klt"),
+        pytest.param("float32", 50, 50, id="many", marks=pytest.mark.slow),
+        pytest.param("klt", 50, 50, id="klt-many", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_and_run_again_equals_undisturbed(
     teacher_run: Path,
     tmp_path: Path,
     array_bytes: Callable[[Path], dict[str, bytes]],
+    encoding: str,
     cache_kills: int,
     rectify_kills: int,
 ) -> None:
     numbers = [str(number) for number in (cache_kills, rectify_kills, 0)]
     done = subprocess.run(
-        [sys.executable, str(HELPER), str(teacher_run), str(tmp_path), *numbers],
+        [sys.executable, str(HELPER), str(teacher_run), str(tmp_path), encoding, *numbers],
         capture_output=True,
         text=True,
         check=False,
@@ -76,4 +81,8 @@ def test_killed_and_run_again_equals_undisturbed(
             assert ours.keys() == expected.keys()
             assert {name for name in ours if ours[name] != expected[name]} == set()
             assert records(store) == described
-            assert LogitCache.open(store).complete_views == list(range(VIEWS))
+            cache = LogitCache.open(store)
+            assert cache.complete_views == list(range(VIEWS))
+            assert cache.fidelity is not None
+            assert cache.fidelity == LogitCache.open(whole).fidelity
+            assert cache.encoding.digest() == LogitCache.open(whole).encoding.digest()

@@ -13,7 +13,8 @@ import zarr
 from torch import Tensor
 
 from stages.cache import LogitCache, arrays, commits
-from stages.cache.encoding import encoding
+from stages.cache.documents import sealed
+from stages.cache.encoding import Float32
 from stages.cache.identity import DatasetIdentity, Identity, TeacherIdentity, ViewsIdentity
 from stages.cache.rectified import RectificationSettings
 from stages.errors import CacheError
@@ -39,7 +40,7 @@ def create(path: Path, num_views: int = 2) -> LogitCache:
     return LogitCache.create(
         path,
         identity=IDENTITY,
-        coding=encoding("float32", CLASSES),
+        coding=Float32(),
         num_views=num_views,
         dataset_index=ORDER,
         labels=LABELS,
@@ -220,7 +221,7 @@ def test_a_cut_off_object_is_noticed(
         read(LogitCache.open(path))
     told = f"object {name} has {len(whole[:kept])} bytes, not {len(whole)}"
     assert told in caught.value.cause
-    assert "commits/" in caught.value.remedy
+    assert "pipeline verify --repair" in caught.value.remedy
     assert torch.equal(LogitCache.open(path).read_view(0).rows(ORDER), logits_of_view(0)[ORDER])
 
 
@@ -290,6 +291,57 @@ def test_a_damaged_metadata_document_is_told(path: Path, name: str, content: str
         read_all()
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        pytest.param("logits", {"fill_value": 1.0}, id="fill-value"),
+        pytest.param("logits", {"shape": [1, ROWS, CLASSES]}, id="fewer-views"),
+        pytest.param("logits", {"shape": [2, ROWS, CLASSES + 1]}, id="more-classes"),
+        pytest.param("logits", {"data_type": "int32"}, id="dtype"),
+        pytest.param("logits", {"dimension_names": ["a", "b", "c"]}, id="names"),
+        pytest.param("logits", {"attributes": {"note": "hello"}}, id="attributes"),
+        pytest.param("label", {"shape": [ROWS - 1]}, id="fewer-labels"),
+        pytest.param("label", {"data_type": "uint32"}, id="unsigned-labels"),
+        pytest.param("dataset_index", {"fill_value": 7}, id="index"),
+        pytest.param("eval_logits", {"codecs": [{"name": "bytes"}]}, id="codecs"),
+    ],
+)
+def test_array_metadata_changed_by_hand_are_noticed(
+    path: Path, name: str, change: dict[str, Any]
+) -> None:
+    document = path / name / "zarr.json"
+    document.write_text(json.dumps(json.loads(document.read_text()) | change))
+
+    (key,) = change
+    with pytest.raises(CacheError, match=f"array '{name}' is not what was written: {key}") as told:
+        LogitCache.open(path)
+    assert "pipeline verify --repair" in told.value.remedy
+
+
+def test_room_for_more_views_than_are_committed_is_no_damage(path: Path) -> None:
+    """As an append leaves it that was killed after its first array."""
+    array = zarr.open_group(path, mode="r+")["logits"]
+    assert isinstance(array, zarr.Array)
+    array.resize((9, ROWS, CLASSES))
+
+    cache = LogitCache.open(path)
+    assert cache.num_views == 2
+    assert torch.equal(cache.read_view(1).rows(ORDER), logits_of_view(1)[ORDER])
+
+
+def test_the_root_attributes_have_an_equal_copy(path: Path) -> None:
+    def copied() -> Any:
+        (copy,) = commits.unsealed((path / "commits/attributes.json").read_bytes())
+        return copy
+
+    assert copied() == json.loads((path / "zarr.json").read_text())["attributes"]
+    LogitCache.open(path, writable=True).write_fidelity()
+
+    assert copied() == json.loads((path / "zarr.json").read_text())["attributes"]
+    assert copied() == sealed(copied())
+    assert LogitCache.open(path).fidelity is not None
+
+
 def test_views_can_be_counted_while_another_process_compacts(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,13 +357,25 @@ def test_views_can_be_counted_while_another_process_compacts(
 # ---- opening --------------------------------------------------------------------------------
 
 
-def attributes(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], object]:
+def by_hand(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], object]:
+    """The root attributes changed, their digest left as it was."""
+
     def damage(path: Path) -> None:
         document = json.loads((path / "zarr.json").read_text())
         change(document["attributes"])
         (path / "zarr.json").write_text(json.dumps(document))
 
     return damage
+
+
+def attributes(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], object]:
+    """The root attributes changed and sealed again, as a program that means it would do."""
+
+    def resealed(found: dict[str, Any]) -> None:
+        change(found)
+        found |= sealed(found)
+
+    return by_hand(resealed)
 
 
 def only(wanted: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
@@ -366,7 +430,7 @@ NOT_A_CACHE: dict[str, tuple[Callable[[Path], object], str]] = {
         "not a teacher-logit cache",
     ),
     "no-json": (lambda p: (p / "zarr.json").write_text("{"), "not a teacher-logit cache"),
-    "unfinished": (attributes(only(UNFINISHED)), "never finished"),
+    "unfinished": (by_hand(only(UNFINISHED)), "never finished"),
     "no-attributes": (attributes(dict.clear), "not a teacher-logit cache"),
     "marked-and-more": (attributes(lambda a: a.update(unfinished=True, version=None)), "version"),
     "newer": (attributes(lambda a: a.update(version=2)), "format version 2.*reads 1"),
@@ -404,6 +468,12 @@ NOT_A_CACHE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unknown-encoding": (attributes(lambda a: a["encoding"].update(name="jpeg")), "jpeg"),
     "no-predictions": (lambda p: shutil.rmtree(p / "prediction"), "'prediction' is missing"),
+    "other-digest": (by_hand(lambda a: a.update(digest="00")), "digest is another"),
+    "no-seal": (by_hand(lambda a: a.pop("digest")), "digest is another"),
+    "one-more": (by_hand(lambda a: a.update(note="hello")), "digest is another"),
+    "provenance-edited": (by_hand(lambda a: a["provenance"].clear()), "digest is another"),
+    "probe-edited": (by_hand(lambda a: a["pixel_probes"].append(4)), "digest is another"),
+    "encoding-edited": (by_hand(lambda a: a["encoding"].update(name="klt")), "digest is another"),
 }
 
 
@@ -425,7 +495,7 @@ def test_what_is_not_a_cache_is_not_opened(
         pytest.param(shutil.rmtree, False, id="missing"),
         pytest.param(replaced_by(Path.mkdir), False, id="empty-folder"),
         pytest.param(replaced_by(only_half_written), False, id="half-written"),
-        pytest.param(attributes(only(UNFINISHED)), False, id="interrupted"),
+        pytest.param(by_hand(only(UNFINISHED)), False, id="interrupted"),
     ],
 )
 def test_exists(path: Path, damage: Callable[[Path], object], exists: bool) -> None:
@@ -478,6 +548,12 @@ def test_a_cache_is_never_replaced(path: Path) -> None:
     assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
 
 
+class Killed(Exception):  # noqa: N818
+    """Stands for SIGKILL inside Zarr's event loop, whose thread a KeyboardInterrupt would end: all
+    that uses Zarr later would wait for it.
+    """
+
+
 @pytest.mark.parametrize("stop_at", range(1, 9))
 def test_a_create_killed_while_it_removed_what_another_left_is_replaced(
     path: Path,
@@ -487,20 +563,20 @@ def test_a_create_killed_while_it_removed_what_another_left_is_replaced(
     stop_at: int,
 ) -> None:
     whole = create(tmp_path / "whole.zarr")
-    attributes(only(UNFINISHED))(path)
+    by_hand(only(UNFINISHED))(path)
     calls = 0
 
     def interrupted(folder: Path) -> None:
         nonlocal calls
         calls += 1
         if calls == stop_at:
-            raise KeyboardInterrupt
+            raise Killed
         remove(folder)
 
     remove = shutil.rmtree
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             create(path)
     assert not LogitCache.exists(path)
     with pytest.raises(CacheError, match="never finished"):
