@@ -328,6 +328,6 @@ def _run_on_cluster(
             client.submit(_rectify_block_at, path, rectification.name, *b, pure=False)
             for b in blocks
         ]
-        for task in as_completed(tasks):
+        for task in as_completed(tasks, loop=client.loop):
             task.result()
             yield
