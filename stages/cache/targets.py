@@ -62,6 +62,8 @@ class ViewTargets:
 
     def kept(self, samples: Tensor) -> Tensor | None:
         """The classes whose logits are known, int64 (n, k); None if all are."""
+        if self.encoding.keeps_all:
+            return None
         return self.encoding.kept(self._encoded(samples))
 
     def _encoded(self, samples: Tensor) -> dict[str, Tensor]:

@@ -67,9 +67,14 @@ class Encoding(ABC):
         """Whether rows can be decoded for this temperature."""
         return True
 
-    def kept(self, arrays: Mapping[str, Tensor]) -> Tensor | None:
-        """The classes whose logits the arrays hold, int64 (n, k); None if they hold all."""
-        return None
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the arrays hold every logit of a row."""
+        return True
+
+    def kept(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """The classes whose logits the arrays hold, int64 (n, k), where not `keeps_all`."""
+        raise NotImplementedError(self.name)
 
     def saturated(self, arrays: Mapping[str, Tensor]) -> int:
         """How many rows have a code at the end of its range."""

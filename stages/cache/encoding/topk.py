@@ -83,7 +83,7 @@ class TopK(Encoding):
     def decode(self, arrays: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
         values, rest = arrays["topk_value"].float(), self.num_classes - self.k
         if not rest:
-            return torch.empty_like(values).scatter_(1, self._classes(arrays), values)
+            return torch.empty_like(values).scatter_(1, self.kept(arrays), values)
         if not self.holds(temperature):
             raise CacheError(
                 f"this topk cache knows the rest of a row at T = "
@@ -93,13 +93,14 @@ class TopK(Encoding):
         tail = arrays["topk_tail"][:, self.temperatures.index(temperature), None]
         even = temperature * (tail - math.log(rest))
         rows = even.expand(-1, self.num_classes).contiguous()
-        return rows.scatter_(1, self._classes(arrays), values)
+        return rows.scatter_(1, self.kept(arrays), values)
 
     def holds(self, temperature: float) -> bool:
-        return self.k == self.num_classes or temperature in self.temperatures
+        return self.keeps_all or temperature in self.temperatures
 
-    def kept(self, arrays: Mapping[str, Tensor]) -> Tensor | None:
-        return None if self.k == self.num_classes else self._classes(arrays)
+    @property
+    def keeps_all(self) -> bool:
+        return self.k == self.num_classes
 
-    def _classes(self, arrays: Mapping[str, Tensor]) -> Tensor:
+    def kept(self, arrays: Mapping[str, Tensor]) -> Tensor:
         return arrays["topk_index"].to(torch.int64)
