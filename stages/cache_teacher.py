@@ -201,6 +201,7 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
                 else:
                     progress(len(samples))
                 writer.put((view, block, logits))
+        feed.close()
         if missing:
             cache.write_fidelity()
 
@@ -349,6 +350,7 @@ def _cache_test_split(job: CacheJob, cache: LogitCache, record: Record) -> None:
     feed = job.feed(job.splits.test, plain_view(job.image_size, job.config.data.resize))
     samples = torch.arange(len(job.splits.test))
     logits = teacher_logits(job, feed, samples, 0).cpu()
+    feed.close()
     _check_finite(logits, samples, "the test split")
     cache.write_eval_logits(logits, record)
 
