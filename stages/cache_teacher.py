@@ -176,11 +176,11 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
                 f"cannot make {out}: {error.strerror}", "Choose another --out."
             ) from error
     with exclusive(where):
-        # 1) the store, and what is missing in it
-        feed, first = job.feed(job.splits.train, job.policy), Computed({})
-        cache = open_existing(job, out)
+        # 1) the store, its encoding fitted to the first rows; and what is missing in it
+        feed, cache = job.feed(job.splits.train, job.policy), open_existing(job, out)
+        progress, first = _Progress(reporter, job.config.views * len(job.splits.train)), {}
         if cache is None:
-            first, coding = fitted_encoding(job, feed)
+            first, coding = fitted_encoding(job, feed, progress)
             cache = _create(job, out, coding)
         for leftover in half_written(where):
             leftover.unlink()
@@ -188,22 +188,19 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         missing = missing_blocks(cache, job.config.views)
         if done := job.config.views * cache.grid.num_blocks - len(missing):
             reporter.say(f"{done} blocks are there already, {len(missing)} are missing")
+            progress = _Progress(reporter, sum(cache.grid.length(b) for _, b in missing))
 
         # 2) the training views, block by block
         record: Record = {"device": device_name(job.device), "versions": versions()}
-        progress = _Progress(reporter, sum(cache.grid.length(b) for _, b in missing))
         with BackgroundWriter(functools.partial(_write_block, cache, record)).running() as writer:
             for view, block in missing:
-                samples = cache.dataset_index[cache.grid.rows(block)]
-                logits = first.blocks.pop((view, block), None)
+                logits = first.pop((view, block), None)
                 if logits is None:
+                    samples = cache.dataset_index[cache.grid.rows(block)]
                     logits = checked_logits(job, feed, samples, view, progress)
-                else:
-                    progress(len(samples))
                 writer.put((view, block, logits))
         feed.close()
-        if missing:
-            cache.write_fidelity()
+        cache.declare_fidelity()
 
         # 3) the test split
         if not cache.eval_commits.is_complete(0):
@@ -225,19 +222,22 @@ def row_order(job: CacheJob) -> Tensor:
     return permute(torch.arange(samples), samples, job.config.seed, _ROW_ORDER)
 
 
-def fitted_encoding(job: CacheJob, feed: ViewFeed) -> tuple["Computed", Encoding]:
+def fitted_encoding(
+    job: CacheJob, feed: ViewFeed, progress: Callable[[int], None] = lambda rows: None
+) -> tuple[dict[tuple[int, int], Tensor], Encoding]:
     """The encoding asked for, fitted to the first rows of view 0; and the blocks that these are,
-    so that nothing is computed twice.
+    (view, block) -> float32 (n, C), so that nothing is computed twice.
     """
     order, labels = row_order(job), job.splits.train.labels
     grid = block_grid(len(order), job.num_classes, job.config.block_rows)
     needed = -(-min(FIT_ROWS, len(order)) // grid.block_rows)
     blocks = {
-        (0, block): checked_logits(job, feed, order[grid.rows(block)], 0) for block in range(needed)
+        (0, block): checked_logits(job, feed, order[grid.rows(block)], 0, progress)
+        for block in range(needed)
     }
     rows = torch.cat(list(blocks.values()))[:FIT_ROWS]
     coding = fit_encoding(job.config.encoding, rows, labels[order[: len(rows)]], job.config.max_kl)
-    return Computed(blocks), coding
+    return blocks, coding
 
 
 def open_existing(job: CacheJob, out: str | Path) -> LogitCache | None:
@@ -285,13 +285,6 @@ def teacher_logits(
 
 
 # ---- details --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Computed:
-    """Blocks that were computed before there was a store: (view, block) -> float32 (n, C)."""
-
-    blocks: dict[tuple[int, int], Tensor]
 
 
 def checked_logits(

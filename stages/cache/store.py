@@ -371,15 +371,14 @@ class LogitCache:
                 "Choose another --out and --encoding uint8 or float16.",
             )
 
-    def write_fidelity(self) -> None:
+    def declare_fidelity(self) -> None:
         """Put the fidelity of all committed blocks together among the root attributes."""
         records = [record for _, record in sorted(self.commits.records.items())]
         parts = [msgspec.convert(record["fidelity"], Fidelity) for record in records]
-        self.fidelity = combined(parts)
-        known = self._group.attrs.asdict()
-        root.write_attributes(
-            self._group, {**known, "fidelity": msgspec.to_builtins(self.fidelity)}
-        )
+        if (fidelity := combined(parts)) != self.fidelity:
+            self.fidelity = fidelity
+            known = self._group.attrs.asdict()
+            root.write_attributes(self._group, {**known, "fidelity": msgspec.to_builtins(fidelity)})
 
     def write_eval_logits(self, logits: Tensor, record: Record) -> None:
         """The teacher's logits on the test split: float32 (M, C), kept as float16."""
