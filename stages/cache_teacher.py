@@ -178,7 +178,8 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
     with exclusive(where):
         # 1) the store, its encoding fitted to the first rows; and what is missing in it
         feed, cache = job.feed(job.splits.train, job.policy), open_existing(job, out)
-        progress, first = _Progress(reporter, job.config.views * len(job.splits.train)), {}
+        progress = _Progress(reporter, job.config.views * len(job.splits.train))
+        first: dict[tuple[int, int], Tensor] = {}
         if cache is None:
             first, coding = fitted_encoding(job, feed, progress)
             cache = _create(job, out, coding)
@@ -200,7 +201,7 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
                     logits = checked_logits(job, feed, samples, view, progress)
                 writer.put((view, block, logits))
         feed.close()
-        cache.declare_fidelity()
+        cache.write_fidelity()
 
         # 3) the test split
         if not cache.eval_commits.is_complete(0):

@@ -75,7 +75,7 @@ def recoded(exact: LogitCache, name: str, folder: Path) -> LogitCache:
                 cache.write_block(view, block, rows.logits, rows.predictions, {})
     if not cache.eval_commits.is_complete(0):
         cache.write_eval_logits(exact.eval_logits()[0], {})
-        cache.declare_fidelity()
+        cache.write_fidelity()
     return cache
 
 

@@ -371,7 +371,7 @@ class LogitCache:
                 "Choose another --out and --encoding uint8 or float16.",
             )
 
-    def declare_fidelity(self) -> None:
+    def write_fidelity(self) -> None:
         """Put the fidelity of all committed blocks together among the root attributes."""
         records = [record for _, record in sorted(self.commits.records.items())]
         parts = [msgspec.convert(record["fidelity"], Fidelity) for record in records]
