@@ -179,7 +179,7 @@ def test_a_teacher_trains_on_mixed_views(my_splits: Splits, tmp_path: Path) -> N
 def test_inspect_shows_the_composition(my_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show_cache(str(my_cache), Console())
     shown = capsys.readouterr().out
-    assert "pad-crop+mixup (pad=1, mixup.alpha=0.8), seed 0" in shown
+    assert "pad-crop+mixup (mixup.alpha=0.8, pad=1), seed 0" in shown
 
 
 def test_weak_and_strong_rows_lie_side_by_side(
