@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from stages.inputs.datasets import ImageDataset
 from stages.training.config import DataSettings
 
+SHARED_DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+"""Data that is too large for the repository; tests that use it are skipped where it is missing."""
 DIGITS = DataSettings(dataset="digits", workers=0)
 RUN_FILES = {
     "config.yaml",

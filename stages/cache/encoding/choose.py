@@ -43,10 +43,14 @@ class Measured:
 
 
 def check_encoding(spec: str) -> str:
-    """The name in a spec such as `auto`, `klt` or `topk:k=20`. Raises CacheError if unknown."""
-    name = spec.partition(":")[0]
+    """The name in a spec such as `auto`, `klt` or `topk:k=20`.
+
+    Raises CacheError if it is unknown, ConfigError for parameters that it does not take.
+    """
+    name, _, parameters = spec.partition(":")
     if name not in ("auto", *ENCODINGS):
         raise CacheError(f"unknown encoding '{name}'", f"Known: auto, {', '.join(ENCODINGS)}.")
+    _parameters(name, parameters)
     return name
 
 

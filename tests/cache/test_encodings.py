@@ -1,0 +1,917 @@
+"""Every encoding against what it promises, computed apart in NumPy or in plain Python."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from helpers import SHARED_DATA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stages.cache.encoding import (
+    DEFAULT_MAX_KL,
+    ENCODINGS,
+    Encoding,
+    EncodingAttributes,
+    Fidelity,
+    Float16,
+    Float32,
+    Klt,
+    TopK,
+    Uint8,
+    combined,
+    encoding_attributes,
+    fit_encoding,
+    fit_klt,
+    measure,
+    measure_all,
+    restored,
+    row_kl,
+)
+from stages.cache.measure import row_bytes_on_disk
+from stages.errors import CacheError, ConfigError, PipelineError
+
+Rows = NDArray[np.float32]
+HALF_MAX = 65_504.0
+TEMPERATURES = (1.0, 2.0, 4.0)
+often = settings(deadline=None, max_examples=60)
+
+
+def rows_up_to(largest: float, classes: int | None = None) -> st.SearchStrategy[Rows]:
+    """float32 (n, C), C from 2, every finite value up to `largest`, denormals and -0 included."""
+    values = st.floats(-largest, largest, width=32)
+    sides = st.tuples(st.integers(1, 6), st.integers(2, 9) if classes is None else st.just(classes))
+    return sides.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=values))
+
+
+def teacher_rows(count: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """float32 (n, C) and labels (n,): a few directions carry most of the variance, as a trained
+    teacher has it, and the label's logit is often the largest.
+    """
+    generator = torch.Generator().manual_seed(1000)  # of the teacher
+    directions = torch.randn(classes, classes, generator=generator)
+    directions *= 2.0 / torch.arange(1, classes + 1).sqrt()[:, None]
+    offset = torch.randn(classes, generator=generator)
+    generator.manual_seed(seed)
+    labels = torch.randint(classes, (count,), generator=generator)
+    rows = torch.randn(count, classes, generator=generator) @ directions * 0.7 + offset
+    rows[torch.arange(count), labels] += 6.0
+    return rows, labels
+
+
+def numpy_kl(exact: Any, decoded: Any, temperature: float) -> NDArray[np.float64]:
+    def log_softmax(rows: Any) -> NDArray[np.float64]:
+        scaled = np.asarray(rows, np.float64) / temperature
+        scaled -= scaled.max(1, keepdims=True)
+        normal: NDArray[np.float64] = scaled - np.log(np.exp(scaled).sum(1, keepdims=True))
+        return normal
+
+    target, given_rows = log_softmax(exact), log_softmax(decoded)
+    kl: NDArray[np.float64] = (np.exp(target) * (target - given_rows)).sum(1)
+    return kl
+
+
+def round_trip(coding: Encoding, rows: Tensor, labels: Tensor | None = None) -> Tensor:
+    return coding.decode(coding.encode(rows, labels))
+
+
+def some_encodings(classes: int = 12) -> dict[str, Encoding]:
+    rows, _ = teacher_rows(200, classes)
+    return {
+        "float32": Float32(),
+        "float16": Float16(),
+        "uint8": Uint8(),
+        "klt": fit_klt(rows),
+        "klt-int16": fit_klt(rows, 1e-8),
+        "topk": TopK(classes, 4),
+        "topk-all": TopK(classes, classes),
+    }
+
+
+CODINGS = some_encodings()
+each_encoding = pytest.mark.parametrize("coding", CODINGS.values(), ids=CODINGS)
+
+
+# ---- all ------------------------------------------------------------------------------------
+
+
+def test_every_encoding_is_tried_here() -> None:
+    assert {coding.name for coding in CODINGS.values()} == set(ENCODINGS)
+    assert {c.arrays()["logits_code"].dtype for c in CODINGS.values() if c.name == "klt"} == {
+        "int8",
+        "int16",
+    }
+
+
+@each_encoding
+@pytest.mark.parametrize("count", [0, 1, 37])
+@pytest.mark.filterwarnings("ignore:std")  # torch's remark on no rows
+def test_arrays_are_those_that_are_declared(coding: Encoding, count: int) -> None:
+    rows, labels = teacher_rows(count, 12)
+
+    arrays = coding.encode(rows, labels)
+
+    sizes = {"view": 1, "sample": count, "class": 12, **coding.sizes}
+    assert arrays.keys() == coding.arrays().keys()
+    for name, spec in coding.arrays().items():
+        assert spec.by_block
+        assert (1, *arrays[name].shape) == spec.shape(sizes)
+        assert str(arrays[name].dtype) == f"torch.{spec.dtype}"
+    assert coding.calibration().keys() == coding.calibration_arrays().keys()
+    for name, spec in coding.calibration_arrays().items():
+        assert not spec.by_block
+        assert tuple(coding.calibration()[name].shape) == spec.shape(sizes)
+        assert str(coding.calibration()[name].dtype) == f"torch.{spec.dtype}"
+    decoded = coding.decode(arrays)
+    assert decoded.shape == (count, 12)
+    assert decoded.dtype == torch.float32
+
+
+@each_encoding
+def test_rows_do_not_depend_on_each_other(coding: Encoding) -> None:
+    rows, labels = teacher_rows(50, 12)
+    arrays = coding.encode(rows, labels)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1))[:20]
+
+    some = coding.decode({name: array[order] for name, array in arrays.items()})
+
+    torch.testing.assert_close(some, coding.decode(arrays)[order], rtol=0, atol=1e-5)
+    alone = torch.cat([round_trip(coding, rows[i : i + 1], labels[i : i + 1]) for i in order])
+    torch.testing.assert_close(alone, some, rtol=0, atol=1e-5)
+
+
+@each_encoding
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [0, 11])
+def test_what_is_not_finite_is_refused(coding: Encoding, value: float, where: int) -> None:
+    rows, labels = teacher_rows(5, 12)
+    rows[3, where] = value
+
+    with pytest.raises(CacheError, match=f"does not fit in {coding.name}") as caught:
+        coding.encode(rows, labels)
+    assert "Check the teacher" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("coding", "largest"),
+    [
+        pytest.param(Float16(), HALF_MAX, id="float16"),
+        pytest.param(Uint8(), HALF_MAX / 2, id="uint8"),
+        pytest.param(TopK(2, 2), HALF_MAX, id="topk"),
+    ],
+)
+def test_what_half_precision_cannot_hold_is_refused(coding: Encoding, largest: float) -> None:
+    for sign in (1, -1):
+        row = torch.tensor([[sign * largest, 0.0]])
+        assert bool(torch.isfinite(round_trip(coding, row)).all())
+        for beyond in (row.nextafter(row * 2), row * 1e20):
+            with pytest.raises(CacheError, match=f"does not fit in {coding.name}") as caught:
+                coding.encode(beyond)
+            assert "--encoding float32" in caught.value.remedy
+
+
+# ---- float32, float16 -----------------------------------------------------------------------
+
+
+@often
+@given(rows_up_to(float(np.finfo(np.float32).max)))
+def test_float32_is_exact(rows: Rows) -> None:
+    decoded = round_trip(Float32(), torch.from_numpy(rows)).numpy()
+
+    assert decoded.dtype == np.float32
+    assert decoded.tobytes() == rows.tobytes()
+
+
+@often
+@given(rows_up_to(HALF_MAX))
+def test_float16_is_within_half_a_unit_in_the_last_place(rows: Rows) -> None:
+    decoded = round_trip(Float16(), torch.from_numpy(rows))
+
+    assert decoded.dtype == torch.float32
+    error = np.abs(decoded.numpy().astype(np.float64) - rows)
+    # 11 significant bits; 2^-25 is half the spacing of half precision's denormals
+    assert np.all(error <= np.maximum(np.abs(rows.astype(np.float64)) * 2**-11, 2.0**-25))
+
+
+# ---- uint8 ----------------------------------------------------------------------------------
+
+
+def uint8_error(rows: Rows) -> NDArray[np.float64]:
+    """(n, 1), the most that an entry may be off: half a step, and what rounding the offset (11
+    bits of the smallest entry) and the scale (11 bits, and no denormals) add.
+    """
+    exact = rows.astype(np.float64)
+    low, high = exact.min(1, keepdims=True), exact.max(1, keepdims=True)
+    offset = np.abs(low) * 2**-11 + 2.0**-25
+    step = np.maximum((high - low + offset) / 255 * (1 + 2**-9), 2.0**-14)
+    arithmetic = np.maximum(np.abs(low), np.abs(high)) * 2.0**-22
+    error: NDArray[np.float64] = np.maximum(step / 2, offset) + arithmetic
+    return error
+
+
+@often
+@given(rows_up_to(30.0) | rows_up_to(HALF_MAX / 2) | rows_up_to(2.0**-10))
+def test_uint8_is_within_half_a_step(rows: Rows) -> None:
+    decoded = round_trip(Uint8(), torch.from_numpy(rows)).numpy().astype(np.float64)
+
+    assert np.all(np.abs(decoded - rows) <= uint8_error(rows))
+
+
+@often
+@given(rows_up_to(30.0), st.integers(0, 8))
+def test_uint8_keeps_the_argmax_where_the_gap_exceeds_a_step(rows: Rows, winner: int) -> None:
+    rows[:, winner % rows.shape[1]] = rows.max(1) + rows.std(1) * 0.02
+    first, second = -np.sort(-rows, axis=1)[:, :2].astype(np.float64).T
+    sure = first - second > 2 * uint8_error(rows)[:, 0]
+
+    decoded = round_trip(Uint8(), torch.from_numpy(rows)).numpy()
+
+    assert np.array_equal(decoded.argmax(1)[sure], rows.argmax(1)[sure])
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.7, 1234.5, 1e-30, -32_752.0])
+def test_uint8_of_a_constant_row_is_constant(value: float) -> None:
+    decoded = round_trip(Uint8(), torch.full((2, 5), value))
+
+    assert bool((decoded == decoded[0, 0]).all())
+    assert float(decoded[0, 0]) == pytest.approx(value, rel=2**-11, abs=2**-25)
+
+
+def test_uint8_reaches_both_ends_of_a_row() -> None:
+    rows = torch.tensor([[-32_752.0, 0.0, 32_752.0], [0.0, 0.5, 1.0], [-5.0, -4.0, 10.0]])
+
+    codes = Uint8().encode(rows)["logits_code"]
+
+    assert codes[:, 0].tolist() == [0, 0, 0]
+    assert codes[:, 2].min() >= 253
+    assert bool((round_trip(Uint8(), rows).diff(dim=1) > 0).all())
+
+
+# ---- klt ------------------------------------------------------------------------------------
+
+
+def kl_at(coding: Encoding, rows: Tensor, temperature: float = 1.0) -> float:
+    """Mean, in float64, in NumPy."""
+    return float(numpy_kl(rows, coding.decode(coding.encode(rows)), temperature).mean())
+
+
+@pytest.mark.parametrize("classes", [2, 11, 40])
+def test_the_basis_of_klt_is_orthonormal_and_sorted_by_variance(classes: int) -> None:
+    rows, _ = teacher_rows(500, classes)
+    coding = fit_klt(rows)
+
+    basis = coding.basis.double().numpy()
+    np.testing.assert_allclose(basis @ basis.T, np.eye(classes), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(coding.mean.numpy(), rows.double().numpy().mean(0), atol=1e-5)
+    components = (rows.double().numpy() - rows.double().numpy().mean(0)) @ basis.T
+    variances = components.var(0)
+    assert np.all(np.diff(variances) <= 1e-6 * variances[0])
+    correlation = components.T @ components / len(rows)
+    np.testing.assert_allclose(correlation, np.diag(variances), rtol=0, atol=1e-4 * variances[0])
+
+
+def test_fitting_klt_again_gives_the_same_bits() -> None:
+    rows, _ = teacher_rows(300, 20)
+
+    assert fit_klt(rows.clone()).digest() == fit_klt(rows).digest()
+    assert fit_klt(rows, 1e-3).digest() != fit_klt(rows).digest()
+
+
+@pytest.mark.parametrize("budget", [0.5, 5e-2, DEFAULT_MAX_KL, 1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("classes", [11, 30])
+def test_klt_holds_its_budget_with_the_coarsest_step(budget: float, classes: int) -> None:
+    rows, _ = teacher_rows(800, classes)
+
+    coding = fit_klt(rows, budget)
+
+    assert kl_at(coding, rows) <= 0.9 * budget
+    limit = torch.iinfo(getattr(torch, coding.dtype)).max
+    fits = ((rows - coding.mean) @ coding.basis.T).abs().amax(0) * 1.5 / limit
+    coarser = fits.clamp(min=float(coding.step.min()) * 2 ** (1 / 8))
+    assert kl_at(dataclasses.replace(coding, step=coarser), rows) > 0.9 * budget
+
+
+def test_klt_never_takes_a_step_above_the_coarsest() -> None:
+    rows, _ = teacher_rows(100, 11)
+
+    assert float(fit_klt(rows * 1e-3, 10.0).step.max()) == 8.0
+
+
+def test_klt_keeps_to_one_byte_with_a_coarser_leading_component() -> None:
+    """The common offset of a row has the largest variance by far, and no part in its softmax."""
+    rows, _ = teacher_rows(2000, 20)
+    rows = rows + 200 * torch.randn(2000, 1, generator=torch.Generator().manual_seed(3))
+
+    coding = fit_klt(rows)
+
+    assert coding.dtype == "int8"
+    assert float(coding.step[0]) > 3 * float(coding.step[1])
+    assert kl_at(coding, rows) <= DEFAULT_MAX_KL
+    assert coding.saturated(coding.encode(rows)) == 0
+
+
+@pytest.mark.parametrize(("budget", "dtype"), [(DEFAULT_MAX_KL, "int8"), (1e-8, "int16")])
+def test_klt_takes_two_bytes_for_tiny_budgets_alone(budget: float, dtype: str) -> None:
+    rows, _ = teacher_rows(500, 20)
+
+    coding = fit_klt(rows, budget)
+
+    assert coding.dtype == dtype
+    assert coding.encode(rows)["logits_code"].dtype == getattr(torch, dtype)
+
+
+def test_a_budget_below_the_finest_step_is_refused() -> None:
+    rows, _ = teacher_rows(500, 20)
+
+    with pytest.raises(CacheError, match="no step of the encoding klt holds a KL of 1e-13") as told:
+        fit_klt(rows, 1e-13)
+    assert "--encoding float32" in told.value.remedy
+
+
+@pytest.mark.parametrize("budget", [DEFAULT_MAX_KL, 1e-8], ids=["int8", "int16"])
+def test_codes_beyond_the_range_are_clamped_and_counted(budget: float) -> None:
+    rows, _ = teacher_rows(300, 12)
+    coding = fit_klt(rows, budget)
+    assert coding.saturated(coding.encode(rows)) == 0
+    far = rows.clone()
+    far[[4, 17, 200]] = coding.mean + 1e6 * coding.basis[0] * torch.tensor([[1.0], [-1.0], [3.0]])
+
+    arrays = coding.encode(far)
+
+    codes = arrays["logits_code"].long()
+    limit = torch.iinfo(getattr(torch, coding.dtype)).max
+    assert codes[[4, 17, 200], 0].tolist() == [limit, -limit, limit]
+    assert int(codes.abs().max()) == limit  # -limit - 1 is never used
+    assert coding.saturated(arrays) == 3
+    assert measure(coding, far, torch.zeros(300, dtype=torch.int64)).saturated == 3
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(teacher_rows(5, 20)[0], id="fewer-rows-than-classes"),
+        pytest.param(teacher_rows(1, 20)[0], id="one-row"),
+        pytest.param(teacher_rows(1, 20)[0].expand(50, 20), id="all-the-same"),
+        pytest.param(torch.zeros(50, 20), id="zeros"),
+        pytest.param(teacher_rows(50, 20)[0][:, :1].expand(50, 20), id="constant-rows"),
+    ],
+)
+def test_klt_is_fitted_to_rows_of_low_rank(rows: Tensor) -> None:
+    coding = fit_klt(rows)
+
+    basis = coding.basis.double()
+    torch.testing.assert_close(basis @ basis.T, torch.eye(20).double(), rtol=0, atol=1e-6)
+    assert bool((coding.step > 0).all())
+    assert kl_at(coding, rows) <= DEFAULT_MAX_KL
+    assert bool(torch.isfinite(round_trip(coding, teacher_rows(100, 20, seed=1)[0])).all())
+
+
+@pytest.mark.parametrize("budget", [DEFAULT_MAX_KL, 1e-4])
+@pytest.mark.parametrize("classes", [11, 50])
+def test_klt_holds_its_budget_on_rows_it_has_not_seen(budget: float, classes: int) -> None:
+    coding = fit_klt(teacher_rows(2000, classes)[0], budget)
+    unseen, _ = teacher_rows(4000, classes, seed=9)
+
+    assert kl_at(coding, unseen) <= 1.5 * budget
+    assert coding.saturated(coding.encode(unseen)) <= 8
+
+
+@pytest.mark.parametrize("name", ["klt", "klt-int16"])
+def test_klt_against_numpy(name: str) -> None:
+    coding = CODINGS[name]
+    assert isinstance(coding, Klt)
+    rows, _ = teacher_rows(1000, 12, seed=4)
+    basis, mean, step = (t.double().numpy() for t in (coding.basis, coding.mean, coding.step))
+    limit = np.iinfo(coding.dtype).max
+    components = (rows.double().numpy() - mean) @ basis.T / step
+    expected = np.clip(np.rint(components), -limit, limit)
+
+    codes = coding.encode(rows)["logits_code"]
+
+    # float32 may round another way where a component lies half-way between two codes
+    half_way = np.abs(np.abs(components - np.floor(components)) - 0.5) < 1e-5 * np.abs(components)
+    half_way |= np.abs(np.abs(components - np.floor(components)) - 0.5) < 1e-3
+    assert half_way.mean() < 0.1
+    assert np.array_equal(codes.numpy()[~half_way], expected[~half_way])
+    decoded = coding.decode({"logits_code": codes}).numpy()
+    np.testing.assert_allclose(decoded, mean + (codes.numpy() * step) @ basis, atol=2e-5, rtol=1e-5)
+
+
+def test_a_step_is_the_same_error_in_every_direction() -> None:
+    """A rotation keeps lengths: the error of a row is that of its codes."""
+    rows, _ = teacher_rows(2000, 30)
+    coding = fit_klt(rows, 1e-3)
+    error = (round_trip(coding, rows) - rows).double()
+
+    lengths = error.square().sum(1)
+    assert float(lengths.max()) <= float((coding.step.double() / 2).square().sum()) * 1.0001
+    # rounding errors are spread evenly over a step
+    expected = float((coding.step.double().square() / 12).sum())
+    assert float(lengths.mean()) == pytest.approx(expected, rel=0.05)
+
+
+# ---- topk -----------------------------------------------------------------------------------
+
+
+@st.composite
+def topk_cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, TopK]:
+    """Rows with ties now and then, labels, an encoding that keeps part of them or all."""
+    classes = draw(st.integers(2, 9))
+    values = draw(st.sampled_from([rows_up_to(20.0, classes), rows_of_few_values(classes)]))
+    rows = torch.from_numpy(draw(values))
+    labels = draw(st.lists(st.integers(0, classes - 1), min_size=len(rows), max_size=len(rows)))
+    return rows, torch.tensor(labels), TopK(classes, draw(st.integers(2, classes)))
+
+
+def rows_of_few_values(classes: int) -> st.SearchStrategy[Rows]:
+    values = st.sampled_from([-1.0, 0.0, 0.0, 2.5])
+    return hnp.arrays(np.float32, st.tuples(st.integers(1, 6), st.just(classes)), elements=values)
+
+
+@often
+@given(topk_cases())
+def test_topk_keeps_the_largest_and_always_the_label(case: tuple[Tensor, Tensor, TopK]) -> None:
+    rows, labels, coding = case
+
+    arrays = coding.encode(rows, labels)
+
+    for row, label, index, value in zip(
+        rows.tolist(), labels.tolist(), arrays["topk_index"].tolist(),
+        arrays["topk_value"].tolist(), strict=True,
+    ):  # fmt: skip
+        # of equal logits the first class first, as argmax has it
+        largest = sorted(range(len(row)), key=lambda c: (-row[c], c))[: coding.k]
+        if label not in largest:
+            largest[-1] = label
+        assert index == largest
+        assert value == [float(np.float16(row[c])) for c in largest]
+
+
+@often
+@given(topk_cases())
+def test_topk_knows_the_weight_of_the_rest(case: tuple[Tensor, Tensor, TopK]) -> None:
+    rows, labels, coding = case
+
+    arrays = coding.encode(rows, labels)
+
+    exact, index = rows.double().numpy(), arrays["topk_index"].numpy()
+    rest = np.array(
+        [[row[c] for c in range(len(row)) if c not in set(kept)]
+         for row, kept in zip(exact, index.tolist(), strict=True)]
+    )  # fmt: skip
+    for column, temperature in enumerate(coding.temperatures):
+        found = arrays["topk_tail"][:, column].double().numpy()
+        if coding.k == coding.num_classes:
+            assert np.all(found == -np.inf)
+            continue
+        scaled = rest / temperature
+        top = scaled.max(1)
+        expected = top + np.log(np.exp(scaled - top[:, None]).sum(1))
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
+    scale = np.abs(exact).max(1)
+    assert np.all(np.abs(arrays["topk_mean"].numpy() - exact.mean(1)) <= scale * 2e-3 + 1e-6)
+    spread = exact.std(1, ddof=1)
+    assert np.all(np.abs(arrays["topk_std"].numpy() - spread) <= scale * 2e-3 + 1e-6)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("k", [2, 4, 11])
+def test_topk_is_exact_about_label_prediction_and_rest(k: int, temperature: float) -> None:
+    rows, labels = teacher_rows(500, 12, seed=2)
+    coding = TopK(12, k)
+    arrays = coding.encode(rows, labels)
+
+    given_rows = (coding.decode(arrays, temperature).double() / temperature).softmax(1)
+
+    exact = (rows.double() / temperature).softmax(1)
+    peak = float(rows.abs().max())
+    tolerance = {"rtol": 2 * peak * 2**-11 / temperature, "atol": 0.0}
+    kept = coding.kept(arrays)
+    assert not coding.keeps_all
+    for classes in (labels[:, None], kept[:, :1], kept):
+        torch.testing.assert_close(
+            given_rows.gather(1, classes), exact.gather(1, classes), **tolerance
+        )
+    rest = exact.scatter(1, kept, 0)
+    torch.testing.assert_close(given_rows.scatter(1, kept, 0).sum(1), rest.sum(1), **tolerance)
+    if k > 2:  # with two, the label may have taken the prediction's neighbour, never its place
+        assert bool((kept[:, 0] == rows.argmax(1)).all())
+
+
+def test_the_rest_is_spread_evenly() -> None:
+    rows, labels = teacher_rows(50, 12)
+    coding = TopK(12, 4)
+    arrays = coding.encode(rows, labels)
+    kept = coding.kept(arrays)
+
+    for temperature in TEMPERATURES:
+        decoded = coding.decode(arrays, temperature)
+        for row, known in zip(decoded.tolist(), kept.tolist(), strict=True):
+            assert len({row[c] for c in range(12) if c not in known}) == 1
+
+
+def test_topk_of_all_classes_is_half_precision() -> None:
+    rows, labels = teacher_rows(100, 12)
+    coding = TopK(12, 12)
+    arrays = coding.encode(rows, labels)
+
+    assert coding.keeps_all
+    for temperature in (1.0, 3.7, 100.0):
+        assert coding.holds(temperature)
+        assert torch.equal(coding.decode(arrays, temperature), round_trip(Float16(), rows))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0, 4.0001])
+def test_topk_refuses_a_temperature_it_does_not_know(temperature: float) -> None:
+    rows, labels = teacher_rows(5, 12)
+    coding = TopK(12, 4)
+    assert not coding.holds(temperature)
+
+    with pytest.raises(CacheError, match=r"at T = 1, 2, 4, not at") as caught:
+        coding.decode(coding.encode(rows, labels), temperature)
+    assert "topk:temperatures=" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype"),
+    [(256, torch.uint8), (257, torch.uint16), (65_536, torch.uint16), (65_537, torch.uint32)],
+)
+def test_indices_take_as_few_bytes_as_they_can(classes: int, dtype: torch.dtype) -> None:
+    rows = torch.linspace(-4, 4, classes).flip(0).repeat(2, 1)
+    rows[:, -1] = 9.0
+    coding = TopK(classes, 3)
+
+    arrays = coding.encode(rows, torch.tensor([classes - 1, classes - 2]))
+
+    assert arrays["topk_index"].dtype == dtype
+    expected = [[classes - 1, 0, 1], [classes - 1, 0, classes - 2]]
+    assert arrays["topk_index"].to(torch.int64).tolist() == expected
+    kept = coding.kept(arrays)
+    assert kept.tolist() == expected
+    decoded = coding.decode(arrays)
+    assert decoded.argmax(1).tolist() == [classes - 1] * 2
+    assert decoded[1, classes - 2] == np.float16(float(rows[1, classes - 2]))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"k": 1},
+        {"k": 13},
+        {"k": 0},
+        {"k": -4},
+        {"temperatures": ()},
+        {"temperatures": (1.0, 0.0)},
+        {"temperatures": (-1.0,)},
+        {"temperatures": (math.inf,)},
+        {"temperatures": (math.nan,)},
+    ],
+    ids=str,
+)
+def test_topk_that_cannot_be_is_refused(parameters: dict[str, Any]) -> None:
+    with pytest.raises(CacheError, match=r"topk (keeps|cannot)") as caught:
+        TopK(12, **parameters)
+    assert "--encoding topk:" in caught.value.remedy
+
+
+# ---- fidelity -------------------------------------------------------------------------------
+
+
+@often
+@given(rows_up_to(40.0, 5), st.sampled_from([0.5, 1.0, 4.0]), st.randoms(use_true_random=False))
+def test_row_kl_is_the_formula(rows: Rows, temperature: float, random: Any) -> None:
+    other = rows + np.float32(random.random() * 3) * rows[::-1]
+
+    found = row_kl(torch.from_numpy(rows), torch.from_numpy(other), temperature)
+
+    assert found.dtype == torch.float64
+    assert bool((found >= 0).all())
+    np.testing.assert_allclose(
+        found.numpy(), numpy_kl(rows, other, temperature).clip(0), rtol=1e-9, atol=1e-12
+    )
+
+
+@each_encoding
+def test_fidelity_is_what_numpy_measures(coding: Encoding) -> None:
+    rows, labels = teacher_rows(600, 12, seed=5)
+    arrays = coding.encode(rows, labels)
+
+    found = measure(coding, rows, labels)
+
+    assert found.rows == 600
+    assert found.temperatures == TEMPERATURES
+    for column, temperature in enumerate(TEMPERATURES):
+        kls = numpy_kl(rows, coding.decode(arrays, temperature), temperature).clip(0)
+        assert found.mean_kl[column] == pytest.approx(kls.mean(), rel=1e-6, abs=1e-14)
+        high = np.quantile(kls, 0.999)
+        assert found.high_kl[column] == pytest.approx(high, rel=1e-6, abs=1e-14)
+    decoded = coding.decode(arrays, 1.0).argmax(1)
+    assert found.top1_agreement == float((decoded == rows.argmax(1)).double().mean())
+    assert found.saturated == coding.saturated(arrays)
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Fidelity) == found
+
+
+def test_fidelity_is_measured_at_the_temperatures_that_are_held() -> None:
+    rows, labels = teacher_rows(100, 12)
+
+    assert measure(TopK(12, 4, (2.0, 8.0)), rows, labels).temperatures == (2.0,)
+    nowhere = measure(TopK(12, 12, (8.0,)), rows, labels)
+    assert nowhere.temperatures == TEMPERATURES
+
+
+def test_fidelities_of_blocks_are_weighted_by_rows() -> None:
+    parts = [
+        Fidelity(100, (1.0, 4.0), (0.3, 0.1), (0.9, 0.2), 0.5, 2),
+        Fidelity(300, (1.0, 4.0), (0.1, 0.5), (0.4, 0.6), 1.0, 3),
+    ]
+
+    whole = combined(parts)
+
+    assert (whole.rows, whole.temperatures, whole.saturated) == (400, (1.0, 4.0), 5)
+    assert whole.mean_kl == pytest.approx((0.15, 0.4))
+    assert whole.high_kl == (0.9, 0.6)
+    assert whole.top1_agreement == pytest.approx(0.875)
+    assert combined(parts[:1]) == parts[0]
+
+
+@each_encoding
+def test_fidelity_of_all_rows_is_that_of_their_parts(coding: Encoding) -> None:
+    rows, labels = teacher_rows(500, 12)
+    cuts = [slice(0, 100), slice(100, 120), slice(120, 500)]
+
+    whole = combined([measure(coding, rows[cut], labels[cut]) for cut in cuts])
+
+    at_once = measure(coding, rows, labels)
+    assert whole.mean_kl == pytest.approx(at_once.mean_kl, rel=1e-4, abs=1e-12)
+    assert whole.top1_agreement == pytest.approx(at_once.top1_agreement)
+
+
+# ---- what it is, in a store -----------------------------------------------------------------
+
+
+def changed(tensor: Tensor, where: int) -> Tensor:
+    """One value, in its last bit."""
+    flat = tensor.clone().flatten()
+    flat[where] = flat[where].nextafter(torch.tensor(9e9))
+    return flat.reshape(tensor.shape)
+
+
+def test_a_digest_changes_with_every_parameter_and_every_value() -> None:
+    rows, _ = teacher_rows(100, 5)
+    klt = fit_klt(rows)
+    several: list[Encoding] = [Float32(), Float16(), Uint8(), klt]
+    several += [TopK(5, 2), TopK(5, 3), TopK(5, 2, (1.0,)), TopK(5, 2, (4.0, 2.0, 1.0))]
+    several += [dataclasses.replace(klt, dtype="int16")]
+    for name in ("basis", "mean", "step"):
+        values = getattr(klt, name)
+        for where in range(values.numel()):
+            several.append(dataclasses.replace(klt, **{name: changed(values, where)}))
+
+    digests = [coding.digest() for coding in several]
+
+    assert len(set(digests)) == len(several)
+    assert all(len(digest) == 32 for digest in digests)
+    assert digests == [coding.digest() for coding in several]
+
+
+@each_encoding
+def test_an_encoding_comes_back_from_its_attributes(coding: Encoding) -> None:
+    text = json.dumps(encoding_attributes(coding))
+    attributes = msgspec.json.decode(text, type=EncodingAttributes)
+
+    again = restored(attributes, 12, lambda name: coding.calibration()[name].clone())
+
+    assert type(again) is type(coding)
+    assert (again.digest(), again.parameters) == (coding.digest(), coding.parameters)
+    rows, labels = teacher_rows(50, 12, seed=6)
+    assert torch.equal(round_trip(again, rows, labels), round_trip(coding, rows, labels))
+
+
+DAMAGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "another-name": ("float32", {"name": "float16"}),
+    "unknown-name": ("float32", {"name": "jpeg"}),
+    "auto": ("float32", {"name": "auto"}),
+    "another-digest": ("uint8", {"digest": "00" * 16}),
+    "no-k": ("topk", {"parameters": {"temperatures": [1.0, 2.0, 4.0]}}),
+    "k-a-word": ("topk", {"parameters": {"k": "many", "temperatures": [1.0, 2.0, 4.0]}}),
+    "k-null": ("topk", {"parameters": {"k": None, "temperatures": [1.0, 2.0, 4.0]}}),
+    "k-too-large": ("topk", {"parameters": {"k": 99, "temperatures": [1.0, 2.0, 4.0]}}),
+    "another-k": ("topk", {"parameters": {"k": 5, "temperatures": [1.0, 2.0, 4.0]}}),
+    "temperatures-null": ("topk", {"parameters": {"k": 4, "temperatures": None}}),
+    "temperature-a-word": ("topk", {"parameters": {"k": 4, "temperatures": ["warm"]}}),
+    "no-dtype": ("klt", {"parameters": {}}),
+    "another-dtype": ("klt", {"parameters": {"dtype": "int16"}}),
+    "unknown-dtype": ("klt", {"parameters": {"dtype": "int7"}}),
+    "klt-without-calibration": ("float32", {"name": "klt", "parameters": {"dtype": "int8"}}),
+    "topk-without-parameters": ("float32", {"name": "topk"}),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_attributes_of_an_encoding_are_told(name: str, change: dict[str, Any]) -> None:
+    coding = CODINGS[name]
+    attributes = msgspec.convert(encoding_attributes(coding) | change, EncodingAttributes)
+
+    with pytest.raises(CacheError):
+        restored(attributes, 12, lambda array: coding.calibration()[array])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda t: changed(t, 3), id="value"),
+        pytest.param(lambda t: t[:-1], id="shape"),
+        pytest.param(lambda t: t.double(), id="dtype"),
+        pytest.param(torch.zeros_like, id="zeros"),
+    ],
+)
+@pytest.mark.parametrize("array", ["klt_basis", "klt_mean", "klt_step"])
+def test_a_damaged_calibration_is_told(array: str, change: Callable[[Tensor], Tensor]) -> None:
+    coding = CODINGS["klt"]
+    attributes = msgspec.convert(encoding_attributes(coding), EncodingAttributes)
+
+    def read(name: str) -> Tensor:
+        values = coding.calibration()[name]
+        return change(values) if name == array else values
+
+    with pytest.raises(CacheError, match="calibration"):
+        restored(attributes, 12, read)
+
+
+# ---- which one ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "classes", "chosen"),
+    [
+        pytest.param("auto", 2, "float32", id="two-classes"),
+        pytest.param("auto", 10, "float32", id="ten-classes"),
+        pytest.param("auto", 11, "klt", id="eleven-classes"),
+        pytest.param("auto", 100, "klt", id="a-hundred-classes"),
+        pytest.param("auto", 4097, "topk", id="thousands-of-classes"),
+        pytest.param("float16", 10, "float16", id="asked-for"),
+        pytest.param("float32", 100, "float32", id="exact-asked-for"),
+        pytest.param("klt", 5, "klt", id="klt-of-few-classes"),
+        pytest.param("topk", 5, "topk", id="fewer-classes-than-k"),
+    ],
+)
+def test_an_encoding_is_chosen_by_name_and_by_classes(spec: str, classes: int, chosen: str) -> None:
+    rows = torch.randn(40, classes, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(40, dtype=torch.int64)
+
+    coding = fit_encoding(spec, rows, labels)
+
+    assert coding.name == chosen
+    assert coding.decode(coding.encode(rows, labels)).shape == (40, classes)
+
+
+def test_parameters_of_topk_come_with_its_name() -> None:
+    rows, labels = teacher_rows(50, 12)
+
+    def topk(spec: str) -> Encoding:
+        return fit_encoding(spec, rows, labels)
+
+    assert topk("topk") == TopK(12, 10)
+    assert topk("topk:k=4") == TopK(12, 4)
+    assert topk("topk:temperatures=1/3.5") == TopK(12, 10, (1.0, 3.5))
+    assert topk("topk:k=3,temperatures=2") == TopK(12, 3, (2.0,))
+    assert fit_encoding("topk", rows[:, :5], labels % 5) == TopK(5, 5)
+
+
+BAD_SPECS: dict[str, tuple[str, type[PipelineError], str]] = {
+    "unknown": ("float8", CacheError, "unknown encoding 'float8'"),
+    "empty": ("", CacheError, "unknown encoding ''"),
+    "number": ("topk:k=many", ConfigError, "'k=many' is not a parameter of the encoding topk"),
+    "parameter": ("topk:depth=3", ConfigError, "'depth=3' is not a parameter"),
+    "no-value": ("topk:k", ConfigError, "'k' is not a parameter"),
+    "temperatures": ("topk:temperatures=1/warm", ConfigError, "'temperatures=1/warm'"),
+    "too-few": ("topk:k=1", CacheError, "topk keeps 2 to 12 logits"),
+    "too-many": ("topk:k=13", CacheError, "topk keeps 2 to 12 logits"),
+    "cold": ("topk:temperatures=0", CacheError, "cannot keep tails"),
+    "klt": ("klt:step=1", ConfigError, "'step=1' is not a parameter of the encoding klt"),
+    "float32": ("float32:k=2", ConfigError, "takes none"),
+    "auto": ("auto:k=2", ConfigError, "'k=2' is not a parameter of the encoding auto"),
+}
+
+
+@pytest.mark.parametrize(("spec", "error", "message"), BAD_SPECS.values(), ids=BAD_SPECS)
+@pytest.mark.parametrize("max_kl", [None, 0.1])
+def test_an_encoding_that_cannot_be_is_refused(
+    spec: str, error: type[PipelineError], message: str, max_kl: float | None
+) -> None:
+    rows, labels = teacher_rows(50, 12)
+
+    with pytest.raises(error, match=message):
+        fit_encoding(spec, rows, labels, max_kl)
+
+
+def test_an_unknown_encoding_lists_the_known_ones() -> None:
+    with pytest.raises(CacheError) as caught:
+        fit_encoding("float8", *teacher_rows(5, 12))
+    assert all(name in caught.value.remedy for name in ("auto", *ENCODINGS))
+
+
+def test_klt_is_not_for_thousands_of_classes() -> None:
+    with pytest.raises(CacheError, match="klt is for up to 4,096 classes, not 4,097") as caught:
+        fit_encoding("klt", torch.zeros(2, 4097), torch.zeros(2, dtype=torch.int64))
+    assert "topk" in caught.value.remedy
+
+
+@pytest.mark.parametrize("max_kl", [1.0, 5e-3, 1e-4, 1e-6, 1e-12])
+def test_auto_with_a_budget_takes_the_smallest_that_holds_it(max_kl: float) -> None:
+    rows, labels = teacher_rows(600, 30)
+
+    chosen = fit_encoding("auto", rows, labels, max_kl)
+
+    assert measure(chosen, rows, labels).mean_kl[0] <= max_kl
+    size = row_bytes_on_disk(chosen, rows, labels)
+    for other in measure_all(rows, labels, max_kl):
+        if other.fidelity.mean_kl[0] <= max_kl:
+            assert size <= other.row_bytes
+    assert chosen.name == "float32" or max_kl > 1e-12
+
+
+@pytest.mark.parametrize(
+    ("spec", "max_kl"),
+    [("topk:k=2", 1e-6), ("uint8", 1e-9), ("klt", 1e-13), ("topk:temperatures=2/4", 1e9)],
+)
+def test_a_budget_that_is_not_held_is_refused(spec: str, max_kl: float) -> None:
+    rows, labels = teacher_rows(100, 12)
+
+    with pytest.raises(CacheError, match=r"holds a (mean )?KL of") as caught:
+        fit_encoding(spec, rows, labels, max_kl)
+    assert "float32" in caught.value.remedy
+
+
+def test_all_encodings_are_measured() -> None:
+    rows, labels = teacher_rows(300, 12)
+    mine = TopK(12, 3)
+
+    found = {m.coding.name: m for m in measure_all(rows, labels, more=mine)}
+
+    assert list(found) == list(ENCODINGS)
+    assert found["topk"].coding is mine
+    for measured in found.values():
+        assert measured.fidelity == measure(measured.coding, rows, labels)
+        assert measured.row_bytes == row_bytes_on_disk(measured.coding, rows, labels)
+        assert measured.decoded_per_second > 0
+
+
+def test_encodings_that_cannot_hold_the_rows_are_left_out() -> None:
+    rows, labels = teacher_rows(300, 12)
+
+    names = [m.coding.name for m in measure_all(rows * 1e5, labels, 1e-9)]
+
+    assert "float32" in names
+    assert not {"float16", "uint8", "topk"} & set(names)
+
+
+# ---- rows of a real teacher -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cifar100() -> tuple[Tensor, Tensor]:
+    """A ResNet-9's logits of view 0 of CIFAR-100, in random order, and the labels."""
+    path: Path = SHARED_DATA / "cifar100" / "logits-resnet9.npz"
+    if not path.exists():
+        pytest.skip(f"{path.name} of CIFAR-100 is not at hand")
+    with np.load(path, allow_pickle=False) as found:
+        logits, labels = torch.from_numpy(found["logits"][0]), torch.from_numpy(found["labels"])
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return logits[order].float(), labels[order].long()
+
+
+def test_klt_on_cifar100(cifar100: tuple[Tensor, Tensor]) -> None:
+    logits, labels = cifar100
+    coding = fit_encoding("auto", logits[:8192], labels[:8192])
+    rows, labels = logits[-20_000:], labels[-20_000:]
+
+    fidelity = measure(coding, rows, labels)
+
+    assert coding.name == "klt"
+    assert row_bytes_on_disk(coding, rows, labels) <= 46
+    assert fidelity.temperatures == TEMPERATURES
+    assert fidelity.mean_kl[0] <= 5e-3
+    assert fidelity.mean_kl[2] <= 1e-3
+    assert fidelity.top1_agreement > 0.96
+    assert fidelity.saturated <= 20
+
+
+def test_a_byte_a_logit_and_ten_logits_on_cifar100(cifar100: tuple[Tensor, Tensor]) -> None:
+    rows, labels = (part[:8192] for part in cifar100)
+
+    uint8, topk = measure(Uint8(), rows, labels), measure(TopK(100), rows, labels)
+
+    assert uint8.mean_kl[0] < 1e-3
+    assert topk.mean_kl[0] < 0.1
+    assert topk.top1_agreement > 0.999
