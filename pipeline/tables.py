@@ -148,7 +148,7 @@ def show_encodings(console: Console, plan: CachePlan) -> None:
         )
     columns = [text for t in (1, 2, 4) for text in (f"KL T={t}", "99.9 %")]
     console.table(
-        f"encodings, on {plan.measured_rows:,} rows (* is used)",
+        f"encodings, on {plan.encodings[0].fidelity.rows:,} rows (* is used)",
         ("encoding", "bytes a view", *columns, "same top-1", "rows decoded/s"),
         rows,
     )

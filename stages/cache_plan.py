@@ -28,7 +28,7 @@ MOST_SECONDS = 20.0
 class CachePlan:
     """What a run would do. bytes are on disk; missing_* is what is not there already.
 
-    encodings: every encoding on `measured_rows` rows of this teacher. free_bytes: None where there
+    encodings: every encoding on real rows of this teacher. free_bytes: None where there
     is no knowing, in an object store.
     """
 
@@ -43,7 +43,6 @@ class CachePlan:
     free_bytes: int | None
     device: str
     encodings: list[Measured]
-    measured_rows: int
 
     @property
     def missing_share(self) -> float:
@@ -113,7 +112,6 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
         device=str(job.device),
         free_bytes=_free_bytes(out),
         encodings=encodings,
-        measured_rows=len(logits),
     )
 
 

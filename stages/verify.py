@@ -68,11 +68,13 @@ def verify(path: str | Location, reporter: Reporter | None = None, threads: int 
     """Look at every object of a cache. Raises CacheError if there is none."""
     reporter, where = reporter or Silent(), location(path)
     try:
-        if not root.exists(where):
-            raise CacheError(f"no cache at {where}", "Make one with `pipeline cache-teacher`.")
+        there = root.exists(where)
     except CacheError:
         if root.copied_attributes(where) is None:
             raise
+        there = True
+    if not there:
+        raise CacheError(f"no cache at {where}", "Make one with `pipeline cache-teacher`.")
     if faults := list(_root_faults(where)):
         return Verified(faults, 0, 0)  # nothing else can be believed
     try:
@@ -82,26 +84,30 @@ def verify(path: str | Location, reporter: Reporter | None = None, threads: int 
         return Verified(faults, 0, 0)
 
     faults = [*_document_faults(where), *_whole_array_faults(cache)]
+    bad: set[tuple[int, int]] = set()
     parts = [_logits_part(cache)]
     for name in _rectification_names(cache, faults):
         try:
-            parts.append(_rectified_part(cache, cache.rectification(name)))
+            parts.append(_rectified_part(cache, cache.rectification(name), bad))
         except CacheError as error:
             faults.append(Fault(f"rectified/{name}", error.cause))
     blocks = bytes_read = 0
     for part in parts:
         found, damaged = part.commits.readable()
         faults += [Fault(key, "the record is damaged", key=key) for key in damaged]
-        faults += part.missing(found)
-        faults += part.whole(found)
+        part.commits.records = found
+        wrong = part.missing(found)
         with ThreadPoolExecutor(threads) as pool:
             check = pool.map(
                 lambda item, part=part: _block_faults(cache, part, *item), found.items()
             )
-            for size, wrong in check:
+            for done, (size, whats) in enumerate(check, start=1):
                 blocks, bytes_read = blocks + 1, bytes_read + size
-                faults += wrong
-                reporter.progress(f"verify {part.commits.part}", blocks, len(found), "blocks")
+                wrong += whats
+                reporter.progress(f"verify {part.commits.part}", done, len(found), "blocks")
+        if part is parts[0]:
+            bad.update((fault.view, fault.block) for fault in wrong)
+        faults += wrong if wrong or bad else part.whole(found)
     faults += _eval_faults(cache)
     return Verified(faults, blocks, bytes_read)
 
@@ -259,15 +265,16 @@ def _block_faults(
     if not (0 <= view < cache.num_views and 0 <= block < cache.grid.num_blocks):
         return 0, faults(["is outside the arrays"])
     keys = {block_key(f"{part.folder}{n}", spec, view, block) for n, spec in part.specs.items()}
-    size, whats = _object_faults(cache.group.store, record, keys)
-    rows = cache.grid.rows(block)
-    if record.get("rows") != [rows.start, rows.stop]:
-        whats.append("its record speaks of other rows")
-    if not whats:
-        try:
-            whats += part.consistent(view, block, record)
-        except CacheError as error:
-            whats.append(error.cause)
+    rows, size = cache.grid.rows(block), 0
+    try:
+        size, whats = _object_faults(cache.group.store, record, keys)
+        if record.get("rows") != [rows.start, rows.stop]:
+            whats.append("its record speaks of other rows")
+        whats = whats or list(part.consistent(view, block, record))
+    except CacheError as error:
+        whats = [error.cause]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        whats = [f"its record cannot be read: {error!r}"]
     return size, faults(whats)
 
 
@@ -316,10 +323,15 @@ def _logits_part(cache: LogitCache) -> _Part:
     return _Part(cache.commits, "", specs, consistent, missing, whole)
 
 
-def _rectified_part(cache: LogitCache, rectification: Rectification) -> _Part:
+def _rectified_part(
+    cache: LogitCache, rectification: Rectification, bad: set[tuple[int, int]]
+) -> _Part:
+    """bad: blocks whose logits are damaged, which say nothing about what was made from them."""
     name = f"rectified/{rectification.name}"
 
     def consistent(view: int, block: int, record: Record) -> Iterator[str]:
+        if (view, block) in bad:
+            return
         made, statistics = rectified_block(cache, rectification.settings, view, block)
         if _plain(statistics) != _plain(record.get("statistics")):
             yield "its statistics are not those of its rows"

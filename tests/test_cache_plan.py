@@ -49,7 +49,7 @@ def test_a_plan_foretells_what_is_written(
     name = config.encoding.partition(":")[0]
     assert plan.encoding == {"auto": "float32"}.get(name, name)
     assert [m.coding.name for m in plan.encodings] == list(ENCODINGS)
-    assert plan.measured_rows == 1000
+    assert plan.encodings[0].fidelity.rows == 1000
     assert plan.missing_share == 1
     assert plan.samples_per_second > 0
     assert plan.device == "cpu"
@@ -189,7 +189,6 @@ PLAN = CachePlan(
     free_bytes=10**9,
     device="cpu",
     encodings=[],
-    measured_rows=1000,
 )
 
 
