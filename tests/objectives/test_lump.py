@@ -1,0 +1,157 @@
+"""One class for all the rest, on both sides: against loops in float64, and where it is exact."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stages.cache.encoding import TopK
+from stages.objectives.losses import kd, lump
+
+TEMPERATURES = [1.0, 2.0, 4.0]
+
+
+def draw(rows: int = 24, classes: int = 12, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Student logits, teacher logits (B, C) and labels (B,)."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, rows, classes, generator=generator) * 3
+    return student, teacher, torch.randint(classes, (rows,), generator=generator)
+
+
+def kept_of(teacher: Tensor, labels: Tensor, k: int) -> Tensor:
+    coding = TopK(teacher.shape[1], k)
+    return coding.kept(coding.encode(teacher, labels))
+
+
+def naive_lumped(row: list[float], kept: list[int], temperature: float) -> list[float]:
+    """Probabilities of the kept classes, and of all others together."""
+    weights = [math.exp((z - max(row)) / temperature) for z in row]
+    chosen = [weights[c] for c in kept]
+    rest = math.fsum(w for c, w in enumerate(weights) if c not in kept)
+    return [w / math.fsum(weights) for w in (*chosen, rest)]
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("k", [2, 5, 11])
+def test_lumped_logits_have_the_probability_of_the_rest(k: int, temperature: float) -> None:
+    _, teacher, labels = draw()
+    kept = kept_of(teacher, labels, k)
+
+    lumped = lump(teacher, kept, temperature)
+
+    assert lumped.shape == (24, k + 1)
+    assert torch.equal(lumped[:, :k], teacher.gather(1, kept))
+    probabilities = (lumped.double() / temperature).softmax(1).numpy()
+    expected = [
+        naive_lumped(row, classes, temperature)
+        for row, classes in zip(teacher.double().tolist(), kept.tolist(), strict=True)
+    ]
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_a_rest_of_one_class_is_the_dense_loss(temperature: float) -> None:
+    student, teacher, labels = draw()
+    kept = kept_of(teacher, labels, 11)
+    student.requires_grad_()
+
+    lumped = kd(
+        lump(student, kept, temperature), lump(teacher, kept, temperature), labels, temperature
+    )
+
+    dense = kd(student, teacher, labels, temperature)
+    torch.testing.assert_close(lumped, dense, rtol=1e-5, atol=1e-6)
+    (ours,) = torch.autograd.grad(lumped, student)
+    (expected,) = torch.autograd.grad(dense, student)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("k", [2, 4])
+def test_the_lumped_loss_from_a_topk_row_is_that_of_the_exact_row(
+    k: int, temperature: float
+) -> None:
+    """What is stored of a row is all that the loss asks for, up to half precision."""
+    student, teacher, labels = draw(rows=200)
+    coding = TopK(12, k)
+    arrays = coding.encode(teacher, labels)
+    kept, decoded = coding.kept(arrays), coding.decode(arrays, temperature)
+
+    rows = kd(
+        lump(student, kept, temperature),
+        lump(decoded, kept, temperature),
+        labels,
+        temperature,
+        reduction="none",
+    )
+
+    for found, z_s, z_t, classes in zip(
+        rows.tolist(), student.double().tolist(), teacher.double().tolist(), kept.tolist(),
+        strict=True,
+    ):  # fmt: skip
+        p_s = naive_lumped(z_s, classes, temperature)
+        p_t = naive_lumped(z_t, classes, temperature)
+        pairs = zip(p_t, p_s, strict=True)
+        expected = temperature**2 * sum(t * math.log(t / s) for t, s in pairs)
+        assert found == pytest.approx(expected, rel=5e-3, abs=5e-3)
+
+
+def test_the_lumped_loss_is_never_above_the_dense_one() -> None:
+    """Lumping classes on both sides can only lose divergence."""
+    student, teacher, labels = draw(rows=200)
+    kept = kept_of(teacher, labels, 4)
+
+    for temperature in TEMPERATURES:
+        dense = kd(student, teacher, labels, temperature, reduction="none")
+        sides = [lump(z, kept, temperature) for z in (student, teacher)]
+        lumped = kd(sides[0], sides[1], labels, temperature, reduction="none")
+        assert bool((lumped <= dense + 1e-5).all())
+        assert bool((lumped >= -1e-5).all())
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_equal_rows_have_no_loss_and_no_gradient(temperature: float) -> None:
+    _, teacher, labels = draw()
+    kept = kept_of(teacher, labels, 4)
+    student = teacher.clone().requires_grad_()
+
+    loss = kd(lump(student, kept, temperature), lump(teacher, kept, temperature), labels)
+    (gradient,) = torch.autograd.grad(loss, student)
+
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
+    assert float(gradient.abs().max()) < 1e-6
+
+
+def test_how_the_rest_divides_makes_no_difference() -> None:
+    student, teacher, labels = draw()
+    kept = kept_of(teacher, labels, 4)
+    rest = torch.ones_like(teacher, dtype=torch.bool).scatter(1, kept, False)
+    others = teacher[rest].reshape(24, 8)
+    divided = teacher.clone()
+    divided[rest] = others.flip(1).flatten()  # the same logits, of other classes
+
+    losses = [
+        kd(lump(student, kept, 4.0), lump(z, kept, 4.0), labels, 4.0) for z in (teacher, divided)
+    ]
+
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("teacher_scale", [0.0, 1.0, 3e3])
+def test_losses_and_gradients_are_finite(scale: float, teacher_scale: float) -> None:
+    student, teacher, labels = draw()
+    student, teacher = (student * scale).requires_grad_(), teacher * teacher_scale
+    kept = kept_of(teacher, labels, 3)
+
+    for temperature in TEMPERATURES:
+        loss = kd(
+            lump(student, kept, temperature), lump(teacher, kept, temperature), labels, temperature
+        )
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert math.isfinite(float(loss.detach()))
+        assert bool(torch.isfinite(gradient).all())
+        # a row's probabilities sum to one, whatever the logits
+        np.testing.assert_allclose(gradient.sum(1).numpy(), 0, atol=1e-5)
