@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DIGITS
+from helpers import DIGITS, first
 
-from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.rectify import RectifyConfig, rectify
 from stages.train_teacher import TeacherConfig, train_teacher
 from stages.training.config import ModelSettings, TrainSettings
 from stages.training.setup import Splits, load_data
@@ -75,6 +76,36 @@ def finished_cache(
 def cache_copy(finished_cache: Path, tmp_path: Path) -> Path:
     """A complete cache of one's own."""
     return Path(shutil.copytree(finished_cache, tmp_path / "copy.zarr"))
+
+
+@pytest.fixture(scope="session")
+def small_job(teacher_run: Path, digits: Splits) -> CacheJob:
+    """Two views of 300 samples in three blocks each, as klt; a test split of 100."""
+    config = CacheConfig(
+        data=DIGITS,
+        teacher=TeacherSettings(weights=str(teacher_run)),
+        views=2,
+        augment="pad-crop:pad=2",
+        encoding="klt",
+        block_rows=100,
+        device="cpu",
+    )
+    return prepare(config, Splits(first(digits.train, 300), first(digits.test, 100)))
+
+
+@pytest.fixture(scope="session")
+def small_cache(tmp_path_factory: pytest.TempPathFactory, small_job: CacheJob) -> Path:
+    """A complete cache with the rectification pairwise-T4. Read only: many tests share it."""
+    path = tmp_path_factory.mktemp("small") / "small.zarr"
+    cache_teacher(small_job, path)
+    rectify(path, RectifyConfig())
+    return path
+
+
+@pytest.fixture
+def small_copy(small_cache: Path, tmp_path: Path) -> Path:
+    """A small cache of one's own."""
+    return Path(shutil.copytree(small_cache, tmp_path / "small.zarr"))
 
 
 @pytest.fixture(scope="session")

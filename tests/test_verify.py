@@ -1,0 +1,572 @@
+"""Invariant 4: whatever happens to a byte of a cache, verify says so and nobody reads it."""
+
+import dataclasses
+import random
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+import zarr
+from damage import (
+    edit_attributes,
+    edit_record,
+    everything,
+    flipped,
+    harmed,
+    refused_or_true,
+    tree,
+)
+from helpers import Words, first
+from safetensors.torch import load_file, save_file
+from zarr.storage import LocalStore
+
+from stages.cache import LogitCache
+from stages.cache.commits import described
+from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.errors import CacheError, IdentityError
+from stages.inputs.datasets import ImageDataset
+from stages.rectify import RectifyConfig, rectify
+from stages.repair import check_teacher, recorded_job
+from stages.training.setup import Splits
+from stages.verify import Fault, verify, verify_live, verify_pixels
+
+VIEWS, BLOCKS = 2, 3
+_BLOCK = re.compile(r"(?:rectified/(?P<name>[^/]+)/)?(?P<array>\w+)/c/(?P<view>\d+)/(?P<block>\d+)")
+_WHOLE = {"dataset_index", "label", "eval_label", "eval_logits", "klt_basis", "klt_mean"}
+
+
+def block_of(key: str) -> tuple[str, int, int] | None:
+    """The block that an object is a part of, as a fault names it."""
+    found = _BLOCK.match(key)
+    if found is None or found["array"] in _WHOLE:
+        return None
+    part = "logits" if found["name"] is None else f"rectified/{found['name']}"
+    return part, int(found["view"]), int(found["block"])
+
+
+def kind_of(key: str) -> str:
+    """Files that are alike: shards of one array, records, documents, ..."""
+    return re.sub(r"c/\d+/\d+.*|\d+", "#", key)
+
+
+def by_kind(keys: list[str]) -> list[list[str]]:
+    kinds = defaultdict(list)
+    for key in keys:
+        kinds[kind_of(key)].append(key)
+    return list(kinds.values())
+
+
+def blocks_with_faults(faults: list[Fault]) -> set[tuple[str, int, int]]:
+    return {(fault.part, fault.view, fault.block) for fault in faults if fault.part is not None}
+
+
+def found_by_verify(store: Path) -> bool:
+    """Whether verify reports something, as faults or, where nothing can be believed, as an error.
+    Any other error comes through.
+    """
+    try:
+        return bool(verify(store, threads=1).faults)
+    except CacheError:
+        return True
+
+
+# ---- what is in order -----------------------------------------------------------------------
+
+
+def test_a_finished_cache_has_no_fault_and_every_block_is_looked_at(small_cache: Path) -> None:
+    words = Words()
+
+    verified = verify(small_cache, words)
+
+    assert verified.faults == []
+    assert verified.blocks == 2 * VIEWS * BLOCKS
+    blocks = [content for key, content in tree(small_cache).items() if block_of(key)]
+    assert verified.bytes == sum(map(len, blocks))
+    assert words.done[-1] == 1
+
+
+def test_a_cache_without_rectifications_has_no_fault(finished_cache: Path) -> None:
+    assert verify(finished_cache).faults == []
+
+
+@pytest.mark.parametrize("materialise", [False, True], ids=["two-entries", "whole-rows"])
+@pytest.mark.parametrize("method", ["swap", "blend"])
+def test_every_kind_of_rectification_holds(
+    small_copy: Path, method: Any, materialise: bool
+) -> None:
+    rectify(small_copy, RectifyConfig(method=method, temperature=2, materialise=materialise))
+
+    verified = verify(small_copy)
+
+    assert verified.faults == []
+    assert verified.blocks == 3 * VIEWS * BLOCKS
+
+
+def test_verify_writes_nothing(
+    small_cache: Path, monkeypatch: pytest.MonkeyPatch, finished_cache: Path
+) -> None:
+    async def forbidden(store: LocalStore, key: str, *_: Any, **__: Any) -> None:
+        raise AssertionError(f"{key} was written")
+
+    before = tree(small_cache)
+    for name in ("set", "set_if_not_exists", "delete"):
+        monkeypatch.setattr(LocalStore, name, forbidden)
+
+    assert verify(small_cache).faults == []
+    assert tree(small_cache) == before
+
+
+# ---- bytes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flips", "seed"),
+    [
+        pytest.param(120, 0, id="120"),
+        pytest.param(1000, 1, id="1000", marks=pytest.mark.slow),
+    ],
+)
+def test_any_flipped_byte_is_found_and_never_read(small_copy: Path, flips: int, seed: int) -> None:
+    contents, truth = tree(small_copy), everything(small_copy)
+    kinds, draw = by_kind(list(contents)), random.Random(seed)
+    missed, read = [], []
+    for number in range(flips):
+        key = draw.choice(kinds[number % len(kinds)])
+        at, mask = draw.randrange(len(contents[key])), draw.randrange(1, 256)
+        with harmed(small_copy / key, flipped(contents[key], at, mask)):
+            if not found_by_verify(small_copy):
+                missed.append((key, at, mask))
+            if not refused_or_true(small_copy, truth):
+                read.append((key, at, mask))
+
+    assert missed == []
+    assert read == []
+    assert tree(small_copy) == contents
+
+
+@pytest.mark.parametrize("part", ["logits", "rectified/pairwise-T4"])
+def test_a_flip_inside_a_block_names_exactly_that_block(small_copy: Path, part: str) -> None:
+    keys = [key for key in tree(small_copy) if (block_of(key) or ("",))[0] == part]
+    for kind in by_kind(keys):
+        key = kind[len(kind) // 2]
+        content = (small_copy / key).read_bytes()
+        with harmed(small_copy / key, flipped(content, len(content) // 2)):
+            faults = verify(small_copy).faults
+
+        assert blocks_with_faults(faults) == {block_of(key)}
+        assert key in faults[0].what
+        assert all(fault.part is not None for fault in faults)
+
+
+CUTS: dict[str, Callable[[bytes], bytes | None]] = {
+    "deleted": lambda content: None,
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "one-byte-short": lambda content: content[:-1],
+    "one-byte-more": lambda content: content + b"\0",
+}
+
+
+@pytest.mark.parametrize(
+    "every",
+    [
+        pytest.param(False, id="one-of-a-kind"),
+        pytest.param(True, id="every-file", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_a_file_that_is_not_whole_is_found_and_never_read(
+    small_copy: Path, cut: Callable[[bytes], bytes | None], every: bool
+) -> None:
+    contents, truth = tree(small_copy), everything(small_copy)
+    number = list(CUTS.values()).index(cut)
+    # one of each kind, and a fifth of the kinds for each of the five cuts
+    keys = list(contents) if every else [kind[-1] for kind in by_kind(list(contents))][number::5]
+    wrong = []
+    for key in keys:
+        with harmed(small_copy / key, cut(contents[key])):
+            if not found_by_verify(small_copy):
+                wrong.append((key, "missed"))
+            if not refused_or_true(small_copy, truth):
+                wrong.append((key, "read"))
+
+    assert wrong == []
+
+
+@pytest.mark.parametrize("array", ["logits_code", "prediction", "rectified/pairwise-T4/wrong"])
+def test_objects_swapped_between_two_blocks_are_found(small_copy: Path, array: str) -> None:
+    end = "/0" if array == "logits_code" else ""
+    one, other = (small_copy / f"{array}/c/1/{block}{end}" for block in (0, 2))
+    left, right = one.read_bytes(), other.read_bytes()
+    one.write_bytes(right)
+    other.write_bytes(left)
+
+    part = "rectified/pairwise-T4" if array.startswith("rectified") else "logits"
+    assert blocks_with_faults(verify(small_copy).faults) == {(part, 1, 0), (part, 1, 2)}
+
+
+# ---- records --------------------------------------------------------------------------------
+
+
+def copies_another_block(record: dict[str, Any]) -> None:
+    record["objects"] = {key.replace("/0/1", "/0/2"): x for key, x in record["objects"].items()}
+
+
+RECORDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "other-rows": (lambda r: r.update(rows=[0, 100]), "speaks of other rows"),
+    "no-rows": (lambda r: r.pop("rows"), "speaks of other rows"),
+    "wrong-count": (lambda r: r.update(right=r["right"] + 1), "its record counted"),
+    "no-count": (lambda r: r.pop("right"), "its record counted"),
+    "other-objects": (copies_another_block, "speaks of other objects"),
+    "no-objects": (lambda r: r.pop("objects"), "speaks of other objects"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), RECORDS.values(), ids=RECORDS)
+def test_a_record_that_is_sealed_and_untrue_is_found(
+    small_copy: Path, change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    edit_record(small_copy, 1, change)
+
+    faults = verify(small_copy).faults
+
+    assert any(words in fault.what for fault in faults)
+    assert blocks_with_faults(faults) == {("logits", 0, 1)}
+
+
+@pytest.mark.parametrize("at", [(7, 0), (0, 7), (-1, 0)], ids=["view", "block", "negative"])
+def test_a_record_of_a_block_outside_the_arrays_is_found(
+    small_copy: Path, at: tuple[int, int]
+) -> None:
+    cache = LogitCache.open(small_copy, writable=True)
+    cache.commits.commit(*at, {**cache.commits.records[0, 0], "view": at[0], "block": at[1]})
+
+    # A view below zero has no name that a record could have: such a file is nobody's.
+    faults = verify(small_copy).faults
+
+    assert [fault.what for fault in faults] == (["is outside the arrays"] if min(at) >= 0 else [])
+
+
+def test_missing_blocks_are_named(small_copy: Path) -> None:
+    cache = LogitCache.open(small_copy, writable=True)
+    cache.commits.forget(1, 2)
+    cache.rectification("pairwise-T4").commits.forget(0, 1)
+
+    faults = verify(small_copy).faults
+
+    missing = {(f.part, f.view, f.block) for f in faults if f.what == "is not there"}
+    assert missing == {("logits", 1, 2), ("rectified/pairwise-T4", 0, 1)}
+
+
+def test_a_rectification_of_the_first_views_alone_is_whole(
+    small_job: CacheJob, tmp_path: Path
+) -> None:
+    cache_teacher(small_job, tmp_path / "c.zarr")
+    rectify(tmp_path / "c.zarr", RectifyConfig(views=1))
+
+    assert verify(tmp_path / "c.zarr").faults == []
+
+
+def test_a_cache_without_its_test_split_is_not_finished(small_copy: Path) -> None:
+    shutil.rmtree(small_copy / "commits/eval")
+
+    (fault,) = verify(small_copy).faults
+
+    assert (fault.where, fault.what) == ("eval_logits", "the test split is not there yet")
+
+
+def test_a_cache_whose_blocks_are_there_and_whose_fidelity_is_not_is_unfinished(
+    small_copy: Path,
+) -> None:
+    edit_attributes(small_copy, lambda attributes: attributes.pop("fidelity"))
+
+    (fault,) = verify(small_copy).faults
+
+    assert fault.where == "fidelity"
+    assert "has not finished" in fault.what
+
+
+def test_room_for_views_that_are_not_there_is_named(small_copy: Path) -> None:
+    LogitCache.open(small_copy, writable=True).grow(3)
+
+    faults = verify(small_copy).faults
+
+    assert blocks_with_faults(faults) == {("logits", 2, block) for block in range(BLOCKS)}
+
+
+@pytest.mark.parametrize("array", ["logits_code", "prediction"])
+def test_an_array_with_more_room_than_the_others_is_named(small_copy: Path, array: str) -> None:
+    found = zarr.open_group(small_copy, mode="r+")[array]
+    assert isinstance(found, zarr.Array)
+    found.resize((5, *found.shape[1:]))
+
+    faults = verify(small_copy).faults
+
+    assert faults
+    assert any("logits_code" in fault.where or "logits_code" in fault.what for fault in faults)
+
+
+# ---- rectifications -------------------------------------------------------------------------
+
+
+def test_a_rectification_copied_from_another_cache_is_found(
+    small_copy: Path, finished_cache: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.zarr"
+    shutil.copytree(finished_cache, other)
+    rectify(other, RectifyConfig(method="swap"))
+    for folder in ("rectified", "commits/rectified"):
+        shutil.copytree(other / folder / "swap-T4", small_copy / folder / "swap-T4")
+
+    faults = verify(small_copy).faults
+
+    assert any("belongs to another cache" in fault.what for fault in faults)
+    assert {fault.where for fault in faults} == {"rectified/swap-T4"}
+
+
+def written_by_hand(store: Path, array: str, change: Callable[[Any], Any]) -> None:
+    """Change values of block 1 of view 0; shard, record and statistics agree with each other."""
+    found = zarr.open_group(store / "rectified/pairwise-T4", mode="r+")[array]
+    assert isinstance(found, zarr.Array)
+    found[0, 100:200] = change(found[0, 100:200])
+    key = f"rectified/pairwise-T4/{array}/c/0/1"
+    content = (store / key).read_bytes()
+    edit_record(store, 1, lambda r: r["objects"].update({key: described(content)}), 0, key[:21])
+
+
+@pytest.mark.parametrize(
+    ("array", "change"),
+    [
+        pytest.param("label_logit", lambda values: values + 0.01, id="label"),
+        pytest.param("predicted_logit", lambda values: values[::-1], id="predicted"),
+        pytest.param("wrong", lambda values: ~values, id="mask"),
+        pytest.param("label_logit", lambda values: values * float("nan"), id="not-numbers"),
+    ],
+)
+def test_rectified_values_that_do_not_follow_from_the_rows_are_found(
+    small_copy: Path, array: str, change: Callable[[Any], Any]
+) -> None:
+    written_by_hand(small_copy, array, lambda values: values)
+    assert verify(small_copy).faults == []
+    written_by_hand(small_copy, array, change)
+
+    (fault,) = verify(small_copy).faults
+
+    assert (fault.part, fault.view, fault.block) == ("rectified/pairwise-T4", 0, 1)
+    assert fault.what == f"{array} is not what the rows give"
+
+
+def test_statistics_that_do_not_follow_from_the_rows_are_found(small_copy: Path) -> None:
+    part = "rectified/pairwise-T4"
+    edit_record(small_copy, 1, lambda record: record["statistics"].update(wrong=0), 0, part)
+
+    (fault,) = verify(small_copy).faults
+
+    assert (fault.part, fault.view, fault.block) == (part, 0, 1)
+    assert fault.what == "its statistics are not those of its rows"
+
+
+def test_statistics_of_all_blocks_changed_by_hand_are_found(small_copy: Path) -> None:
+    edit_attributes(
+        small_copy, lambda a: a["statistics"].update(wrong_rows=1), "rectified/pairwise-T4"
+    )
+
+    (fault,) = verify(small_copy).faults
+
+    assert fault.what == "its statistics are not those of its blocks"
+
+
+# ---- no cache at all ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        pytest.param(lambda path: None, "no cache at", id="missing"),
+        pytest.param(Path.mkdir, "no cache at", id="empty-folder"),
+        pytest.param(lambda p: p.write_text("x"), "not a teacher-logit cache", id="file"),
+        pytest.param(
+            lambda p: (p.mkdir(), (p / "thesis.tex").write_text("x")),
+            "not a teacher-logit cache",
+            id="foreign-folder",
+        ),
+    ],
+)
+def test_where_there_is_no_cache_verify_says_so(
+    tmp_path: Path, make: Callable[[Path], object], words: str
+) -> None:
+    make(tmp_path / "there")
+
+    with pytest.raises(CacheError, match=words):
+        verify(tmp_path / "there")
+
+
+def test_somebody_elses_group_is_no_cache(tmp_path: Path) -> None:
+    zarr.create_group(tmp_path / "g.zarr", zarr_format=3, attributes={"title": "sea"})
+
+    (fault,) = verify(tmp_path / "g.zarr").faults
+
+    assert "not a teacher-logit cache" in fault.what
+
+
+def test_a_root_document_that_is_gone_is_told_apart_from_no_cache(small_copy: Path) -> None:
+    (small_copy / "zarr.json").unlink()
+
+    (fault,) = verify(small_copy).faults
+
+    assert fault.where == "root attributes"
+
+
+# ---- the teacher ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["float32", "float16", "uint8", "klt", "topk:k=3"])
+def test_the_right_teacher_says_what_the_cache_says(
+    small_job: CacheJob, tmp_path: Path, encoding: str
+) -> None:
+    config = msgspec.structs.replace(small_job.config, encoding=encoding, views=1)
+    job = dataclasses.replace(small_job, config=config)
+    cache_teacher(job, tmp_path / "c.zarr")
+
+    assert verify(tmp_path / "c.zarr").faults == []
+    assert verify_live(LogitCache.open(tmp_path / "c.zarr"), job, 100) == []
+
+
+def test_other_batches_are_no_other_teacher(small_cache: Path, small_job: CacheJob) -> None:
+    config = msgspec.structs.replace(small_job.config, batch_size=7)
+
+    job = dataclasses.replace(small_job, config=config)
+
+    assert verify_live(LogitCache.open(small_cache), job, 40, seed=3) == []
+
+
+@pytest.fixture(scope="module")
+def other_weights(teacher_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a teacher that differs in the sign of its last layer."""
+    run = tmp_path_factory.mktemp("other") / "run"
+    shutil.copytree(teacher_run, run)
+    weights = load_file(run / "model.safetensors")
+    last = [name for name in weights if weights[name].ndim == 2][-1]
+    save_file({**weights, last: -weights[last]}, run / "model.safetensors")
+    return run
+
+
+def with_weights(job: CacheJob, run: Path) -> CacheJob:
+    teacher = TeacherSettings(weights=str(run))
+    return prepare(msgspec.structs.replace(job.config, teacher=teacher), job.splits)
+
+
+def test_another_teacher_of_the_same_architecture_is_refused(
+    small_cache: Path, small_job: CacheJob, finished_cache: Path, other_weights: Path
+) -> None:
+    with pytest.raises(IdentityError, match=r"teacher\.weights: ") as caught:
+        check_teacher(small_cache, with_weights(small_job, other_weights))
+    assert "--weights" in caught.value.remedy
+
+    with pytest.raises(IdentityError, match=r"teacher\.weights: "):
+        recorded_job(finished_cache, weights=str(other_weights))
+
+
+def test_what_another_teacher_says_is_another_thing(
+    small_cache: Path, small_job: CacheJob, other_weights: Path
+) -> None:
+    job = with_weights(small_job, other_weights)
+
+    (fault,) = verify_live(LogitCache.open(small_cache), job, 50)
+
+    assert fault.where == "live teacher"
+    assert "mean KL" in fault.what
+
+
+@pytest.mark.parametrize("encoding", ["float32", "klt"])
+def test_rows_in_another_order_are_found_by_the_teacher_alone(
+    small_job: CacheJob, tmp_path: Path, encoding: str
+) -> None:
+    config = msgspec.structs.replace(small_job.config, encoding=encoding)
+    job = dataclasses.replace(small_job, config=config)
+    cache_teacher(job, tmp_path / "c.zarr")
+    cache = LogitCache.open(tmp_path / "c.zarr", writable=True)
+    for view in range(VIEWS):
+        for block in range(BLOCKS):
+            rows = cache.read_block(view, block)
+            order = torch.randperm(len(rows.labels), generator=torch.Generator().manual_seed(1))
+            record = {"device": "abacus"}
+            logits = rows.logits[order]
+            cache.write_block(view, block, logits, rows.predictions[order], record)
+    cache.write_fidelity()
+
+    assert verify(tmp_path / "c.zarr").faults == []  # every byte is what its record says
+    (fault,) = verify_live(LogitCache.open(tmp_path / "c.zarr"), job, 100)
+    assert fault.where == "live teacher"
+
+
+def test_an_unfinished_cache_declares_nothing_to_hold(
+    small_copy: Path, small_job: CacheJob
+) -> None:
+    edit_attributes(small_copy, lambda attributes: attributes.pop("fidelity"))
+
+    (fault,) = verify_live(LogitCache.open(small_copy), small_job, 10)
+
+    assert "not finished" in fault.what
+
+
+def test_the_recorded_job_is_the_one_that_made_the_cache(
+    finished_cache: Path, cache_config: CacheConfig
+) -> None:
+    job = recorded_job(finished_cache, device="cpu")
+
+    assert job.config == cache_config
+    assert job.identity == LogitCache.open(finished_cache).identity
+
+
+# ---- the pixels -----------------------------------------------------------------------------
+
+
+def test_the_pixels_that_the_teacher_saw_hold(small_cache: Path, small_job: CacheJob) -> None:
+    assert verify_pixels(LogitCache.open(small_cache), small_job.splits) == []
+
+
+def with_image_changed(dataset: ImageDataset, digest: str | None) -> ImageDataset:
+    assert dataset.images is not None
+    images = dataset.images.clone()
+    images[:, 0, 4, 4] ^= 1
+    digest = digest or "of other images"
+    return dataclasses.replace(
+        dataset, images=images, load=images.__getitem__, images_digest=digest
+    )
+
+
+def test_an_image_that_changed_is_found(small_cache: Path, small_job: CacheJob) -> None:
+    train = with_image_changed(small_job.splits.train, None)
+    splits = Splits(train, small_job.splits.test)
+
+    (fault,) = verify_pixels(LogitCache.open(small_cache), splits)
+
+    assert fault.where == "pixels"
+    assert "images: " in fault.what
+
+
+def test_a_decoder_that_changed_is_found_by_the_probes(
+    small_cache: Path, small_job: CacheJob
+) -> None:
+    # Of a folder the digest is of names and sizes: only the probes look at pixels.
+    train = small_job.splits.train
+    splits = Splits(with_image_changed(train, train.images_digest), small_job.splits.test)
+
+    (fault,) = verify_pixels(LogitCache.open(small_cache), splits)
+
+    assert "pixel probes" in fault.what
+
+
+def test_fewer_samples_are_another_dataset(small_cache: Path, small_job: CacheJob) -> None:
+    splits = Splits(first(small_job.splits.train, 299), small_job.splits.test)
+
+    (fault,) = verify_pixels(LogitCache.open(small_cache), splits)
+
+    assert "num_samples: 299, not 300" in fault.what
