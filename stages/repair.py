@@ -5,16 +5,20 @@ repair that is stopped goes on like an interrupted run. On the machine that made
 mended bytes are the same; on another they are as near as the teacher is to itself.
 """
 
+import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
+from zarr.abc.store import Store
 
 from stages.cache import LogitCache, root
 from stages.cache.arrays import open_group, read_array
 from stages.cache.commits import CommitLog, folders, read_object, write_object
+from stages.cache.documents import check_seal
 from stages.cache.encoding import Encoding, restored
 from stages.cache.identity import Identity, differences, identity_from_json
 from stages.cache.location import Location, location
@@ -206,8 +210,29 @@ def _rectification_settings(where: Location) -> dict[str, RectificationSettings]
     for name in folders(store, "rectified"):
         records, _ = CommitLog(store, f"rectified/{name}", 1).readable()
         for record in records.values():
-            found[name] = msgspec.convert(record["settings"], RectificationSettings)
+            with contextlib.suppress(KeyError, msgspec.ValidationError):
+                found[name] = msgspec.convert(record["settings"], RectificationSettings)
+        if name not in found and (settings := _settings_by_attributes(store, name)):
+            found[name] = settings
     return found
+
+
+def _settings_by_attributes(store: Store, name: str) -> RectificationSettings | None:
+    """Of a rectification without any record; None if it was never finished being created."""
+    document = read_object(store, f"rectified/{name}/zarr.json") or b"{}"
+    try:
+        attributes = json.loads(document).get("attributes", {})
+        if not attributes and not folders(store, f"commits/rectified/{name}"):
+            return None
+        check_seal(attributes, name)
+        known = {f: attributes.get(f) for f in RectificationSettings.__struct_fields__}
+        return msgspec.convert(known, RectificationSettings)
+    except (AttributeError, ValueError, CacheError) as error:
+        raise CacheError(
+            f"rectification '{name}' cannot be repaired: its attributes and all its records are "
+            "damaged",
+            f"Remove rectified/{name} and commits/rectified/{name}, repair and rectify again.",
+        ) from error
 
 
 def _intact(where: Location, key: str) -> bool:
@@ -243,7 +268,9 @@ def _forget(where: Location, faults: list[Fault]) -> dict[str, dict[str, Any]]:
     again = {}
     for name in cache.rectifications:
         rectification = cache.rectification(name)
-        covered = max(views[f"rectified/{name}"], default=-1) + 1
+        # A repair that was stopped may have unmade whole views: the statistics know of them.
+        known = len(rectification.statistics.get("top1_per_view", ()))
+        covered = max(known, *(view + 1 for view in views[f"rectified/{name}"]), 0)
         if covered:
             again[name] = {**msgspec.to_builtins(rectification.settings), "views": covered}
     return again

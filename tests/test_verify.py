@@ -125,6 +125,7 @@ def test_verify_writes_nothing(
 # ---- bytes ----------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("flips", "seed"),
     [
@@ -173,6 +174,7 @@ CUTS: dict[str, Callable[[bytes], bytes | None]] = {
 }
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "every",
     [

@@ -84,8 +84,8 @@ def write_attributes(group: zarr.Group, attributes: Mapping[str, Any]) -> None:
 
 def copied_attributes(where: Location) -> dict[str, Any] | None:
     """The root attributes as their copy has them; None if that is missing or damaged."""
-    content = read_object(open_store(where, read_only=True), COPY)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, FileNotFoundError, NotADirectoryError):
+        content = read_object(open_store(where, read_only=True), COPY)
         if content is not None:
             (attributes,) = unsealed(content)
             return attributes

@@ -1,0 +1,394 @@
+"""Repair: whatever was damaged, the bytes of an undamaged cache come back."""
+
+import dataclasses
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zarr
+from damage import edit_attributes, edit_record, everything, flip, flipped, same, tree
+from helpers import Words
+from safetensors.torch import load_file, save_file
+
+from stages.cache import LogitCache
+from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.errors import CacheError, IdentityError, ModelError
+from stages.rectify import RectifyConfig, rectify
+from stages.repair import recorded_job, repair
+from stages.verify import Fault, verify
+
+HELPER = Path(__file__).with_name("kill_repair.py")
+Cut = Callable[[bytes, random.Random], bytes | None]
+
+CUTS: dict[str, Cut] = {
+    "flipped": lambda content, draw: flipped(
+        content, draw.randrange(len(content)), draw.randrange(1, 256)
+    ),
+    "deleted": lambda content, draw: None,
+    "cut": lambda content, draw: content[: len(content) // 2],
+    "empty": lambda content, draw: b"",
+}
+
+
+def faults_of(store: Path) -> list[Fault]:
+    """What the command hands to repair."""
+    return verify(store, threads=1).faults
+
+
+def damage(store: Path, key: str, cut: Cut, draw: random.Random) -> None:
+    content = cut((store / key).read_bytes(), draw)
+    if content is None:
+        (store / key).unlink()
+    else:
+        (store / key).write_bytes(content)
+
+
+def differing(store: Path, truth: dict[str, bytes]) -> list[str]:
+    found = tree(store)
+    return sorted(key for key in {*found, *truth} if found.get(key) != truth.get(key))
+
+
+@pytest.fixture(scope="module")
+def tiny_job(small_job: CacheJob) -> CacheJob:
+    """Two views of two blocks."""
+    return dataclasses.replace(
+        small_job, config=msgspec.structs.replace(small_job.config, block_rows=150)
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_cache(tiny_job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "tiny.zarr"
+    cache_teacher(tiny_job, path)
+    rectify(path, RectifyConfig())
+    return path
+
+
+SAMPLE = [
+    ("flipped", "zarr.json"),
+    ("deleted", "commits/zarr.json"),
+    ("flipped", "logits_code/c/0/1/0"),
+    ("deleted", "prediction/c/1/0"),
+    ("flipped", "klt_basis/c/0/0"),
+    ("empty", "dataset_index/c/0"),
+    ("deleted", "label/zarr.json"),
+    ("flipped", "eval_logits/c/0/0"),
+    ("flipped", "commits/logits/v00001.json"),
+    ("deleted", "commits/rectified/pairwise-T4/v00000.json"),
+    ("deleted", "rectified/pairwise-T4/zarr.json"),
+    ("cut", "rectified/pairwise-T4/label_logit/c/1/1"),
+]
+
+
+def check_repaired(
+    tiny_cache: Path, tiny_job: CacheJob, store: Path, cases: list[tuple[str, str]]
+) -> None:
+    truth, draw = tree(tiny_cache), random.Random(0)
+    wrong = []
+    for how, key in cases:
+        shutil.rmtree(store, ignore_errors=True)
+        shutil.copytree(tiny_cache, store)
+        damage(store, key, CUTS[how], draw)
+        left = repair(store, tiny_job, faults_of(store))
+        if left or (others := differing(store, truth)):
+            wrong.append((how, key, left or others))
+
+    assert wrong == []
+
+
+@pytest.mark.parametrize(("how", "key"), SAMPLE, ids=[f"{how}-{key}" for how, key in SAMPLE])
+def test_a_damaged_file_is_as_it_was(
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path, how: str, key: str
+) -> None:
+    check_repaired(tiny_cache, tiny_job, tmp_path / "c.zarr", [(how, key)])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("how", CUTS)
+def test_every_damaged_file_is_as_it_was(
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path, how: str
+) -> None:
+    cases = [(how, key) for key in tree(tiny_cache)]
+
+    check_repaired(tiny_cache, tiny_job, tmp_path / "c.zarr", cases)
+
+
+def test_many_things_damaged_at_once_are_as_they_were(
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
+    truth, draw = tree(store), random.Random(4)
+    # The root and its copy are not lost together, nor all that says what a rectification is.
+    spared = {"commits/attributes.json", "commits/rectified/pairwise-T4/v00001.json"}
+    for key in sorted(truth.keys() - spared):
+        damage(store, key, CUTS[draw.choice(list(CUTS))], draw)
+
+    assert repair(store, tiny_job, faults_of(store)) == []
+    assert differing(store, truth) == []
+
+
+def test_a_rectification_of_which_only_attributes_are_left_is_made_again(
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
+    shutil.rmtree(store / "commits/rectified/pairwise-T4")
+    flip(store / "rectified/pairwise-T4/wrong/zarr.json")
+
+    assert repair(store, tiny_job, faults_of(store)) == []
+    assert differing(store, tree(tiny_cache)) == []
+
+
+def test_a_rectification_that_nothing_speaks_of_any_more_is_told(
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
+    flip(store / "rectified/pairwise-T4/zarr.json")
+    for view in (0, 1):
+        flip(store / f"commits/rectified/pairwise-T4/v{view:05d}.json")
+
+    with pytest.raises(CacheError, match="'pairwise-T4' cannot be repaired") as caught:
+        repair(store, tiny_job, faults_of(store))
+    assert "rectify again" in caught.value.remedy
+    for folder in ("rectified", "commits/rectified"):  # what the remedy says
+        shutil.rmtree(store / folder / "pairwise-T4")
+    assert repair(store, tiny_job, []) == []
+    rectify(store, RectifyConfig())
+    assert differing(store, tree(tiny_cache)) == []
+
+
+def test_a_cache_in_order_stays_as_it_is(
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
+
+    assert repair(store, tiny_job, []) == []
+    assert differing(store, tree(tiny_cache)) == []
+
+
+def test_only_what_was_damaged_is_computed_again(
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
+    times = {path: path.stat().st_mtime_ns for path in store.rglob("*/c/**/*") if path.is_file()}
+    flip(store / "logits_code/c/1/0/0")
+    words = Words()
+
+    repair(store, tiny_job, faults_of(store), words)
+
+    again = {str(p.relative_to(store)) for p in times if p.stat().st_mtime_ns != times[p]}
+    rectified = {f"rectified/pairwise-T4/{n}/c/1/0" for n in ("wrong", "label_logit")}
+    rectified.add("rectified/pairwise-T4/predicted_logit/c/1/0")
+    assert again == {"logits_code/c/1/0/0", "prediction/c/1/0", *rectified}
+    assert "3 blocks are there already, 1 are missing" in words.lines
+
+
+def test_a_block_made_from_a_damaged_one_is_made_again(
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
+    # a rectification of rows that nobody has any more, each byte as its record says
+    cache = LogitCache.open(store, writable=True)
+    rows = cache.read_block(0, 0)
+    cache.write_block(0, 0, rows.logits.flip(1), rows.predictions, {})
+    rectification = cache.rectification("pairwise-T4")
+    rectification.commits.forget(0, 0)
+    rectify(store, RectifyConfig())
+    flip(store / "logits_code/c/0/0/0")
+
+    assert repair(store, tiny_job, faults_of(store)) == []
+    assert same(everything(store), everything(tiny_cache))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        pytest.param("logits", {"right": 0}, id="count"),
+        pytest.param("logits", {"rows": [0, 1]}, id="rows"),
+        pytest.param("logits", {"objects": {}}, id="objects"),
+        pytest.param("rectified/pairwise-T4", {"statistics": {}}, id="statistics"),
+    ],
+)
+def test_a_record_that_is_sealed_and_untrue_is_mended(
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path, part: str, change: dict[str, Any]
+) -> None:
+    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
+    edit_record(store, 1, lambda record: record.update(change), 0, part)
+
+    assert repair(store, tiny_job, faults_of(store)) == []
+    assert differing(store, tree(tiny_cache)) == []
+
+
+def test_a_cache_with_more_views_than_its_record_of_settings_is_mended(
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
+    job = dataclasses.replace(tiny_job, config=msgspec.structs.replace(tiny_job.config, views=3))
+    cache_teacher(job, store)
+    rectify(store, RectifyConfig())
+    truth = tree(store)
+    flip(store / "logits_code/c/2/1/0")
+    flip(store / "prediction/zarr.json")
+
+    assert repair(store, tiny_job, faults_of(store)) == []
+    assert differing(store, truth) == []
+
+
+def test_several_rectifications_are_mended(
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
+    rectify(store, RectifyConfig(method="swap", name="mine", materialise=True, views=1))
+    rectify(store, RectifyConfig(method="blend", space="probability-1", temperature=2))
+    truth = tree(store)
+    for key in (
+        "logits_code/c/0/0/0",
+        "rectified/mine/log_distribution/c/0/1/0",
+        "rectified/blend-T2-probability-1/wrong/zarr.json",
+        "rectified/pairwise-T4/wrong/c/1/1",
+    ):
+        flip(store / key)
+
+    assert repair(store, tiny_job, faults_of(store)) == []
+    assert differing(store, truth) == []
+
+
+def test_an_append_that_stopped_is_completed(
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
+    found = zarr.open_group(store, mode="r+")["logits_code"]
+    assert isinstance(found, zarr.Array)
+    found.resize((5, *found.shape[1:]))
+
+    assert repair(store, tiny_job, faults_of(store)) == []
+    assert differing(store, tree(tiny_cache)) == []
+
+
+# ---- what is refused ------------------------------------------------------------------------
+
+
+def test_the_wrong_teacher_repairs_nothing(
+    finished_cache: Path, cache_copy: Path, teacher_run: Path, tmp_path: Path
+) -> None:
+    flip(cache_copy / "logits/c/0/1/0")
+    before = tree(cache_copy)
+    other = Path(shutil.copytree(teacher_run, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    name = next(iter(weights))
+    save_file({**weights, name: -weights[name]}, other / "model.safetensors")
+
+    with pytest.raises(IdentityError, match=r"teacher\.weights: ") as caught:
+        recorded_job(cache_copy, weights=str(other))
+    assert "--weights" in caught.value.remedy
+    assert tree(cache_copy) == before
+
+
+def test_a_job_of_another_cache_repairs_nothing(tiny_job: CacheJob, cache_copy: Path) -> None:
+    before = tree(cache_copy)
+
+    with pytest.raises(IdentityError, match=r"dataset\.\w+: "):
+        repair(cache_copy, tiny_job, [])
+    assert tree(cache_copy) == before
+
+
+def test_weights_that_have_moved_are_asked_for(
+    teacher_run: Path, cache_config: CacheConfig, tiny_job: CacheJob, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(teacher_run, tmp_path / "run"))
+    config = msgspec.structs.replace(
+        cache_config, views=1, teacher=TeacherSettings(weights=str(run))
+    )
+    cache_teacher(prepare(config), tmp_path / "c.zarr")
+    truth = tree(tmp_path / "c.zarr")
+    run.rename(tmp_path / "moved")
+    flip(tmp_path / "c.zarr" / "logits/c/0/1/0")
+
+    with pytest.raises(ModelError, match=re.escape(str(run))):
+        recorded_job(tmp_path / "c.zarr")
+    job = recorded_job(tmp_path / "c.zarr", weights=str(tmp_path / "moved"), device="cpu")
+    assert repair(tmp_path / "c.zarr", job, faults_of(tmp_path / "c.zarr")) == []
+    assert differing(tmp_path / "c.zarr", truth) == []
+
+
+def test_without_the_root_and_its_copy_nothing_can_be_said(
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
+    flip(store / "zarr.json")
+    flip(store / "commits/attributes.json")
+
+    with pytest.raises(CacheError, match="cannot be repaired") as caught:
+        repair(store, tiny_job, [])
+    assert "cache again" in caught.value.remedy
+    with pytest.raises(CacheError, match="cannot be repaired"):
+        recorded_job(store)
+
+
+def test_a_calibration_that_cannot_be_computed_again_here_is_told(
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
+    flip(store / "klt_basis/c/0/0")
+    before = tree(store)
+    # another device: its rows are near, and not the same
+    job = dataclasses.replace(
+        tiny_job, config=msgspec.structs.replace(tiny_job.config, max_kl=1e-4)
+    )
+
+    with pytest.raises(CacheError, match="cannot be computed again here") as caught:
+        repair(store, job, [])
+    assert "machine that made it" in caught.value.remedy
+    assert tree(store) == before
+
+
+def test_a_cache_that_does_not_say_how_it_was_made_is_told(
+    tiny_cache: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
+    edit_attributes(store, lambda attributes: attributes["provenance"].pop("config"))
+
+    with pytest.raises(CacheError, match="does not say how it was made"):
+        recorded_job(store)
+
+
+def test_a_folder_without_a_cache_is_not_repaired(tiny_job: CacheJob, tmp_path: Path) -> None:
+    with pytest.raises(CacheError):
+        recorded_job(tmp_path / "nothing")
+    with pytest.raises(CacheError):
+        repair(tmp_path / "nothing", tiny_job, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- killed half-way ------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "kills", [pytest.param(3, id="a-few"), pytest.param(60, id="many", marks=pytest.mark.slow)]
+)
+def test_a_repair_that_was_killed_is_repeated(
+    teacher_run: Path, cache_config: CacheConfig, tmp_path: Path, kills: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, str(HELPER), str(teacher_run), str(tmp_path), str(kills), "0"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+    figures = json.loads(done.stdout)
+    print(figures)  # shown by -s
+    assert len(figures["faults_at_kill"]) == kills
+    truth = tree(tmp_path / "undisturbed")
+    for number in range(figures["stores"]):
+        assert differing(tmp_path / f"killed-{number}", truth) == []
