@@ -50,7 +50,10 @@ def open_store(where: Location, read_only: bool) -> Store:
             retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)},
         )
     except Exception as error:  # obstore raises its own kinds on what it cannot parse
-        raise CacheError(f"{where} is not a URL of an object store: {told(error)}") from error
+        raise CacheError(
+            f"{where} cannot be used as an object store: {told(error)}",
+            "Check the URL and the credentials in the environment.",
+        ) from error
     return ObjectStore(remote, read_only=read_only)
 
 

@@ -65,10 +65,14 @@ def load_model(name: str | None, weights: str | None, num_classes: int, channels
             "no weights given", "Give --weights: a run directory, a file, or 'pretrained'."
         )
     path = Path(weights)
+    if not path.exists():
+        raise ModelError(f"no weights at {path}", "Give a run directory, a file, or 'pretrained'.")
     run = _run_config(path) if path.is_dir() else {}
     name = name or run.get("architecture")
     if name is None:
-        raise ModelError(f"{path} does not say which model it is for", "Give its name as well.")
+        raise ModelError(
+            f"{path} does not say which model it is for", "Give the model's name: --teacher NAME."
+        )
     if run and name != run["architecture"]:
         raise ModelError(
             f"run {path} holds a {run['architecture']}, not a {name}", "Leave the model's name out."

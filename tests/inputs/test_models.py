@@ -346,7 +346,7 @@ def test_spoilt_run_directories(
         pytest.param(NAME, None, r"no weights given\nGive --weights", id="none given"),
         pytest.param(NAME, "nowhere.pth", "no weights at nowhere.pth", id="missing"),
         pytest.param(NAME, "nowhere.safetensors", "no weights at nowhere", id="missing tensors"),
-        pytest.param(None, "some.pth", "does not say which model", id="no name"),
+        pytest.param(None, "some.pth", "no weights at some.pth", id="no name"),
         pytest.param("resnet8", "pretrained", "no pretrained weights for 'resnet8'", id="CIFAR"),
         pytest.param(None, "pretrained", "no pretrained weights for ''", id="no pretrained name"),
         pytest.param(
