@@ -18,7 +18,13 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.commits import Record
-from stages.cache.encoding import FIT_ROWS, Encoding, check_encoding, fit_encoding
+from stages.cache.encoding import (
+    FIT_ROWS,
+    Encoding,
+    check_encoding,
+    fit_encoding,
+    is_encoding,
+)
 from stages.cache.identity import (
     Identity,
     TeacherIdentity,
@@ -251,10 +257,18 @@ def open_existing(job: CacheJob, out: str | Path) -> LogitCache | None:
             f"{out} was made from something else: {'; '.join(differing[:3])}",
             "Use the settings it was made with, or another --out.",
         )
-    if check_encoding(job.config.encoding) not in ("auto", cache.encoding.name):
+    if not is_encoding(job.config.encoding, cache.encoding):
+        known = ", ".join(f"{k}={v}" for k, v in cache.encoding.parameters.items())
         raise IdentityError(
-            f"{out} is encoded as {cache.encoding.name}, not {job.config.encoding}",
+            f"{out} is encoded as {cache.encoding.name}{f' ({known})' if known else ''}, "
+            f"not {job.config.encoding}",
             "Leave --encoding out, or choose another --out.",
+        )
+    budget, fidelity = job.config.max_kl, cache.fidelity
+    if budget is not None and fidelity is not None and not fidelity.holds(budget):
+        raise IdentityError(
+            f"{out} holds a mean KL of {fidelity.mean_kl[0]:.2g} at T=1, not {budget:g}",
+            "Leave --max-kl out, or choose another --out.",
         )
     return cache
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
+from stages.cache.encoding import check_temperature
 from stages.cache.location import Location
 from stages.cache.lock import exclusive, half_written
 from stages.cache.rectified import Rectification, RectificationSettings
@@ -108,6 +109,8 @@ def rectify(
     reporter = reporter or Silent()
     cache = LogitCache.open(path, writable=True)
     check_unmixed(cache.identity.views.policy, "rectification")
+    settings = config.settings
+    check_temperature(cache.encoding, 1.0 if settings.temperature_free else settings.temperature)
     name, views = config.chosen_name, _views(cache, config.views)
     with exclusive(cache.path):
         # 1) what is missing

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
+from stages.cache.encoding import check_temperature
 from stages.cache.identity import differences
 from stages.device import choose_device
 from stages.errors import CacheError, ConfigError, IdentityError
@@ -203,13 +204,8 @@ def check_objective(config: StudentConfig, cache: LogitCache) -> StudentConfig:
             f"bias '{bias.mode}' needs a loss that uses the teacher, not 'ce'",
             "Use --loss kd, or --bias none.",
         )
-    if loss.name != "ce" and not cache.encoding.holds(loss.temperature):
-        held = ", ".join(f"{t:g}" for t in cache.encoding.parameters["temperatures"])
-        raise ConfigError(
-            f"{cache.path} keeps part of each row, with its rest at T = {held}, not at "
-            f"{loss.temperature:g}",
-            "Train at one of these temperatures, or cache with another --encoding.",
-        )
+    if loss.name != "ce":
+        check_temperature(cache.encoding, loss.temperature)
     if bias.mode != "none":
         check_unmixed(cache.identity.views.policy, f"bias '{bias.mode}'")
     if bias.mode == "rectify" and config.also:

@@ -425,7 +425,7 @@ def test_topk_refuses_a_temperature_before_anything_is_written(
     cache_teacher(my_job(encoding="topk:k=4,temperatures=1/4", views=1), path)
     before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
 
-    with pytest.raises(ConfigError, match="not at 3") as caught:
+    with pytest.raises(CacheError, match="not at 3") as caught:
         train_student(student(path, temperature=3.0), tmp_path / "run", splits=my_splits)
     assert "another --encoding" in caught.value.remedy
     assert not (tmp_path / "run").exists()

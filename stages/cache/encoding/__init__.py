@@ -9,13 +9,14 @@
 | topk    | thousands of classes: the largest logits and the weight of the rest    |
 """
 
-from stages.cache.encoding.base import Encoding
+from stages.cache.encoding.base import Encoding, check_temperature
 from stages.cache.encoding.choose import (
     ENCODINGS,
     FIT_ROWS,
     Measured,
     check_encoding,
     fit_encoding,
+    is_encoding,
     measure_all,
 )
 from stages.cache.encoding.fidelity import Fidelity, combined, mean_kl, measure, row_kl
@@ -39,10 +40,12 @@ __all__ = [
     "TopK",
     "Uint8",
     "check_encoding",
+    "check_temperature",
     "combined",
     "encoding_attributes",
     "fit_encoding",
     "fit_klt",
+    "is_encoding",
     "mean_kl",
     "measure",
     "measure_all",

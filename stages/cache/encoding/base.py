@@ -104,3 +104,15 @@ def check_range(logits: Tensor, largest: float, name: str) -> None:
             f"a teacher logit of {peak:.3g} does not fit in {name}",
             "Use --encoding float32." if peak < float("inf") else "Check the teacher.",
         )
+
+
+def check_temperature(coding: Encoding, temperature: float) -> None:
+    """Raise CacheError unless rows can be decoded for this temperature."""
+    if not coding.holds(temperature):
+        known = ", ".join(f"{t:g}" for t in coding.parameters["temperatures"])
+        raise CacheError(
+            f"this cache keeps part of each row, and the weight of the rest at T = {known}, not at "
+            f"{temperature:g}",
+            "Use one of these temperatures, or cache with another --encoding "
+            "(topk:temperatures=...).",
+        )

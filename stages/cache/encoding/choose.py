@@ -1,5 +1,6 @@
 """Which encoding: by name, fitted to real rows, or the smallest that is faithful enough."""
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,11 +39,6 @@ class Measured:
     row_bytes: float
     decoded_per_second: float
 
-    def holds(self, max_kl: float) -> bool:
-        """Whether the mean KL at T=1 is within a budget."""
-        known = dict(zip(self.fidelity.temperatures, self.fidelity.mean_kl, strict=True))
-        return known.get(1.0, float("inf")) <= max_kl
-
 
 def check_encoding(spec: str) -> str:
     """The name in a spec such as `auto`, `klt` or `topk:k=20`.
@@ -54,6 +50,14 @@ def check_encoding(spec: str) -> str:
         raise CacheError(f"unknown encoding '{name}'", f"Known: auto, {', '.join(ENCODINGS)}.")
     _parameters(name, parameters)
     return name
+
+
+def is_encoding(spec: str, coding: Encoding) -> bool:
+    """Whether an encoding is what a spec asks for, as far as it asks."""
+    name, _, text = spec.partition(":")
+    asked = json.loads(json.dumps(_parameters(name, text)))  # as attributes have them
+    known = coding.parameters
+    return name == "auto" or (name == coding.name and {**known, **asked} == known)
 
 
 def fit_encoding(
@@ -104,7 +108,7 @@ def _by_classes(num_classes: int) -> str:
 
 
 def _holding(measured: list[Measured], max_kl: float) -> Measured:
-    able = [m for m in measured if m.holds(max_kl)]
+    able = [m for m in measured if m.fidelity.holds(max_kl)]
     if able:
         return min(able, key=lambda m: m.row_bytes)
     told = "; ".join(

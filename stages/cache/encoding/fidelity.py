@@ -22,6 +22,11 @@ class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top1_agreement: float
     saturated: int
 
+    def holds(self, max_kl: float) -> bool:
+        """Whether the mean KL at T=1 is known and within a budget."""
+        known = dict(zip(self.temperatures, self.mean_kl, strict=True))
+        return known.get(1.0, float("inf")) <= max_kl
+
 
 def row_kl(exact: Tensor, decoded: Tensor, temperature: float) -> Tensor:
     """KL of each row, float64 (n,). exact, decoded: float32 (n, C) logits.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stages.cache.encoding.base import Encoding, check_range
+from stages.cache.encoding.base import Encoding, check_range, check_temperature
 from stages.cache.layout import ArraySpec
 from stages.errors import CacheError
 
@@ -84,12 +84,7 @@ class TopK(Encoding):
         values, rest = arrays["topk_value"].float(), self.num_classes - self.k
         if not rest:
             return torch.empty_like(values).scatter_(1, self.kept(arrays), values)
-        if not self.holds(temperature):
-            raise CacheError(
-                f"this topk cache knows the rest of a row at T = "
-                f"{', '.join(f'{t:g}' for t in self.temperatures)}, not at {temperature:g}",
-                "Use one of these, or cache again with --encoding topk:temperatures=...",
-            )
+        check_temperature(self, temperature)
         tail = arrays["topk_tail"][:, self.temperatures.index(temperature), None]
         even = temperature * (tail - math.log(rest))
         rows = even.expand(-1, self.num_classes).contiguous()
