@@ -19,7 +19,7 @@ from torch import Tensor
 from stages.cache import LogitCache, arrays
 from stages.cache.encoding import DEFAULT_MAX_KL, Fidelity
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
-from stages.errors import CacheError, ConfigError, IdentityError
+from stages.errors import CacheError, IdentityError
 from stages.rectify import RectifyConfig, rectify
 from stages.train_student import StudentConfig, train_student
 from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
