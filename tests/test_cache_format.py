@@ -29,9 +29,9 @@ from stages.cache.rectified import RectificationSettings
 from stages.cache.root import RootAttributes
 from stages.cache.store import all_arrays
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.inputs.feed import pixel_probes
 from stages.inputs.views import view_policy
 from stages.rectify import RectifyConfig, rectify, replaced_logits
-from stages.train_student import cached_policy
 from stages.training.setup import Splits
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "cache-format.md").read_text()
@@ -647,18 +647,20 @@ def test_the_digest_of_weights() -> None:
 # ---- pixels and rectified values -------------------------------------------------------------
 
 
-def test_the_probed_pairs(stores: dict[str, Path], digits: Splits) -> None:
-    cache, images = LogitCache.open(stores["klt"]), first(digits.train, SAMPLES).images
-    policy = cached_policy(cache)
-    assert images is not None
+@pytest.mark.parametrize("spec", ["pad-crop:pad=2", "pad-crop:pad=2+erasing"])
+def test_the_probed_pairs(stores: dict[str, Path], digits: Splits, spec: str) -> None:
+    train, policy = first(digits.train, SAMPLES), view_policy(spec)
+    assert train.images is not None
 
     pairs = program("probes")["probed_pairs"](SAMPLES, policy.count)
 
-    probes = [
-        zlib.crc32(policy.apply(images[sample, None], torch.tensor([sample]), view).numpy())
+    told = [
+        zlib.crc32(policy.apply(train.images[[sample]], torch.tensor([sample]), view).numpy())
         for view, sample in pairs
     ]
-    assert probes == cache.pixel_probes
+    assert told == pixel_probes(train, policy, None)
+    if policy.count is not None:
+        assert told == attributes(stores["klt"])["pixel_probes"]
 
 
 @pytest.mark.parametrize(
