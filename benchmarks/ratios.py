@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 import torch
 import zarr
+from numpy.typing import NDArray
 
 from pipeline.console import Console
 from stages.cache_teacher import (
@@ -172,7 +173,7 @@ def rectification(bench: Bench, cache: Path) -> Pair:
         group = zarr.open_group(cache, mode="r")
         label, wrong = np.asarray(group["label"][:]), 0  # type: ignore[index]
         for view in range(group["prediction"].shape[0]):  # type: ignore[union-attr]
-            np.asarray(group["logits"][view]).astype(np.float32)  # type: ignore[index]
+            plainly_decoded(group, view)
             prediction = np.asarray(group["prediction"][view])  # type: ignore[index]
             wrong += int((prediction != label).sum())
         return wrong
@@ -182,6 +183,21 @@ def rectification(bench: Bench, cache: Path) -> Pair:
         config = RectifyConfig(name=f"bench-{turn}")
         pair.ours.append(seconds(lambda: rectify(cache, config)))  # noqa: B023
     return pair
+
+
+def plainly_decoded(group: zarr.Group, view: int) -> NDArray[np.float32]:
+    """The rows of a view, as docs/cache-format.md says to decode them."""
+    if "logits" in group:
+        return np.asarray(group["logits"][view], dtype=np.float32)  # type: ignore[index]
+    codes, basis, mean, step = (
+        np.asarray(group[name][where], dtype=np.float32)  # type: ignore[index]
+        for name, where in (
+            ("logits_code", view),
+            *((f"klt_{name}", slice(None)) for name in ("basis", "mean", "step")),
+        )
+    )
+    rows: NDArray[np.float32] = codes * step @ basis + mean
+    return rows
 
 
 def help_time(bench: Bench) -> Pair:

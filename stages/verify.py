@@ -20,12 +20,12 @@ from zarr.abc.store import Store
 from stages.cache import LogitCache, root
 from stages.cache.arrays import get_array, open_group, read_array
 from stages.cache.commits import CommitLog, Record, folders, read_object, unsealed
+from stages.cache.create import all_arrays
 from stages.cache.documents import is_canonical
 from stages.cache.encoding import row_kl
 from stages.cache.layout import ArraySpec, block_key
 from stages.cache.location import Location, location
 from stages.cache.rectified import Rectification
-from stages.cache.store import all_arrays
 from stages.cache_teacher import CacheJob, teacher_logits
 from stages.errors import CacheError, IdentityError
 from stages.inputs.datasets.dataset import digest

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from stages.cache import LogitCache, layout
 from stages.cache.commits import seal_records, unsealed
+from stages.cache.create import all_arrays
 from stages.cache.documents import sealed
 from stages.cache.encoding import ENCODINGS, EncodingAttributes, Fidelity, TopK
 from stages.cache.identity import Identity, weights_digest
 from stages.cache.rectified import RectificationSettings
 from stages.cache.root import RootAttributes
-from stages.cache.store import all_arrays
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.inputs.feed import pixel_probes
 from stages.inputs.views import view_policy

@@ -22,17 +22,17 @@ from torch import Tensor
 
 from stages.cache import arrays, layout, root
 from stages.cache.commits import CommitLog, Record, described, folders, read_object
+from stages.cache.create import all_arrays, create_store
 from stages.cache.documents import array_fault
 from stages.cache.encoding import (
     Encoding,
     Fidelity,
     combined,
-    encoding_attributes,
     measure,
     restored,
 )
 from stages.cache.identity import Identity, identity_from_json
-from stages.cache.layout import ArraySpec, BlockGrid
+from stages.cache.layout import BlockGrid
 from stages.cache.location import Location, location
 from stages.cache.rectified import Rectification, RectificationSettings
 from stages.cache.targets import ViewTargets
@@ -54,11 +54,6 @@ class Block:
 _CHECKED_ROWS = 4096
 """Of each block: rows that its fidelity is measured on. Rows are in random order."""
 _MAX_SATURATED = 0.01
-
-
-def all_arrays(num_classes: int, coding: Encoding) -> dict[str, ArraySpec]:
-    """Every array at the root of a cache with this encoding."""
-    return layout.base_arrays(num_classes) | coding.arrays() | coding.calibration_arrays()
 
 
 class LogitCache:
@@ -108,40 +103,19 @@ class LogitCache:
         dataset_index: int64 (N,), the sample of each row. labels: int64 (N,), in dataset order.
         Whatever an interrupted `create` left at `path` is replaced.
         """
-        classes = len(identity.dataset.class_names)
-        sizes = {
-            "view": num_views,
-            "sample": len(dataset_index),
-            "class": classes,
-            "eval_sample": len(eval_labels),
-            **coding.sizes,
-        }
-        grid = layout.block_grid(len(dataset_index), classes, block_rows)
-        group = root.unfinished_group(location(path))
-        for name, spec in all_arrays(classes, coding).items():
-            arrays.create_array(group, name, spec, sizes, grid)
-        whole = {
-            "dataset_index": dataset_index,
-            "label": labels[dataset_index],
-            "eval_label": eval_labels,
-            **coding.calibration(),
-        }
-        for name, values in whole.items():
-            array = arrays.get_array(group, name)
-            array[...] = values.numpy().astype(array.dtype)
-        group.create_group("commits")
-        group.create_group("rectified")
-        root.write_attributes(
-            group,
+        create_store(
+            location(path),
+            identity,
+            coding,
+            num_views,
             {
-                "format": layout.FORMAT,
-                "version": layout.VERSION,
-                "identity": identity.to_json(),
-                "identity_digest": identity.digest(),
-                "encoding": encoding_attributes(coding),
-                "provenance": dict(provenance),
-                "pixel_probes": list(pixel_probes),
+                "dataset_index": dataset_index,
+                "label": labels[dataset_index],
+                "eval_label": eval_labels,
+                **coding.calibration(),
             },
+            {"provenance": dict(provenance), "pixel_probes": list(pixel_probes)},
+            block_rows,
         )
         return LogitCache.open(path, writable=True)
 
