@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stages.cache import layout, root
-from stages.cache.arrays import create_array, get_array
+from stages.cache import arrays, layout, root
 from stages.cache.encoding import Encoding, encoding_attributes
 from stages.cache.identity import Identity
 from stages.cache.layout import ArraySpec
@@ -44,9 +43,9 @@ def create_store(
     grid = layout.block_grid(samples, classes, block_rows)
     group = root.unfinished_group(where)
     for name, spec in all_arrays(classes, coding).items():
-        create_array(group, name, spec, sizes, grid)
+        arrays.create_array(group, name, spec, sizes, grid)
     for name, values in whole.items():
-        array = get_array(group, name)
+        array = arrays.get_array(group, name)
         array[...] = values.numpy().astype(array.dtype)
     group.create_group("commits")
     group.create_group("rectified")
