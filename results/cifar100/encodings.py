@@ -179,7 +179,9 @@ def write_table(rows: list[dict[str, Any]], folder: Path) -> None:
         )
     lines += ["", "| student's cache | test top-1, last epoch | n | epoch |", "|---|---|---|---|"]
     for name in STUDENTS:
-        runs = [json.loads(p.read_text()) for p in folder.glob(f"student-{name}-*/summary.json")]
+        runs = [
+            json.loads(p.read_text()) for p in sorted(folder.glob(f"student-{name}-*/summary.json"))
+        ]
         if runs:
             top1 = [100 * run["last"]["test_top1"] for run in runs]
             spread = f" +- {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
