@@ -38,6 +38,10 @@ class CacheError(PipelineError, RuntimeError):
     """A store that is missing, incomplete, of another format, or that cannot be written."""
 
 
+class UnansweredError(CacheError):
+    """An object store that did not answer, or refused: its bytes may well be intact."""
+
+
 class IdentityError(CacheError):
     """A cache that was made from something else than what it is used with."""
 

@@ -33,7 +33,7 @@ from stages.cache_teacher import (
     prepare,
     row_order,
 )
-from stages.errors import CacheError, IdentityError
+from stages.errors import CacheError, IdentityError, UnansweredError
 from stages.rectify import RectifyConfig, rectify
 from stages.reporting import Reporter, Silent
 from stages.verify import Fault, verify
@@ -117,6 +117,8 @@ def _trusted_attributes(where: Location, mend: bool = False) -> RootAttributes:
     """The root attributes, or their copy where they are damaged; `mend` writes it back."""
     try:
         return root.read_attributes(where, open_group(where).attrs.asdict())
+    except UnansweredError:
+        raise
     except CacheError as error:
         copy = root.copied_attributes(where)
         if copy is None:
@@ -192,6 +194,8 @@ def _calibrated(where: Location, attributes: RootAttributes, job: CacheJob) -> E
     group = open_group(where)
     try:
         return restored(attributes.encoding, job.num_classes, lambda name: read_array(group, name))
+    except UnansweredError:
+        raise
     except CacheError as error:
         again = _with_config(job, encoding=attributes.encoding.name)
         coding = fitted_encoding(again, again.feed(again.splits.train, again.policy))[1]
@@ -227,6 +231,8 @@ def _settings_by_attributes(store: Store, name: str) -> RectificationSettings | 
         check_seal(attributes, name)
         known = {f: attributes.get(f) for f in RectificationSettings.__struct_fields__}
         return msgspec.convert(known, RectificationSettings)
+    except UnansweredError:
+        raise
     except (AttributeError, ValueError, CacheError) as error:
         raise CacheError(
             f"rectification '{name}' cannot be repaired: its attributes and all its records are "
@@ -240,6 +246,8 @@ def _intact(where: Location, key: str) -> bool:
     try:
         cache = LogitCache.open(where)
         cache.rectification(key.split("/")[1])
+    except UnansweredError:
+        raise
     except CacheError:
         return False
     return True

@@ -27,7 +27,7 @@ from stages.cache.layout import ArraySpec, block_key
 from stages.cache.location import Location, location
 from stages.cache.rectified import Rectification
 from stages.cache_teacher import CacheJob, teacher_logits
-from stages.errors import CacheError, IdentityError
+from stages.errors import CacheError, IdentityError, UnansweredError
 from stages.inputs.datasets.dataset import digest
 from stages.rectify import rectified_block, summarise
 from stages.reporting import Reporter, Silent
@@ -69,6 +69,8 @@ def verify(path: str | Location, reporter: Reporter | None = None, threads: int 
     reporter, where = reporter or Silent(), location(path)
     try:
         there = root.exists(where)
+    except UnansweredError:
+        raise
     except CacheError:
         if root.copied_attributes(where) is None:
             raise
@@ -79,6 +81,8 @@ def verify(path: str | Location, reporter: Reporter | None = None, threads: int 
         return Verified(faults, 0, 0)  # nothing else can be believed
     try:
         cache = LogitCache.open(where)
+    except UnansweredError:
+        raise
     except CacheError as error:
         faults = [Fault("metadata", error.cause), *_document_faults(where)]
         return Verified(faults, 0, 0)
@@ -89,6 +93,8 @@ def verify(path: str | Location, reporter: Reporter | None = None, threads: int 
     for name in _rectification_names(cache, faults):
         try:
             parts.append(_rectified_part(cache, cache.rectification(name), bad))
+        except UnansweredError:
+            raise
         except CacheError as error:
             faults.append(Fault(f"rectified/{name}", error.cause))
     blocks = bytes_read = 0
@@ -162,6 +168,8 @@ def _root_faults(where: Location) -> Iterator[Fault]:
     try:
         group = open_group(where)
         root.read_attributes(where, group.attrs.asdict())
+    except UnansweredError:
+        raise
     except CacheError as error:
         yield Fault("root attributes", error.cause)
         return
@@ -215,6 +223,8 @@ def _whole_array_faults(cache: LogitCache) -> Iterator[Fault]:
         elif digest([cache.labels.to(torch.int32).numpy().tobytes()]) != identity.labels:
             yield Fault("label", "the labels are not those of the identity")
         read_array(cache.group, "eval_label")
+    except UnansweredError:
+        raise
     except CacheError as error:
         yield Fault("whole arrays", error.cause)
 
@@ -271,6 +281,8 @@ def _block_faults(
         if record.get("rows") != [rows.start, rows.stop]:
             whats.append("its record speaks of other rows")
         whats = whats or list(part.consistent(view, block, record))
+    except UnansweredError:
+        raise
     except CacheError as error:
         whats = [error.cause]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -367,6 +379,8 @@ def _rectification_names(cache: LogitCache, faults: list[Fault]) -> list[str]:
     """The rectifications, by their folders: also those whose documents are damaged."""
     try:
         known = set(cache.rectifications)
+    except UnansweredError:
+        raise
     except CacheError as error:
         faults.append(Fault("rectified", error.cause))
         known = set()

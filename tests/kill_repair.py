@@ -88,7 +88,7 @@ def main(run: str, out: Path, kills: int, seed: int) -> None:
             damaged_copy(whole, store)
         child = fork(lambda store=store: repaired(store, job))
         if len(at_kill) < kills:
-            status = kill_after(child, moments.uniform(0, 0.8 * seconds))
+            status = kill_after(child, moments.uniform(0, 1.3 * seconds))
         else:
             status = ended(child)
         if status == -signal.SIGKILL:

@@ -10,13 +10,12 @@ import zarr
 from torch import Tensor
 from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 from zarr.core.buffer import Buffer
-from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from stages.cache.commits import CommitLog, Record, described, write_object
 from stages.cache.layout import ArraySpec, BlockGrid, block_key
-from stages.cache.location import Location, open_store, told, unreachable
-from stages.errors import CacheError
+from stages.cache.location import Location, answered, ask, open_store
+from stages.errors import CacheError, UnansweredError
 
 
 def open_group(where: Location, writable: bool = False) -> zarr.Group:
@@ -26,15 +25,13 @@ def open_group(where: Location, writable: bool = False) -> zarr.Group:
         raise missing
     store = open_store(where, read_only=not writable)
     try:
-        return zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3)
+        with answered(where):
+            return zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3)
+    except UnansweredError:
+        raise
     except Exception as error:  # zarr raises many kinds on damaged documents
         if isinstance(where, str) and isinstance(error, FileNotFoundError):
             raise missing from error
-        if unreachable(error):
-            raise CacheError(
-                f"{where} cannot be read: {told(error)}",
-                "Check the URL, the credentials in the environment and the connection.",
-            ) from error
         raise CacheError(
             f"{where} is not a teacher-logit cache: {type(error).__name__}",
             "Give what `pipeline cache-teacher --out` made.",
@@ -59,7 +56,10 @@ def get_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
 
 def _member(group: zarr.Group, name: str) -> zarr.Array[Any] | zarr.Group | None:
     try:
-        return group.get(name)
+        with answered(group.store_path):
+            return group.get(name)
+    except UnansweredError:
+        raise
     except Exception as error:  # zarr raises many kinds on damaged documents
         raise CacheError(
             f"{group.store_path}: the metadata of '{name}' is damaged: {type(error).__name__}"
@@ -122,13 +122,11 @@ def _values(array: zarr.Array[Any], *where: int | slice) -> Tensor:
     if array.shards is None and not _has_bytes(array):
         raise CacheError(f"{array.store_path}: its values are missing")
     try:
-        values = np.asarray(array[where if where else slice(None)])
+        with answered(array.store_path):
+            values = np.asarray(array[where if where else slice(None)])
+    except UnansweredError:
+        raise
     except Exception as error:  # codecs raise what they like on damaged bytes
-        if unreachable(error):
-            raise CacheError(
-                f"{array.store_path} cannot be read: {told(error)}",
-                "Nothing is damaged by that: check the connection and run the command again.",
-            ) from error
         raise CacheError(
             f"{array.store_path} is damaged at {where}: {error}",
             "Run `pipeline verify --repair`: it computes what is damaged again.",
@@ -141,7 +139,7 @@ def _has_bytes(array: zarr.Array[Any]) -> bool:
     """Whether the one chunk of an unsharded array is there: Zarr gives zeros if it is not."""
     try:
         key = f"{array.path}/c" + "/0" * array.ndim
-        return sync(array.store.getsize(key)) > 0
+        return ask(array.store, array.store.getsize(key)) > 0
     except FileNotFoundError:
         return False
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 
+from stages.cache.location import ask
 from stages.errors import CacheError
 
 Record = dict[str, Any]
@@ -30,13 +30,13 @@ _KEY = re.compile(r"v(\d+)(?:/b(\d+))?\.json$")
 
 def read_object(store: Store, key: str) -> bytes | None:
     """An object's bytes, None if there is none."""
-    value = sync(store.get(key, default_buffer_prototype()))
+    value = ask(store, store.get(key, default_buffer_prototype()))
     return None if value is None else value.to_bytes()
 
 
 def write_object(store: Store, key: str, content: bytes) -> None:
     """Write an object whole: temporary file and rename on disk, one PUT in an object store."""
-    sync(store.set(key, default_buffer_prototype().buffer.from_bytes(content)))
+    ask(store, store.set(key, default_buffer_prototype().buffer.from_bytes(content)))
 
 
 def list_objects(store: Store, prefix: str) -> list[str]:
@@ -45,7 +45,7 @@ def list_objects(store: Store, prefix: str) -> list[str]:
     async def collect() -> list[str]:
         return [key async for key in store.list_prefix(prefix)]
 
-    return sync(collect())
+    return ask(store, collect())
 
 
 def folders(store: Store, folder: str) -> list[str]:
@@ -54,7 +54,7 @@ def folders(store: Store, folder: str) -> list[str]:
     async def collect() -> list[str]:
         return [name async for name in store.list_dir(folder)]
 
-    return sorted(n for n in sync(collect()) if not n.endswith(("zarr.json", ".partial")))
+    return sorted(n for n in ask(store, collect()) if not n.endswith(("zarr.json", ".partial")))
 
 
 def described(content: bytes) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class CommitLog:
 
     def discard(self, key: str) -> None:
         """Remove a damaged file of records: its blocks are then not there."""
-        sync(self.store.delete(key))
+        ask(self.store, self.store.delete(key))
         self.__dict__.pop("records", None)
 
     def has(self, view: int, block: int) -> bool:
@@ -115,7 +115,7 @@ class CommitLog:
         if "records" in self.__dict__:
             return (view, block) in self.records
         keys = (self._block_key(view, block), self._view_key(view))
-        return any(sync(self.store.exists(key)) for key in keys)
+        return any(ask(self.store, self.store.exists(key)) for key in keys)
 
     def commit(self, view: int, block: int, record: Record) -> None:
         """Make a block exist. Its objects must lie in the store already."""
@@ -133,7 +133,7 @@ class CommitLog:
             return
         whole = [self.records[view, block] for block in range(self.num_blocks)]
         write_object(self.store, self._view_key(view), seal_records(whole))
-        sync(self.store.delete_dir(f"{self._prefix}v{view:05d}"))
+        ask(self.store, self.store.delete_dir(f"{self._prefix}v{view:05d}"))
 
     def check_objects(self, view: int, block: int | None = None) -> None:
         """Raise CacheError if an object of a committed view (or of one block of it) is missing or
@@ -141,16 +141,27 @@ class CommitLog:
         """
         blocks = range(self.num_blocks) if block is None else [block]
         for key_block in blocks:
-            for key, described in self.records[view, key_block]["objects"].items():
+            for key, size in self._sizes(view, key_block).items():
                 try:
-                    size = sync(self.store.getsize(key))
+                    found = ask(self.store, self.store.getsize(key))
                 except FileNotFoundError:
-                    size = 0
-                if size != described["bytes"]:
+                    found = 0
+                if found != size:
                     raise CacheError(
-                        f"{self.store}: object {key} has {size} bytes, not {described['bytes']}",
+                        f"{self.store}: object {key} has {found} bytes, not {size}",
                         "Run `pipeline verify --repair`: it computes that block again.",
                     )
+
+    def _sizes(self, view: int, block: int) -> dict[str, int]:
+        """The objects of a committed block and their sizes."""
+        try:
+            objects = self.records[view, block]["objects"]
+            return {key: described["bytes"] for key, described in objects.items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CacheError(
+                f"the commit record of block {block} of view {view} is not readable: {error!r}",
+                "Run `pipeline verify --repair`: it computes that block again.",
+            ) from error
 
     def forget(self, view: int, block: int) -> None:
         """Unmake a block, so that its stage computes it again. Only for the single writer."""
@@ -161,13 +172,13 @@ class CommitLog:
         ]
         for record in left:  # one file a block again, before the file of the view goes
             write_object(self.store, self._block_key(view, record["block"]), seal_records([record]))
-        sync(self.store.delete(self._view_key(view)))
-        sync(self.store.delete(self._block_key(view, block)))
+        ask(self.store, self.store.delete(self._view_key(view)))
+        ask(self.store, self.store.delete(self._block_key(view, block)))
         self.records.pop((view, block), None)
 
     def clear(self) -> None:
         """Forget every record, of a part that is made anew."""
-        sync(self.store.delete_dir(self._prefix.rstrip("/")))
+        ask(self.store, self.store.delete_dir(self._prefix.rstrip("/")))
         self.__dict__.pop("records", None)
 
     def _view_key(self, view: int) -> str:

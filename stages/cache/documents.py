@@ -18,7 +18,7 @@ from zarr.storage import MemoryStore
 
 from stages.cache.arrays import create_array, get_array
 from stages.cache.layout import ArraySpec, BlockGrid
-from stages.errors import CacheError
+from stages.errors import CacheError, UnansweredError
 
 
 def sealed(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,6 +46,8 @@ def array_fault(
     """
     try:
         found = get_array(group, name).metadata.to_dict()
+    except UnansweredError:
+        raise
     except CacheError as error:
         return error.cause
     scratch = zarr.create_group(MemoryStore())

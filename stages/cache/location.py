@@ -1,18 +1,26 @@
 """Where a store lies: a folder, or the URL of an object store."""
 
+import contextlib
+import math
+import os
 import re
+from collections.abc import Coroutine, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 from zarr.abc.store import Store
+from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
-from stages.errors import CacheError
+from stages.errors import CacheError, UnansweredError
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _SCHEMES = ("s3", "gs", "az")
-_RETRY_SECONDS = 60
+_RETRY_SECONDS = "TEACHER_CACHE_RETRY_SECONDS"
+"""In the environment: how long a request to an object store is tried again; a minute if unset."""
 
+Answer = TypeVar("Answer")
 Location = Path | str
 """A folder, or a URL as text."""
 
@@ -44,10 +52,10 @@ def open_store(where: Location, read_only: bool) -> Store:
         raise CacheError(
             f"{where} needs the package obstore", "pip install 'teacher-cache[remote]'"
         ) from error
+    timeout = timedelta(seconds=retry_seconds())
     try:
         remote = obstore.store.from_url(
-            where,
-            retry_config={"max_retries": 10, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)},
+            where, retry_config={"max_retries": 10, "retry_timeout": timeout}
         )
     except Exception as error:  # obstore raises its own kinds on what it cannot parse
         raise CacheError(
@@ -57,10 +65,40 @@ def open_store(where: Location, read_only: bool) -> Store:
     return ObjectStore(remote, read_only=read_only)
 
 
+def retry_seconds() -> float:
+    """How long a request is tried again. Raises CacheError unless that is a positive number."""
+    text = os.environ.get(_RETRY_SECONDS, "60")
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise CacheError(f"{_RETRY_SECONDS} is a positive number of seconds, not '{text}'")
+
+
 def told(error: Exception) -> str:
     """The first line of an error: obstore's go on for a page."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
+
+
+@contextlib.contextmanager
+def answered(where: object) -> Iterator[None]:
+    """Raise UnansweredError if an object store does not answer what is asked in here."""
+    try:
+        yield
+    except Exception as error:
+        if not unreachable(error):
+            raise
+        raise UnansweredError(
+            f"{where} cannot be read or written: {told(error)}",
+            "Nothing is damaged by that. Check the URL, the credentials in the environment and the "
+            "connection, then run the same command again.",
+        ) from error
+
+
+def ask(store: Store, question: Coroutine[Any, Any, Answer]) -> Answer:
+    """Wait for what a method of a store gives. Raises UnansweredError as `answered` does."""
+    with answered(store):
+        return sync(question)
 
 
 def unreachable(error: BaseException) -> bool:

@@ -7,14 +7,13 @@ from typing import Any
 
 import msgspec
 import zarr
-from zarr.core.sync import sync
 
 from stages.cache import layout
 from stages.cache.arrays import open_group
 from stages.cache.commits import list_objects, read_object, seal_records, unsealed, write_object
 from stages.cache.documents import check_seal, sealed
 from stages.cache.encoding import EncodingAttributes, Fidelity
-from stages.cache.location import Location, open_store
+from stages.cache.location import Location, ask, open_store
 from stages.cache.lock import half_written
 from stages.errors import CacheError
 
@@ -67,8 +66,8 @@ def unfinished_group(where: Location) -> zarr.Group:
             leftover.unlink()
     for key in {key.partition("/")[0] for key in list_objects(store, "")}:
         if key != "zarr.json":
-            sync(store.delete_dir(key))
-            sync(store.delete(key))
+            ask(store, store.delete_dir(key))
+            ask(store, store.delete(key))
     if read_object(store, "zarr.json") is not None:
         return open_group(where, writable=True)
     # A copy: zarr keeps the dict and changes it with the attributes.
@@ -95,7 +94,7 @@ def copied_attributes(where: Location) -> dict[str, Any] | None:
 def restore_attributes(where: Location, attributes: dict[str, Any]) -> None:
     """Write the root document again."""
     store = open_store(where, read_only=False)
-    sync(store.delete("zarr.json"))
+    ask(store, store.delete("zarr.json"))
     zarr.create_group(store, zarr_format=3, attributes=attributes)
 
 

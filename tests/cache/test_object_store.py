@@ -1,0 +1,585 @@
+"""Caches behind s3:// URLs, on a real server of S3 on loopback; and what its connection can do."""
+
+import dataclasses
+import http.client
+import http.server
+import shutil
+import sys
+import threading
+import time
+import urllib.request
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+import pytest
+from damage import everything, flipped, same, tree
+from helpers import DIGITS, Words
+
+from pipeline.cli import main
+from stages.cache import LogitCache, location
+from stages.cache_teacher import CacheJob, cache_teacher
+from stages.errors import CacheError
+from stages.rectify import RectifyConfig, rectify
+from stages.repair import repair
+from stages.train_student import StudentConfig, train_student
+from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
+from stages.verify import verify
+
+obstore = pytest.importorskip("obstore")
+moto = pytest.importorskip("moto.server", reason="needs moto, flask and flask-cors")
+
+SECONDS = 20
+"""Within these every refusal has to be told, waiting for a retry included."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[str, int]]:
+    """Host and port of an S3 server with the bucket `caches`."""
+    running = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    make = urllib.request.Request(f"http://{host}:{port}/caches", method="PUT")
+    with urllib.request.urlopen(make) as answer:
+        assert answer.status == 200
+    yield host, port
+    running.stop()
+
+
+def point_to(patch: pytest.MonkeyPatch, host: str, port: int) -> None:
+    patch.setenv("AWS_ACCESS_KEY_ID", "me")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    patch.setenv("AWS_REGION", "us-east-1")
+    patch.setenv("AWS_ALLOW_HTTP", "true")
+    patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    patch.setenv("TEACHER_CACHE_RETRY_SECONDS", "1.5")
+
+
+@pytest.fixture
+def url(server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where a new cache may lie."""
+    point_to(monkeypatch, *server)
+    return f"s3://caches/{uuid4().hex}/my.zarr"
+
+
+def objects(url: str) -> dict[str, bytes]:
+    """Everything under a URL: relative key -> content."""
+    store = obstore.store.from_url(url)
+    keys = [found["path"] for found in obstore.list(store).collect()]
+    return {key: bytes(obstore.get(store, key).bytes()) for key in keys}
+
+
+def put(url: str, key: str, content: bytes) -> None:
+    obstore.put(obstore.store.from_url(url), key, content)
+
+
+def uploaded(store: Path, url: str) -> None:
+    for key, content in tree(store).items():
+        put(url, key, content)
+
+
+# ---- from end to end ------------------------------------------------------------------------
+
+
+def test_a_cache_in_a_bucket_is_the_cache_on_disk(
+    url: str, small_job: CacheJob, small_cache: Path
+) -> None:
+    cache_teacher(small_job, url)
+    rectify(url, RectifyConfig())
+
+    assert objects(url) == tree(small_cache)
+    assert same(everything(url), everything(small_cache))
+    verified = verify(url)
+    assert (verified.faults, verified.blocks) == ([], 12)
+
+
+def test_what_is_missing_is_completed_and_views_are_appended(
+    url: str, small_job: CacheJob, small_cache: Path, tmp_path: Path
+) -> None:
+    uploaded(small_cache, url)
+    local = Path(shutil.copytree(small_cache, tmp_path / "c.zarr"))
+    LogitCache.open(url, writable=True).commits.forget(1, 1)
+    words = Words()
+    cache_teacher(small_job, url, words)
+    assert "5 blocks are there already, 1 are missing" in words.lines
+    assert objects(url) == tree(small_cache)
+
+    more = dataclasses.replace(small_job, config=msgspec.structs.replace(small_job.config, views=3))
+    for out in (url, local):
+        assert cache_teacher(more, out).computed_blocks == 3
+        rectify(out, RectifyConfig())
+
+    assert objects(url) == tree(local)
+    assert LogitCache.open(url).complete_views == [0, 1, 2]
+
+
+def test_damage_in_a_bucket_is_found_and_repaired(
+    url: str, small_job: CacheJob, small_cache: Path
+) -> None:
+    uploaded(small_cache, url)
+    truth = objects(url)
+    for key in ("logits_code/c/0/1/0", "label/zarr.json", "commits/logits/v00001.json"):
+        put(url, key, flipped(truth[key], len(truth[key]) // 2))
+    obstore.delete(obstore.store.from_url(url), "rectified/pairwise-T4/wrong/c/0/2")
+
+    faults = verify(url).faults
+    assert faults
+    with pytest.raises(CacheError):
+        everything(url)
+
+    assert repair(url, small_job, faults) == []
+    assert objects(url) == truth
+
+
+def test_a_root_document_that_is_gone_is_not_taken_for_an_empty_place(
+    url: str, small_job: CacheJob, small_cache: Path
+) -> None:
+    uploaded(small_cache, url)
+    obstore.delete(obstore.store.from_url(url), "zarr.json")
+
+    with pytest.raises(CacheError, match="root document"):
+        cache_teacher(small_job, url)
+    assert repair(url, small_job, verify(url).faults) == []
+    assert objects(url) == tree(small_cache)
+
+
+def test_a_student_learns_the_same_from_a_bucket(
+    url: str, small_job: CacheJob, small_cache: Path, tmp_path: Path
+) -> None:
+    uploaded(small_cache, url)
+    summaries = []
+    for name, cache in (("remote", url), ("local", str(small_cache))):
+        config = StudentConfig(
+            cache=cache,
+            data=DIGITS,
+            model=ModelSettings(architecture="resnet8"),
+            train=TrainSettings(epochs=1, batch_size=50),
+            loss=LossSettings(name="kd"),
+            bias=BiasSettings(mode="rectify"),
+            device="cpu",
+        )
+        summaries.append(train_student(config, tmp_path / name, splits=small_job.splits))
+
+    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("remote", "local")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("words", ["inspect", "verify"])
+def test_the_command_line_takes_urls(
+    url: str,
+    small_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+) -> None:
+    uploaded(small_cache, url)
+    monkeypatch.setattr(sys, "argv", ["pipeline", words, url])
+
+    with pytest.raises(SystemExit) as left:
+        main()
+
+    assert left.value.code in (0, None)
+    assert url in capsys.readouterr().out
+
+
+def test_zarr_does_not_warn(url: str, small_cache: Path) -> None:
+    uploaded(small_cache, url)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        everything(url)
+        verify(url)
+
+    assert [str(warning.message) for warning in caught] == []
+
+
+# ---- connections ----------------------------------------------------------------------------
+
+
+class Proxy(http.server.ThreadingHTTPServer):
+    """Hands requests to a server, unless `fault` does something else with them first."""
+
+    daemon_threads = True
+
+    def __init__(self, behind: tuple[str, int], fault: "Fault") -> None:
+        super().__init__(("127.0.0.1", 0), Forward)
+        self.behind, self.fault, self.seen = behind, fault, Counter[str]()
+        self.lock = threading.Lock()
+
+    def times_seen(self, what: str) -> int:
+        """How often this was asked for before."""
+        with self.lock:
+            self.seen[what] += 1
+            return self.seen[what] - 1
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that leave early are what these tests are about."""
+
+
+class Forward(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.server.fault(self, body):
+            return
+        status, headers, content = self.ask(body)
+        self.answer(status, headers, content)
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
+
+    def ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        """What the server behind says."""
+        behind = http.client.HTTPConnection(*self.server.behind, timeout=20)
+        try:
+            behind.request(self.command, self.path, body, dict(self.headers))
+            answer = behind.getresponse()
+            return answer.status, answer.getheaders(), answer.read()
+        finally:
+            behind.close()
+
+    def answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+        self.send_response_only(status)
+        hop = {"transfer-encoding", "connection", "content-length"}
+        for name, value in headers:
+            if name.lower() not in hop or (
+                self.command == "HEAD" and name.lower() == "content-length"
+            ):
+                self.send_header(name, value)
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.close()
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+Fault = Callable[[Forward, bytes], bool]
+
+
+def healthy(request: Forward, body: bytes) -> bool:
+    return False
+
+
+def error_first(times: int) -> Fault:
+    """500 to the first requests of each kind for each object."""
+
+    def fault(request: Forward, body: bytes) -> bool:
+        if request.server.times_seen(f"{request.command} {request.path}") >= times:
+            return False
+        request.answer(500, [], b"<Error><Code>InternalError</Code></Error>")
+        return True
+
+    return fault
+
+
+def cut_first(request: Forward, body: bytes) -> bool:
+    """The first answer to each request ends in the middle of its body."""
+    if request.server.times_seen(f"{request.command} {request.path}"):
+        return False
+    status, headers, content = request.ask(body)
+    if request.command == "HEAD" or len(content) < 2:
+        request.answer(status, headers, content)
+        return True
+    request.send_response_only(status)
+    for name, value in headers:
+        if name.lower() not in {"transfer-encoding", "connection", "content-length"}:
+            request.send_header(name, value)
+    request.send_header("Content-Length", str(len(content)))
+    request.end_headers()
+    request.wfile.write(content[: len(content) // 2])
+    request.wfile.flush()
+    request.hang_up()
+    return True
+
+
+def hang_up_first(request: Forward, body: bytes) -> bool:
+    """The first request of each kind for each object is never answered, though it is heard."""
+    if request.server.times_seen(f"{request.command} {request.path}"):
+        return False
+    request.ask(body)
+    request.hang_up()
+    return True
+
+
+def refuse(request: Forward, body: bytes) -> bool:
+    request.hang_up()
+    return True
+
+
+def forbid(request: Forward, body: bytes) -> bool:
+    request.answer(403, [], b"<Error><Code>AccessDenied</Code></Error>")
+    return True
+
+
+@contextmanager
+def through(server: tuple[str, int], fault: Fault) -> Iterator[Proxy]:
+    """The environment points to a proxy with this fault."""
+    proxy = Proxy(server, fault)
+    thread = threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    with pytest.MonkeyPatch.context() as patch:
+        point_to(patch, "127.0.0.1", proxy.server_address[1])
+        try:
+            yield proxy
+        finally:
+            proxy.shutdown()
+            proxy.server_close()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def tiny_job(small_job: CacheJob) -> CacheJob:
+    """One view in one block: few objects, for each has to be asked for again and again."""
+    config = msgspec.structs.replace(small_job.config, views=1, block_rows=300, encoding="float32")
+    return dataclasses.replace(small_job, config=config)
+
+
+@pytest.fixture(scope="module")
+def tiny_cache(tiny_job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "tiny.zarr"
+    cache_teacher(tiny_job, path)
+    rectify(path, RectifyConfig())
+    return path
+
+
+def what_is_told(work: Callable[[], object]) -> list[str]:
+    """The lines of the CacheError that a command ends in, none if it comes through."""
+    try:
+        work()
+    except CacheError as error:
+        return str(error).splitlines()
+    return []
+
+
+def values(found: dict[str, bytes]) -> dict[str, bytes]:
+    """All but the commit records, which may lie there twice: compaction was interrupted."""
+    return {key: content for key, content in found.items() if not key.startswith("commits/")}
+
+
+def records(path: str | Path) -> list[dict[tuple[int, int], dict[str, Any]]]:
+    """What is committed, however it lies there."""
+    cache = LogitCache.open(path)
+    parts = [cache.commits, cache.eval_commits, cache.rectification("pairwise-T4").commits]
+    return [dict(sorted(part.records.items())) for part in parts]
+
+
+FAULTS: dict[str, Fault] = {
+    "healthy": healthy,
+    "500-once": error_first(1),
+    "cut": cut_first,
+    "hung-up": hang_up_first,
+}
+
+
+def slow(name: str) -> Any:
+    return pytest.param(FAULTS[name], marks=[pytest.mark.slow, pytest.mark.timeout(600)])
+
+
+def until_it_works(work: Callable[[], object], attempts: int) -> int:
+    """Run a command until it comes through; how often it ended in a CacheError before."""
+    for failures in range(attempts):
+        try:
+            work()
+        except CacheError:
+            continue
+        return failures
+    pytest.fail(f"no success in {attempts} attempts")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [slow(name) if name != "500-once" else fault for name, fault in FAULTS.items()],
+    ids=FAULTS,
+)
+def test_writing_over_a_bad_connection_gives_the_same_bytes(
+    url: str, server: tuple[str, int], tiny_job: CacheJob, tiny_cache: Path, fault: Fault
+) -> None:
+    def write() -> None:
+        cache_teacher(tiny_job, url)
+        rectify(url, RectifyConfig())
+
+    with through(server, fault) as proxy:
+        failures = until_it_works(write, 60 if fault is cut_first else 2)
+
+    assert values(objects(url)) == values(tree(tiny_cache))
+    assert records(url) == records(tiny_cache)
+    assert verify(url).faults == []
+    assert sum(proxy.seen.values()) > len(proxy.seen) or fault is healthy
+    print(f"{failures} runs ended in a CacheError")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [fault if name == "cut" else slow(name) for name, fault in FAULTS.items()],
+    ids=FAULTS,
+)
+def test_reading_over_a_bad_connection_gives_the_truth_or_says_so(
+    url: str, server: tuple[str, int], tiny_cache: Path, fault: Fault
+) -> None:
+    uploaded(tiny_cache, url)
+    truth, found = everything(tiny_cache, views=1), []
+
+    with through(server, fault):
+        failures = until_it_works(
+            lambda: found.append(everything(url, views=1)), 60 if fault is cut_first else 2
+        )
+
+    assert len(found) == 1
+    assert same(found[0], truth)
+    print(f"{failures} runs ended in a CacheError")
+
+
+@pytest.mark.parametrize("fault", [slow("500-once"), slow("cut")], ids=["500-once", "cut"])
+def test_a_bad_connection_is_no_damage(
+    url: str, server: tuple[str, int], tiny_cache: Path, fault: Fault
+) -> None:
+    uploaded(tiny_cache, url)
+    found = []
+
+    with through(server, fault):
+        until_it_works(lambda: found.append(verify(url).faults), 80)
+
+    # What did not arrive is no reason to compute anything again.
+    assert found == [[]]
+
+
+ACTIONS: dict[str, Callable[[str, CacheJob], object]] = {
+    "open": lambda url, job: LogitCache.open(url),
+    "cache-teacher": lambda url, job: cache_teacher(job, url),
+    "rectify": lambda url, job: rectify(url, RectifyConfig()),
+    "verify": lambda url, job: verify(url),
+}
+
+
+@pytest.mark.parametrize("act", ACTIONS.values(), ids=ACTIONS)
+@pytest.mark.parametrize("fault", [refuse, forbid], ids=["refused", "forbidden"])
+def test_a_server_that_refuses_is_told_at_once(
+    url: str, server: tuple[str, int], tiny_job: CacheJob, tiny_cache: Path, act: Any, fault: Fault
+) -> None:
+    started = time.monotonic()
+    with through(server, fault), pytest.raises(CacheError) as caught:
+        act(url, tiny_job)
+
+    assert time.monotonic() - started < SECONDS
+    assert url.split("/")[3] in caught.value.cause
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        ("cache-teacher", 12),
+        *(
+            pytest.param(name, after, marks=[pytest.mark.slow, pytest.mark.timeout(600)])
+            for name in ("cache-teacher", "rectify", "verify")
+            for after in (3, 20, 40)
+        ),
+    ],
+)
+def test_a_server_that_goes_away_half_way_is_told_and_the_next_run_completes(
+    url: str,
+    server: tuple[str, int],
+    tiny_job: CacheJob,
+    tiny_cache: Path,
+    name: str,
+    after: int,
+) -> None:
+    act = ACTIONS[name]
+    if act is not ACTIONS["cache-teacher"]:
+        uploaded(tiny_cache, url)
+        if act is ACTIONS["rectify"]:
+            obstore.delete(obstore.store.from_url(url), "commits/rectified/pairwise-T4/v00000.json")
+
+    def goes_away(request: Forward, body: bytes) -> bool:
+        return request.server.times_seen("anything") >= after and refuse(request, body)
+
+    started = time.monotonic()
+    with through(server, goes_away) as proxy:
+        told = what_is_told(lambda: act(url, tiny_job))
+        assert len(told) <= 3
+        assert told or proxy.seen["anything"] <= after  # it had everything before
+    assert time.monotonic() - started < SECONDS
+
+    act(url, tiny_job)
+    if act is ACTIONS["cache-teacher"]:
+        rectify(url, RectifyConfig())
+    assert values(objects(url)) == values(tree(tiny_cache))
+    assert records(url) == records(tiny_cache)
+
+
+# ---- what cannot be -------------------------------------------------------------------------
+
+
+def test_a_bucket_that_is_not_there_is_told(url: str, tiny_job: CacheJob) -> None:
+    for act in ACTIONS.values():
+        with pytest.raises(CacheError) as caught:
+            act("s3://no-such-bucket/my.zarr", tiny_job)
+        assert "no-such-bucket" in caught.value.cause
+
+
+def test_without_credentials_the_cause_is_told(
+    server: tuple[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    monkeypatch.setenv("TEACHER_CACHE_RETRY_SECONDS", "1")
+
+    started = time.monotonic()
+    with pytest.raises(CacheError, match=r"s3://caches/my\.zarr cannot be read") as caught:
+        LogitCache.open("s3://caches/my.zarr")
+
+    assert "credentials" in caught.value.remedy
+    assert time.monotonic() - started < SECONDS
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        pytest.param("ftp://host/my.zarr", "not ftp://", id="scheme"),
+        pytest.param("http://host/my.zarr", "not http://", id="http"),
+        pytest.param("s3://", "cannot be used as an object store", id="nothing-behind-it"),
+    ],
+)
+def test_what_is_no_url_of_a_cache_is_told(value: str, words: str, tiny_job: CacheJob) -> None:
+    for act in ACTIONS.values():
+        with pytest.raises(CacheError, match=words):
+            act(value, tiny_job)
+
+
+def test_without_obstore_the_extra_is_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+
+    with pytest.raises(CacheError, match="needs the package obstore") as caught:
+        LogitCache.open(url)
+    assert "teacher-cache[remote]" in caught.value.remedy
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf"])
+def test_the_time_for_retries_is_a_positive_number(
+    url: str, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("TEACHER_CACHE_RETRY_SECONDS", value)
+
+    with pytest.raises(CacheError, match=f"TEACHER_CACHE_RETRY_SECONDS.*{value}"):
+        LogitCache.open(url)
+
+
+def test_retries_go_on_for_a_minute_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TEACHER_CACHE_RETRY_SECONDS", raising=False)
+
+    assert location.retry_seconds() == 60
