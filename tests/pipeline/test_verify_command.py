@@ -1,0 +1,221 @@
+"""`pipeline verify`: what it answers, and with which exit code."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from damage import edit_attributes, flip, tree
+
+from pipeline.cli import main
+from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.rectify import RectifyConfig, rectify
+from stages.training.config import DataSettings
+
+DATASET = """
+from stages.inputs.datasets import load_splits
+
+def make(split):
+    train, test = load_splits("digits")
+    whole = train if split == "train" else test
+    return [(whole.images[i], int(whole.labels[i])) for i in range(60)]
+"""
+
+
+@dataclass
+class Answer:
+    code: int | str | None
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        """Everything, with the line breaks of tables taken out."""
+        return " ".join((self.out + self.err).split())
+
+
+Pipeline = Callable[..., Answer]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path) -> Path:
+    """A folder with a dataset of 60 digits, a teacher and a cache of two views."""
+    folder = tmp_path_factory.mktemp("verify")
+    shutil.copytree(teacher_run, folder / "teacher")
+    (folder / "sixty_digits.py").write_text(DATASET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", [str(folder), *sys.path])
+        config = CacheConfig(
+            data=DataSettings(dataset="sixty_digits:make", workers=0),
+            teacher=TeacherSettings(weights="teacher"),
+            views=2,
+            augment="pad-crop:pad=2",
+            block_rows=30,
+            device="cpu",
+        )
+        cache_teacher(prepare(config), "cache.zarr")
+        rectify("cache.zarr", RectifyConfig())
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """The same, of one's own."""
+    return Path(shutil.copytree(made, tmp_path / "mine"))
+
+
+@pytest.fixture
+def pipeline(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Pipeline:
+    """Runs `pipeline` with these words in that folder."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(words: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["pipeline", *words.split()])
+        code: int | str | None = 0
+        try:
+            main()
+        except SystemExit as left:
+            code = left.code or 0
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return run
+
+
+def test_a_cache_in_order_ends_with_0(pipeline: Pipeline) -> None:
+    answer = pipeline("verify cache.zarr")
+
+    assert (answer.code, answer.err) == (0, "")
+    assert "8 blocks" in answer.text
+    assert "everything holds" in answer.text
+
+
+def test_teacher_and_pixels_are_asked_where_that_is_wanted(pipeline: Pipeline) -> None:
+    answer = pipeline("verify cache.zarr --live 20 --pixels --device cpu")
+
+    assert answer.code == 0
+    assert "everything holds" in answer.text
+
+
+def test_faults_end_with_1_and_name_the_block(pipeline: Pipeline, folder: Path) -> None:
+    flip(folder / "cache.zarr/logits/c/1/0/0")
+    before = tree(folder / "cache.zarr")
+
+    answer = pipeline("verify cache.zarr")
+
+    assert answer.code == 1
+    assert "1 faults" in answer.text
+    assert "logits, view 1, block 0" in answer.text
+    assert "logits/c/1/0/0 has another sha256" in answer.text
+    assert "everything holds" not in answer.text
+    assert "Traceback" not in answer.text
+    assert tree(folder / "cache.zarr") == before
+
+
+def test_damage_all_over_is_told_without_a_traceback(pipeline: Pipeline, folder: Path) -> None:
+    shutil.rmtree(folder / "cache.zarr/commits/logits")
+    shutil.rmtree(folder / "cache.zarr/commits/rectified")
+    for key in ("logits", "prediction", "label", "eval_label", "eval_logits", "dataset_index"):
+        flip(folder / f"cache.zarr/{key}/zarr.json")
+
+    answer = pipeline("verify cache.zarr")
+
+    assert answer.code == 1
+    assert "faults" in answer.text
+    assert "Traceback" not in answer.text
+
+
+def test_repair_ends_with_0_and_every_byte_as_it_was(
+    pipeline: Pipeline, folder: Path, made: Path
+) -> None:
+    flip(folder / "cache.zarr/logits/c/0/1/0")
+    flip(folder / "cache.zarr/label/zarr.json")
+
+    answer = pipeline("verify cache.zarr --repair --device cpu")
+
+    assert answer.code == 0
+    assert "label" in answer.text
+    assert answer.out.rstrip().endswith("everything holds")
+    assert tree(folder / "cache.zarr") == tree(made / "cache.zarr")
+    assert pipeline("verify cache.zarr").code == 0
+
+
+def test_repair_of_what_is_in_order_needs_no_teacher(pipeline: Pipeline, folder: Path) -> None:
+    shutil.rmtree(folder / "teacher")
+
+    assert pipeline("verify cache.zarr --repair").code == 0
+
+
+def test_repair_and_the_teacher_in_one_go(pipeline: Pipeline, folder: Path) -> None:
+    flip(folder / "cache.zarr/prediction/c/0/1")
+
+    assert pipeline("verify cache.zarr --repair --live 10 --pixels --device cpu").code == 0
+
+
+def test_repair_without_the_teacher_ends_with_2_and_says_what_to_give(
+    pipeline: Pipeline, folder: Path
+) -> None:
+    (folder / "teacher").rename(folder / "moved")
+    flip(folder / "cache.zarr/logits/c/0/1/0")
+
+    answer = pipeline("verify cache.zarr --repair")
+    assert answer.code == 2
+    assert "teacher" in answer.err
+    assert "Traceback" not in answer.err
+
+    assert pipeline("verify cache.zarr --repair --weights moved --device cpu").code == 0
+
+
+def test_the_teacher_of_another_cache_ends_with_2(
+    pipeline: Pipeline, folder: Path, finished_cache: Path
+) -> None:
+    before = tree(folder / "cache.zarr")
+    flip(folder / "cache.zarr/logits/c/0/1/0")
+
+    answer = pipeline("verify cache.zarr --repair --dataset digits")
+
+    assert answer.code == 2
+    assert "dataset." in answer.err
+    flip(folder / "cache.zarr/logits/c/0/1/0")  # the same bit again
+    assert tree(folder / "cache.zarr") == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param("verify nothing.zarr", id="missing"),
+        pytest.param("verify teacher", id="run-directory"),
+        pytest.param("verify sixty_digits.py", id="file"),
+        pytest.param("verify ftp://host/c.zarr", id="scheme"),
+        pytest.param("verify nothing.zarr --repair", id="repair"),
+        pytest.param("verify nothing.zarr --live 3", id="live"),
+    ],
+)
+def test_where_there_is_no_cache_the_exit_code_is_2(pipeline: Pipeline, words: str) -> None:
+    answer = pipeline(words)
+
+    assert answer.code == 2
+    assert answer.out == ""
+    assert 1 <= len(answer.err.strip().splitlines()) <= 3
+    assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize("words", ["verify", "verify cache.zarr --live 0", "verify a b"])
+def test_words_that_are_not_understood_end_with_2(pipeline: Pipeline, words: str) -> None:
+    assert pipeline(words).code == 2
+
+
+def test_a_newer_format_is_told(pipeline: Pipeline, folder: Path) -> None:
+    edit_attributes(folder / "cache.zarr", lambda attributes: attributes.update(version=2))
+
+    answer = pipeline("verify cache.zarr")
+
+    assert answer.code == 1
+    assert "version 2" in answer.text
