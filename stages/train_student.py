@@ -15,6 +15,7 @@ rectification need one label a row, and refuse such a cache.
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def check_dataset(
             "Give the dataset that the cache was made from, or cache this one.",
         )
     probes = pixel_probes(splits.train, policy, cache.identity.teacher.image_size)
-    differ = sum(a != b for a, b in zip(probes, cache.pixel_probes, strict=True))
+    differ = sum(a != b for a, b in zip_longest(probes, cache.pixel_probes))
     if not differ:
         return
     if not accept_drift:

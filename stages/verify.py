@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from zarr.abc.store import Store
 
@@ -29,7 +30,7 @@ from stages.cache.rectified import Rectification
 from stages.cache_teacher import CacheJob, teacher_logits
 from stages.errors import CacheError, IdentityError, UnansweredError
 from stages.inputs.datasets.dataset import digest
-from stages.rectify import rectified_block, summarise
+from stages.rectify import RectifyConfig, rectified_block, summarise
 from stages.reporting import Reporter, Silent
 from stages.train_student import cached_policy, check_dataset
 from stages.training.setup import Splits
@@ -339,7 +340,14 @@ def _rectified_part(
     cache: LogitCache, rectification: Rectification, bad: set[tuple[int, int]]
 ) -> _Part:
     """bad: blocks whose logits are damaged, which say nothing about what was made from them."""
-    name = f"rectified/{rectification.name}"
+    name, settings = f"rectified/{rectification.name}", rectification.settings
+    asked = {n: getattr(settings, n) for n in ("method", "space", "temperature")}
+    try:
+        known = msgspec.convert({**asked, "materialise": settings.materialised}, RectifyConfig)
+    except ValueError as error:  # of msgspec, or a ConfigError
+        raise CacheError(f"its settings cannot be: {error}") from error
+    if known.settings != settings:
+        raise CacheError("its settings contradict each other")
 
     def consistent(view: int, block: int, record: Record) -> Iterator[str]:
         if (view, block) in bad:

@@ -99,7 +99,7 @@ class Rectification:
     def statistics(self) -> dict[str, Any]:
         """What stage two measured; empty until it has finished."""
         found: Any = self.group.attrs.asdict().get("statistics", {})
-        return dict(found)
+        return dict(found) if isinstance(found, dict) else {}
 
     def write_statistics(self, statistics: Mapping[str, Any]) -> None:
         self.group.attrs.put(sealed({**self.group.attrs.asdict(), "statistics": statistics}))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.cache.encoding.base import Encoding
-from stages.cache.encoding.choose import ENCODINGS, check_encoding
+from stages.cache.encoding.choose import ENCODINGS
 from stages.cache.encoding.klt import Klt
 from stages.cache.encoding.topk import TopK
 from stages.errors import CacheError
@@ -36,14 +36,18 @@ def restored(
 
     Raises CacheError if it is unknown, or not what its digest says.
     """
-    check_encoding(attributes.name)
+    if attributes.name not in ENCODINGS:
+        raise CacheError(
+            f"unknown encoding '{attributes.name}'",
+            "Install the version of teacher-cache that wrote it, or a newer one.",
+        )
     try:
         coding = _made(attributes, num_classes, read)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         if isinstance(error, CacheError):
             raise
         raise CacheError(f"the encoding's parameters are damaged: {error}") from error
-    if coding.digest() != attributes.digest:
+    if coding.digest() != attributes.digest or coding.parameters != attributes.parameters:
         raise CacheError(
             f"the calibration of the encoding {coding.name} is not the one it was made with",
             "Run `pipeline verify --repair`.",
