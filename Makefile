@@ -8,8 +8,9 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/pipeline demo --out demo-out --overwrite
 
+# Two processes of one thread each: threads that share two cores cost more than they give.
 test: $(READY)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 slow: $(READY)
 	$(BIN)/pytest -m slow
