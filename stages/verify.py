@@ -100,21 +100,13 @@ def verify(path: str | Location, reporter: Reporter | None = None, threads: int 
             faults.append(Fault(f"rectified/{name}", error.cause))
     blocks = bytes_read = 0
     for part in parts:
-        found, damaged = part.commits.readable()
-        faults += [Fault(key, "the record is damaged", key=key) for key in damaged]
-        part.commits.records = found
-        wrong = part.missing(found)
-        with ThreadPoolExecutor(threads) as pool:
-            check = pool.map(
-                lambda item, part=part: _block_faults(cache, part, *item), found.items()
-            )
-            for done, (size, whats) in enumerate(check, start=1):
-                blocks, bytes_read = blocks + 1, bytes_read + size
-                wrong += whats
-                reporter.progress(f"verify {part.commits.part}", done, len(found), "blocks")
+        checked = _checked(cache, part, reporter, threads)
+        blocks, bytes_read = blocks + checked.blocks, bytes_read + checked.bytes
+        faults += checked.faults
         if part is parts[0]:
-            bad.update((fault.view, fault.block) for fault in wrong)
-        faults += wrong if wrong or bad else part.whole(found)
+            bad.update((fault.view, fault.block) for fault in checked.faults)
+        if not checked.faults and not bad:
+            faults += part.whole(part.commits.records)
     faults += _eval_faults(cache)
     return Verified(faults, blocks, bytes_read)
 
@@ -261,6 +253,21 @@ class _Part:
     consistent: Callable[[int, int, Record], Iterator[str]]
     missing: Callable[[dict[tuple[int, int], Record]], list[Fault]]
     whole: Callable[[dict[tuple[int, int], Record]], list[Fault]]
+
+
+def _checked(cache: LogitCache, part: _Part, reporter: Reporter, threads: int) -> Verified:
+    """Every block of a part, several at a time."""
+    found, damaged = part.commits.readable()
+    part.commits.records = found  # damaged records are faults here, and no reason to stop
+    faults = [Fault(key, "the record is damaged", key=key) for key in damaged]
+    faults += part.missing(found)
+    size = 0
+    with ThreadPoolExecutor(threads) as pool:
+        blocks = pool.map(lambda item: _block_faults(cache, part, *item), found.items())
+        for done, (read, wrong) in enumerate(blocks, start=1):
+            size, faults = size + read, faults + wrong
+            reporter.progress(f"verify {part.commits.part}", done, len(found), "blocks")
+    return Verified(faults, len(found), size)
 
 
 def _block_faults(
