@@ -12,6 +12,7 @@ from stages.cache.layout import block_grid
 from stages.cache.location import location
 from stages.cache_teacher import (
     CacheJob,
+    check_finite,
     missing_blocks,
     open_existing,
     row_order,
@@ -84,6 +85,7 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
         measured.append(teacher_logits(job, feed, parts[len(measured) % len(parts)], 0).cpu())
         elapsed = time.perf_counter() - started
     logits = torch.cat(measured[: len(parts)])[:FIT_ROWS]
+    check_finite(logits, order, "view 0")
     labels = train.labels[order[: len(logits)]]
 
     cache = open_existing(job, out)
@@ -91,6 +93,7 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
         coding = cache.encoding
     else:
         coding = fit_encoding(config.encoding, logits, labels, config.max_kl)
+    coding.encode(logits, labels)  # raises where a logit is out of its range
     encodings = measure_all(logits, labels, config.max_kl, more=coding)
     chosen = next(m for m in encodings if m.coding is coding)
     grid = cache.grid if cache else block_grid(len(train), job.num_classes, config.block_rows)

@@ -44,7 +44,7 @@ from stages.inputs.feed import Normalise, ViewFeed, pixel_probes, plain_view
 from stages.inputs.models import Model, load_model, logits_of
 from stages.inputs.views import ViewPolicy
 from stages.reporting import Reporter, Silent
-from stages.training.config import DataSettings, Dtype, Settings, positive
+from stages.training.config import DataSettings, Dtype, Settings, positive, within
 from stages.training.setup import (
     Splits,
     check_output,
@@ -91,6 +91,7 @@ class CacheConfig(Settings, frozen=True):
 
     def __post_init__(self) -> None:
         positive("views", self.views)
+        within("seed", self.seed, -(2**63), 2**63 - 1)
         positive("batch_size", self.batch_size)
         positive("block_rows", self.block_rows)
         check_encoding(self.encoding)
@@ -311,7 +312,7 @@ def checked_logits(
 ) -> Tensor:
     """As `teacher_logits`, on the CPU. Raises ModelError unless all are finite."""
     logits = teacher_logits(job, feed, samples, view, progress).cpu()
-    _check_finite(logits, samples, f"view {view}")
+    check_finite(logits, samples, f"view {view}")
     return logits
 
 
@@ -359,11 +360,11 @@ def _cache_test_split(job: CacheJob, cache: LogitCache, record: Record) -> None:
     samples = torch.arange(len(job.splits.test))
     logits = teacher_logits(job, feed, samples, 0).cpu()
     feed.close()
-    _check_finite(logits, samples, "the test split")
+    check_finite(logits, samples, "the test split")
     cache.write_eval_logits(logits, record)
 
 
-def _check_finite(logits: Tensor, samples: Tensor, where: str) -> None:
+def check_finite(logits: Tensor, samples: Tensor, where: str) -> None:
     finite = torch.isfinite(logits).all(1)
     if not bool(finite.all()):
         first = int(finite.logical_not().nonzero()[0])

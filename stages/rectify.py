@@ -40,7 +40,7 @@ from stages.cache.store import Block
 from stages.errors import CacheError, ConfigError
 from stages.inputs.views import check_unmixed
 from stages.reporting import Reporter, Silent
-from stages.training.config import Settings, positive
+from stages.training.config import Settings, positive, within
 
 Method = Literal["pairwise", "swap", "blend"]
 Space = Literal["probability-T", "probability-1", "logit"]
@@ -66,7 +66,7 @@ class RectifyConfig(Settings, frozen=True):
     materialise: bool = False
 
     def __post_init__(self) -> None:
-        positive("temperature", self.temperature)
+        within("temperature", self.temperature, 1e-2, 1e4)
         if self.views is not None:
             positive("views", self.views)
         if self.name is not None and not _NAME.fullmatch(self.name):
@@ -133,7 +133,7 @@ def rectify(
         rectification = cache.rectification(name)  # reads the records afresh
         for view in views:
             rectification.commits.compact(view)
-        records = [rectification.commits.records[block] for block in blocks]
+        records = [record for _, record in sorted(rectification.commits.records.items())]
         statistics = summarise(records, cache.identity.dataset.class_names)
         rectification.write_statistics(statistics)
     return statistics

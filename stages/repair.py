@@ -211,7 +211,7 @@ def _rectification_settings(where: Location) -> dict[str, RectificationSettings]
     """Of every rectification, from the records of its blocks: they say it once more."""
     store = open_group(where).store
     found = {}
-    for name in folders(store, "rectified"):
+    for name in {*folders(store, "rectified"), *folders(store, "commits/rectified")}:
         records, _ = CommitLog(store, f"rectified/{name}", 1).readable()
         for record in records.values():
             with contextlib.suppress(KeyError, msgspec.ValidationError):

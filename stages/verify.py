@@ -119,6 +119,7 @@ def verify_live(cache: LogitCache, job: CacheJob, pairs: int, seed: int = 0) -> 
     """
     generator = torch.Generator().manual_seed(seed)
     views = cache.complete_views
+    pairs = min(pairs, len(views) * cache.num_samples)
     if cache.fidelity is None or not views:
         return [Fault("fidelity", "nothing is declared: the cache is not finished")]
     which = torch.randint(len(views), (pairs,), generator=generator)
@@ -391,7 +392,7 @@ def _rectified_part(
 
 
 def _rectification_names(cache: LogitCache, faults: list[Fault]) -> list[str]:
-    """The rectifications, by their folders: also those whose documents are damaged."""
+    """The rectifications, by their folders and their records: also damaged or deleted ones."""
     try:
         known = set(cache.rectifications)
     except UnansweredError:
@@ -399,7 +400,8 @@ def _rectification_names(cache: LogitCache, faults: list[Fault]) -> list[str]:
     except CacheError as error:
         faults.append(Fault("rectified", error.cause))
         known = set()
-    return sorted(known | set(folders(cache.group.store, "rectified")))
+    store = cache.group.store
+    return sorted(known | {*folders(store, "rectified"), *folders(store, "commits/rectified")})
 
 
 def _plain(value: Any) -> Any:

@@ -48,6 +48,17 @@ def list_objects(store: Store, prefix: str) -> list[str]:
     return ask(store, collect())
 
 
+def first_object(store: Store) -> str | None:
+    """The key of some object, None if there is none at all."""
+
+    async def first() -> str | None:
+        async for key in store.list_prefix(""):
+            return key
+        return None
+
+    return ask(store, first())
+
+
 def folders(store: Store, folder: str) -> list[str]:
     """The names right under a folder, but for documents and what a killed writer left."""
 

@@ -55,7 +55,7 @@ def open_store(where: Location, read_only: bool) -> Store:
     timeout = timedelta(seconds=retry_seconds())
     try:
         remote = obstore.store.from_url(
-            where, retry_config={"max_retries": 10, "retry_timeout": timeout}
+            where, retry_config={"max_retries": 1000, "retry_timeout": timeout}
         )
     except Exception as error:  # obstore raises its own kinds on what it cannot parse
         raise CacheError(

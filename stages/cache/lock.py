@@ -1,6 +1,7 @@
 """One writer a cache: a second launch on the same local store is refused while the first lives."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from stages.cache.location import Location, told, unreachable
 from stages.errors import CacheError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.partial$")
 """How zarr's local store names a file until it is whole."""
 
@@ -27,7 +29,9 @@ def exclusive(where: Location) -> Iterator[None]:
     except OSError as error:
         raise CacheError(
             f"{where} cannot be written: {error.strerror or told(error)}",
-            "Everything committed so far is kept: make room, then run the same command again.",
+            "Everything committed so far is kept: "
+            + ("make room" if error.errno in _FULL else "make it writable")
+            + ", then run the same command again.",
         ) from error
     except Exception as error:
         if not unreachable(error):

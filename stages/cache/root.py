@@ -10,7 +10,14 @@ import zarr
 
 from stages.cache import layout
 from stages.cache.arrays import open_group
-from stages.cache.commits import list_objects, read_object, seal_records, unsealed, write_object
+from stages.cache.commits import (
+    first_object,
+    list_objects,
+    read_object,
+    seal_records,
+    unsealed,
+    write_object,
+)
 from stages.cache.documents import check_seal, sealed
 from stages.cache.encoding import EncodingAttributes, Fidelity
 from stages.cache.location import Location, ask, open_store
@@ -41,8 +48,11 @@ def exists(where: Location) -> bool:
     if isinstance(where, str):
         store = open_store(where, read_only=True)
         if read_object(store, "zarr.json") is None:
-            if list_objects(store, "commits/"):
-                raise CacheError(f"the root document of {where} is missing")
+            if there := first_object(store):
+                raise CacheError(
+                    f"{where} holds something that is not a cache: {there}",
+                    "Choose a prefix with nothing under it.",
+                )
             return False
     elif not where.exists() or (
         where.is_dir() and set(where.iterdir()) <= set(half_written(where))
@@ -64,14 +74,14 @@ def unfinished_group(where: Location) -> zarr.Group:
         where.mkdir(parents=True, exist_ok=True)
         for leftover in half_written(where):
             leftover.unlink()
+    if read_object(store, "zarr.json") is None:
+        # A copy: zarr keeps the dict and changes it with the attributes.
+        return zarr.create_group(store, zarr_format=3, attributes=dict(UNFINISHED))
     for key in {key.partition("/")[0] for key in list_objects(store, "")}:
         if key != "zarr.json":
             ask(store, store.delete_dir(key))
             ask(store, store.delete(key))
-    if read_object(store, "zarr.json") is not None:
-        return open_group(where, writable=True)
-    # A copy: zarr keeps the dict and changes it with the attributes.
-    return zarr.create_group(store, zarr_format=3, attributes=dict(UNFINISHED))
+    return open_group(where, writable=True)
 
 
 def write_attributes(group: zarr.Group, attributes: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ log.txt             what was said
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -40,6 +41,8 @@ class RunDirectory:
         Raises RunError if it is not empty and neither `resume` nor `overwrite` is given, or if a
         run with another configuration is to be resumed.
         """
+        if re.match(r"[A-Za-z0-9]{2,}:/", str(path)):
+            raise RunError(f"runs lie on a disk, not at {path}", "Give a folder: --out runs/NAME.")
         run = RunDirectory(Path(path))
         if resume and overwrite:
             raise RunError("a run cannot be resumed and overwritten", "Give one of the two.")

@@ -19,6 +19,8 @@ from stages.inputs.datasets.dataset import (
 )
 from stages.inputs.imported import imported
 
+MOST_CLASSES = 2**20
+
 
 @dataclass(frozen=True)
 class _MapStyle:
@@ -45,8 +47,14 @@ def from_callable(spec: str, split: Split, feeding: Feeding) -> ImageDataset:
     size = len(source)
     labels = getattr(source, "targets", None)
     if labels is None:
-        labels = [int(source[i][1]) for i in range(size)]
-    labels = torch.as_tensor(labels, dtype=torch.int64)
+        labels = [float(source[i][1]) for i in range(size)]
+    given = torch.as_tensor(labels)
+    labels = given.to(torch.int64)
+    if not torch.equal(labels.double(), given.double()) or (labels > MOST_CLASSES).any():
+        raise DatasetError(
+            f"dataset '{spec}' ({split}) has labels that are no class numbers",
+            f"Labels are integers that count from 0, below {MOST_CLASSES:,}.",
+        )
     if len(labels) != size:
         raise DatasetError(
             f"dataset '{spec}' ({split}) has {size} images and {len(labels)} labels",
