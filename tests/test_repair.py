@@ -401,3 +401,15 @@ def test_a_repair_that_was_killed_is_repeated(
         assert others == []
         assert records(store) == records(tmp_path / "undisturbed")
         assert faults_of(store) == []
+
+
+def test_a_rectification_that_was_deleted_is_noticed_and_made_again(
+    small_job: CacheJob, small_copy: Path, small_cache: Path
+) -> None:
+    shutil.rmtree(small_copy / "rectified/pairwise-T4")
+
+    faults = verify(small_copy).faults
+
+    assert any("pairwise-T4" in fault.where for fault in faults)
+    assert repair(small_copy, small_job, faults) == []
+    assert tree(small_copy) == tree(small_cache)

@@ -122,6 +122,18 @@ def test_what_is_missing_is_completed_and_views_are_appended(
     assert LogitCache.open(url).complete_views == [0, 1, 2]
 
 
+def test_what_lies_under_a_prefix_is_never_removed(url: str, small_job: CacheJob) -> None:
+    others = {"notes.txt": b"mine", "a.zarr/zarr.json": b"{}", "b/commits/x.json": b"1"}
+    for key, content in others.items():
+        put(url, key, content)
+
+    with pytest.raises(CacheError, match="holds something that is not a cache") as caught:
+        cache_teacher(small_job, url)
+
+    assert "prefix" in caught.value.remedy
+    assert objects(url) == others
+
+
 def test_damage_in_a_bucket_is_found_and_repaired(
     url: str, small_job: CacheJob, small_cache: Path
 ) -> None:
@@ -484,6 +496,8 @@ def test_a_server_that_refuses_is_told_at_once(
         ),
     ],
 )
+# Zarr leaves the requests that it had not sent yet when one of several fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_server_that_goes_away_half_way_is_told_and_the_next_run_completes(
     url: str,
     server: tuple[str, int],
