@@ -213,6 +213,8 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         # 3) the test split
         if not cache.eval_commits.is_complete(0):
             _cache_test_split(job, cache, record)
+        for commits in (cache.commits, cache.eval_commits):
+            commits.compact_rest()
 
         # 4) how good the teacher is
         logits, labels = cache.eval_logits()

@@ -146,6 +146,12 @@ class CommitLog:
         write_object(self.store, self._view_key(view), seal_records(whole))
         ask(self.store, self.store.delete_dir(f"{self._prefix}v{view:05d}"))
 
+    def compact_rest(self) -> None:
+        """Compact the views that a killed writer had completed and not compacted."""
+        for name in folders(self.store, self._prefix.rstrip("/")):
+            if re.fullmatch(r"v\d+", name):
+                self.compact(int(name[1:]))
+
     def check_objects(self, view: int, block: int | None = None) -> None:
         """Raise CacheError if an object of a committed view (or of one block of it) is missing or
         of another size: Zarr would give zeros for a missing one.

@@ -20,7 +20,7 @@ VIEWS, BLOCKS = 2, 14
 def records(store: Path) -> dict[str, dict[str, Any]]:
     """Object -> its description, from all commit records, however compacted."""
     found: dict[str, dict[str, Any]] = {}
-    for file in (store / "commits").rglob("v*.json"):
+    for file in (store / "commits").rglob("[vb]*.json"):
         for record in json.loads(file.read_text())["records"]:
             found |= record["objects"]
     return found
