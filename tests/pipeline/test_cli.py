@@ -180,7 +180,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "rectify-incomplete": ("rectify half.zarr", ["2 of 5 views", "--views 2"]),
     "rectify-method": (f"{RECTIFY} --method avarage", ["method", "pairwise, swap, blend"]),
     "rectify-space": (f"{RECTIFY} --space logit --method blend", ["'logit'", "--method pairwise"]),
-    "rectify-temperature": (f"{RECTIFY} --temperature 0", ["temperature must be positive"]),
+    "rectify-temperature": (f"{RECTIFY} --temperature 0", ["temperature must be in"]),
     "rectify-views": (f"{RECTIFY} --views 3", ["cache.zarr has 2 views, 3 were asked for"]),
     "rectify-views-0": (f"{RECTIFY} --views 0", ["views must be positive, was 0"]),
     "rectify-views-minus-1": (f"{RECTIFY} --views -1", ["views must be positive, was -1"]),
