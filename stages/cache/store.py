@@ -28,7 +28,7 @@ from stages.cache.encoding import (
     Encoding,
     Fidelity,
     combined,
-    measure,
+    compare,
     restored,
 )
 from stages.cache.identity import Identity, identity_from_json
@@ -150,13 +150,16 @@ class LogitCache:
     @property
     def complete_views(self) -> list[int]:
         """Raises CacheError where views are committed for which the arrays have no room."""
+        self._check_room()
+        return [v for v in range(self.num_views) if self.commits.is_complete(v)]
+
+    def _check_room(self) -> None:
         last = max((view for view, _ in self.commits.records), default=-1)
         if last >= self.num_views:
             raise CacheError(
                 f"{self.path}: view {last} is committed, the arrays have {self.num_views}",
                 "Run `pipeline verify --repair`.",
             )
-        return [v for v in range(self.num_views) if self.commits.is_complete(v)]
 
     @cached_property
     def grid(self) -> BlockGrid:
@@ -305,7 +308,8 @@ class LogitCache:
     def _require_view(self, commits: CommitLog, view: int) -> None:
         if not 0 <= view < self.num_views:
             raise CacheError(f"{self.path} has views 0 to {self.num_views - 1}, not {view}")
-        if view not in self.complete_views or not commits.is_complete(view):
+        self._check_room()
+        if not (self.commits.is_complete(view) and commits.is_complete(view)):
             complete = sum(commits.is_complete(v) for v in range(self.num_views))
             stage = "cache-teacher" if commits is self.commits else "rectify"
             raise CacheError(
@@ -322,9 +326,10 @@ class LogitCache:
     ) -> None:
         """Encode, write and commit a block. logits: float32 (n, C); predictions: int64 (n,)."""
         labels = self.row_labels[self.grid.rows(block)]
-        values = self.encoding.encode(logits, labels) | {"prediction": predictions}
+        encoded = self.encoding.encode(logits, labels)
         checked = slice(_CHECKED_ROWS)
-        fidelity = measure(self.encoding, logits[checked], labels[checked])
+        some = {name: array[checked] for name, array in encoded.items()}
+        fidelity = compare(self.encoding, logits[checked], some)
         self._check_calibration(fidelity)
         record = {
             **record,
@@ -333,7 +338,13 @@ class LogitCache:
         }
         specs = all_arrays(self.num_classes, self.encoding)
         arrays.write_block(
-            self._group, self.commits, self.grid, (view, block), values, specs, record
+            self._group,
+            self.commits,
+            self.grid,
+            (view, block),
+            encoded | {"prediction": predictions},
+            specs,
+            record,
         )
         self.commits.compact(view)
 
@@ -406,9 +417,8 @@ class LogitCache:
         """
         if name not in self.rectifications:
             group = self._group.create_group(f"rectified/{name}", overwrite=True)
-            sizes = {"view": self.num_views, "sample": self.num_samples, "class": self.num_classes}
             CommitLog(self._group.store, f"rectified/{name}", self.grid.num_blocks).clear()
-            Rectification.create(group, self.grid, sizes, settings, self.identity.digest())
+            Rectification.create(group, self.grid, self.sizes, settings, self.identity.digest())
         rectification = self.rectification(name)
         if rectification.settings != settings:
             there = rectification.settings

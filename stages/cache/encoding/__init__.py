@@ -19,7 +19,7 @@ from stages.cache.encoding.choose import (
     is_encoding,
     measure_all,
 )
-from stages.cache.encoding.fidelity import Fidelity, combined, mean_kl, measure, row_kl
+from stages.cache.encoding.fidelity import Fidelity, combined, compare, mean_kl, measure, row_kl
 from stages.cache.encoding.floats import Float16, Float32
 from stages.cache.encoding.klt import DEFAULT_MAX_KL, Klt, fit_klt
 from stages.cache.encoding.restore import EncodingAttributes, encoding_attributes, restored
@@ -42,6 +42,7 @@ __all__ = [
     "check_encoding",
     "check_temperature",
     "combined",
+    "compare",
     "encoding_attributes",
     "fit_encoding",
     "fit_klt",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from stages.cache.encoding.base import Encoding
-from stages.cache.encoding.fidelity import Fidelity, measure
+from stages.cache.encoding.fidelity import Fidelity, compare
 from stages.cache.encoding.floats import Float16, Float32
 from stages.cache.encoding.klt import DEFAULT_MAX_KL, Klt, fit_klt
 from stages.cache.encoding.topk import TopK
@@ -123,8 +123,8 @@ def _holding(measured: list[Measured], max_kl: float) -> Measured:
 def _measured(coding: Encoding, logits: Tensor, labels: Tensor) -> Measured:
     some = slice(max(1, _MEASURED // logits.shape[1]))
     logits, labels = logits[some], labels[some]
-    fidelity = measure(coding, logits, labels)
     arrays = coding.encode(logits, labels)
+    fidelity = compare(coding, logits, arrays)
     started, turns = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - started) < 0.02 or not turns:
         coding.decode(arrays, fidelity.temperatures[0] if fidelity.temperatures else 1.0)

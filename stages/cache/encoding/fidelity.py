@@ -1,5 +1,7 @@
 """How far decoded rows are from the exact ones."""
 
+from collections.abc import Mapping
+
 import msgspec
 import torch
 from torch import Tensor
@@ -22,10 +24,15 @@ class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top1_agreement: float
     saturated: int
 
+    def known_kl(self, temperature: float) -> float | None:
+        """The mean KL at a temperature, None where it was not measured."""
+        known = dict(zip(self.temperatures, self.mean_kl, strict=True))
+        return known.get(temperature)
+
     def holds(self, max_kl: float) -> bool:
         """Whether the mean KL at T=1 is known and within a budget."""
-        known = dict(zip(self.temperatures, self.mean_kl, strict=True))
-        return known.get(1.0, float("inf")) <= max_kl
+        known = self.known_kl(1.0)
+        return known is not None and known <= max_kl
 
 
 def row_kl(exact: Tensor, decoded: Tensor, temperature: float) -> Tensor:
@@ -44,7 +51,11 @@ def mean_kl(exact: Tensor, decoded: Tensor, temperature: float) -> Tensor:
 
 def measure(coding: Encoding, logits: Tensor, labels: Tensor) -> Fidelity:
     """Encode rows, decode them and compare. logits: float32 (n, C); labels: int64 (n,)."""
-    arrays = coding.encode(logits, labels)
+    return compare(coding, logits, coding.encode(logits, labels))
+
+
+def compare(coding: Encoding, logits: Tensor, arrays: Mapping[str, Tensor]) -> Fidelity:
+    """As `measure`, of rows that are encoded already."""
     held = [t for t in TEMPERATURES if coding.holds(t)]
     kls = [row_kl(logits, coding.decode(arrays, t), t) for t in held]
     same = coding.decode(arrays, held[0] if held else 1.0).argmax(1) == logits.argmax(1)

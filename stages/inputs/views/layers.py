@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,14 @@ from stages.inputs.views.policy import (
     parameters_of,
     views_of,
 )
+
+
+class Part(Protocol):
+    """What every stage on top of a base has."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    moves_pixels_only: ClassVar[bool]
 
 
 class Layer(ABC):
@@ -54,18 +62,22 @@ class _Layered(Drawn):
 
 
 @dataclass(frozen=True)
-class Composed(ViewPolicy):
-    """A base and the layers on top of it, in order.
+class OnTop(ViewPolicy):
+    """A base and what goes on top of it, each with name, version and parameters of its own.
 
-    Unbounded, as every layer draws afresh in every view: base view v is v modulo the base's count.
+    Unbounded, as every part draws afresh in every view: base view v is v modulo the base's count.
     """
 
     base: ViewPolicy
-    layers: tuple[Layer, ...]
+
+    @property
+    @abstractmethod
+    def parts(self) -> "tuple[Part, ...]":
+        """What goes on top, in order."""
 
     @property
     def name(self) -> str:
-        return "+".join((self.base.name, *(layer.name for layer in self.layers)))
+        return "+".join((self.base.name, *(part.name for part in self.parts)))
 
     @property
     def seed(self) -> int:
@@ -78,21 +90,32 @@ class Composed(ViewPolicy):
     @property
     def version(self) -> int:
         """Grows with every change of any part."""
-        return self.base.version + sum(layer.version - 1 for layer in self.layers)
+        return self.base.version + sum(part.version - 1 for part in self.parts)
 
     @property
     def parameters(self) -> Parameters:
-        on_top = {
-            f"{layer.name}.{key}": value
-            for layer in self.layers
-            for key, value in parameters_of(layer).items()
+        own = {
+            f"{part.name}.{key}": value
+            for part in self.parts
+            for key, value in parameters_of(part).items()
         }
-        return {**self.base.parameters, **on_top}
+        return {**self.base.parameters, **own}
 
     @property
     def moves_pixels_only(self) -> bool:
-        layers = (layer.moves_pixels_only for layer in self.layers)
-        return self.base.moves_pixels_only and all(layers)
+        parts = (part.moves_pixels_only for part in self.parts)
+        return self.base.moves_pixels_only and all(parts)
+
+
+@dataclass(frozen=True)
+class Composed(OnTop):
+    """A base and layers."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def parts(self) -> tuple[Layer, ...]:
+        return self.layers
 
     def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Drawn:
         base = self.base.draw(samples, within_count(self.base, view), height, width)

@@ -16,53 +16,27 @@ from torch import Tensor
 
 from stages.errors import DatasetError, ViewError
 from stages.inputs.counter_hash import permute
-from stages.inputs.views.layers import within_count
+from stages.inputs.views.layers import OnTop, within_count
 from stages.inputs.views.mixers import MIXERS, Mixer
 from stages.inputs.views.policy import (
     Load,
-    Parameters,
     Plan,
     Shown,
     Stream,
-    ViewPolicy,
     check_view,
-    parameters_of,
     views_of,
 )
 
 
 @dataclass(frozen=True)
-class Mixed(ViewPolicy):
-    """A policy and a mixer, the last stage: unbounded, base views wrap around as in `Composed`."""
+class Mixed(OnTop):
+    """A policy and a mixer, the last stage."""
 
-    base: ViewPolicy
     mixer: Mixer
 
     @property
-    def name(self) -> str:
-        return f"{self.base.name}+{self.mixer.name}"
-
-    @property
-    def seed(self) -> int:
-        return self.base.seed
-
-    @property
-    def count(self) -> None:
-        return None
-
-    @property
-    def version(self) -> int:
-        """Grows with every change of any part."""
-        return self.base.version + self.mixer.version - 1
-
-    @property
-    def parameters(self) -> Parameters:
-        own = {f"{self.mixer.name}.{k}": value for k, value in parameters_of(self.mixer).items()}
-        return {**self.base.parameters, **own}
-
-    @property
-    def moves_pixels_only(self) -> bool:
-        return self.base.moves_pixels_only and self.mixer.moves_pixels_only
+    def parts(self) -> tuple[Mixer, ...]:
+        return (self.mixer,)
 
     @property
     def batched(self) -> bool:
