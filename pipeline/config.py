@@ -26,33 +26,34 @@ def read_config(
     """A struct of this kind. flags: dotted key -> value, None where not given. overrides:
     `a.b=c`, c as YAML writes it. Raises ConfigError.
     """
-    values: dict[str, Any] = _read_yaml(Path(file)) if file else {}
+    values: dict[str, Any] = read_yaml(Path(file)) if file else {}
     for key in _dotted(values):
-        _check_key(kind, key)
+        check_key(kind, key)
     for key, value in flags.items():
         if value is not None:
-            _put(values, key, value)
+            put(values, key, value)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"--set {override} has no '='", "Write --set key=value.")
-        _check_key(kind, key)
-        wants_text = str in _alternatives(_field_type(kind, key)) and text != "null"
-        _put(values, key, text if wants_text else _yaml(text, f"--set {override}"))
-    return _convert(kind, values)
+        check_key(kind, key)
+        wants_text = str in _alternatives(field_type(kind, key)) and text != "null"
+        put(values, key, text if wants_text else _yaml(text, f"--set {override}"))
+    return convert(kind, values)
 
 
 def keys_of(kind: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
     """Every dotted key that a struct has, sections and leaves."""
     for field in msgspec.structs.fields(kind):
         yield prefix + field.name
-        if inner := _section(field.type):
+        if inner := section(field.type):
             yield from keys_of(inner, f"{prefix}{field.name}.")
 
 
-def _convert(kind: type[Config], values: dict[str, Any]) -> Config:
+def convert(kind: type[Config], values: dict[str, Any]) -> Config:
+    """A struct of this kind from nested values, which may be changed. Raises ConfigError."""
     for field in msgspec.structs.fields(kind):
-        if _section(field.type) and values.get(field.name) is None:
+        if section(field.type) and values.get(field.name) is None:
             values[field.name] = {}
     try:
         return msgspec.convert(values, kind, strict=False)
@@ -67,12 +68,13 @@ def _convert(kind: type[Config], values: dict[str, Any]) -> Config:
             raise ConfigError(
                 f"'{full}' is missing", f"Give its option, or --set {full}=..."
             ) from None
-        allowed = _choices(_field_type(kind, key)) if key in set(keys_of(kind)) else ()
+        allowed = _choices(field_type(kind, key)) if key in set(keys_of(kind)) else ()
         near = f" (one of {', '.join(allowed)})" if allowed else ""
         raise ConfigError(f"{key or 'configuration'}: {_plain(message)}{near}") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a file of keys and values holds. Raises ConfigError."""
     try:
         values = _yaml(path.read_text(), str(path))
     except OSError as error:
@@ -92,7 +94,8 @@ def _yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
-def _check_key(kind: type[msgspec.Struct], key: str) -> None:
+def check_key(kind: type[msgspec.Struct], key: str) -> None:
+    """Raise ConfigError, with the nearest key that is known, unless the struct has this one."""
     known = list(keys_of(kind))
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -106,24 +109,26 @@ def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _dotted(value, f"{prefix}{key}.")
 
 
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key among nested values. Raises ConfigError where a section is a value."""
     *sections, name = key.split(".")
-    for section in sections:
-        inner = values.setdefault(section, {})
+    for part in sections:
+        inner = values.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"'{section}' holds keys, not the value {inner!r}")
+            raise ConfigError(f"'{part}' holds keys, not the value {inner!r}")
         values = inner
     values[name] = value
 
 
-def _field_type(kind: Any, key: str) -> Any:
+def field_type(kind: Any, key: str) -> Any:
+    """The type of a dotted key that the struct has."""
     for part in key.split("."):
-        kind = _section(kind) or kind
+        kind = section(kind) or kind
         kind = next(f.type for f in msgspec.structs.fields(kind) if f.name == part)
     return kind
 
 
-def _section(kind: Any) -> type[msgspec.Struct] | None:
+def section(kind: Any) -> type[msgspec.Struct] | None:
     """The struct type inside a field type, if it is one."""
     found = (
         t for t in _alternatives(kind) if isinstance(t, type) and issubclass(t, msgspec.Struct)
