@@ -212,9 +212,14 @@ class LogitCache:
 
     def top1(self, view: int) -> float:
         """The teacher's accuracy on a complete view, in [0, 1]."""
+        return float((self.predictions(view) == self.row_labels).double().mean())
+
+    def predictions(self, view: int, rows: slice | None = None) -> Tensor:
+        """int64 (n,): the teacher's argmax on a complete view, taken before any encoding; of a run
+        of rows, None for all.
+        """
         self._require_view(self.commits, view)
-        predictions = self._predictions(view, slice(0, self.num_samples))
-        return float((predictions == self.row_labels).double().mean())
+        return self._predictions(view, rows or slice(0, self.num_samples))
 
     # ---- reading ------------------------------------------------------------------------
 
