@@ -229,6 +229,40 @@ def train_student_command(cache: str, **given: Any) -> None:
     show_run(console, given["out"], summary)
 
 
+@cli.command("evaluate")
+@click.argument("run")
+@options(
+    click.option("--dataset", help="The run's own if left out."),
+    click.option("--root", help="Where torchvision's datasets lie, if they have moved."),
+    click.option("--batch-size", type=click.IntRange(1)),
+    click.option(
+        "--cache",
+        "caches",
+        multiple=True,
+        metavar="CACHE",
+        help="Compare with its teacher; a student's own cache if left out. May be repeated: the "
+        "teachers are averaged.",
+    ),
+    click.option("--device", help="cpu, cuda, cuda:N; a GPU where there is one if left out."),
+    click.option("--out", metavar="FILE.json", help="Write everything there as well."),
+)
+def evaluate_command(run: str, **given: Any) -> None:
+    """Measure a run on the test split, and compare a student with its teacher."""
+    from pipeline.console import Console
+    from pipeline.evaluation import check_json, show_evaluation, write_json
+    from stages.evaluate import evaluate_run
+
+    if given["out"]:
+        check_json(given["out"])
+    console = Console()
+    names = ("dataset", "root", "batch_size", "caches")
+    settings = {name: given[name] for name in names} | {"device": given["device"] or "auto"}
+    evaluated = evaluate_run(run, **settings, reporter=console)
+    show_evaluation(console, evaluated)
+    if given["out"]:
+        write_json(given["out"], evaluated)
+
+
 @cli.command("inspect")
 @click.argument("cache")
 def inspect_command(cache: str) -> None:

@@ -1,0 +1,317 @@
+"""A finished run on the test split: how good, how sure of itself, and where it beats its teacher.
+
+    pipeline evaluate runs/kd --cache digits.zarr
+
+Everything is measured on the clean view, with the weights of the selected epoch, in the precision
+of the run: top-1 is what its metrics.jsonl has for that epoch. The teacher is never loaded: its
+logits of the test split lie in the cache (float16). Several caches are averaged in probability, as
+a student of several was trained.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+
+from stages.cache import LogitCache
+from stages.device import autocast, choose_device, place
+from stages.errors import CacheError, IdentityError, RunError
+from stages.inputs.datasets import ImageDataset, load_dataset
+from stages.inputs.feed import Normalise, ViewFeed, plain_view
+from stages.inputs.models import Model, load_model, logits_of
+from stages.reporting import Reporter, Silent
+from stages.training.config import DataSettings, TrainSettings
+from stages.training.setup import check_output
+
+BINS = 15
+"""Of the calibration error, as Guo et al. 2017 report it."""
+_SMALLEST_BATCH = 256
+
+
+class Scores(msgspec.Struct, frozen=True):
+    """top1, top5: in [0, 1]; top5 of all classes where there are fewer than five. nll: mean
+    negative log-likelihood of the label in nats. ece: `calibration_error`.
+    """
+
+    top1: float
+    top5: float
+    nll: float
+    ece: float
+
+
+class ClassScore(msgspec.Struct, frozen=True):
+    """One class: how many test samples it has and on what share of them the run is right, and the
+    teacher where it was compared; None where there are no samples.
+    """
+
+    name: str
+    samples: int
+    top1: float | None
+    teacher_top1: float | None = None
+
+    @property
+    def gain(self) -> float:
+        """Student minus teacher, 0 where either is unknown."""
+        known = self.top1 is not None and self.teacher_top1 is not None
+        return (self.top1 or 0.0) - (self.teacher_top1 or 0.0) if known else 0.0
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """A student beside the teacher whose logits lie in `caches`.
+
+    agreement: share of the test samples with the same argmax. kl: mean KL(teacher || student) at
+    T=1, in nats. The other four count test samples by who is right, and add up to all of them.
+    """
+
+    caches: tuple[str, ...]
+    teacher: Scores
+    agreement: float
+    kl: float
+    both_right: int
+    only_teacher: int
+    only_student: int
+    both_wrong: int
+
+
+class Evaluated(msgspec.Struct, frozen=True):
+    """What `evaluate_run` found. recorded_top1: of the same epoch, by the run itself; None where it
+    has not finished, or was measured on other data.
+    """
+
+    run: str
+    dataset: str
+    samples: int
+    scores: Scores
+    recorded_top1: float | None
+    classes: tuple[ClassScore, ...]
+    comparison: Comparison | None = None
+
+
+def evaluate_run(
+    run: str | Path,
+    dataset: str | None = None,
+    root: str | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    caches: Sequence[str] = (),
+    reporter: Reporter | None = None,
+) -> Evaluated:
+    """Measure a run on the test split; dataset, root: the run's own where None.
+
+    caches: the teacher's; empty for those that a student's run names, if they can be opened.
+    Raises RunError for what is no finished run, ModelError or DatasetError where weights and images
+    do not belong together, IdentityError where a cache given is of another test split.
+    """
+    reporter = reporter or Silent()
+    # 1) the run, its images, its weights
+    settings = _read_run(Path(run))
+    data = settings.data
+    images = load_dataset(
+        dataset or data.dataset, "test", root or data.root, data.feeding, data.download
+    )
+    model = load_model(None, str(run), len(images.class_names), images.shape[0])
+    labels = images.labels
+
+    # 2) every test sample once; the teacher's answers to the same samples
+    size = batch_size or max(_SMALLEST_BATCH, settings.train.batch_size)
+    logits = _test_logits(model, images, settings, size, choose_device(device), reporter)
+    teacher, used = _teacher_of(images, caches, settings.caches, reporter)
+
+    # 3) what they are worth
+    return Evaluated(
+        run=str(run),
+        dataset=images.name,
+        samples=len(labels),
+        scores=score(logits, labels),
+        recorded_top1=_recorded_top1(Path(run)) if dataset in (None, data.dataset) else None,
+        classes=class_scores(images.class_names, labels, logits, teacher),
+        comparison=None if teacher is None else compare(logits, teacher, labels, used),
+    )
+
+
+# ---- measures -------------------------------------------------------------------------------
+
+
+def score(logits: Tensor, labels: Tensor) -> Scores:
+    """All scores of logits, float (N, C), against labels, int64 (N,)."""
+    logs = torch.log_softmax(logits.float(), dim=1)
+    best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (N, up to 5)
+    confidence, predicted = logs.max(1)
+    return Scores(
+        top1=_mean(best[:, 0]),
+        top5=_mean(best.any(1)),
+        nll=-_mean(logs.gather(1, labels[:, None])),
+        ece=calibration_error(confidence.double().exp(), predicted == labels),
+    )
+
+
+def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
+    """Expected calibration error with bins of equal width: Guo et al. 2017, "On Calibration of
+    Modern Neural Networks", equation 3, arXiv 1706.04599.
+
+        ECE = sum_m |B_m| / N * |accuracy(B_m) - confidence(B_m)|
+
+    B_m: the rows with a confidence in ((m-1)/M, m/M]. confidence: float (N,), the largest
+    probability of each row. right: bool (N,).
+    """
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    which = torch.bucketize(confidence.double(), edges[1:-1])  # upper edges belong to their bin
+    gaps = torch.zeros(bins, dtype=torch.float64)
+    gaps.index_add_(0, which, right.double() - confidence.double())
+    return float(gaps.abs().sum() / len(confidence))
+
+
+def class_scores(
+    names: Sequence[str], labels: Tensor, logits: Tensor, teacher: Tensor | None = None
+) -> tuple[ClassScore, ...]:
+    """The accuracy on each class. labels: int64 (N,). logits, teacher: float (N, C)."""
+    counts = labels.bincount(minlength=len(names))
+
+    def shares(rows: Tensor) -> list[float | None]:
+        hits = labels[rows.argmax(1) == labels].bincount(minlength=len(names))
+        return [h / n if n else None for h, n in zip(hits.tolist(), counts.tolist(), strict=True)]
+
+    theirs = [None] * len(names) if teacher is None else shares(teacher)
+    columns = zip(names, counts.tolist(), shares(logits), theirs, strict=True)
+    return tuple(ClassScore(*column) for column in columns)
+
+
+def compare(student: Tensor, teacher: Tensor, labels: Tensor, caches: Sequence[str]) -> Comparison:
+    """Student and teacher on the same samples: logits float (N, C), labels int64 (N,)."""
+    ours, theirs = student.argmax(1), teacher.argmax(1)
+    right, taught = ours == labels, theirs == labels
+    log_student, log_teacher = (torch.log_softmax(z.float(), dim=1) for z in (student, teacher))
+    kl = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+    return Comparison(
+        caches=tuple(caches),
+        teacher=score(teacher, labels),
+        agreement=_mean(ours == theirs),
+        kl=_mean(kl),
+        both_right=int((right & taught).sum()),
+        only_teacher=int((~right & taught).sum()),
+        only_student=int((right & ~taught).sum()),
+        both_wrong=int((~right & ~taught).sum()),
+    )
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())
+
+
+# ---- the run --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What config.yaml says that evaluation needs. caches: those a student learned from."""
+
+    data: DataSettings
+    train: TrainSettings
+    caches: tuple[str, ...]
+
+
+def _read_run(path: Path) -> _Run:
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        data = msgspec.convert(config["data"], DataSettings)
+        train = msgspec.convert(config["train"], TrainSettings)
+        caches = (config["cache"], *config.get("also", ())) if "cache" in config else ()
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise RunError(
+            f"{path} is not a run directory: {' '.join(str(error).split())}",
+            "Give the --out of train-teacher or train-student.",
+        ) from error
+    if not (path / "model.safetensors").exists():
+        raise RunError(
+            f"{path} has no weights yet", "They are written after the first epoch: --resume it."
+        )
+    return _Run(data, train, caches)
+
+
+def _recorded_top1(path: Path) -> float | None:
+    try:
+        summary: dict[str, Any] = json.loads((path / "summary.json").read_text())
+        return float(summary["selected"]["test_top1"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@torch.inference_mode()
+def _test_logits(
+    model: Model,
+    images: ImageDataset,
+    run: _Run,
+    batch_size: int,
+    device: torch.device,
+    reporter: Reporter,
+) -> Tensor:
+    """float32 (N, C) on the CPU, of the clean view of every sample. Raises ModelError."""
+    assert model.statistics is not None  # a run directory brings them
+    policy = plain_view(model.image_size, run.data.resize)
+    feed = ViewFeed(images, policy, device, model.image_size, run.data.workers)
+    on_cpu = Normalise(*model.statistics, model.channels, torch.device("cpu"), channels_last=False)
+    probe = ViewFeed(images, policy, torch.device("cpu"), model.image_size, workers=0)
+    check_output(model, on_cpu, probe, len(images.class_names))
+    module = place(model.module, device, run.train.channels_last).eval()
+    normalise = Normalise(*model.statistics, model.channels, device, run.train.channels_last)
+    parts, done = [], 0
+    try:
+        for batch in feed.batches(torch.arange(len(images)), 0, batch_size):
+            with autocast(device, run.train.dtype):
+                parts.append(logits_of(module(normalise(batch.pixels))).float().cpu())
+            done += len(batch.samples)
+            reporter.progress("test split", done, len(images), "images")
+    finally:
+        feed.close()
+    return torch.cat(parts)
+
+
+# ---- the teacher ----------------------------------------------------------------------------
+
+
+def _teacher_of(
+    images: ImageDataset, given: Sequence[str], named: Sequence[str], reporter: Reporter
+) -> tuple[Tensor | None, Sequence[str]]:
+    """The teacher's logits float32 (N, C), and the caches they are from; None where only the run
+    names caches, and these are gone or of other images.
+    """
+    paths = given or named
+    if not paths:
+        return None, ()
+    try:
+        return _mean_teacher([_cached_logits(path, images) for path in paths]), paths
+    except CacheError as error:
+        if given:
+            raise
+        reporter.say(f"not compared with the teacher: {error.cause}")
+        return None, ()
+
+
+def _cached_logits(path: str, images: ImageDataset) -> Tensor:
+    """Raises IdentityError unless the cache has logits of this very test split."""
+    cache = LogitCache.open(path)
+    logits, labels = cache.eval_logits()
+    same_classes = cache.identity.dataset.class_names == images.class_names
+    if not (same_classes and torch.equal(labels, images.labels)):
+        what = "labels" if same_classes else "classes"
+        raise IdentityError(
+            f"the test split of {path} has other {what} than that of {images.name}",
+            "Give the dataset that the cache was made from, or another --cache.",
+        )
+    return logits
+
+
+def _mean_teacher(members: Sequence[Tensor]) -> Tensor:
+    """The logits themselves; of several, those whose softmax is the mean of theirs at T=1."""
+    if len(members) == 1:
+        return members[0]
+    logs = torch.stack([torch.log_softmax(z, dim=1) for z in members])
+    return logs.logsumexp(0) - math.log(len(members))

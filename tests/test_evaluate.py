@@ -1,0 +1,328 @@
+"""Evaluation against naive loops in NumPy, against what runs recorded, and against the cache."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from helpers import DIGITS, Words, metrics
+from torch import Tensor
+
+from pipeline.cli import cli
+from stages.cache import LogitCache
+from stages.errors import IdentityError, ModelError, PipelineError, RunError
+from stages.evaluate import (
+    BINS,
+    calibration_error,
+    class_scores,
+    compare,
+    evaluate_run,
+    score,
+)
+from stages.train_student import StudentConfig, train_student
+from stages.training.config import ModelSettings, TrainSettings
+from stages.training.setup import Splits
+
+
+@pytest.fixture(scope="module")
+def my_student(
+    finished_cache: Path, digits: Splits, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A student whose selected epoch need not be its last: samples are held out."""
+    config = StudentConfig(
+        cache=str(finished_cache),
+        data=msgspec.structs.replace(DIGITS, val_fraction=0.2),
+        model=ModelSettings(architecture="resnet8"),
+        train=TrainSettings(epochs=3, lr=0.05),
+        device="cpu",
+    )
+    run = tmp_path_factory.mktemp("evaluated") / "student"
+    train_student(config, run, splits=digits)
+    return run
+
+
+@pytest.fixture
+def my_copy(my_student: Path, tmp_path: Path) -> Path:
+    """The student's run, to be changed."""
+    return Path(shutil.copytree(my_student, tmp_path / "run"))
+
+
+def changed(run: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """The run, with another configuration."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    change(config)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+def random_rows(rows: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Student and teacher logits that know something of the labels; the labels."""
+    numbers = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (rows,), generator=numbers)
+    hint = 2 * torch.nn.functional.one_hot(labels, classes)
+    student, teacher = (torch.randn(rows, classes, generator=numbers) * 2 + hint for _ in "st")
+    return student, teacher, labels
+
+
+# ---- measures, against loops ----------------------------------------------------------------
+
+
+def probabilities(logits: Tensor) -> list[list[float]]:
+    rows = []
+    for row in logits.double().tolist():
+        powers = [np.exp(z - max(row)) for z in row]
+        rows.append([p / sum(powers) for p in powers])
+    return rows
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+def test_scores_equal_those_of_a_loop(classes: int) -> None:
+    logits, _, labels = random_rows(500, classes)
+    top1 = top5 = nll = 0.0
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
+    for p, label in zip(probabilities(logits), labels.tolist(), strict=True):
+        order = sorted(range(classes), key=lambda c, p=p: -p[c])  # type: ignore[misc]
+        top1 += order[0] == label
+        top5 += label in order[:5]
+        nll -= np.log(p[label])
+        confidence = p[order[0]]
+        for m in range(BINS):
+            if m / BINS < confidence <= (m + 1) / BINS:
+                bins[m].append((confidence, order[0] == label))
+    ece = 0.0
+    for members in bins:
+        if members:
+            accuracy = sum(right for _, right in members) / len(members)
+            mean = sum(confidence for confidence, _ in members) / len(members)
+            ece += len(members) / len(labels) * abs(accuracy - mean)
+    found = score(logits, labels)
+    assert found.top1 == top1 / 500
+    assert found.top5 == top5 / 500
+    assert found.nll == pytest.approx(nll / 500, rel=1e-5)
+    assert found.ece == pytest.approx(ece, abs=1e-6)
+    assert classes > 5 or found.top5 == 1.0
+
+
+def test_calibration_by_hand() -> None:
+    # Two bins of four: (.25, .5] is right half the time, (.75, 1] always; .5 belongs to the lower.
+    confidence = torch.tensor([0.5, 0.375, 0.875, 1.0])
+    right = torch.tensor([True, False, True, True])
+    expected = 0.5 * abs(0.5 - 0.4375) + 0.5 * abs(1.0 - 0.9375)
+    assert calibration_error(confidence, right, bins=4) == expected
+    sure = torch.ones(3)
+    assert calibration_error(sure, torch.tensor([True] * 3)) == 0.0
+    assert calibration_error(sure, torch.tensor([False] * 3)) == 1.0
+
+
+def test_classes_equal_those_of_a_loop_and_may_be_empty() -> None:
+    student, teacher, labels = random_rows(200, 7)
+    labels[labels == 3] = 4  # nobody is left in class 3
+    found = class_scores([f"c{c}" for c in range(7)], labels, student, teacher)
+    for c, one in enumerate(found):
+        mine = [i for i in range(200) if labels[i] == c]
+        assert (one.name, one.samples) == (f"c{c}", len(mine))
+        for share, logits in ((one.top1, student), (one.teacher_top1, teacher)):
+            hits = sum(int(logits[i].argmax()) == c for i in mine)
+            assert share == (hits / len(mine) if mine else None)
+    assert found[3].top1 is None
+    assert found[3].gain == 0.0
+    assert found[0].gain == found[0].top1 - found[0].teacher_top1  # type: ignore[operator]
+
+
+def test_comparison_equals_a_loop() -> None:
+    student, teacher, labels = random_rows(300, 10)
+    kl, agree = 0.0, 0
+    counts = {(s, t): 0 for s in (True, False) for t in (True, False)}
+    both = zip(probabilities(student), probabilities(teacher), labels.tolist(), strict=True)
+    for p, q, label in both:
+        kl += sum(b * (np.log(b) - np.log(a)) for a, b in zip(p, q, strict=True))
+        ours, theirs = int(np.argmax(p)), int(np.argmax(q))
+        agree += ours == theirs
+        counts[ours == label, theirs == label] += 1
+    found = compare(student, teacher, labels, ["a"])
+    assert found.kl == pytest.approx(kl / 300, rel=1e-5)
+    assert found.agreement == agree / 300
+    assert found.teacher == score(teacher, labels)
+    assert found.both_right == counts[True, True]
+    assert found.only_teacher == counts[False, True]
+    assert found.only_student == counts[True, False]
+    assert found.both_wrong == counts[False, False]
+    assert min(counts.values()) > 0
+
+
+# ---- whole runs -----------------------------------------------------------------------------
+
+
+def test_top1_is_what_the_run_recorded(my_student: Path, teacher_run: Path) -> None:
+    for run in (my_student, teacher_run):
+        summary = json.loads((run / "summary.json").read_text())
+        line = metrics(run)[summary["selected"]["epoch"]]
+        found = evaluate_run(run, device="cpu")
+        assert found.scores.top1 == pytest.approx(line["test_top1"], abs=1e-7)
+        assert found.scores.top5 == pytest.approx(line["test_top5"], abs=1e-7)
+        assert found.recorded_top1 == line["test_top1"]
+        assert found.samples == 797
+        hits = sum(c.samples * (c.top1 or 0) for c in found.classes)
+        assert hits / 797 == pytest.approx(found.scores.top1)
+
+
+def test_a_student_is_compared_with_its_own_cache(my_student: Path, finished_cache: Path) -> None:
+    found = evaluate_run(my_student, device="cpu")
+    logits, labels = LogitCache.open(finished_cache).eval_logits()
+    comparison = found.comparison
+    assert comparison is not None
+    assert comparison.caches == (str(finished_cache),)
+    assert comparison.teacher == score(logits, labels)
+    counts = msgspec.structs.astuple(comparison)[4:]
+    assert sum(counts) == 797
+    assert (comparison.both_right + comparison.only_student) / 797 == pytest.approx(
+        found.scores.top1
+    )
+    assert evaluate_run(my_student, device="cpu", caches=[str(finished_cache)]) == found
+
+
+def test_a_teacher_agrees_with_its_own_cached_logits(
+    teacher_run: Path, finished_cache: Path
+) -> None:
+    assert evaluate_run(teacher_run, device="cpu").comparison is None
+    found = evaluate_run(teacher_run, device="cpu", caches=[str(finished_cache)]).comparison
+    assert found is not None
+    assert found.agreement > 0.995
+    assert 0 <= found.kl < 1e-4  # float16
+
+
+def test_two_caches_are_averaged(my_student: Path, finished_cache: Path) -> None:
+    twice = evaluate_run(my_student, device="cpu", caches=[str(finished_cache)] * 2)
+    once = evaluate_run(my_student, device="cpu")
+    assert twice.comparison is not None
+    assert once.comparison is not None
+    assert twice.comparison.teacher.top1 == once.comparison.teacher.top1
+    assert twice.comparison.kl == pytest.approx(once.comparison.kl, rel=1e-4)
+
+
+def test_a_cache_of_its_own_that_is_gone_is_said(my_copy: Path) -> None:
+    changed(my_copy, lambda config: config.update(cache="gone.zarr"))
+    words = Words()
+    assert evaluate_run(my_copy, device="cpu", reporter=words).comparison is None
+    assert any("not compared with the teacher" in line for line in words.lines)
+    assert words.done[-1] == 1.0
+
+
+def test_other_batches_give_the_same(my_student: Path) -> None:
+    small = evaluate_run(my_student, device="cpu", batch_size=100)
+    assert small.scores.nll == pytest.approx(evaluate_run(my_student).scores.nll, rel=1e-4)
+
+
+# ---- wrong input ----------------------------------------------------------------------------
+
+
+def test_a_cache_of_another_test_split_is_refused(my_student: Path, small_cache: Path) -> None:
+    with pytest.raises(IdentityError, match="other labels") as refused:
+        evaluate_run(my_student, device="cpu", caches=[str(small_cache)])
+    assert "--cache" in refused.value.remedy
+
+
+def break_config(run: Path) -> None:
+    (run / "config.yaml").write_text("title: my homepage\n")
+
+
+def unknown_key(run: Path) -> None:
+    changed(run, lambda config: config["train"].update(speed=3))
+
+
+def no_weights(run: Path) -> None:
+    (run / "model.safetensors").unlink()
+
+
+def cut_weights(run: Path) -> None:
+    weights = run / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "cause"),
+    [
+        (shutil.rmtree, RunError, "not a run directory"),
+        (break_config, RunError, "not a run directory"),
+        (unknown_key, RunError, "speed"),
+        (no_weights, RunError, "no weights yet"),
+        (cut_weights, ModelError, "cannot be read"),
+    ],
+)
+def test_what_is_no_finished_run(
+    my_copy: Path, damage: Callable[[Path], None], kind: type[PipelineError], cause: str
+) -> None:
+    damage(my_copy)
+    with pytest.raises(kind, match=cause) as refused:
+        evaluate_run(my_copy, device="cpu")
+    assert len(str(refused.value).splitlines()) <= 3
+
+
+def other_classes(split: str) -> list[tuple[Any, int]]:
+    """A dataset of three classes."""
+    return [(np.full((8, 8), 80 * c, np.uint8), c) for c in range(3)]
+
+
+def test_a_dataset_of_other_classes_is_refused(
+    my_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    with pytest.raises(ModelError, match="10 classes, the dataset has 3"):
+        evaluate_run(my_student, "test_evaluate:other_classes", device="cpu")
+
+
+# ---- the command ----------------------------------------------------------------------------
+
+
+def test_the_command_shows_and_writes_it(my_student: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    answer = CliRunner().invoke(
+        cli, ["evaluate", str(my_student), "--device", "cpu", "--out", str(out)]
+    )
+    assert answer.exit_code == 0, answer.output
+    for words in ("top-1", "NLL", "ECE", "only the student right", "gain", "recorded"):
+        assert words in answer.output
+    found = json.loads(out.read_text())
+    assert found == json.loads(msgspec.json.encode(evaluate_run(my_student, device="cpu")))
+    assert len(found["classes"]) == 10
+
+
+@pytest.mark.parametrize("out", ["found.txt", "nowhere/found.json"])
+def test_a_place_that_cannot_be_written_is_told_first(out: str, tmp_path: Path) -> None:
+    answer = CliRunner().invoke(cli, ["evaluate", "no-run", "--out", str(tmp_path / out)])
+    assert isinstance(answer.exception, PipelineError)
+    assert "--out" in str(answer.exception) or "no folder" in str(answer.exception)
+
+
+def test_many_classes_are_shown_by_their_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.console import Console
+    from pipeline.evaluation import show_evaluation
+    from stages.evaluate import Evaluated
+
+    student, teacher, labels = random_rows(3000, 100)
+    names = [f"class-{c:02d}" for c in range(100)]
+    classes = class_scores(names, labels, student, teacher)
+    comparison = compare(student, teacher, labels, ["c100.zarr"])
+    evaluated = Evaluated("run", "made", 3000, score(student, labels), None, classes, comparison)
+    show_evaluation(Console(), evaluated)
+    shown = capsys.readouterr().out
+    ordered = sorted(classes, key=lambda c: c.top1 or 0.0)
+    assert shown.count("class-") == 40
+    worst, gains = shown.split("gain on the teacher")
+    assert ordered[0].name in worst
+    assert ordered[-1].name in worst
+    assert max(classes, key=lambda c: c.gain).name in gains
+
+
+def test_a_dataset_that_moved_is_given_by_name(my_copy: Path) -> None:
+    changed(my_copy, lambda config: config["data"].update(dataset="folder:gone"))
+    found = evaluate_run(my_copy, "digits", device="cpu")
+    assert found.recorded_top1 is None
+    assert found.scores.top1 > 0
