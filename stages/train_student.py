@@ -8,7 +8,8 @@ An epoch shows one view of every sample and learns from that view's row of the c
     L = ce_weight * CE(z_s, y) + weight * mean_i w_i * loss(z_s, z_t)_i
 
 where the row weights w are all 1, or those of bias elimination and rectification
-(`stages.objectives.bias`). With the loss `ce` the same views are shown and no targets are read:
+(`stages.objectives.bias`); losses that couple rows say themselves what weights mean to them. With
+the loss `ce` the same views are shown and no targets are read:
 the fair baseline. Where the cached views mix two samples (mixup, cutmix), CE is that of both labels
 by their shares, and targets are as ever: the teacher saw the mixed image. Bias elimination and
 rectification need one label a row, and refuse such a cache.
@@ -31,12 +32,13 @@ from stages.errors import CacheError, ConfigError, IdentityError
 from stages.inputs.feed import Batch, pixel_probes
 from stages.inputs.views import ViewPolicy, check_unmixed, known_policy
 from stages.objectives.bias import BiasWeights, bias_weights
-from stages.objectives.losses import LOSSES, lump, mixed_ce
+from stages.objectives.losses import TeacherRows, TemperedRows, mixed_ce
 from stages.reporting import Reporter, Silent
 from stages.training.budget import SlabPlan, parse_bytes, plan_slabs
 from stages.training.config import BiasSettings, LossSettings, RunConfig
 from stages.training.ensemble import NOT_RECTIFIED, open_members
 from stages.training.epoch_targets import TargetReader, Targets
+from stages.training.objective import Objective, rectified_at, resolved, teacher_temperatures
 from stages.training.setup import (
     Destination,
     Splits,
@@ -101,7 +103,8 @@ def student_trainer(
     # 1) the cache, and what is to be learned from it
     cache = LogitCache.open(config.cache)
     config = check_objective(config, cache)
-    caches = open_members(cache, config.also, config.loss.temperature)
+    caches = open_members(cache, config.also, config.loss.temperature or 1.0)
+    check_rows_known(caches, config.loss)
     views = shared_views(caches, config)
 
     # 2) images: the ones the teachers saw
@@ -137,8 +140,9 @@ class CachedTask:
     """
 
     def __init__(self, reader: TargetReader, config: StudentConfig, labels: Tensor) -> None:
+        """config: with a resolved loss. labels: int64 (N,), on the device."""
         self._reader, self._config, self._labels = reader, config, labels
-        self._loss = LOSSES[config.loss.name]
+        self._objective = None if config.loss.name == "ce" else Objective(config.loss)
         self._weights = BiasWeights(1.0, 1.0)
         self.targets: Targets | None = None
         self._waited_before = 0.0
@@ -150,35 +154,39 @@ class CachedTask:
         )
         self._waited_before = self._reader.waited
         self.targets = None  # let go before more is read
-        if self._config.loss.name != "ce":
+        if self._objective is not None:
+            self._objective.start_epoch(epoch)
             self.targets = self._reader.of_epoch(epoch)
         return self._reader.view_of(epoch)
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         samples, labels = batch.samples, self._labels[batch.samples]
         hard = mixed_ce(logits, *batch.hard_labels(self._labels))
-        if self.targets is None:
+        if self._objective is None or self.targets is None:
             return {"loss": hard}
-        settings = self._config.loss
         wrong = self.targets.wrong(samples)
-        rectified = self._config.bias.rectified is not None
-        read = self.targets.rectified_rows if rectified else self.targets.rows
-        teacher, kept = read(samples, settings.temperature), self.targets.kept(samples)
-        if kept is None:
-            student, classes = logits, labels
-        else:  # the rest of the row counts as one class, on both sides
-            student, teacher = (lump(z, kept, settings.temperature) for z in (logits, teacher))
-            classes = (kept == labels[:, None]).long().argmax(1)
-        rows = self._loss(student, teacher, classes, settings.temperature, reduction="none")
-        weighted = self._weights.rows(wrong) * rows
-        loss = settings.ce_weight * hard + settings.weight * weighted.mean()
-        return {
-            "loss": loss,
+        teacher, weights = self._teacher_rows(self.targets, samples), self._weights.rows(wrong)
+        value = self._objective(logits, teacher, labels, weights)  # (B,), or () of coupled rows
+        ce_weight = self._config.loss.ce_weight or 0.0
+        parts = {
+            "loss": ce_weight * hard + self._objective.weight * value.mean(),
             "loss_ce": hard,
-            "loss_right": torch.where(wrong, 0, weighted).mean(),
-            "loss_wrong": torch.where(wrong, weighted, 0).mean(),
+            "loss_kd": value.mean(),
             "wrong_rate": wrong.float().mean(),
         }
+        if value.dim():
+            parts["loss_right"] = torch.where(wrong, 0, value).mean()
+            parts["loss_wrong"] = torch.where(wrong, value, 0).mean()
+        return parts
+
+    def _teacher_rows(self, targets: Targets, samples: Tensor) -> TeacherRows:
+        """float32 (B, C); as they are at a temperature where that makes a difference."""
+        rectified = self._config.bias.rectified is not None
+        read = targets.rectified_rows if rectified else targets.rows
+        kept = targets.kept(samples)
+        if kept is None and not self._config.also:
+            return read(samples)
+        return TemperedRows(lambda temperature: read(samples, temperature), kept)
 
     def epoch_metrics(self) -> dict[str, float]:
         return {
@@ -192,21 +200,19 @@ class CachedTask:
 
 
 def check_objective(config: StudentConfig, cache: LogitCache) -> StudentConfig:
-    """The configuration with the rectification's name filled in.
+    """The configuration with the loss's defaults and the rectification's name filled in.
 
     Raises ConfigError or CacheError for a loss, bias mode or temperature that cannot be, ViewError
     for bias-aware losses on views that mix samples.
     """
+    config = msgspec.structs.replace(config, loss=resolved(config.loss))
     loss, bias = config.loss, config.bias
-    if loss.name not in LOSSES:
-        raise ConfigError(f"unknown loss '{loss.name}'", f"Known: {', '.join(LOSSES)}.")
     if loss.name == "ce" and bias.mode != "none":
         raise ConfigError(
             f"bias '{bias.mode}' needs a loss that uses the teacher, not 'ce'",
             "Use --loss kd, or --bias none.",
         )
-    if loss.name != "ce":
-        check_temperature(cache.encoding, loss.temperature)
+    check_rows_known([cache], loss)
     if bias.mode != "none":
         check_unmixed(cache.identity.views.policy, f"bias '{bias.mode}'")
     if bias.mode == "rectify" and config.also:
@@ -219,8 +225,17 @@ def check_objective(config: StudentConfig, cache: LogitCache) -> StudentConfig:
             )
         return config
     name = bias.rectified or _only_rectification(cache)
-    cache.rectification(name).check_temperature(loss.temperature)
+    if (temperature := rectified_at(loss)) is not None:
+        cache.rectification(name).check_temperature(temperature)
     return msgspec.structs.replace(config, bias=msgspec.structs.replace(bias, rectified=name))
+
+
+def check_rows_known(caches: Sequence[LogitCache], loss: LossSettings) -> None:
+    """Raise ConfigError or CacheError where a cache keeps less of its rows than the loss reads."""
+    for cache in caches:
+        if loss.name != "ce" and not cache.encoding.keeps_all:
+            for temperature in teacher_temperatures(loss):
+                check_temperature(cache.encoding, temperature)
 
 
 def _only_rectification(cache: LogitCache) -> str:

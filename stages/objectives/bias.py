@@ -8,6 +8,9 @@
 where L_right is the loss on right rows and L_wrong on wrong rows against their rectified targets.
 Both are means over the rows of their own kind in the released code (`subset`); dividing by the
 whole batch (`batch`) keeps a rare wrong row from weighing fifty times a right one.
+
+The published schedule ends with no weight on right rows. `ramp` leaves them theirs and lets
+rectified rows grow from 0 to 1 along the same curve: L = L_right + (1 - b) L_wrong.
 """
 
 import math
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 BiasMode = Literal["none", "eliminate", "rectify"]
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["cosine", "linear", "ramp", "constant"]
 Reduction = Literal["subset", "batch"]
 
 
@@ -48,12 +51,14 @@ def bias_weights(
 ) -> BiasWeights:
     """The weights in epoch `epoch` (from 0) of `epochs`.
 
-    b moves from 1 to 0: cos^2(pi/2 * e/E) as released, or linearly. `constant` leaves both kinds
-    at 1: elimination alone, or rectified targets alone. `none` keeps every row at 1.
+    b moves from 1 to 0: cos^2(pi/2 * e/E) as released, or linearly. `ramp` has 1 - b on wrong rows
+    and 1 on right ones. `constant` leaves both kinds at 1: elimination alone, or rectified targets
+    alone. `none` keeps every row at 1.
     """
     if mode == "none":
         return BiasWeights(1.0, 1.0)
     progress = epoch / epochs
-    b = {"cosine": math.cos(math.pi / 2 * progress) ** 2, "linear": 1 - progress}.get(schedule)
-    right, wrong = (1.0, 1.0) if b is None else (b, 1 - b)
+    b = 1 - progress if schedule == "linear" else math.cos(math.pi / 2 * progress) ** 2
+    right = b if schedule in ("cosine", "linear") else 1.0
+    wrong = 1.0 if schedule == "constant" else 1 - b
     return BiasWeights(right, wrong if mode == "rectify" else 0.0, reduction)

@@ -63,19 +63,34 @@ class SeedSettings(Settings, frozen=True):
 
 
 class LossSettings(Settings, frozen=True):
-    """What a student minimises: ce_weight * CE + weight * loss; the weights of KD are Hinton's as
-    mdistiller and RepDistiller use them on CIFAR-100. `ce` uses no targets.
+    """What a student minimises: ce_weight * CE + weight * min(epoch / warmup, 1) * loss.
+
+    None is the loss's own default, see `stages.objectives.losses` (epochs count from 1; a warmup of
+    0 is none). standardise: bring the logits of both sides to one scale first. The other numbers
+    are parameters of the losses that have them. `ce` uses no targets, and ignores all but its name.
     """
 
     name: str = "kd"
-    temperature: float = 4.0
-    ce_weight: float = 0.1
-    weight: float = 0.9
+    temperature: float | None = None
+    ce_weight: float | None = None
+    weight: float | None = None
+    warmup: int | None = None
+    standardise: bool = False
+    alpha: float | None = None
+    beta: float | None = None
+    gamma: float | None = None
+    epsilon: float | None = None
+    sure_temperature: float | None = None
 
     def __post_init__(self) -> None:
-        positive("loss.temperature", self.temperature)
-        within("loss.ce_weight", self.ce_weight, 0, float("inf"))
-        within("loss.weight", self.weight, 0, float("inf"))
+        for name in ("temperature", "sure_temperature"):
+            if (value := getattr(self, name)) is not None:
+                positive(f"loss.{name}", value)
+        for name in ("ce_weight", "weight", "warmup", "alpha", "beta", "gamma"):
+            if (value := getattr(self, name)) is not None:
+                within(f"loss.{name}", value, 0, float("inf"))
+        if self.epsilon is not None:
+            within("loss.epsilon", self.epsilon, 0, 1)
 
 
 class BiasSettings(Settings, frozen=True):

@@ -1,0 +1,121 @@
+"""Teachers corrected inside the loss, the relatives of bias rectification: LA, KA-LSR, LR, RC.
+
+Which rows are wrong is what the rows themselves say: their largest logit is not the label's. The
+bias-aware module (`stages.objectives.bias`) uses the prediction stored before any encoding; the
+two differ where an encoding turns two nearly equal logits round.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.objectives.losses.kd import kd
+from stages.objectives.losses.rows import (
+    Reduction,
+    TeacherRows,
+    changed,
+    kl,
+    one_hot,
+    reduced,
+    whole,
+)
+
+
+def la(
+    student_logits: Tensor,
+    teacher_logits: TeacherRows,
+    labels: Tensor,
+    temperature: float = 4.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """KD from a teacher whose logits of label and predicted class are swapped: LA, also KA-PS
+    (Wen et al. 2019, arXiv 1911.07471) and the teacher's half of SLD. Without cross-entropy in the
+    comparison of RLD (arXiv 2410.07563), hence the default ce_weight of 0.
+
+    student_logits, teacher_logits: float (B, C). Returns float32, () or (B,). Exact of partial rows
+    as far as KD is.
+    """
+    teacher = changed(teacher_logits, lambda rows: swapped(rows, labels))
+    return kd(student_logits, teacher, labels, temperature, reduction)
+
+
+def swapped(logits: Tensor, labels: Tensor) -> Tensor:
+    """Rows with the entries of label and largest logit exchanged: float (B, C)."""
+    label, top = labels[:, None], logits.argmax(1, keepdim=True)
+    at_label, at_top = logits.gather(1, label), logits.gather(1, top)
+    return logits.scatter(1, top, at_label).scatter(1, label, at_top)
+
+
+def ka_lsr(
+    student_logits: Tensor,
+    teacher_logits: TeacherRows,
+    labels: Tensor,
+    temperature: float = 4.0,
+    epsilon: float = 0.1,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """KD, with smoothed labels as the target of wrong rows: Wen et al. 2019, arXiv 1911.07471.
+
+    Wrong rows: T^2 KL(u || softmax(z_s / T)) with u = 1 - epsilon at the label and
+    epsilon / (C - 1) elsewhere. epsilon .1 is a third party's; the authors' is not known.
+    student_logits, teacher_logits: float (B, C). Returns float32, () or (B,). Exact of partial rows
+    on wrong rows.
+    """
+    others = epsilon / (student_logits.shape[1] - 1)
+
+    def smoothed(rows: Tensor) -> Tensor:
+        # As logits whose softmax is u at the temperature of the loss.
+        label = one_hot(labels, rows.shape[1])
+        u = torch.where(label, 1 - epsilon, others).to(rows.dtype)
+        return torch.where(rows.argmax(1)[:, None] == labels[:, None], rows, temperature * u.log())
+
+    return kd(student_logits, changed(teacher_logits, smoothed), labels, temperature, reduction)
+
+
+def lr(
+    student_logits: Tensor,
+    teacher_logits: TeacherRows,
+    labels: Tensor,
+    alpha: float = 4.0,
+    beta: float = 0.8,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Label revision: Lan et al. 2024, arXiv 2404.03693, as RLD's code compares with it.
+
+    Right rows: CE + alpha MSE(z_s, z_t). Wrong rows: MSE(p_s, b p_t + (1 - b) onehot(y)) with
+    b = beta / (p_t(k) - p_t(y) + 1), k the predicted class, p at temperature 1, and no CE: the CE
+    of this loss is its own, hence the default ce_weight of 0. MSE is the mean over classes.
+    student_logits, teacher_logits: float (B, C). Returns float32, () or (B,). Needs whole rows.
+    """
+    student, teacher = student_logits.float(), whole(teacher_logits, "lr", 1.0)
+    label, top = labels[:, None], teacher.argmax(1, keepdim=True)
+    right = F.cross_entropy(student, labels, reduction="none")
+    right = right + alpha * (student - teacher).square().mean(1)
+    p_s, p_t = student.softmax(1), teacher.softmax(1)
+    share = beta / (p_t.gather(1, top) - p_t.gather(1, label) + 1)
+    revised = share * p_t + (1 - share) * one_hot(labels, p_t.shape[1])
+    wrong = (p_s - revised).square().mean(1)
+    return reduced(torch.where(top.squeeze(1) == labels, right, wrong), reduction)
+
+
+def rc(
+    student_logits: Tensor,
+    teacher_logits: TeacherRows,
+    labels: Tensor,
+    temperature: float = 4.0,
+    beta: float = 0.1,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """KD + beta T^2 KL(softmax(r / T) || softmax(z_s / T)), r the student's own logits without
+    gradient, its largest added to the label's: RC as the code of RLD (arXiv 2410.07563) has it.
+
+    student_logits, teacher_logits: float (B, C). Returns float32, () or (B,). The second term does
+    not read the teacher.
+    """
+    student = student_logits.float()
+    own = student.detach()
+    largest = own.amax(1, keepdim=True)
+    refined = own.scatter_add(1, labels[:, None], largest)
+    itself = temperature**2 * kl(refined / temperature, student / temperature)
+    taught = kd(student_logits, teacher_logits, labels, temperature, "none")
+    return reduced(taught + beta * itself, reduction)

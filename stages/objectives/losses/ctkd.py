@@ -1,0 +1,62 @@
+"""CTKD: KD at a temperature that is learned against the student."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages.objectives.losses.kd import kd
+from stages.objectives.losses.rows import Reduction, TeacherRows, whole
+
+CURRICULUM_EPOCHS = 10
+"""Over so many epochs the gradient of the temperature goes from nothing to its full reverse."""
+
+
+class CTKD(nn.Module):
+    """KD at T = 1 + 20 sigmoid(theta): Li et al. 2023, arXiv 2211.16231, the global temperature.
+
+    theta belongs into the student's optimiser. Its gradient is multiplied by lambda, which goes
+    from 0 to -1 along half a cosine over ten epochs: T ascends what the student descends. theta
+    starts at 1, T at about 15.6. Call `start_epoch` at the start of every epoch. Needs whole rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.ones(()))
+        self.reversal = 0.0
+
+    def start_epoch(self, epoch: int) -> None:
+        """epoch: from 0; the released loop counts from 1."""
+        progress = min((epoch + 1) / CURRICULUM_EPOCHS, 1)
+        self.reversal = (math.cos(math.pi * progress) - 1) / 2
+
+    @property
+    def temperature(self) -> Tensor:
+        """float32, ()."""
+        return 1 + 20 * torch.sigmoid(self.theta)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: TeacherRows,
+        labels: Tensor,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """student_logits, teacher_logits: float (B, C). Returns float32, () or (B,)."""
+        temperature: Any = _Scaled.apply(self.temperature, self.reversal)
+        teacher = whole(teacher_logits, "ctkd", None)
+        return kd(student_logits, teacher, labels, temperature, reduction)
+
+
+class _Scaled(torch.autograd.Function):
+    """The identity, whose gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None

@@ -1,0 +1,49 @@
+"""RLD: what the teacher is sure of goes to the label, and no class above the label is copied."""
+
+from torch import Tensor
+
+from stages.objectives.losses.rows import (
+    Reduction,
+    TeacherRows,
+    binary_kl,
+    kl,
+    one_and_rest,
+    paired,
+    reduced,
+    without,
+)
+
+
+def rld(
+    student_logits: Tensor,
+    teacher_logits: TeacherRows,
+    labels: Tensor,
+    temperature: float = 4.0,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    sure_temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """alpha Ta^2 SCD + beta T^2 MCD: Sun et al. 2024, arXiv 2410.07563, the released code.
+
+    SCD = KL([max p_t, 1 - max p_t] || [p_s(y), 1 - p_s(y)]) at Ta = sure_temperature: the teacher's
+    confidence against the student's in the label. MCD = KL of the distributions at T over the
+    classes that the teacher has below the label; where there is none the row's is 0. Where the
+    teacher is right and Ta = T this is DKD.
+    student_logits, teacher_logits: float (B, C). Returns float32, () or (B,). Of partial rows SCD
+    is exact.
+    """
+    ta, t = sure_temperature, temperature
+    student, teacher, classes = paired(student_logits, teacher_logits, labels, ta)
+    sure = one_and_rest(teacher / ta, _surest(teacher_logits, teacher))
+    scd = ta**2 * binary_kl(sure, one_and_rest(student / ta, classes))
+    student, teacher, classes = paired(student_logits, teacher_logits, labels, t)
+    above = teacher >= teacher.gather(1, classes[:, None])  # the label among them
+    mcd = t**2 * kl(without(teacher / t, above), without(student / t, above))
+    return reduced(alpha * scd + beta * mcd, reduction)
+
+
+def _surest(given: TeacherRows, rows: Tensor) -> Tensor:
+    """The likeliest class; of rows known in part among the kept ones: the rest is no class."""
+    whole = isinstance(given, Tensor) or given.kept is None
+    return rows.argmax(1) if whole else rows[:, :-1].argmax(1)

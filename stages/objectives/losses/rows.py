@@ -1,0 +1,122 @@
+"""What the losses share: teacher rows, whole or known in part, and divergences of rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.errors import ConfigError
+
+Reduction = Literal["mean", "none"]
+
+
+@dataclass(frozen=True)
+class TemperedRows:
+    """Teacher rows that depend on the temperature: known in part (a `topk` cache), or averaged over
+    several teachers.
+
+    at: temperature -> float32 (B, C), rows whose softmax at that temperature is what is known.
+    Raises where it is not. kept: int64 (B, k), k < C, distinct in each row, the label among them:
+    the classes that are known, where of the others only the sum is; None if all are.
+    """
+
+    at: Callable[[float], Tensor]
+    kept: Tensor | None = None
+
+
+TeacherRows = Tensor | TemperedRows
+"""float (B, C), or rows that depend on the temperature."""
+
+
+def paired(
+    student_logits: Tensor, teacher: TeacherRows, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Student and teacher logits and the labels, over the same classes: float32, float32, int64.
+
+    Of rows known in part the kept classes and one for all the rest, on both sides.
+    """
+    student = student_logits.float()
+    if isinstance(teacher, Tensor):
+        return student, teacher.float(), labels
+    rows, kept = teacher.at(temperature), teacher.kept
+    if kept is None:
+        return student, rows, labels
+    classes = (kept == labels[:, None]).long().argmax(1)
+    return lump(student, kept, temperature), lump(rows, kept, temperature), classes
+
+
+def whole(teacher: TeacherRows, loss: str, temperature: float | None) -> Tensor:
+    """The rows at a temperature, None for one that is not known beforehand: float32 (B, C).
+
+    Raises ConfigError where only part of them is known, or nothing at an unknown temperature.
+    """
+    if isinstance(teacher, Tensor):
+        return teacher.float()
+    if teacher.kept is None and temperature is not None:
+        return teacher.at(temperature)
+    raise ConfigError(
+        f"the loss '{loss}' needs whole teacher rows"
+        + (" of one teacher" if teacher.kept is None else ", the cache keeps part of each"),
+        "Use another loss, or "
+        + ("leave --also out." if teacher.kept is None else "cache with another --encoding."),
+    )
+
+
+def changed(teacher: TeacherRows, change: Callable[[Tensor], Tensor]) -> TeacherRows:
+    """Rows after a change, which may touch kept classes, and all others of a row evenly."""
+    if isinstance(teacher, Tensor):
+        return change(teacher.float())
+    return TemperedRows(lambda t: change(teacher.at(t)), teacher.kept)
+
+
+def lump(logits: Tensor, kept: Tensor, temperature: float) -> Tensor:
+    """The logits of some classes, and one for all other classes together.
+
+    logits: float (n, C). kept: int64 (n, k), k < C, distinct in each row. Returns (n, k + 1): with
+    softmax(. / temperature), the last entry is the probability of all the rest. A loss on rows
+    lumped on both sides is exact in what is kept and blind to how the rest divides; renormalising
+    the kept ones instead would pull them up (Sparse Logit Sampling, 2503.16870).
+    """
+    rest = logits.scatter(1, kept, -torch.inf)
+    together = temperature * torch.logsumexp(rest / temperature, dim=1, keepdim=True)
+    return torch.cat([logits.gather(1, kept), together], dim=1)
+
+
+def reduced(rows: Tensor, reduction: Reduction) -> Tensor:
+    """The mean of row losses (B,), or the rows."""
+    return rows.mean() if reduction == "mean" else rows
+
+
+def kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """KL(softmax(z_t) || softmax(z_s)) of every row: float32 (B,)."""
+    student = F.log_softmax(student_logits, dim=1)
+    teacher = F.log_softmax(teacher_logits, dim=1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
+
+
+def binary_kl(teacher_log: tuple[Tensor, Tensor], student_log: tuple[Tensor, Tensor]) -> Tensor:
+    """KL between two-way distributions, given the logs of both parts, each (B,): float32 (B,)."""
+    (t_one, t_rest), (s_one, s_rest) = teacher_log, student_log
+    return t_one.exp() * (t_one - s_one) + t_rest.exp() * (t_rest - s_rest)
+
+
+def one_and_rest(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(c) and log(1 - p(c)) for one class c of each row, neither through 1 - p: (B,) each."""
+    log_p = F.log_softmax(logits, dim=1)
+    rest = log_p.scatter(1, classes[:, None], -torch.inf)
+    return log_p.gather(1, classes[:, None]).squeeze(1), rest.logsumexp(1)
+
+
+def without(logits: Tensor, excluded: Tensor) -> Tensor:
+    """Logits that leave nothing to the excluded classes (bool (B, C)); a row without any other
+    class is uniform, so that a divergence of two such rows is 0 and not NaN.
+    """
+    return logits.masked_fill(excluded, -1e9)
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """bool (B, C), true at the label."""
+    return labels[:, None] == torch.arange(num_classes, device=labels.device)

@@ -1,0 +1,108 @@
+"""A loss as a student is trained with it: defaults filled in, what it can be fed checked."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import msgspec
+from torch import Tensor
+
+from stages.errors import ConfigError
+from stages.objectives.losses import (
+    CTKD,
+    DEFINITIONS,
+    STANDARDISED_TEMPERATURE,
+    STANDARDISED_WEIGHT,
+    TeacherRows,
+    changed,
+    standardised,
+    temperatures_read,
+)
+from stages.training.config import LossSettings
+
+_PARAMETERS = ("temperature", "alpha", "beta", "gamma", "epsilon", "sure_temperature")
+
+
+def resolved(settings: LossSettings) -> LossSettings:
+    """The settings with the loss's own defaults where they name nothing.
+
+    Raises ConfigError for an unknown loss, or a parameter that the loss does not have.
+    """
+    name = settings.name
+    if name not in DEFINITIONS:
+        raise ConfigError(f"unknown loss '{name}'", f"Known: {', '.join(DEFINITIONS)}.")
+    if name == "ce":
+        return LossSettings(name="ce")
+    definition = DEFINITIONS[name]
+    own = dict(definition.defaults)
+    given = {key: v for key in _PARAMETERS if (v := getattr(settings, key)) is not None}
+    if unknown := set(given) - set(own):
+        has = f"It has: {', '.join(own)}." if own else "It has no parameters."
+        raise ConfigError(f"the loss '{name}' has no {' and no '.join(sorted(unknown))}", has)
+    weight = definition.weight
+    if settings.standardise:
+        weight = STANDARDISED_WEIGHT
+        if "temperature" in own:
+            own["temperature"] = STANDARDISED_TEMPERATURE
+    defaults = {"ce_weight": definition.ce_weight, "weight": weight, "warmup": definition.warmup}
+    chosen = {k: v for k in defaults if (v := getattr(settings, k)) is not None}
+    return msgspec.structs.replace(settings, **defaults | chosen | own | given)
+
+
+class Objective:
+    """What is minimised against teacher rows, of resolved settings.
+
+    couples_rows: the value is no mean of row losses. views: how many views of a sample it sees at
+    once. learned: what it learns itself, else None.
+    """
+
+    def __init__(self, settings: LossSettings) -> None:
+        self.settings, definition = settings, DEFINITIONS[settings.name]
+        parameters = {k: v for k in _PARAMETERS if (v := getattr(settings, k)) is not None}
+        self._loss: Callable[..., Tensor] = definition.make(parameters)
+        self.couples_rows, self.views = definition.couples_rows, definition.views
+        learned: object = self._loss
+        self.learned = learned if isinstance(learned, CTKD) else None
+        self.weight = 0.0
+
+    def start_epoch(self, epoch: int) -> None:
+        """epoch: from 0."""
+        assert self.settings.weight is not None
+        warmup = self.settings.warmup or 1
+        self.weight = self.settings.weight * min((epoch + 1) / warmup, 1)
+        if self.learned is not None:
+            self.learned.start_epoch(epoch)
+
+    def __call__(
+        self, student: Tensor, teacher: TeacherRows, labels: Tensor, weights: Tensor
+    ) -> Tensor:
+        """The weighted loss, without `weight`: of every row, float32 (B,), or () where it couples
+        rows. student: float32 (B, C). labels: int64 (B,). weights: float32 (B,).
+        """
+        if self.settings.standardise:
+            student, teacher = standardised(student), changed(teacher, standardised)
+        if self.couples_rows:
+            return self._loss(student, teacher, labels, weights=weights)
+        return weights * self._loss(student, teacher, labels, reduction="none")
+
+
+@functools.cache
+def teacher_temperatures(settings: LossSettings) -> Sequence[float]:
+    """At which temperatures rows are read that are known in part. Raises ConfigError for a loss
+    that needs whole rows.
+    """
+    if settings.standardise:
+        raise ConfigError(
+            "logits can be standardised where whole rows are known, the cache keeps part of each",
+            "Leave loss.standardise out, or cache with another --encoding.",
+        )
+    parameters = {k: v for k in _PARAMETERS if (v := getattr(settings, k)) is not None}
+    return temperatures_read(DEFINITIONS[settings.name].make(parameters))
+
+
+def rectified_at(settings: LossSettings) -> float | None:
+    """The temperature at which rectified rows must be distributions: that of the loss; None where
+    it has none of its own, as it is learned, or another for each row.
+    """
+    if settings.standardise or settings.name == "ctkd":
+        return None
+    return settings.temperature or 1.0
