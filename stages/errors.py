@@ -48,3 +48,7 @@ class IdentityError(CacheError):
 
 class RunError(PipelineError, RuntimeError):
     """A run directory that cannot be used as asked."""
+
+
+class RankError(PipelineError, RuntimeError):
+    """Another process of the same launch that failed, ended or does not answer."""

@@ -1,0 +1,282 @@
+"""One launch on several processes: what torchrun started, and how its ranks act as one.
+
+    torchrun --nproc-per-node=8 -m pipeline cache-teacher ...
+
+    ranks = launched_ranks()  # Ranks.alone() where torchrun did not start this
+    with process_group(ranks, device):
+        plan = first_rank_does(ranks, make_plan)  # one works; all have its result, or its error
+        barrier(ranks)
+
+With one rank every function is a plain call. A rank that fails or is killed ends the launch:
+torchrun stops the others, and those that wait for it in here raise RankError.
+"""
+
+import contextlib
+import functools
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from stages.device import choose_device
+from stages.errors import ConfigError, PipelineError, RankError
+
+TIMEOUT = timedelta(hours=1)
+"""How long a rank waits for another that shows no sign of life."""
+_TELLING = timedelta(seconds=10)
+_POLL_SECONDS = 0.1
+_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_openings = itertools.count()  # process groups of one process find one another by number
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process of a launch this is: rank in [0, world), local_rank on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @staticmethod
+    def alone() -> "Ranks":
+        return Ranks()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that does what must be done once."""
+        return self.rank == 0
+
+    def share(self, count: int, rank: int | None = None) -> range:
+        """Which of `count` things are this rank's (or another's): a run, as even as possible."""
+        rank = self.rank if rank is None else rank
+        return range(count * rank // self.world, count * (rank + 1) // self.world)
+
+
+def launched_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """The rank that torchrun gave this process. Raises ConfigError where it makes no sense."""
+    given = {name: environment[name] for name in _NAMES if name in environment}
+    if not given:
+        return Ranks.alone()
+    told = ", ".join(f"{name}={value}" for name, value in given.items())
+    remedy = f"Start with torchrun, which sets {', '.join(_NAMES)}, or unset them all."
+    if missing := [name for name in _NAMES if name not in given]:
+        raise ConfigError(f"{told} is set, {' and '.join(missing)} not", remedy)
+    if not all(value.isdecimal() for value in given.values()):
+        raise ConfigError(f"{told} are not all whole numbers", remedy)
+    rank, world, local = (int(given[name]) for name in _NAMES)
+    if not local <= rank < world:
+        raise ConfigError(f"{told}: ranks are numbered from 0, on a machine and in all", remedy)
+    return Ranks(rank, world, local)
+
+
+def device_of_rank(ranks: Ranks, name: str = "auto") -> torch.device:
+    """The device of this name; of several ranks, each has the GPU of its number on its machine,
+    unless the name says which. Raises ConfigError where there are fewer.
+    """
+    if ranks.world == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return choose_device(name)
+    if ranks.local_rank >= (gpus := torch.cuda.device_count()):
+        raise ConfigError(
+            f"rank {ranks.rank} would use GPU {ranks.local_rank}, this machine has {gpus}",
+            f"Give torchrun --nproc-per-node={gpus}.",
+        )
+    device = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(device)  # what NCCL goes by
+    return device
+
+
+@contextlib.contextmanager
+def process_group(
+    ranks: Ranks, device: torch.device | None = None, timeout: timedelta = TIMEOUT
+) -> Iterator[None]:
+    """Connect the ranks while this is open: with gloo, and NCCL for tensors on a GPU.
+
+    device: where the tensors lie that collectives are for, None for the CPU. timeout: of every
+    collective. Raises RankError if the ranks do not find one another.
+    """
+    if ranks.world == 1:
+        yield
+        return
+    nccl = device is not None and device.type == "cuda"
+    with _together():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if nccl else "gloo",
+            store=dist.PrefixStore(f"group{next(_openings)}", _meeting_place(ranks)),
+            rank=ranks.rank,
+            world_size=ranks.world,
+            timeout=timeout,
+        )
+    try:
+        yield
+    except BaseException:
+        _tells(ranks)  # before the others notice that this rank is gone
+        if not nccl:  # NCCL ends only when all ranks agree to, or with the process
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def barrier(ranks: Ranks) -> None:
+    """Wait until every rank is here. Raises RankError if one ended instead."""
+    if ranks.world > 1:
+        with _together():
+            dist.all_reduce(torch.zeros(1))
+
+
+def broadcast_object(ranks: Ranks, value: Result) -> Result:
+    """The first rank's value, on every rank; of the others `value` is not looked at.
+
+    Raises RankError if a rank ended instead. The value must pickle.
+    """
+    if ranks.world == 1:
+        return value
+    held = [value]
+    with _together():
+        dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
+    return held[0]
+
+
+def first_rank_does(ranks: Ranks, work: Callable[[], Result]) -> Result:
+    """Call `work` on the first rank only; what it returns or raises is had by every rank.
+
+    Raises the first rank's PipelineError on all; for any other exception the others have a
+    RankError.
+    """
+    if ranks.world == 1:
+        return work()
+    if not ranks.first:
+        done: tuple[Any, PipelineError | None] = broadcast_object(ranks, (None, None))
+        result: Result
+        result, failure = done
+        if failure is not None:
+            raise failure
+        return result
+    try:
+        result = work()
+    except Exception as error:
+        _tells(ranks)  # before the others hear of it
+        told = f"rank 0 failed: {type(error).__name__}: {error}"
+        failure = error if isinstance(error, PipelineError) else RankError(told)
+        with contextlib.suppress(RankError):  # what went wrong here matters more
+            broadcast_object(ranks, (None, failure))
+        raise
+    broadcast_object(ranks, (result, None))
+    return result
+
+
+def first_rank_before_others(ranks: Ranks, work: Callable[[], Result]) -> Result:
+    """Call `work` on every rank, on the first one first: what it downloads, or remembers on disk,
+    is there for the others. What it returns stays on its rank.
+    """
+    mine: list[Result] = []
+    first_rank_does(ranks, lambda: mine.append(work()))
+    return mine[0] if ranks.first else work()
+
+
+class SharedCount:
+    """A number that all ranks add to: how far they are together. Open inside `process_group`."""
+
+    def __init__(self, ranks: Ranks, name: str) -> None:
+        self._ranks, self._name, self._own = ranks, name, 0
+
+    def add(self, number: int = 0) -> int:
+        """Add to it; what all ranks have added so far."""
+        self._own += number
+        if self._ranks.world == 1:
+            return self._own
+        with _together():
+            return int(_meeting_place(self._ranks).add(self._name, number))
+
+
+def wait_for_all(
+    ranks: Ranks, name: str, progress: Callable[[], object], timeout: timedelta = TIMEOUT
+) -> None:
+    """Wait until every rank is here, however long, as long as `progress()` changes now and then.
+
+    For the end of shares that take hours, where a barrier would give up; name: of this place.
+    Raises RankError where a rank has failed, or nothing has changed for `timeout`.
+    """
+    arrived, failed = SharedCount(ranks, f"{name}/arrived"), SharedCount(ranks, _FAILED)
+    here = arrived.add(1)
+    known, since = progress(), time.monotonic()
+    while here < ranks.world:
+        time.sleep(_POLL_SECONDS)
+        here = arrived.add()
+        if failed.add():
+            raise RankError("another rank has failed", _AGAIN)
+        if (now := progress()) != known:
+            known, since = now, time.monotonic()
+        elif time.monotonic() - since > timeout.total_seconds():
+            raise RankError(f"{ranks.world - here} other rank(s) stand still", _AGAIN)
+    barrier(ranks)
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[bool]:
+    """Around the telling of an error: whether this rank is the one of its launch to tell it.
+
+    The others wait until it has been told: torchrun stops all ranks when the first one ends.
+    """
+    try:
+        ranks = launched_ranks()
+    except ConfigError:
+        ranks = Ranks.alone()
+    mine = _tells(ranks)
+    try:
+        yield mine
+    finally:
+        if ranks.world > 1:
+            with contextlib.suppress(RuntimeError):
+                store = _meeting_place(ranks)
+                store.set("told", "") if mine else store.wait(["told"], _TELLING)
+
+
+# ---- details --------------------------------------------------------------------------------
+
+_FAILED = "failed"
+_AGAIN = "Run the same command again: what is finished is kept."
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """torch.distributed tells everything as a RuntimeError, often over many lines."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise RankError(f"another rank has ended or does not answer: {first}", _AGAIN) from error
+
+
+@functools.cache
+def _meeting_place(ranks: Ranks) -> dist.Store:
+    """The key-value store of this launch: torchrun's own, else the first rank's."""
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            "there are several ranks, but MASTER_ADDR and MASTER_PORT do not say where they meet",
+            "Start with torchrun, which sets them.",
+        ) from error
+    serves = ranks.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(address, port, ranks.world, serves, wait_for_workers=False)
+    # torchrun's store outlives the ranks: another attempt must not find what the last one left
+    return dist.PrefixStore(f"launch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+@functools.cache
+def _tells(ranks: Ranks) -> bool:
+    """Whether this rank is the first of its launch to fail. Twice told is better than never."""
+    if ranks.world == 1:
+        return True
+    try:
+        return int(_meeting_place(ranks).add(_FAILED, 1)) == 1
+    except (RuntimeError, ConfigError):
+        return True

@@ -1,0 +1,195 @@
+"""Several ranks act as one: the mechanics on three forks, the pipeline under torchrun itself."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages.distributed import (
+    Ranks,
+    SharedCount,
+    barrier,
+    broadcast_object,
+    device_of_rank,
+    first_rank_before_others,
+    first_rank_does,
+    launched_ranks,
+    process_group,
+    told_once,
+    wait_for_all,
+)
+from stages.errors import ConfigError
+
+# ---- who is who -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [
+        pytest.param({"PATH": "/bin"}, Ranks.alone(), id="nothing"),
+        pytest.param({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Ranks(), id="one"),
+        pytest.param(
+            {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3"}, Ranks(11, 16, 3), id="two-nodes"
+        ),
+    ],
+)
+def test_ranks_come_from_the_environment(environment: dict[str, str], ranks: Ranks) -> None:
+    assert launched_ranks(environment) == ranks
+    assert ranks.first == (environment.get("RANK", "0") == "0")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        pytest.param("0 - -", "RANK=0 is set, WORLD_SIZE and LOCAL_RANK not", id="rank-alone"),
+        pytest.param("- 2 -", "WORLD_SIZE=2 is set, RANK and LOCAL_RANK not", id="world-alone"),
+        pytest.param("1 2 -", "LOCAL_RANK not", id="no-local-rank"),
+        pytest.param("2 2 0", "RANK=2, WORLD_SIZE=2, LOCAL_RANK=0: ", id="rank-beyond"),
+        pytest.param("0 0 0", "numbered from 0", id="no-ranks"),
+        pytest.param("0 2 1", "numbered from 0", id="local-beyond-rank"),
+        pytest.param("-1 2 0", "not all whole numbers", id="negative"),
+        pytest.param("a 2 0", "RANK=a, .* not all whole numbers", id="word"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_refused(values: str, message: str) -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {n: v for n, v in zip(names, values.split(), strict=True) if v != "-"}
+
+    with pytest.raises(ConfigError, match=message) as caught:
+        launched_ranks(given)
+    assert "torchrun" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("count", "world"), [(0, 3), (1, 2), (7, 3), (9, 2), (4, 8)])
+def test_shares_are_disjoint_cover_everything_and_are_even(count: int, world: int) -> None:
+    shares = [Ranks(0, world).share(count, rank) for rank in range(world)]
+
+    assert [i for share in shares for i in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert shares == [Ranks(rank, world).share(count) for rank in range(world)]
+
+
+def test_each_rank_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    second = Ranks(3, 4, 1)
+
+    assert device_of_rank(second) == device_of_rank(second, "cuda") == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1")] * 2
+    assert device_of_rank(second, "cpu") == torch.device("cpu")
+    assert device_of_rank(Ranks.alone(), "auto") == torch.device("cuda")
+    with pytest.raises(ConfigError, match="GPU 2, this machine has 2") as caught:
+        device_of_rank(Ranks(2, 3, 2))
+    assert "--nproc-per-node=2" in caught.value.remedy
+
+
+def test_alone_everything_is_a_plain_call() -> None:
+    alone, count = Ranks.alone(), SharedCount(Ranks.alone(), "rows")
+
+    with process_group(alone), told_once() as mine:
+        assert mine
+        barrier(alone)
+        wait_for_all(alone, "end", lambda: 0)
+        assert broadcast_object(alone, 3) == 3
+        assert first_rank_does(alone, lambda: 4) == 4
+        assert first_rank_before_others(alone, lambda: 5) == 5
+        assert (count.add(2), count.add(3), count.add()) == (2, 5, 5)
+    assert not torch.distributed.is_initialized()
+    with pytest.raises(ZeroDivisionError), process_group(alone):
+        first_rank_does(alone, lambda: 1 // 0)
+
+
+# ---- three ranks ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, list[Any]]:
+    """Scenario of rank_processes.py -> what became of ranks 0, 1 and 2."""
+    script = Path(__file__).with_name("rank_processes.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[Any]] = json.loads(done.stdout)
+    return found
+
+
+def test_three_ranks_act_as_one(outcomes: dict[str, list[Any]]) -> None:
+    returned = [rank["returned"] for rank in outcomes["agree"]]
+
+    for opening in range(2):
+        values, own_work, ended, totals, polls = zip(*(r[opening] for r in returned), strict=True)
+        assert values == ({"rank": 0},) * 3
+        assert own_work == (True, False, False)
+        assert min(ended[1:]) - ended[0] >= 0.2  # the others began after the first had ended
+        assert totals == (10 + 11 + 12,) * 3
+        assert polls[0] > polls[2]  # it showed how far all were while it waited for the last
+
+
+def test_what_the_first_rank_cannot_do_no_rank_can(outcomes: dict[str, list[Any]]) -> None:
+    ranks = outcomes["the_first_cannot"]
+
+    assert {(r["raised"], r["text"]) for r in ranks} == {
+        ("ModelError", "this rank cannot\ndo this")
+    }
+    assert [r["told"] for r in ranks] == [True, False, False]
+    assert all(r["waited"] for r in ranks[1:])  # else torchrun would stop the one that tells
+
+
+def test_a_fault_of_the_first_rank_keeps_its_traceback(outcomes: dict[str, list[Any]]) -> None:
+    first, *others = outcomes["the_first_has_a_fault"]
+
+    assert (first["raised"], first["told"]) == ("ZeroDivisionError", True)
+    for other in others:
+        assert (other["raised"], other["told"]) == ("RankError", False)
+        assert "rank 0 failed: ZeroDivisionError" in other["text"]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "words"),
+    [
+        ("one_cannot_while_others_wait", "another rank has ended or does not answer"),
+        ("one_cannot_while_others_have_finished", "another rank has failed"),
+    ],
+)
+def test_the_rank_that_failed_tells_and_no_other(
+    outcomes: dict[str, list[Any]], scenario: str, words: str
+) -> None:
+    *others, last = outcomes[scenario]
+
+    assert (last["raised"], last["told"]) == ("ModelError", True)
+    for other in others:
+        assert (other["raised"], other["told"]) == ("RankError", False)
+        assert words in other["text"]
+        assert len(other["text"].splitlines()) == 2
+
+
+def test_an_error_before_the_ranks_meet_is_told_once(outcomes: dict[str, list[Any]]) -> None:
+    ranks = outcomes["all_cannot_before_they_meet"]
+
+    assert [r["raised"] for r in ranks] == ["ModelError"] * 3
+    assert sum(r["told"] for r in ranks) == 1
+
+
+@pytest.mark.parametrize(
+    ("scenario", "words"),
+    [
+        ("one_is_killed", "another rank has ended"),
+        ("one_never_comes", "does not answer"),
+        ("one_stands_still", "1 other rank(s) stand still"),
+    ],
+)
+def test_nobody_waits_forever(outcomes: dict[str, list[Any]], scenario: str, words: str) -> None:
+    first, second, third = outcomes[scenario]
+
+    assert second == -9 or second["raised"] == "RankError"
+    assert first["raised"] == third["raised"] == "RankError"
+    told = [rank for rank in (first, third) if rank["told"]]
+    assert len(told) == 1
+    assert words in told[0]["text"]
