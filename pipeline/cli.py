@@ -263,6 +263,25 @@ def evaluate_command(run: str, **given: Any) -> None:
         write_json(given["out"], evaluated)
 
 
+@cli.command("sweep")
+@click.argument("file", metavar="SWEEP.yaml")
+@options(
+    click.option("--out", help="The sweep's folder; else the file's `out`, else runs/<its name>."),
+    click.option("--dry-run", is_flag=True, help="Only check, and show what would be done."),
+    click.option("--workers", type=int, help="Processes; on each GPU where there are several."),
+    click.option("--scheduler", help="Address of a Dask cluster; processes here if left out."),
+)
+def sweep_command(file: str, **given: Any) -> None:
+    """Train many students: grids of settings, several seeds, one table.
+
+    Run it again to go on with an interrupted sweep, or after adding runs and seeds.
+    """
+    from pipeline.console import Console
+    from pipeline.sweep.run import run_sweep
+
+    run_sweep(file, Console(), **given)
+
+
 @cli.command("inspect")
 @click.argument("cache")
 def inspect_command(cache: str) -> None:

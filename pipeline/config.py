@@ -37,7 +37,7 @@ def read_config(
         if not equals:
             raise ConfigError(f"--set {override} has no '='", "Write --set key=value.")
         check_key(kind, key)
-        wants_text = str in _alternatives(field_type(kind, key)) and text != "null"
+        wants_text = str in alternatives(field_type(kind, key)) and text != "null"
         put(values, key, text if wants_text else _yaml(text, f"--set {override}"))
     return convert(kind, values)
 
@@ -128,21 +128,25 @@ def field_type(kind: Any, key: str) -> Any:
     return kind
 
 
+def section_of(kind: type[msgspec.Struct], key: str) -> type[msgspec.Struct] | None:
+    """The struct that a dotted key holds, None where it holds a value."""
+    return section(field_type(kind, key))
+
+
 def section(kind: Any) -> type[msgspec.Struct] | None:
     """The struct type inside a field type, if it is one."""
-    found = (
-        t for t in _alternatives(kind) if isinstance(t, type) and issubclass(t, msgspec.Struct)
-    )
+    found = (t for t in alternatives(kind) if isinstance(t, type) and issubclass(t, msgspec.Struct))
     return next(found, None)
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def _choices(kind: Any) -> tuple[str, ...]:
     return tuple(
-        str(value) for t in _alternatives(kind) if get_origin(t) is Literal for value in get_args(t)
+        str(value) for t in alternatives(kind) if get_origin(t) is Literal for value in get_args(t)
     )
 
 

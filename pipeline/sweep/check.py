@@ -1,0 +1,141 @@
+"""What can be known to be wrong before the first run starts, is told before it starts.
+
+Each cache, dataset and model is opened once, however many runs use it. Loading the data here also
+downloads it once, where that is asked for, and not in every process.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from pipeline.sweep.grid import Run, check_distinct
+from stages.cache import LogitCache
+from stages.errors import CacheError, ModelError, PipelineError
+from stages.inputs.models import build_model
+from stages.reporting import Reporter, Silent
+from stages.train_student import (
+    StudentConfig,
+    cached_policy,
+    check_dataset,
+    check_objective,
+    shared_views,
+    slab_plan,
+)
+from stages.training.config import DataSettings, ModelSettings, SeedSettings
+from stages.training.setup import load_data
+
+
+@dataclass
+class Checked:
+    """Runs that can be started, and what is known about their teachers.
+
+    teacher_top1: by run name, in [0, 1]; None where a cache has no logits of the test split.
+    """
+
+    runs: list[Run]
+    teacher_top1: dict[str, float | None]
+
+
+def check_runs(runs: Sequence[Run], reporter: Reporter | None = None) -> Checked:
+    """The runs with the names of their rectifications filled in.
+
+    Raises the PipelineError of the first run that could not be trained, with its name.
+    """
+    known = _Known()
+    checked = []
+    for run in runs:
+        with _named(run):
+            checked.append(replace(run, config=known.objective(run.config)))
+    check_distinct(checked)
+    for data in dict.fromkeys(run.config.data for run in checked):
+        _check_data(
+            data, [r for r in checked if r.config.data == data], known, reporter or Silent()
+        )
+    top1 = {run.name: known.teacher_top1(run.config) for run in checked}
+    return Checked(checked, top1)
+
+
+@dataclass
+class _Known:
+    """What has been opened and found to be right."""
+
+    caches: dict[str, LogitCache] = field(default_factory=dict)
+    objectives: dict[StudentConfig, StudentConfig] = field(default_factory=dict)
+    top1: dict[tuple[str, ...], float | None] = field(default_factory=dict)
+
+    def cache(self, path: str) -> LogitCache:
+        if path not in self.caches:
+            self.caches[path] = LogitCache.open(path)
+        return self.caches[path]
+
+    def members(self, config: StudentConfig) -> list[LogitCache]:
+        return [self.cache(path) for path in (config.cache, *config.also)]
+
+    def objective(self, config: StudentConfig) -> StudentConfig:
+        """The configuration, resolved; runs that differ in model and seed are looked at once."""
+        alike = msgspec.structs.replace(
+            config, model=ModelSettings(architecture=""), seed=SeedSettings()
+        )
+        if alike not in self.objectives:
+            resolved = check_objective(alike, self.cache(config.cache))
+            members = self.members(resolved)
+            slab_plan(members, resolved, len(shared_views(members, resolved)))
+            self.objectives[alike] = resolved
+        return msgspec.structs.replace(self.objectives[alike], model=config.model, seed=config.seed)
+
+    def teacher_top1(self, config: StudentConfig) -> float | None:
+        """Test accuracy of the cache's teacher; of several, that of their mean probabilities."""
+        paths = (config.cache, *config.also)
+        if paths not in self.top1:
+            self.top1[paths] = _top1(self.members(config))
+        return self.top1[paths]
+
+
+def _top1(caches: Sequence[LogitCache]) -> float | None:
+    try:
+        logits, labels = zip(*(cache.eval_logits() for cache in caches), strict=True)
+    except CacheError:
+        return None
+    answer = torch.stack([torch.softmax(rows, dim=1) for rows in logits]).mean(0).argmax(1)
+    return float((answer == labels[0]).double().mean())
+
+
+def _check_data(data: DataSettings, runs: Sequence[Run], known: _Known, reporter: Reporter) -> None:
+    """Images that the teachers saw, and models that exist."""
+    with _named(runs[0]):
+        splits = load_data(data)
+    channels, classes = splits.train.shape[0], len(splits.train.class_names)
+    seen: set[Any] = set()
+    for run in runs:
+        config, model = run.config, run.config.model
+        with _named(run):
+            for cache in known.members(config):
+                if (cache.path, config.accept_pixel_drift) not in seen:
+                    policy, drift = cached_policy(cache), config.accept_pixel_drift
+                    check_dataset(cache, splits, policy, drift, reporter)
+                    seen.add((cache.path, drift))
+            if (model.architecture, model.init) not in seen:
+                build_model(model.architecture, classes, channels)
+                _check_init(model.init)
+                seen.add((model.architecture, model.init))
+
+
+def _check_init(weights: str | None) -> None:
+    if weights not in (None, "pretrained") and not Path(str(weights)).exists():
+        raise ModelError(
+            f"no weights at {weights}", "Give a run directory, a file, or 'pretrained'."
+        )
+
+
+@contextmanager
+def _named(run: Run) -> Iterator[None]:
+    """An error with the name of the run that it would happen to."""
+    try:
+        yield
+    except PipelineError as error:
+        raise type(error)(f"{run.name}: {error.cause}", error.remedy) from error

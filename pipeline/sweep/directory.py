@@ -1,0 +1,140 @@
+"""A sweep's folder: which of its runs are new, half-way or finished.
+
+sweep.yaml     the sweep file, as it was given
+sweep.json     what every run was asked to be: decides whether a folder is still the same run
+results.jsonl  what came of every run that has ended, in the sweep's order
+table.md       means over seeds
+NAME/          an ordinary run directory for every run
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeline.sweep.grid import Run
+from stages.cache.identity import differences
+from stages.cache.lock import exclusive
+from stages.errors import RunError
+from stages.train_student import StudentConfig
+
+_FORMAT = "teacher-cache-sweep"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. summary: of a finished run, else None. epochs: that it has finished."""
+
+    epochs: int = 0
+    summary: Mapping[str, Any] | None = None
+
+
+class SweepDirectory:
+    """Files of one sweep."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def run(self, name: str) -> Path:
+        """The folder of a run."""
+        return self.path / name
+
+    def progress(self, runs: Sequence[Run]) -> dict[str, Progress]:
+        """How far each run is, by name; nothing is written.
+
+        Raises RunError if the folder holds something else, or runs that are not in this sweep.
+        """
+        recorded = self._recorded()
+        if recorded is None:
+            return {run.name: Progress() for run in runs}
+        started = {name for name in recorded if _holds_something(self.run(name))}
+        if missing := sorted(started - {run.name for run in runs}):
+            raise RunError(
+                f"{self.path} holds another sweep: its run {missing[0]} is not in this one",
+                f"Choose another out, or delete {self.run(missing[0])}.",
+            )
+        for run in runs:
+            self._check_same(run, recorded.get(run.name))
+        return {run.name: self._progress(run.name) for run in runs}
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder and hold it: a second process on the same sweep is refused."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot make {self.path}: {error.strerror}", "Choose another out."
+            ) from error
+        with exclusive(self.path):
+            yield
+
+    def record(self, text: str, runs: Sequence[Run]) -> None:
+        """Write down what this sweep is, before its first run starts."""
+        asked = {run.name: msgspec.to_builtins(run.config) for run in runs}
+        self.write("sweep.json", json.dumps({"format": _FORMAT, "runs": asked}, indent=1) + "\n")
+        self.write("sweep.yaml", text)
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file whole."""
+        temporary = self.path / f"{name}.partial"
+        temporary.write_text(text)
+        os.replace(temporary, self.path / name)
+
+    def _recorded(self) -> dict[str, Any] | None:
+        """What every run was asked to be; None for a new or empty folder."""
+        occupied = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        try:
+            found = json.loads((self.path / "sweep.json").read_bytes())
+            if found["format"] == _FORMAT:
+                return dict(found["runs"])
+        except (OSError, ValueError, KeyError, TypeError):
+            if not occupied or self._only_begun():
+                return None
+        raise RunError(f"{self.path} holds something else than a sweep", "Choose another out.")
+
+    def _only_begun(self) -> bool:
+        """Whether a sweep was killed at its very first step."""
+        return self.path.is_dir() and {p.name for p in self.path.iterdir()} == {
+            "sweep.json.partial"
+        }
+
+    def _check_same(self, run: Run, recorded: Any) -> None:
+        if not _holds_something(self.run(run.name)):
+            return
+        try:  # through the struct: what is new since then has its default
+            before = msgspec.to_builtins(msgspec.convert(recorded, StudentConfig))
+        except msgspec.ValidationError:
+            before = recorded or {}
+        now = msgspec.to_builtins(run.config)
+        if differing := differences(json.loads(json.dumps(now)), json.loads(json.dumps(before))):
+            raise RunError(
+                f"{self.run(run.name)} was trained with other settings: {'; '.join(differing[:3])}",
+                "Choose another out, or delete that folder.",
+            )
+
+    def _progress(self, name: str) -> Progress:
+        folder = self.run(name)
+        with contextlib.suppress(OSError, ValueError):
+            return Progress(summary=json.loads((folder / "summary.json").read_bytes()))
+        if not (folder / "last.pt").exists():
+            return Progress()
+        with contextlib.suppress(OSError):
+            return Progress(epochs=len((folder / "metrics.jsonl").read_text().splitlines()))
+        return Progress()
+
+
+def clear_stillborn(folder: Path) -> None:
+    """Remove what a run leaves that was killed before it had written its configuration."""
+    if folder.is_dir() and all(p.name.endswith(".partial") for p in folder.iterdir()):
+        shutil.rmtree(folder)
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
