@@ -103,6 +103,12 @@ run_options = options(
     click.option("--out", required=True, help="The run directory."),
     click.option("--resume", is_flag=True, help="Go on with the run that is there."),
     click.option("--overwrite", is_flag=True, help="Replace the run that is there."),
+    click.option(
+        "--tensorboard",
+        is_flag=True,
+        default=None,
+        help="Write event files for TensorBoard as well, under tensorboard/ in the run.",
+    ),
 )
 
 
@@ -119,4 +125,11 @@ def train_flags(given: dict[str, Any]) -> dict[str, Any]:
     seeds = {f"seed.{name}": given["seed"] for name in ("data", "init")}
     model = {f"model.{name}": given[name] for name in ("mean", "std")}
     train = {f"train.{name}": given[name] for name in names}
-    return {**data_flags(given), **train, **seeds, **model, "device": given["device"]}
+    return {
+        **data_flags(given),
+        **train,
+        **seeds,
+        **model,
+        "device": given["device"],
+        "tensorboard": given["tensorboard"],
+    }

@@ -161,10 +161,11 @@ def within(name: str, value: float, low: float, high: float) -> None:
 
 
 class RunConfig(Settings, frozen=True, kw_only=True):
-    """What every training run has."""
+    """What every training run has. tensorboard: write event files as well; see `events.py`."""
 
     data: DataSettings
     model: ModelSettings
     train: TrainSettings = TrainSettings()
     seed: SeedSettings = SeedSettings()
     device: str = "auto"
+    tensorboard: bool = False

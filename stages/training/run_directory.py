@@ -6,6 +6,7 @@ summary.json        last and best epoch, written at the end
 last.pt             everything needed to go on; replaced whole, never half-written
 model.safetensors   plain weights, nothing else
 log.txt             what was said
+tensorboard/        event files, where the configuration asks for them
 """
 
 import json
@@ -24,13 +25,15 @@ from torch import nn
 
 from stages.cache.identity import differences
 from stages.errors import RunError
+from stages.training.events import EventFiles
 
 
 class RunDirectory:
     """Files of one run. Make it with `prepare`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tensorboard: bool = False) -> None:
         self.path = path
+        self._events = EventFiles(path / "tensorboard") if tensorboard else None
 
     @staticmethod
     def prepare(
@@ -43,7 +46,7 @@ class RunDirectory:
         """
         if re.match(r"[A-Za-z0-9]{2,}:/", str(path)):
             raise RunError(f"runs lie on a disk, not at {path}", "Give a folder: --out runs/NAME.")
-        run = RunDirectory(Path(path))
+        run = RunDirectory(Path(path), bool(config.get("tensorboard")))
         if resume and overwrite:
             raise RunError("a run cannot be resumed and overwritten", "Give one of the two.")
         occupied = run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir()))
@@ -86,6 +89,8 @@ class RunDirectory:
     def _check_same(self, config: Mapping[str, Any]) -> None:
         before = yaml.safe_load(self._config.read_text())
         now = json.loads(json.dumps(config))  # tuples become lists, as YAML has them
+        for settings in (before, now):
+            settings.pop("tensorboard", None)  # no weight depends on it
         if differing := differences(now, before):
             raise RunError(
                 f"{self.path} was started with other settings: {'; '.join(differing[:3])}",
@@ -116,11 +121,16 @@ class RunDirectory:
         lines = path.read_text().splitlines() if path.exists() else []
         kept = lines[:epochs]
         self._replace("metrics.jsonl", "".join(f"{line}\n" for line in kept).encode())
-        return [json.loads(line) for line in kept]
+        history = [json.loads(line) for line in kept]
+        if self._events is not None:
+            self._events.go_on(history)
+        return history
 
     def add_metrics(self, metrics: Mapping[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
+        if self._events is not None:
+            self._events.add(metrics)
 
     def save_model(self, module: nn.Module) -> None:
         """model.safetensors: the module's state dict; tied weights under each of their names."""
@@ -131,6 +141,8 @@ class RunDirectory:
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
         self._replace("summary.json", json.dumps(summary, indent=2).encode() + b"\n")
+        if self._events is not None:
+            self._events.close()
 
     def _replace(self, name: str, content: bytes) -> None:
         temporary = self.path / f"{name}.partial"
