@@ -32,7 +32,8 @@ TIMEOUT = timedelta(hours=1)
 _TELLING = timedelta(seconds=10)
 _POLL_SECONDS = 0.1
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_openings = itertools.count()  # process groups of one process find one another by number
+_groups, _counts = itertools.count(), itertools.count()
+"""What ranks make together is numbered by each: the same numbers mean the same thing."""
 
 Result = TypeVar("Result")
 
@@ -109,7 +110,7 @@ def process_group(
     with _together():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if nccl else "gloo",
-            store=dist.PrefixStore(f"group{next(_openings)}", _meeting_place(ranks)),
+            store=dist.PrefixStore(f"group{next(_groups)}", _meeting_place(ranks)),
             rank=ranks.rank,
             world_size=ranks.world,
             timeout=timeout,
@@ -182,10 +183,12 @@ def first_rank_before_others(ranks: Ranks, work: Callable[[], Result]) -> Result
 
 
 class SharedCount:
-    """A number that all ranks add to: how far they are together. Open inside `process_group`."""
+    """A number that all ranks add to: how far they are together. Every rank makes one, in the same
+    order among others.
+    """
 
-    def __init__(self, ranks: Ranks, name: str) -> None:
-        self._ranks, self._name, self._own = ranks, name, 0
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self._key, self._own = ranks, f"count{next(_counts)}", 0
 
     def add(self, number: int = 0) -> int:
         """Add to it; what all ranks have added so far."""
@@ -193,24 +196,26 @@ class SharedCount:
         if self._ranks.world == 1:
             return self._own
         with _together():
-            return int(_meeting_place(self._ranks).add(self._name, number))
+            return int(_meeting_place(self._ranks).add(self._key, number))
 
 
 def wait_for_all(
-    ranks: Ranks, name: str, progress: Callable[[], object], timeout: timedelta = TIMEOUT
+    ranks: Ranks, progress: Callable[[], object], timeout: timedelta = TIMEOUT
 ) -> None:
     """Wait until every rank is here, however long, as long as `progress()` changes now and then.
 
-    For the end of shares that take hours, where a barrier would give up; name: of this place.
-    Raises RankError where a rank has failed, or nothing has changed for `timeout`.
+    For the end of shares that take hours, where a barrier would give up. Raises RankError where a
+    rank has failed, or nothing has changed for `timeout`.
     """
-    arrived, failed = SharedCount(ranks, f"{name}/arrived"), SharedCount(ranks, _FAILED)
+    if ranks.world == 1:
+        return
+    arrived = SharedCount(ranks)
     here = arrived.add(1)
     known, since = progress(), time.monotonic()
     while here < ranks.world:
         time.sleep(_POLL_SECONDS)
         here = arrived.add()
-        if failed.add():
+        if _failures(ranks):
             raise RankError("another rank has failed", _AGAIN)
         if (now := progress()) != known:
             known, since = now, time.monotonic()
@@ -234,14 +239,13 @@ def told_once() -> Iterator[bool]:
         yield mine
     finally:
         if ranks.world > 1:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, ConfigError):
                 store = _meeting_place(ranks)
                 store.set("told", "") if mine else store.wait(["told"], _TELLING)
 
 
 # ---- details --------------------------------------------------------------------------------
 
-_FAILED = "failed"
 _AGAIN = "Run the same command again: what is finished is kept."
 
 
@@ -271,12 +275,18 @@ def _meeting_place(ranks: Ranks) -> dist.Store:
     return dist.PrefixStore(f"launch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
+def _failures(ranks: Ranks, more: int = 0) -> int:
+    """How many ranks have failed, with so many more."""
+    with _together():
+        return int(_meeting_place(ranks).add("failed", more))
+
+
 @functools.cache
 def _tells(ranks: Ranks) -> bool:
     """Whether this rank is the first of its launch to fail. Twice told is better than never."""
     if ranks.world == 1:
         return True
     try:
-        return int(_meeting_place(ranks).add(_FAILED, 1)) == 1
-    except (RuntimeError, ConfigError):
+        return _failures(ranks, 1) == 1
+    except PipelineError:
         return True

@@ -44,16 +44,16 @@ Scenario = Callable[[Ranks], object]
 def agree(ranks: Ranks) -> object:
     """All that is had where nothing goes wrong; twice, as a process may open two groups."""
     found = []
-    for opening in range(2):
+    for _ in range(2):
         with process_group(ranks):
-            count = SharedCount(ranks, f"rows-{opening}")
+            count = SharedCount(ranks)
             value = broadcast_object(ranks, {"rank": ranks.rank})
             worked = first_rank_does(ranks, lambda: os.getpid())
             began = first_rank_before_others(ranks, lambda: time.sleep(0.2) or time.monotonic())
             count.add(10 + ranks.rank)
             seen: list[int] = []
             time.sleep(0.25 * ranks.rank)
-            wait_for_all(ranks, f"end-{opening}", functools.partial(look, seen, count))
+            wait_for_all(ranks, functools.partial(look, seen, count))
             barrier(ranks)
             found.append([value, worked == os.getpid(), began, count.add(), len(seen)])
     return found
@@ -86,7 +86,7 @@ def one_cannot_while_others_have_finished(ranks: Ranks) -> None:
         if ranks.rank == 2:
             time.sleep(0.3)
             refuse()
-        wait_for_all(ranks, "end", lambda: 0)
+        wait_for_all(ranks, lambda: 0)
 
 
 def all_cannot_before_they_meet(ranks: Ranks) -> None:
@@ -111,7 +111,7 @@ def one_stands_still(ranks: Ranks) -> None:
     with process_group(ranks):
         if ranks.rank == 1:
             time.sleep(2)
-        wait_for_all(ranks, "end", lambda: 0, timeout=timedelta(seconds=1))
+        wait_for_all(ranks, lambda: 0, timeout=timedelta(seconds=1))
 
 
 def refuse() -> None:

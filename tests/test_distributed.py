@@ -90,12 +90,12 @@ def test_each_rank_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_alone_everything_is_a_plain_call() -> None:
-    alone, count = Ranks.alone(), SharedCount(Ranks.alone(), "rows")
+    alone, count = Ranks.alone(), SharedCount(Ranks.alone())
 
     with process_group(alone), told_once() as mine:
         assert mine
         barrier(alone)
-        wait_for_all(alone, "end", lambda: 0)
+        wait_for_all(alone, lambda: 0)
         assert broadcast_object(alone, 3) == 3
         assert first_rank_does(alone, lambda: 4) == 4
         assert first_rank_before_others(alone, lambda: 5) == 5
