@@ -336,6 +336,24 @@ def verify_command(cache: str, **given: Any) -> None:
         sys.exit(1)
 
 
+@cli.command("report")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@options(
+    click.option("--out", default="report.html", show_default=True, help="The page."),
+    click.option("--overwrite", is_flag=True, help="Replace a file that is no report."),
+    click.option("--dataset", help="Where the images of a cache are, if they have moved."),
+    click.option("--root", help="Where the dataset lies, if it has moved."),
+)
+def report_command(paths: tuple[str, ...], **given: Any) -> None:
+    """One self-contained page about caches, runs, sweeps, or folders of those."""
+    from pipeline.console import Console
+    from pipeline.report import write_report
+
+    console = Console()
+    page = write_report(paths, reporter=console, **given)
+    console.say(f"report: {page}")
+
+
 @cli.command("demo")
 @click.option("--out", default="demo-out", show_default=True, help="Where everything goes.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier demo.")

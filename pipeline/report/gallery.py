@@ -1,0 +1,138 @@
+"""Wrong samples to look at: the very pixels that the teacher saw, and its rows."""
+
+import base64
+import io
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.report.measured import Draw
+from stages.cache import LogitCache
+from stages.cache.identity import differences
+from stages.errors import DatasetError, IdentityError, PipelineError
+from stages.inputs.datasets import ImageDataset, load_dataset
+from stages.inputs.feed import ViewFeed, pixel_probes
+from stages.train_student import cached_policy
+from stages.training.setup import dataset_identity
+
+KINDS = {"sure": "Most confident", "drawn": "Drawn at random"}
+EACH = 6
+"""How many samples of each kind."""
+SIDE = 112
+"""Larger images are made this small, in pixels."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A wrong row. confidence: of the predicted class at T=1. before, after: float32 (C,),
+    probabilities at the draw's temperature; after is None without a rectification.
+    """
+
+    kind: str
+    sample: int
+    view: int
+    label: int
+    predicted: int
+    confidence: float
+    before: Tensor
+    after: Tensor | None
+
+
+def choose_samples(draw: Draw, each: int = EACH) -> list[Sample]:
+    """The wrong rows that the teacher is surest of, then the first others; no sample twice."""
+    at = draw.wrong.nonzero().squeeze(1)
+    confidence = torch.softmax(draw.logits[at], dim=1).gather(1, draw.predictions[at, None])[:, 0]
+    by_confidence = confidence.sort(descending=True, stable=True).indices.tolist()
+    taken: set[int] = set()
+    chosen: list[Sample] = []
+    for kind, order in (("sure", by_confidence), ("drawn", range(len(at)))):
+        wanted = len(chosen) + each
+        for position in order:
+            row = int(at[position])
+            sample = int(draw.samples[row])
+            if sample in taken or len(chosen) == wanted:
+                continue
+            taken.add(sample)
+            soft = [
+                None if rows is None else torch.softmax(rows[position] / draw.temperature, dim=0)
+                for rows in (draw.before, draw.after)
+            ]
+            assert soft[0] is not None
+            chosen.append(
+                Sample(
+                    kind,
+                    sample,
+                    int(draw.views[row]),
+                    int(draw.labels[row]),
+                    int(draw.predictions[row]),
+                    float(confidence[position]),
+                    soft[0],
+                    soft[1],
+                )
+            )
+    return chosen
+
+
+@dataclass(frozen=True)
+class Images:
+    """PNG of each sample that was asked for, as data URIs; or why there are none."""
+
+    uris: dict[tuple[int, int], str]
+    note: str = ""
+
+
+def load_images(
+    cache: LogitCache, chosen: list[Sample], dataset: str | None, root: str | None
+) -> Images:
+    """The views of these samples. Where the dataset is not there or is another one, there are
+    none; that is an error only where it was named.
+    """
+    config = cache.provenance.get("config", {}).get("data", {})
+    spec = dataset or config.get("dataset")
+    try:
+        if spec is None:
+            raise DatasetError("the cache does not say which dataset it was made from")
+        _check_builtin(cache, str(spec), named=dataset is not None)
+        train = load_dataset(str(spec), "train", root or config.get("root"), "stream")
+        if differing := differences(dataset_identity(train), cache.identity.dataset):
+            raise IdentityError(f"{spec} is another dataset or order: {'; '.join(differing[:3])}")
+        return _render(cache, train, chosen)
+    except PipelineError as error:
+        if dataset is not None or root is not None:
+            raise
+        return Images({}, f"No images: {error.cause}. Name the dataset with --dataset and --root.")
+
+
+def _check_builtin(cache: LogitCache, spec: str, named: bool) -> None:
+    """Raise DatasetError where a cache names code: a stranger's is not run for looking at it."""
+    names_code = ":" in spec and spec.partition(":")[0] not in ("folder", "hf")
+    if not named and (names_code or "v2:" in cache.identity.views.policy):
+        raise DatasetError(f"{spec}, shown as {cache.identity.views.policy}, is code of its own")
+
+
+def _render(cache: LogitCache, train: ImageDataset, chosen: list[Sample]) -> Images:
+    policy, size = cached_policy(cache), cache.identity.teacher.image_size
+    feed = ViewFeed(train, policy, torch.device("cpu"), size, workers=0)
+    uris = {}
+    for view in sorted({sample.view for sample in chosen}):
+        samples = torch.tensor([sample.sample for sample in chosen if sample.view == view])
+        for batch in feed.batches(samples, view, len(samples)):
+            for sample, pixels in zip(batch.samples.tolist(), batch.pixels, strict=True):
+                uris[sample, view] = png_uri(pixels)
+    probes = pixel_probes(train, policy, size)
+    differ = sum(a != b for a, b in zip(probes, cache.pixel_probes, strict=False))
+    note = f"{differ} of {len(probes)} pixel probes differ from what the teacher saw."
+    return Images(uris, note if differ else "")
+
+
+def png_uri(pixels: Tensor) -> str:
+    """uint8 (C, H, W) with one or three channels -> a data URI."""
+    array = pixels.permute(1, 2, 0).numpy()
+    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array[:, :, :3])
+    if max(image.size) > SIDE:
+        image.thumbnail((SIDE, SIDE))
+    written = io.BytesIO()
+    image.save(written, "png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()

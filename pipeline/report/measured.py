@@ -1,0 +1,194 @@
+"""What a cache says about its teacher: how often it is wrong, where, and how sure it is.
+
+Counts come from the stored predictions (the teacher's argmax before any encoding), everything else
+from decoded rows. Rows lie in random order, so that a run of rows is a fair draw: a large cache is
+measured on as many as fit a budget, and `Draw` says how many that were.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.cache import LogitCache
+
+MAX_ROWS = 50_000
+MAX_VALUES = 2**24
+"""Of decoded logits: 64 MB as float32."""
+MAX_PREDICTIONS = 2**25
+MAX_VIEWS = 16
+"""How many views rows are decoded of, where not all fit."""
+BINS = 15
+"""Of confidence, equally wide: Guo et al. 2017, "On Calibration of Modern Neural Networks"."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Rows that were decoded. All tensors have the same order.
+
+    views, samples, labels, predictions: int64 (n,). logits: float32 (n, C). wrong: bool (n,).
+    before, after: float32 (m, C), logits of the m wrong rows as a loss at `temperature` reads them,
+    as cached and rectified; `after` is None where there is no rectification.
+    """
+
+    views: Tensor
+    samples: Tensor
+    labels: Tensor
+    predictions: Tensor
+    logits: Tensor
+    before: Tensor
+    after: Tensor | None
+    temperature: float
+    total: int
+
+    @property
+    def wrong(self) -> Tensor:
+        return self.predictions != self.labels
+
+    @property
+    def complete(self) -> bool:
+        """Whether these are all rows that there are."""
+        return len(self.labels) == self.total
+
+
+def chosen_rectification(cache: LogitCache, views: Sequence[int]) -> str | None:
+    """The first rectification that covers these views."""
+    for name in sorted(cache.rectifications):
+        commits = cache.rectification(name).commits
+        if all(commits.is_complete(view) for view in views):
+            return name
+    return None
+
+
+def draw_rows(
+    cache: LogitCache, rectified: str | None, max_rows: int = MAX_ROWS, max_views: int = MAX_VIEWS
+) -> Draw:
+    """Decode all rows of the complete views, or a fair draw of so many."""
+    views = cache.complete_views
+    total = len(views) * cache.num_samples
+    budget = max(1, min(max_rows, MAX_VALUES // cache.num_classes))
+    if total > budget and len(views) > max_views:
+        views = [views[at * len(views) // max_views] for at in range(max_views)]
+    each = min(cache.num_samples, max(1, budget // len(views)))
+    temperature = 1.0
+    if rectified is not None:
+        temperature = cache.rectification(rectified).settings.temperature
+    parts = []
+    for turn, view in enumerate(views):
+        start = turn * each % (cache.num_samples - each + 1)  # other samples in every view
+        run = slice(start, start + each)
+        targets = cache.read_view(view, rectified, [run])
+        samples = cache.dataset_index[run]
+        wrong = samples[targets.wrong(samples)]
+        before = targets.rows(wrong, temperature)
+        after = before if rectified is None else targets.rectified_rows(wrong, temperature)
+        parts.append(
+            (
+                torch.full_like(samples, view),
+                samples,
+                targets.labels,
+                targets.predictions,
+                targets.rows(samples),
+                before,
+                after,
+            )
+        )
+    views_of, samples, labels, predictions, logits, before, after = (
+        torch.cat(tensors) for tensors in zip(*parts, strict=True)
+    )
+    return Draw(
+        views_of,
+        samples,
+        labels,
+        predictions,
+        logits,
+        before,
+        None if rectified is None else after,
+        temperature,
+        total,
+    )
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of softmax(logits / temperature) in nats: float32 (n, C) -> float32 (n,)."""
+    log_p = torch.log_softmax(logits / temperature, dim=1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Confidence (the largest probability at T=1) against accuracy, by bins of confidence.
+
+    rows, confidence, accuracy: float64 (BINS,); the means of an empty bin are 0. ece: expected
+    calibration error, the mean distance of the two over rows. overconfidence: mean confidence
+    minus accuracy.
+    """
+
+    rows: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+    ece: float
+    overconfidence: float
+
+
+def calibration(logits: Tensor, right: Tensor) -> Calibration:
+    """logits: float32 (n, C), n > 0. right: bool (n,). Bins are open at their lower end."""
+    confidence = torch.softmax(logits, dim=1).amax(1).double()
+    bins = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
+    count = torch.bincount(bins, minlength=BINS).double()
+    sure = torch.bincount(bins, confidence, minlength=BINS) / count.clamp(min=1)
+    hit = torch.bincount(bins, right.double(), minlength=BINS) / count.clamp(min=1)
+    ece = float(((sure - hit).abs() * count).sum() / count.sum())
+    return Calibration(count, sure, hit, ece, float(confidence.mean() - right.double().mean()))
+
+
+@dataclass(frozen=True)
+class Mistakes:
+    """Counts over predictions. rows, wrong: int64 (C,) by label. confused: (label, predicted,
+    count), the most frequent first. used, total: how many predictions were counted, of how many.
+    """
+
+    rows: Tensor
+    wrong: Tensor
+    confused: list[tuple[int, int, int]]
+    used: int
+    total: int
+
+    @property
+    def rate(self) -> float:
+        return int(self.wrong.sum()) / self.used
+
+
+def count_mistakes(cache: LogitCache, max_predictions: int = MAX_PREDICTIONS) -> Mistakes:
+    """Which classes the teacher has wrong, and what it takes them for, over all complete views."""
+    views, classes = cache.complete_views, cache.num_classes
+    each = max(1, min(cache.num_samples, max_predictions // len(views)))
+    run = slice(0, each)
+    labels = cache.row_labels[run]
+    wrong, pairs = torch.zeros(classes, dtype=torch.int64), Counter[int]()
+    for view in views:
+        predictions = cache.predictions(view, run)
+        missed = predictions != labels
+        wrong += torch.bincount(labels[missed], minlength=classes)
+        codes = (labels[missed] * classes + predictions[missed]).unique(return_counts=True)
+        pairs.update(dict(zip(*(part.tolist() for part in codes), strict=True)))
+    ranked = sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))
+    return Mistakes(
+        rows=torch.bincount(labels, minlength=classes) * len(views),
+        wrong=wrong,
+        confused=[(code // classes, code % classes, count) for code, count in ranked],
+        used=each * len(views),
+        total=cache.num_samples * len(views),
+    )
+
+
+def top1_per_view(cache: LogitCache) -> list[tuple[int, float]]:
+    """(view, the teacher's accuracy on all of its rows), from the records of its blocks."""
+    found = []
+    for view in cache.complete_views:
+        records = [cache.commits.records[view, block] for block in range(cache.grid.num_blocks)]
+        right = sum(int(record["right"]) for record in records)
+        found.append((view, right / cache.num_samples))
+    return found

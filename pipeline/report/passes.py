@@ -1,0 +1,64 @@
+"""How many teacher passes the cache cost, and how many its students would have cost online."""
+
+from collections.abc import Sequence
+
+from pipeline.console import duration
+from pipeline.report.groups import Group
+from pipeline.report.html import Html, fragment, number, tag
+from pipeline.report.runs import Run
+from pipeline.report.sources import KnownCaches
+
+
+def saved_passes(groups: Sequence[Group], known: KnownCaches) -> Html:
+    """One pass is the teacher once over the training set: online an epoch needs one, the cache
+    needed one for each of its views, whatever is learned from it afterwards.
+    """
+    runs = [run for group in groups for run in group.runs]
+    by_cache: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.uses_teacher and run.cache is not None:
+            by_cache.setdefault(run.cache, []).append(run)
+    sentences = [_one_cache(cache, of_cache, known) for cache, of_cache in by_cache.items()]
+    seconds = sum(run.summary.train_seconds for run in runs)
+    waited = sum(run.summary.train_seconds * run.summary.wait_share for run in runs)
+    took = (
+        f"Training the {len(runs)} run{'s' if len(runs) != 1 else ''} took {duration(seconds)} in "
+        f"all; {waited / max(seconds, 1e-9):.2%} of that went into waiting for targets."
+    )
+    without = [run for run in runs if run.kind == "student" and not run.uses_teacher]
+    if without:
+        took += f" {len(without)} of them learned from hard labels alone and need no teacher."
+    return fragment(tag("h4", "What it cost"), [tag("p", s) for s in sentences], tag("p", took))
+
+
+def _one_cache(cache: str, runs: Sequence[Run], known: KnownCaches) -> Html:
+    online = sum(run.summary.epochs for run in runs)
+    facts = known.of(cache)
+    students = f"{len(runs)} student{'s' if len(runs) != 1 else ''}"
+    epochs = number(online, f"{online:,} teacher passes", data_field="passes_online")
+    first = fragment(
+        tag("code", cache.rstrip("/").rpartition("/")[2]),
+        f": learning online, the {students} on this page would have needed ",
+        epochs,
+        " over the training set, one an epoch; ",
+    )
+    if facts is None:
+        return fragment(first, "how many the cache took is not known: it does not lie here now.")
+    took = number(facts.views, f"{facts.views:,}, once", data_field="passes_cached")
+    saved, a_run = online - facts.views, online / len(runs)
+    if saved > 0:
+        then = f"That is {saved:,} passes saved, {online / facts.views:.1f} times fewer;"
+    elif saved == 0:
+        then = "The two are even;"
+    else:
+        more = -(-facts.views * len(runs) // online) - len(runs)
+        then = (
+            f"That is {-saved:,} more than online; {more:,} further "
+            f"student{'s' if more != 1 else ''} of this length will have made up for it;"
+        )
+    return fragment(
+        first,
+        "the cache took ",
+        took,
+        f". {then} every further student costs no pass instead of {a_run:g}.",
+    )

@@ -1,0 +1,209 @@
+"""What a run directory or a line of a sweep's results.jsonl says about a student or a teacher."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+REQUIRED = ("loss", "test_top1", "seconds")
+"""What every line of metrics.jsonl has."""
+
+
+class Picked(msgspec.Struct, frozen=True):
+    """One epoch of a summary. epoch: from 0. test_top1, test_top5, val_top1: in [0, 1]."""
+
+    epoch: int
+    test_top1: float
+    test_top5: float
+    loss: float
+    val_top1: float | None = None
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """summary.json of a run; see `stages.training.trainer.summarise`."""
+
+    last: Picked
+    best: Picked
+    selected: Picked
+    epochs: int
+    parameters: int
+    train_seconds: float
+    wait_share: float
+
+
+class Line(msgspec.Struct, frozen=True):
+    """A line of results.jsonl. name: the run's folder under the sweep's. label: its group."""
+
+    name: str
+    label: str
+    status: str
+    keys: dict[str, Any] = {}
+    seed: int | None = None
+    error: str | None = None
+    cache: str | None = None
+    dataset: str | None = None
+    teacher_top1: float | None = None
+    summary: Summary | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    config: by dotted keys, as config.yaml has it. history: its epochs, as metrics.jsonl has them;
+    empty where the folder is gone. group: (sweep, label), None for a run outside a sweep.
+    """
+
+    name: str
+    kind: str
+    config: Mapping[str, Any]
+    history: tuple[Mapping[str, float], ...]
+    summary: Summary
+    group: tuple[str, str] | None = None
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    teacher_top1: float | None = None
+
+    @property
+    def dataset(self) -> str:
+        return str(self.config.get("data.dataset"))
+
+    @property
+    def cache(self) -> str | None:
+        found = self.config.get("cache")
+        return None if found is None else str(found)
+
+    @property
+    def seeds(self) -> tuple[Any, Any]:
+        return self.config.get("seed.data", 0), self.config.get("seed.init", 0)
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether online it would have needed the teacher in every epoch."""
+        return self.kind == "student" and self.config.get("loss.name") != "ce"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Something that was found and says too little to be counted; why, in words."""
+
+    name: str
+    status: str
+    why: str
+
+
+def read_run(path: Path, name: str) -> Run | LeftOut:
+    """A run directory, by the name it has on the page."""
+    try:
+        config = flat(yaml.safe_load((path / "config.yaml").read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        return LeftOut(name, "unreadable", f"config.yaml: {_first_line(error)}")
+    file, metrics = path / "summary.json", path / "metrics.jsonl"
+    if not file.exists():
+        done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+        planned = config.get("train.epochs", "?")
+        return LeftOut(name, "unfinished", f"{done} of {planned} epochs are done")
+    try:
+        history = _history(metrics)
+        summary = msgspec.json.decode(file.read_bytes(), type=Summary)
+    except _UnreadableError as error:
+        return LeftOut(name, "unreadable", str(error))
+    except (OSError, msgspec.DecodeError) as error:
+        return LeftOut(name, "unreadable", f"summary.json: {_first_line(error)}")
+    if len(history) != summary.epochs:
+        why = f"metrics.jsonl has {len(history)} epochs, summary.json tells of {summary.epochs}"
+        return LeftOut(name, "unreadable", why)
+    return Run(name, str(config.get("kind", "student")), config, tuple(history), summary)
+
+
+def read_sweep(path: Path, name: str) -> Iterator[Run | LeftOut]:
+    """Every run of a sweep, as results.jsonl and the run's folder have it.
+
+    A run that was tried again has several lines: the last one holds.
+    """
+    lines: dict[str, Line] = {}
+    try:
+        texts = _lines(path / "results.jsonl")
+    except _UnreadableError as error:
+        yield LeftOut(name, "unreadable", str(error))
+        return
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = msgspec.json.decode(text, type=Line)
+        except msgspec.DecodeError as error:
+            why = f"line {number}: {_first_line(error)}"
+            yield LeftOut(f"{name}/results.jsonl", "unreadable", why)
+            continue
+        lines.pop(line.name, None)
+        lines[line.name] = line
+    for line in lines.values():
+        yield _run_of(line, path / line.name, name)
+
+
+def _run_of(line: Line, folder: Path, sweep: str) -> Run | LeftOut:
+    name = f"{sweep}/{line.name}"
+    if line.status != "done" or line.summary is None:
+        return LeftOut(name, line.status, line.error or "no reason is told")
+    read = read_run(folder, name)
+    if isinstance(read, Run):
+        kind, config, history = read.kind, dict(read.config), read.history
+    else:  # the numbers stand in results.jsonl, the curves are lost
+        kind, config, history = "student", {"seed.data": line.seed, "seed.init": line.seed}, ()
+        config |= line.keys
+    told = {"cache": line.cache, "data.dataset": line.dataset}
+    config |= {key: value for key, value in told.items() if value is not None}
+    return Run(
+        name=name,
+        kind=kind,
+        config=config,
+        history=history,
+        summary=line.summary,
+        group=(sweep, line.label),
+        keys=line.keys,
+        teacher_top1=line.teacher_top1,
+    )
+
+
+class _UnreadableError(Exception):
+    """A file of a run that says something else than it should."""
+
+
+def _history(path: Path) -> list[Mapping[str, float]]:
+    """The epochs of metrics.jsonl: every number of each line."""
+    history: list[Mapping[str, float]] = []
+    for number, text in enumerate(_lines(path), start=1):
+        try:
+            line = msgspec.json.decode(text, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise _UnreadableError(f"metrics.jsonl, line {number}: {_first_line(error)}") from error
+        numbers = {key: float(v) for key, v in line.items() if isinstance(v, (int, float))}
+        if missing := [key for key in REQUIRED if key not in numbers]:
+            raise _UnreadableError(f"metrics.jsonl, line {number}: no {missing[0]}")
+        history.append(numbers)
+    return history
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    try:
+        return [line for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise _UnreadableError(f"{path.name}: {_first_line(error)}") from error
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted keys; an empty list counts as None, as a setting left out."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = None if value == [] else value
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,168 @@
+"""What lies at the paths that a report is asked for: caches, runs, sweeps, or folders of those."""
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.runs import LeftOut, Run, read_run, read_sweep
+from stages.cache import LogitCache
+from stages.cache.identity import DatasetIdentity
+from stages.cache.layout import FORMAT
+from stages.cache.location import location
+from stages.errors import PipelineError, RunError
+
+DEPTH = 4
+"""How far below a given folder is looked."""
+
+
+@dataclass
+class Sources:
+    """Everything that was found, in the order of the paths."""
+
+    caches: list[LogitCache] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+
+def find_sources(paths: tuple[str, ...]) -> Sources:
+    """Look into the paths. Raises RunError for a path that holds nothing to report on, and
+    CacheError for a cache that was named and cannot be opened.
+    """
+    sources, seen = Sources(), set[Path]()
+    for path in paths:
+        where = location(path)
+        if isinstance(where, str):
+            sources.caches.append(LogitCache.open(where))
+            continue
+        before = len(sources.caches) + len(sources.runs) + len(sources.left_out)
+        if is_cache(where):
+            if where.resolve() not in seen:
+                seen.add(where.resolve())
+                sources.caches.append(LogitCache.open(where))
+            continue
+        if not where.exists():
+            raise RunError(
+                f"nothing lies at {path}", "Give a cache, a run, a sweep, or a folder of those."
+            )
+        known = len(seen)
+        _look(where, where.name or str(where.resolve().name), DEPTH, sources, seen)
+        found = len(sources.caches) + len(sources.runs) + len(sources.left_out) - before
+        if not found and len(seen) == known and where.resolve() not in seen:
+            raise RunError(
+                f"{path} holds neither a cache nor a run nor a sweep",
+                "Give what cache-teacher, train-student or sweep wrote with --out, or a folder of "
+                "those.",
+            )
+    if not (sources.caches or sources.runs):
+        first = sources.left_out[0] if sources.left_out else LeftOut("?", "", "nothing was given")
+        raise RunError(
+            f"there is nothing to report on yet: {first.name}: {first.why}",
+            "Finish a run (--resume), or give a cache.",
+        )
+    return sources
+
+
+def _look(path: Path, name: str, depth: int, sources: Sources, seen: set[Path]) -> None:
+    """Add what lies at a path, and below it where it is only a folder."""
+    if path.resolve() in seen or not path.is_dir():
+        return
+    if is_cache(path):
+        seen.add(path.resolve())
+        try:
+            sources.caches.append(LogitCache.open(path))
+        except PipelineError as error:
+            sources.left_out.append(LeftOut(name, "unreadable", error.cause))
+    elif (path / "results.jsonl").is_file() and not (path / "config.yaml").is_file():
+        seen.add(path.resolve())
+        found = list(read_sweep(path, name))
+        for run in found:
+            _add(run, sources)
+        told = {run.name for run in found}
+        for child in _folders(path):  # runs that the sweep has not come to the end of
+            if f"{name}/{child.name}" not in told:
+                _look(child, f"{name}/{child.name}", depth - 1, sources, seen)
+            else:
+                seen.add(child.resolve())
+    elif (path / "config.yaml").is_file() and not (path / "zarr.json").exists():
+        seen.add(path.resolve())
+        _add(read_run(path, name), sources)
+    elif depth > 0:
+        for child in _folders(path):
+            _look(child, f"{name}/{child.name}", depth - 1, sources, seen)
+
+
+def _add(found: Run | LeftOut, sources: Sources) -> None:
+    if isinstance(found, Run):
+        sources.runs.append(found)
+    else:
+        sources.left_out.append(found)
+
+
+def _folders(path: Path) -> list[Path]:
+    try:
+        entries = sorted(path.iterdir())
+    except OSError:
+        return []
+    return [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def is_cache(path: Path) -> bool:
+    """Whether a folder says that it is a cache, finished or not."""
+    try:
+        document: Any = json.loads((path / "zarr.json").read_bytes())
+        return bool(document["attributes"]["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What students need to know of their cache. teacher_top1: on the test split, in [0, 1]."""
+
+    dataset: DatasetIdentity
+    spec: str
+    views: int
+    teacher_top1: float | None
+
+
+def cache_facts(cache: LogitCache) -> CacheFacts:
+    """The facts of an open cache."""
+    top1 = None
+    if cache.eval_commits.is_complete(0):
+        logits, labels = cache.eval_logits()
+        top1 = float((logits.argmax(1) == labels).double().mean())
+    spec = cache.provenance.get("config", {}).get("data", {}).get("dataset")
+    identity = cache.identity.dataset
+    return CacheFacts(identity, str(spec or identity.name), len(cache.complete_views), top1)
+
+
+class KnownCaches:
+    """The caches of a page and those that its runs name, as far as they lie on a disk here."""
+
+    def __init__(self, caches: list[LogitCache]) -> None:
+        self._facts: dict[str, CacheFacts | None] = {}
+        for cache in caches:
+            self._facts[self._key(str(cache.path))] = cache_facts(cache)
+
+    def of(self, path: str | None) -> CacheFacts | None:
+        """The facts of the cache at a path; None if it cannot be opened, or lies behind a URL that
+        was not given: nobody waits for an object store that they did not ask for.
+        """
+        if path is None:
+            return None
+        key = self._key(path)
+        if key not in self._facts:
+            self._facts[key] = None
+            if "://" not in path and is_cache(Path(path)):
+                with contextlib.suppress(PipelineError):
+                    self._facts[key] = cache_facts(LogitCache.open(path))
+        return self._facts[key]
+
+    def all(self) -> list[CacheFacts]:
+        return [facts for facts in self._facts.values() if facts is not None]
+
+    @staticmethod
+    def _key(path: str) -> str:
+        return path.rstrip("/") if "://" in path else str(Path(path).resolve())
