@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from stages.device import choose_device
 from stages.errors import ConfigError, PipelineError, RankError
@@ -48,7 +49,8 @@ class Ranks:
 
     @staticmethod
     def alone() -> "Ranks":
-        return Ranks()
+        """The one process of an ordinary run."""
+        return ALONE
 
     @property
     def first(self) -> bool:
@@ -59,6 +61,9 @@ class Ranks:
         """Which of `count` things are this rank's (or another's): a run, as even as possible."""
         rank = self.rank if rank is None else rank
         return range(count * rank // self.world, count * (rank + 1) // self.world)
+
+
+ALONE = Ranks()
 
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
@@ -130,6 +135,16 @@ def barrier(ranks: Ranks) -> None:
     if ranks.world > 1:
         with _together():
             dist.all_reduce(torch.zeros(1))
+
+
+def summed(ranks: Ranks, value: Tensor) -> Tensor:
+    """The sum of every rank's tensor, on every rank; all have the same shape and dtype."""
+    if ranks.world == 1:
+        return value
+    total = value.clone()
+    with _together():
+        dist.all_reduce(total)
+    return total
 
 
 def broadcast_object(ranks: Ranks, value: Result) -> Result:
