@@ -41,6 +41,8 @@ def dist(
 
 def _pearson(a: Tensor, b: Tensor, weights: Tensor, dim: int) -> Tensor:
     """Weighted correlation along a dimension. 0 where either side does not vary."""
+    # To a largest weight of 1, next to which _EPS is as small whatever the scale of the weights.
+    weights = weights / weights.amax(dim, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
     total = weights.sum(dim, keepdim=True).clamp(min=_EPS)
     a, b = (x - (weights * x).sum(dim, keepdim=True) / total for x in (a, b))
     # The root goes inside: a norm has a gradient at 0, the root of a sum has none.
