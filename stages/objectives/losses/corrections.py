@@ -15,6 +15,7 @@ from stages.objectives.losses.rows import (
     TeacherRows,
     changed,
     kl,
+    known,
     one_hot,
     reduced,
     whole,
@@ -30,7 +31,7 @@ def la(
 ) -> Tensor:
     """KD from a teacher whose logits of label and predicted class are swapped: LA, also KA-PS
     (Wen et al. 2019, arXiv 1911.07471) and the teacher's half of SLD. Without cross-entropy in the
-    comparison of RLD (arXiv 2410.07563), hence the default ce_weight of 0.
+    comparison of RLD (arXiv 2408.07703), hence the default ce_weight of 0.
 
     student_logits, teacher_logits: float (B, C). Returns float32, () or (B,). Exact of partial rows
     as far as KD is.
@@ -61,15 +62,13 @@ def ka_lsr(
     student_logits, teacher_logits: float (B, C). Returns float32, () or (B,). Exact of partial rows
     on wrong rows.
     """
-    others = epsilon / (student_logits.shape[1] - 1)
-
-    def smoothed(rows: Tensor) -> Tensor:
-        # As logits whose softmax is u at the temperature of the loss.
-        label = one_hot(labels, rows.shape[1])
-        u = torch.where(label, 1 - epsilon, others).to(rows.dtype)
-        return torch.where(rows.argmax(1)[:, None] == labels[:, None], rows, temperature * u.log())
-
-    return kd(student_logits, changed(teacher_logits, smoothed), labels, temperature, reduction)
+    log_p = F.log_softmax(student_logits.float() / temperature, dim=1)
+    num_classes = log_p.shape[1]
+    u = torch.where(one_hot(labels, num_classes), 1 - epsilon, epsilon / (num_classes - 1))
+    corrected = temperature**2 * F.kl_div(log_p, u, reduction="none").sum(1)  # 0 log 0 is 0 there
+    taught = kd(student_logits, teacher_logits, labels, temperature, "none")
+    right = known(teacher_logits, temperature).argmax(1) == labels
+    return reduced(torch.where(right, taught, corrected), reduction)
 
 
 def lr(
@@ -84,7 +83,9 @@ def lr(
 
     Right rows: CE + alpha MSE(z_s, z_t). Wrong rows: MSE(p_s, b p_t + (1 - b) onehot(y)) with
     b = beta / (p_t(k) - p_t(y) + 1), k the predicted class, p at temperature 1, and no CE: the CE
-    of this loss is its own, hence the default ce_weight of 0. MSE is the mean over classes.
+    of this loss is its own, hence the default ce_weight of 0. MSE is the mean over classes. That
+    code takes the mean of right rows and the mean of wrong rows, each over their own number; here
+    the mean is over the batch. Of several teachers z_t is the log of their mean probabilities.
     student_logits, teacher_logits: float (B, C). Returns float32, () or (B,). Needs whole rows.
     """
     student, teacher = student_logits.float(), whole(teacher_logits, "lr", 1.0)
@@ -107,7 +108,7 @@ def rc(
     reduction: Reduction = "mean",
 ) -> Tensor:
     """KD + beta T^2 KL(softmax(r / T) || softmax(z_s / T)), r the student's own logits without
-    gradient, its largest added to the label's: RC as the code of RLD (arXiv 2410.07563) has it.
+    gradient, its largest added to the label's: RC as the code of RLD (arXiv 2408.07703) has it.
 
     student_logits, teacher_logits: float (B, C). Returns float32, () or (B,). The second term does
     not read the teacher.

@@ -45,7 +45,7 @@ class CTKD(nn.Module):
     ) -> Tensor:
         """student_logits, teacher_logits: float (B, C). Returns float32, () or (B,)."""
         temperature: Any = _Scaled.apply(self.temperature, self.reversal)
-        teacher = whole(teacher_logits, "ctkd", None)
+        teacher = whole(teacher_logits, "ctkd", temperature)
         return kd(student_logits, teacher, labels, temperature, reduction)
 
 

@@ -9,6 +9,7 @@ from stages.objectives.losses.rows import (
     kl,
     one_and_rest,
     paired,
+    partial,
     reduced,
     without,
 )
@@ -24,14 +25,14 @@ def rld(
     sure_temperature: float = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """alpha Ta^2 SCD + beta T^2 MCD: Sun et al. 2024, arXiv 2410.07563, the released code.
+    """alpha Ta^2 SCD + beta T^2 MCD: Sun et al. 2024, arXiv 2408.07703, the released code.
 
     SCD = KL([max p_t, 1 - max p_t] || [p_s(y), 1 - p_s(y)]) at Ta = sure_temperature: the teacher's
     confidence against the student's in the label. MCD = KL of the distributions at T over the
     classes that the teacher has below the label; where there is none the row's is 0. Where the
     teacher is right and Ta = T this is DKD.
     student_logits, teacher_logits: float (B, C). Returns float32, () or (B,). Of partial rows SCD
-    is exact.
+    is exact, and MCD counts the rest as below the label.
     """
     ta, t = sure_temperature, temperature
     student, teacher, classes = paired(student_logits, teacher_logits, labels, ta)
@@ -39,11 +40,14 @@ def rld(
     scd = ta**2 * binary_kl(sure, one_and_rest(student / ta, classes))
     student, teacher, classes = paired(student_logits, teacher_logits, labels, t)
     above = teacher >= teacher.gather(1, classes[:, None])  # the label among them
+    if partial(teacher_logits):
+        # Each class of the rest is below the label, unless the label is the least of the kept: then
+        # the rest is all that is left, and MCD is 0 either way. Only their sum may be above it.
+        above[:, -1] = False
     mcd = t**2 * kl(without(teacher / t, above), without(student / t, above))
     return reduced(alpha * scd + beta * mcd, reduction)
 
 
 def _surest(given: TeacherRows, rows: Tensor) -> Tensor:
     """The likeliest class; of rows known in part among the kept ones: the rest is no class."""
-    whole = isinstance(given, Tensor) or given.kept is None
-    return rows.argmax(1) if whole else rows[:, :-1].argmax(1)
+    return (rows[:, :-1] if partial(given) else rows).argmax(1)

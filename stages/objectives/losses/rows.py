@@ -18,9 +18,10 @@ class TemperedRows:
     """Teacher rows that depend on the temperature: known in part (a `topk` cache), or averaged over
     several teachers.
 
-    at: temperature -> float32 (B, C), rows whose softmax at that temperature is what is known.
-    Raises where it is not. kept: int64 (B, k), k < C, distinct in each row, the label among them:
-    the classes that are known, where of the others only the sum is; None if all are.
+    at: temperature -> float32 (B, C), rows whose softmax at that temperature is what is known, up
+    to a constant of each row. Raises where it is not. kept: int64 (B, k), 1 < k < C, distinct in
+    each row: the label and the largest others, the classes whose logits are known and the same at
+    every temperature, where of the rest only the sum is; None if all are known.
     """
 
     at: Callable[[float], Tensor]
@@ -31,6 +32,19 @@ TeacherRows = Tensor | TemperedRows
 """float (B, C), or rows that depend on the temperature."""
 
 
+def known(teacher: TeacherRows, temperature: float) -> Tensor:
+    """What is known of the rows at a temperature, the rest of a row spread evenly: float32 (B, C).
+
+    temperature: also a tensor (), where rows that depend on it carry its gradient.
+    """
+    return teacher.float() if isinstance(teacher, Tensor) else teacher.at(temperature)
+
+
+def partial(teacher: TeacherRows) -> bool:
+    """Whether of some classes only the sum is known."""
+    return isinstance(teacher, TemperedRows) and teacher.kept is not None
+
+
 def paired(
     student_logits: Tensor, teacher: TeacherRows, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,31 +52,32 @@ def paired(
 
     Of rows known in part the kept classes and one for all the rest, on both sides.
     """
-    student = student_logits.float()
-    if isinstance(teacher, Tensor):
-        return student, teacher.float(), labels
-    rows, kept = teacher.at(temperature), teacher.kept
-    if kept is None:
+    student, rows = student_logits.float(), known(teacher, temperature)
+    if isinstance(teacher, Tensor) or teacher.kept is None:
         return student, rows, labels
+    kept = teacher.kept
     classes = (kept == labels[:, None]).long().argmax(1)
     return lump(student, kept, temperature), lump(rows, kept, temperature), classes
 
 
-def whole(teacher: TeacherRows, loss: str, temperature: float | None) -> Tensor:
-    """The rows at a temperature, None for one that is not known beforehand: float32 (B, C).
-
-    Raises ConfigError where only part of them is known, or nothing at an unknown temperature.
+def beside(student_logits: Tensor, teacher: TeacherRows, temperature: float) -> Tensor:
+    """The student's logits over the classes of `paired`, which may be read at another temperature:
+    float32.
     """
-    if isinstance(teacher, Tensor):
-        return teacher.float()
-    if teacher.kept is None and temperature is not None:
-        return teacher.at(temperature)
-    raise ConfigError(
-        f"the loss '{loss}' needs whole teacher rows"
-        + (" of one teacher" if teacher.kept is None else ", the cache keeps part of each"),
-        "Use another loss, or "
-        + ("leave --also out." if teacher.kept is None else "cache with another --encoding."),
-    )
+    student = student_logits.float()
+    if isinstance(teacher, Tensor) or teacher.kept is None:
+        return student
+    return lump(student, teacher.kept, temperature)
+
+
+def whole(teacher: TeacherRows, loss: str, temperature: float) -> Tensor:
+    """The rows at a temperature: float32 (B, C). Raises ConfigError where part of them is known."""
+    if partial(teacher):
+        raise ConfigError(
+            f"the loss '{loss}' needs whole teacher rows, the cache keeps part of each",
+            "Use another loss, or cache with another --encoding.",
+        )
+    return known(teacher, temperature)
 
 
 def changed(teacher: TeacherRows, change: Callable[[Tensor], Tensor]) -> TeacherRows:
@@ -78,7 +93,7 @@ def lump(logits: Tensor, kept: Tensor, temperature: float) -> Tensor:
     logits: float (n, C). kept: int64 (n, k), k < C, distinct in each row. Returns (n, k + 1): with
     softmax(. / temperature), the last entry is the probability of all the rest. A loss on rows
     lumped on both sides is exact in what is kept and blind to how the rest divides; renormalising
-    the kept ones instead would pull them up (Sparse Logit Sampling, 2503.16870).
+    the kept ones instead would pull them up (Sparse Logit Sampling, arXiv 2503.16870).
     """
     rest = logits.scatter(1, kept, -torch.inf)
     together = temperature * torch.logsumexp(rest / temperature, dim=1, keepdim=True)

@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from stages.objectives.losses.rows import Reduction, TeacherRows, kl, paired, reduced
+from stages.objectives.losses.rows import (
+    Reduction,
+    TeacherRows,
+    beside,
+    kl,
+    paired,
+    partial,
+    reduced,
+)
 
 
 def ttm(
@@ -13,13 +21,15 @@ def ttm(
     temperature: float = 10.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """KL(softmax(z_t / T) || softmax(z_s)): Zheng and Yang 2024, arXiv 2402.01911.
+    """KL(softmax(z_t / T) || softmax(z_s)): Zheng and Yang 2024, arXiv 2402.11148.
 
     The student stays at temperature 1 and there is no T^2. T = 1 / gamma in their notation; the
     default is their example for vgg13 -> vgg8 (gamma .1, weight 45).
     student_logits, teacher_logits: float (B, C). Returns float32, () or (B,).
     """
-    return reduced(_rows(student_logits, teacher_logits, labels, temperature), reduction)
+    _, teacher, _ = paired(student_logits, teacher_logits, labels, temperature)
+    rows = kl(teacher / temperature, beside(student_logits, teacher_logits, 1.0))
+    return reduced(rows, reduction)
 
 
 def wttm(
@@ -34,15 +44,11 @@ def wttm(
     U is larger for rows about which the teacher is unsure. Source and defaults as `ttm` (their
     WTTM example: gamma .2, weight 4). Of partial rows U is exact.
     """
-    rows = _rows(student_logits, teacher_logits, labels, temperature)
-    soft, sharp = (
-        torch.logsumexp(paired(student_logits, teacher_logits, labels, t)[1] / t, dim=1)
-        for t in (temperature, 1.0)
-    )
-    return reduced((soft - sharp / temperature).exp() * rows, reduction)
-
-
-def _rows(student_logits: Tensor, teacher: TeacherRows, labels: Tensor, t: float) -> Tensor:
-    student, _, _ = paired(student_logits, teacher, labels, 1.0)
-    _, softened, _ = paired(student_logits, teacher, labels, t)
-    return kl(softened / t, student)
+    _, sharp, _ = paired(student_logits, teacher_logits, labels, 1.0)
+    _, soft, _ = paired(student_logits, teacher_logits, labels, temperature)
+    rows = kl(soft / temperature, beside(student_logits, teacher_logits, 1.0))
+    # Rows known at 1 give U themselves. Only of partial ones the powers of the rest are asked for,
+    # at T: their constants are the same at both temperatures.
+    powers = soft if partial(teacher_logits) else sharp
+    log_u = torch.logsumexp(powers / temperature, 1) - torch.logsumexp(sharp, 1) / temperature
+    return reduced(log_u.exp() * rows, reduction)

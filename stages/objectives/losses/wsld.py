@@ -13,7 +13,8 @@ def wsld(
     temperature: float = 4.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """w T^2 sum_c -p_t(c) log p_s(c), w = 1 - exp(-CE_s / CE_t): Zhou et al. 2021, 2102.00650.
+    """w T^2 sum_c -p_t(c) log p_s(c), w = 1 - exp(-CE_s / CE_t): Zhou et al. 2021,
+    arXiv 2102.00650.
 
     p at T; CE against the label at temperature 1, without gradient. Defaults of the authors for
     CIFAR-100: T = 4, weight 2.25. A cross-entropy: not 0 where student and teacher agree.
