@@ -10,8 +10,9 @@ from stages.errors import ConfigError
 from stages.objectives.losses import (
     CTKD,
     DEFINITIONS,
-    STANDARDISED_TEMPERATURE,
-    STANDARDISED_WEIGHT,
+    LSKD_LOSSES,
+    LSKD_TEMPERATURE,
+    LSKD_WEIGHT,
     TeacherRows,
     changed,
     standardised,
@@ -34,18 +35,23 @@ def resolved(settings: LossSettings) -> LossSettings:
         return LossSettings(name="ce")
     definition = DEFINITIONS[name]
     own = dict(definition.defaults)
-    given = {key: v for key in _PARAMETERS if (v := getattr(settings, key)) is not None}
+    given = _parameters(settings)
     if unknown := set(given) - set(own):
         has = f"It has: {', '.join(own)}." if own else "It has no parameters."
         raise ConfigError(f"the loss '{name}' has no {' and no '.join(sorted(unknown))}", has)
     weight = definition.weight
-    if settings.standardise:
-        weight = STANDARDISED_WEIGHT
+    if settings.standardise and name in LSKD_LOSSES:
+        weight = LSKD_WEIGHT
         if "temperature" in own:
-            own["temperature"] = STANDARDISED_TEMPERATURE
+            own["temperature"] = LSKD_TEMPERATURE
     defaults = {"ce_weight": definition.ce_weight, "weight": weight, "warmup": definition.warmup}
     chosen = {k: v for k in defaults if (v := getattr(settings, k)) is not None}
     return msgspec.structs.replace(settings, **defaults | chosen | own | given)
+
+
+def _parameters(settings: LossSettings) -> dict[str, float]:
+    """The loss's own parameters, those that are set."""
+    return {key: v for key in _PARAMETERS if (v := getattr(settings, key)) is not None}
 
 
 class Objective:
@@ -57,7 +63,10 @@ class Objective:
 
     def __init__(self, settings: LossSettings) -> None:
         self.settings, definition = settings, DEFINITIONS[settings.name]
-        parameters = {k: v for k in _PARAMETERS if (v := getattr(settings, k)) is not None}
+        parameters = _parameters(settings)
+        if definition.standardises:
+            parameters["standardise"] = settings.standardise
+        self._standardises = settings.standardise and not definition.standardises
         self._loss: Callable[..., Tensor] = definition.make(parameters)
         self.couples_rows, self.views = definition.couples_rows, definition.views
         learned: object = self._loss
@@ -78,7 +87,7 @@ class Objective:
         """The weighted loss, without `weight`: of every row, float32 (B,), or () where it couples
         rows. student: float32 (B, C). labels: int64 (B,). weights: float32 (B,).
         """
-        if self.settings.standardise:
+        if self._standardises:
             student, teacher = standardised(student), changed(teacher, standardised)
         if self.couples_rows:
             return self._loss(student, teacher, labels, weights=weights)
@@ -95,8 +104,12 @@ def teacher_temperatures(settings: LossSettings) -> Sequence[float]:
             "logits can be standardised where whole rows are known, the cache keeps part of each",
             "Leave loss.standardise out, or cache with another --encoding.",
         )
-    parameters = {k: v for k in _PARAMETERS if (v := getattr(settings, k)) is not None}
-    return temperatures_read(DEFINITIONS[settings.name].make(parameters))
+    return temperatures_read(DEFINITIONS[settings.name].make(_parameters(settings)))
+
+
+def views_seen(settings: LossSettings) -> int:
+    """How many views of a sample the loss sees at once."""
+    return DEFINITIONS[settings.name].views
 
 
 def rectified_at(settings: LossSettings) -> float | None:

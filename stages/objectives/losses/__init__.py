@@ -33,6 +33,9 @@ __all__ = [
     "CTKD",
     "DEFINITIONS",
     "LOSSES",
+    "LSKD_LOSSES",
+    "LSKD_TEMPERATURE",
+    "LSKD_WEIGHT",
     "Definition",
     "TeacherRows",
     "TemperedRows",
@@ -52,7 +55,7 @@ class Definition:
 
     The numbers are the official defaults; epochs count from 1, warmup 0 is none. couples_rows: the
     loss takes the weights of rows, as it is no mean of row losses. views: how many views of a
-    sample it sees at once.
+    sample it sees at once. standardises: the loss standardises logits itself, only where it should.
     """
 
     loss: Callable[..., Any]
@@ -61,6 +64,7 @@ class Definition:
     warmup: int = 0
     couples_rows: bool = False
     views: int = 1
+    standardises: bool = False
 
     @property
     def defaults(self) -> dict[str, float]:
@@ -82,7 +86,8 @@ DEFINITIONS: dict[str, Definition] = {
     "dkd": Definition(dkd, 1.0, 1.0, warmup=20),
     "nkd": Definition(nkd, 1.0, 1.0),
     "dist": Definition(dist, 1.0, 2.0, couples_rows=True),
-    "mlkd": Definition(mlkd, 0.2, 0.9, couples_rows=True, views=2),  # CE .1 on either view
+    # CE .1 on either view
+    "mlkd": Definition(mlkd, 0.2, 0.9, couples_rows=True, views=2, standardises=True),
     "ctkd": Definition(CTKD, 0.1, 0.9),
     "ttm": Definition(ttm, 1.0, 45.0),
     "wttm": Definition(wttm, 1.0, 4.0),
@@ -97,8 +102,9 @@ DEFINITIONS: dict[str, Definition] = {
 LOSSES: dict[str, Callable[..., Any]] = {name: d.loss for name, d in DEFINITIONS.items()}
 """Every loss by its name on the command line."""
 
-STANDARDISED_TEMPERATURE, STANDARDISED_WEIGHT = 2.0, 9.0
-"""LSKD's own --base-temp and --kd-weight, for KD, DKD and MLKD; for others there are none."""
+LSKD_LOSSES = ("kd", "dkd", "mlkd", "ctkd")
+LSKD_TEMPERATURE, LSKD_WEIGHT = 2.0, 9.0
+"""LSKD's --base-temp and --kd-weight, for the losses that it standardises; others keep theirs."""
 
 
 def temperatures_read(loss: Callable[..., Tensor]) -> list[float]:

@@ -5,21 +5,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stages.objectives.losses.rows import TeacherRows, kl, whole
+from stages.objectives.losses.standardise import standardised
 
-TEMPERATURES = (4.0, 3.0, 5.0, 2.0, 6.0)
+FURTHER_TEMPERATURES = (3.0, 5.0, 2.0, 6.0)
 
 
 def mlkd(
     student_logits: Tensor,
     teacher_logits: TeacherRows,
     labels: Tensor,
+    temperature: float = 4.0,
+    standardise: bool = False,
     weights: Tensor | None = None,
 ) -> Tensor:
     """Jin, Wang, Lin 2023, "Multi-Level Logit Distillation" (CVPR), as its released code has it.
 
     student_logits, teacher_logits: float (2B, C): rows of the weak views, then rows of the strong
     views of the same samples. weights: float (2B,), of the rows, 1 if None. Returns float32, ().
-    With P = softmax(z / T), for every T of 4, 3, 5, 2, 6:
+    With P = softmax(z / T), for T = temperature and every T of 3, 5, 2, 6:
 
         rows     T^2 mean_i KL(P_t[i] || P_s[i])         of the weak and of the strong views
         classes  sum (P_t' P_t - P_s' P_s)^2 / C         of the weak views
@@ -28,24 +31,31 @@ def mlkd(
     The code differs from the paper, and is followed because the published numbers are its: its
     masks of the weak views (rows whose teacher is surer than the median, likewise classes) select
     nothing but multiply by the share of what they would keep, the strong row terms of T = 2 and 6
-    read the weak views, and class and batch terms of the strong views are not added.
+    read the weak views, and class and batch terms of the strong views are not added. standardise:
+    as in the code of LSKD (arXiv 2403.01427), where only the row terms read standardised logits.
 
-    Weights of rows: KL terms are mean_i w_i KL_i; in the products row i stands with sqrt(w_i), so
-    that rows of weight 0 are as if they were not there.
+    Weights of rows: KL terms are mean_i w_i KL_i. Class and batch terms are sums over pairs of
+    rows, where a pair weighs sqrt(w_i w_j): rows of weight 0 are as if they were not there, and
+    equal weights scale the loss.
     """
-    weak_s, strong_s = student_logits.float().chunk(2)
-    weak_t, strong_t = whole(teacher_logits, "mlkd", 1.0).chunk(2)
     ones = student_logits.new_ones(len(student_logits), dtype=torch.float32)
     weak_w, strong_w = (ones if weights is None else weights).chunk(2)
-    confidence = weak_t.softmax(1)
+    student = student_logits.float()
+    confidence = whole(teacher_logits, "mlkd", 1.0).chunk(2)[0].softmax(1)
     unsure = _share_below_median(confidence.amax(1))
     rare = _share_below_median(confidence.sum(0))
-    total = student_logits.new_zeros((), dtype=torch.float32)
-    for t in TEMPERATURES:
-        weak = (weak_w * t**2 * kl(weak_t / t, weak_s / t)).mean()
-        strong = (strong_w * t**2 * kl(strong_t / t, strong_s / t)).mean()
-        total = total + unsure * weak + (strong if t in TEMPERATURES[:3] else weak)
-        p_t, p_s = (weak_w.sqrt()[:, None] * F.softmax(z / t, dim=1) for z in (weak_t, weak_s))
+    total = student.new_zeros(())
+    for place, t in enumerate((temperature, *FURTHER_TEMPERATURES)):
+        teacher = whole(teacher_logits, "mlkd", t)
+        z_s, z_t = (standardised(z) if standardise else z for z in (student, teacher))
+        weak, strong = (t**2 * kl(z_t / t, z_s / t)).chunk(2)
+        weak_term, strong_term = (weak_w * weak).mean(), (strong_w * strong).mean()
+        total = total + unsure * weak_term + (strong_term if place < 3 else weak_term)
+        # A pair of rows is multiplied by the roots of both, and squared: so each root is a fourth.
+        p_s, p_t = (
+            weak_w.pow(0.25)[:, None] * F.softmax(z.chunk(2)[0] / t, dim=1)
+            for z in (student, teacher)
+        )
         classes = (p_t.T @ p_t - p_s.T @ p_s).square().sum() / p_t.shape[1]
         batch = (p_t @ p_t.T - p_s @ p_s.T).square().sum() / len(p_t)
         total = total + rare * classes + unsure * batch
