@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.console import Console, duration
+from pipeline.report import write_report
+from pipeline.sweep.grid import Run
+from pipeline.sweep.results import Result, as_lines
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.errors import RunError
 from stages.rectify import RectifyConfig, rectify
@@ -53,7 +56,7 @@ STUDENTS: dict[str, tuple[LossSettings, BiasSettings]] = {
 
 
 def run_demo(out: str, console: Console, overwrite: bool = False, seeds: int = 3) -> None:
-    """Teacher, cache, rectification, students and a table; everything under `out`."""
+    """Teacher, cache, rectification, students, a table and a page; everything under `out`."""
     folder = _fresh_folder(Path(out), overwrite)
     cache = folder / "digits.zarr"
     splits = load_data(DATA)
@@ -67,7 +70,7 @@ def run_demo(out: str, console: Console, overwrite: bool = False, seeds: int = 3
     with _timed(seconds, "stage one"):
         weights = TeacherSettings(weights=str(folder / "teacher"))
         config = CacheConfig(data=DATA, teacher=weights, views=VIEWS, augment=AUGMENT)
-        cache_teacher(prepare(config, splits), cache, console)
+        cached = cache_teacher(prepare(config, splits), cache, console)
 
     console.say("3) stage two: rectifying what the teacher has wrong")
     with _timed(seconds, "stage two"):
@@ -76,19 +79,25 @@ def run_demo(out: str, console: Console, overwrite: bool = False, seeds: int = 3
 
     console.say(f"4) stage three: {len(STUDENTS)} kinds of students, {seeds} seeds each")
     students: dict[str, list[dict[str, Any]]] = {name: [] for name in STUDENTS}
+    ended: list[Result] = []
     for seed in range(seeds):
         for name in STUDENTS:
-            run = folder / "students" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            run = f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            student = _student(cache, name, seed)
             with _timed(seconds, name):
-                summary = train_student(_student(cache, name, seed), run, splits=splits)
+                summary = train_student(student, folder / "students" / run, splits=splits)
             students[name].append(summary)
+            ended.append(Result(Run(run, name, {}, student), cached.test_top1, summary))
             done = sum(map(len, students.values()))
             console.progress("students", done, seeds * len(STUDENTS), "runs")
 
     _show(console, teacher, students, seconds)
     results = {"teacher": teacher, "students": students, "seconds": seconds}
+    (folder / "students" / "results.jsonl").write_text(as_lines(ended))
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    page = write_report([str(folder)], str(folder / "report.html"))
     console.say(f"\nEverything lies in {folder}; `pipeline inspect {cache}` shows the cache.")
+    console.say(f"All of it on one page: {page}")
 
 
 def _student(cache: Path, name: str, seed: int) -> StudentConfig:

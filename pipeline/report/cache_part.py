@@ -7,7 +7,9 @@ import torch
 
 from pipeline.console import size
 from pipeline.report import cache_figures as figures
+from pipeline.report.figures import legend
 from pipeline.report.gallery import KINDS, Images, Sample, choose_samples, load_images
+from pipeline.report.groups import short
 from pipeline.report.html import Cell, Html, Row, fragment, number, percent, table, tag
 from pipeline.report.measured import (
     BINS,
@@ -21,13 +23,14 @@ from pipeline.report.measured import (
     entropy,
     top1_per_view,
 )
-from pipeline.tables import encoding_text
 from stages.cache import LogitCache
 
 MOST_CLASSES = 1000
 MOST_PAIRS = 20
 TOP_CLASSES = 5
 """Of each row in the gallery."""
+UNCHANGED = 1e-5
+"""Probabilities that differ by less are shown as one bar: rectification left them alone."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def _in_words(cache: LogitCache) -> Html:
         + f", seed {views.seed}.",
     )
     sizes = [cache.commits.bytes_of_view(view) for view in cache.complete_views]
-    second = f" Rows are stored as {encoding_text(cache.encoding)}"
+    coding = ", ".join(f"{k} {short(v)}" for k, v in cache.encoding.parameters.items())
+    second = f" Rows are stored as {cache.encoding.name}" + (f" ({coding})" if coding else "")
     if sizes:
         each = sum(sizes) / len(sizes) / cache.num_samples
         second += f", {each:.1f} bytes each, {size(sum(sizes))} in all"
@@ -223,16 +227,18 @@ def _gallery(
     title = tag("h4", "Mistakes, one by one")
     if not chosen:
         return fragment(title, tag("p", "The teacher has none of the rows that were drawn wrong."))
-    rectified_to = f", and rectified by {rectified}" if rectified else ""
-    at = f"Probabilities at T = {draw.temperature:g}, as cached{rectified_to}; bars are as long as "
-    told = tag("p", at + "the largest of a sample. ", images.note, class_="note")
+    at = f"Probabilities at T = {draw.temperature:g}, on each card's own scale. "
+    sure = "How sure the teacher is, is told at T = 1. "
+    told = tag("p", at, sure, images.note, class_="note")
+    key = [("right", "the label"), ("wrong", "what the teacher took it for"), ("plain", "others")]
+    key += [("rectified", f"after {rectified}, where that changes it")] if rectified else []
     blocks = []
     for kind, heading in KINDS.items():
         cards = [_card(cache, sample, images) for sample in chosen if sample.kind == kind]
         if cards:
             blocks.append(tag("h5", heading))
             blocks.append(tag("div", cards, class_="gallery"))
-    return fragment(title, told, blocks)
+    return fragment(title, told, legend(*((*entry, "solid") for entry in key)), blocks)
 
 
 def _card(cache: LogitCache, sample: Sample, images: Images) -> Html:
@@ -246,14 +252,15 @@ def _card(cache: LogitCache, sample: Sample, images: Images) -> Html:
     for c in picked:
         role = {sample.label: "label", sample.predicted: "predicted"}.get(c)
         colours = "right" if c == sample.label else "wrong" if c == sample.predicted else "plain"
-        lines = [_bar(float(sample.before[c]), highest, colours)]
-        if sample.after is not None:
-            lines.append(_bar(float(sample.after[c]), highest, "rectified"))
+        was, now = float(sample.before[c]), float(after[c])
+        lines = [_bar(was, highest, colours)]
+        if abs(now - was) > UNCHANGED:
+            lines.append(_bar(now, highest, "rectified"))
         bars.append(tag("dt", names[c], class_=role))
         bars.append(tag("dd", lines))
     uri = images.uris.get((sample.sample, sample.view))
     told = f"sample {sample.sample}, view {sample.view}"
-    picture = tag("img", src=uri, alt=told, loading="lazy") if uri else None
+    picture = tag("img", src=uri, alt=told) if uri else None
     return tag(
         "article",
         tag(
@@ -264,7 +271,7 @@ def _card(cache: LogitCache, sample: Sample, images: Images) -> Html:
                 tag("span", names[sample.label], class_="ink-right"),
                 " taken for ",
                 tag("span", names[sample.predicted], class_="ink-wrong"),
-                tag("small", f"{told}; {percent(sample.confidence, 1)} sure at T = 1"),
+                tag("small", f"{told}; {percent(sample.confidence, 1)} sure"),
             ),
         ),
         tag("dl", bars, class_="bars"),

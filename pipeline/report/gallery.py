@@ -41,13 +41,15 @@ class Sample:
 
 
 def choose_samples(draw: Draw, each: int = EACH) -> list[Sample]:
-    """The wrong rows that the teacher is surest of, then the first others; no sample twice."""
+    """The wrong rows that the teacher is surest of, then some of the others; no sample twice."""
     at = draw.wrong.nonzero().squeeze(1)
     confidence = torch.softmax(draw.logits[at], dim=1).gather(1, draw.predictions[at, None])[:, 0]
     by_confidence = confidence.sort(descending=True, stable=True).indices.tolist()
     taken: set[int] = set()
     chosen: list[Sample] = []
-    for kind, order in (("sure", by_confidence), ("drawn", range(len(at)))):
+    stride = max(1, len(at) // max(1, each))  # over all views, not the first one alone
+    drawn = sorted(range(len(at)), key=lambda position: position % stride)
+    for kind, order in (("sure", by_confidence), ("drawn", drawn)):
         wanted = len(chosen) + each
         for position in order:
             row = int(at[position])

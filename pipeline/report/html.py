@@ -54,6 +54,11 @@ def number(value: float, text: str, **attributes: str | float | None) -> Html:
     return tag("span", text, class_="number", data_value=value, **attributes)
 
 
+def counted(count: int, what: str) -> str:
+    """1 student, 2 students."""
+    return f"{count:,} {what if count == 1 else what + 's'}"
+
+
 def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f} %"
 
@@ -126,7 +131,7 @@ def table(
         )
     whole = tag(
         "table",
-        tag("caption", caption),
+        tag("caption", tag("span", caption)),
         tag("thead", tag("tr", heads)),
         tag("tbody", body),
         class_="sortable",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.report.cache_part import Options, cache_part, key_numbers
 from pipeline.report.groups import grouped
-from pipeline.report.html import Cell, Html, Row, fragment, percent, table, tag
+from pipeline.report.html import Cell, Html, Row, counted, fragment, percent, table, tag
 from pipeline.report.measured import BINS
 from pipeline.report.runs import LeftOut, Run
 from pipeline.report.sources import KnownCaches, Sources, find_sources
@@ -131,12 +131,12 @@ def _by_dataset(sources: Sources, known: KnownCaches) -> list[Section]:
 def _header(sources: Sources, sections: list[Section], contents: list[tuple[str, str]]) -> Html:
     students = [run for run in sources.runs if run.kind != "teacher"]
     counts = [
-        _counted(len(sources.caches), "cache"),
-        _counted(len(students), "student"),
-        _counted(len(sources.runs) - len(students), "teacher"),
+        (len(sources.caches), "cache"),
+        (len(students), "student"),
+        (len(sources.runs) - len(students), "teacher"),
+        (len(sections), "dataset"),
     ]
-    told = ", ".join(text for text in counts if text)
-    told += f", {len(sections)} dataset{'s' if len(sections) != 1 else ''}."
+    told = ", ".join(counted(count, what) for count, what in counts if count) + "."
     tiles = []
     if len(sections) == 1 and students:
         best = max(grouped(students), key=lambda group: group.spread(last_top1).mean)
@@ -153,10 +153,6 @@ def _header(sources: Sources, sections: list[Section], contents: list[tuple[str,
         key_numbers(tiles) if tiles else None,
         tag("nav", tag("ul", links), aria_label="Contents") if len(links) > 1 else None,
     )
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' if count != 1 else ''}" if count else ""
 
 
 def _left_out(left_out: Sequence[LeftOut]) -> Html | None:

@@ -1,10 +1,10 @@
 """How many teacher passes the cache cost, and how many its students would have cost online."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.console import duration
 from pipeline.report.groups import Group
-from pipeline.report.html import Html, fragment, number, tag
+from pipeline.report.html import Html, counted, fragment, number, percent, tag
 from pipeline.report.runs import Run
 from pipeline.report.sources import KnownCaches
 
@@ -19,11 +19,13 @@ def saved_passes(groups: Sequence[Group], known: KnownCaches) -> Html:
         if run.uses_teacher and run.cache is not None:
             by_cache.setdefault(run.cache, []).append(run)
     sentences = [_one_cache(cache, of_cache, known) for cache, of_cache in by_cache.items()]
+    if len(by_cache) > 1:
+        sentences.append(_together(by_cache, known))
     seconds = sum(run.summary.train_seconds for run in runs)
     waited = sum(run.summary.train_seconds * run.summary.wait_share for run in runs)
     took = (
-        f"Training the {len(runs)} run{'s' if len(runs) != 1 else ''} took {duration(seconds)} in "
-        f"all; {waited / max(seconds, 1e-9):.2%} of that went into waiting for targets."
+        f"Training the {counted(len(runs), 'run')} took {duration(seconds)} in "
+        f"all; {percent(waited / max(seconds, 1e-9))} of that went into waiting for targets."
     )
     without = [run for run in runs if run.kind == "student" and not run.uses_teacher]
     if without:
@@ -31,10 +33,25 @@ def saved_passes(groups: Sequence[Group], known: KnownCaches) -> Html:
     return fragment(tag("h4", "What it cost"), [tag("p", s) for s in sentences], tag("p", took))
 
 
+def _together(by_cache: Mapping[str, Sequence[Run]], known: KnownCaches) -> Html:
+    """All students and all their caches."""
+    online = sum(run.summary.epochs for runs in by_cache.values() for run in runs)
+    facts = [known.of(cache) for cache in by_cache]
+    took = sum(found.views for found in facts if found is not None)
+    unknown = "" if all(facts) else "; not all of these lie here now"
+    return fragment(
+        "Together: ",
+        number(online, f"{online:,}", data_field="all_passes_online"),
+        " passes online, ",
+        number(took, f"{took:,}", data_field="all_passes_cached"),
+        f" for {counted(len(by_cache), 'cache')}{unknown}.",
+    )
+
+
 def _one_cache(cache: str, runs: Sequence[Run], known: KnownCaches) -> Html:
     online = sum(run.summary.epochs for run in runs)
     facts = known.of(cache)
-    students = f"{len(runs)} student{'s' if len(runs) != 1 else ''}"
+    students = counted(len(runs), "student")
     epochs = number(online, f"{online:,} teacher passes", data_field="passes_online")
     first = fragment(
         tag("code", cache.rstrip("/").rpartition("/")[2]),
@@ -52,10 +69,8 @@ def _one_cache(cache: str, runs: Sequence[Run], known: KnownCaches) -> Html:
         then = "The two are even;"
     else:
         more = -(-facts.views * len(runs) // online) - len(runs)
-        then = (
-            f"That is {-saved:,} more than online; {more:,} further "
-            f"student{'s' if more != 1 else ''} of this length will have made up for it;"
-        )
+        further = counted(more, "further student")
+        then = f"That is {-saved:,} more than online; {further} like these will make up for it;"
     return fragment(
         first,
         "the cache took ",

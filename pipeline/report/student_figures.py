@@ -27,55 +27,79 @@ PARTS = {
 
 
 def accuracies(name: str, groups: Sequence[Group], teacher: float | None) -> Html:
-    """Test accuracy of each group: the mean over seeds, with a band of one standard deviation."""
-    drawn_groups = [group for group in groups if group.curve("test_top1")][:MOST_CURVES]
+    """Test accuracy of each group: the mean over seeds, with a band of one standard deviation.
+
+    Drawn twice, for wide windows and for narrow ones: page.css shows one of the two.
+    """
+    shown = [group for group in groups if group.curve("test_top1")][:MOST_CURVES]
     told = "Test accuracy of each group of students by epoch"
-    entries, width = [], 620.0
-    with drawing(name, told, "epoch", "test top-1, %", width, 330.0) as drawn:
-        for at, group in enumerate(drawn_groups):
-            name_, dashes = series(at)
-            curve = [_scaled(point, 100) for point in group.curve("test_top1")]
-            _band(drawn.axes, curve, name_, dashes)
-            entries.append((name_, f"{group.label} (n = {len(group.runs)})", dashes))
-        if teacher is not None:
-            dashes = (0, (4, 3))
-            drawn.axes.axhline(100 * teacher, color=colour("ink"), linewidth=1.1, linestyle=dashes)
-            entries.append(("ink", f"the teacher, {percent(teacher)}", dashes))
-        whole_numbers(drawn.axes)
+    teachers = (0, (4, 3))
+    drawings = []
+    for kind, width, height in (("wide", 620.0, 330.0), ("narrow", 360.0, 250.0)):
+        with drawing(f"{name}-{kind}", told, "epoch", "test top-1, %", width, height) as drawn:
+            for at, group in enumerate(shown):
+                curve = [_scaled(point, 100) for point in group.curve("test_top1")]
+                _band(drawn.axes, curve, *series(at))
+            if teacher is not None:
+                ink = colour("ink")
+                drawn.axes.axhline(100 * teacher, color=ink, linewidth=1.1, linestyle=teachers)
+            whole_numbers(drawn.axes)
+        drawings.append(tag("div", drawn.svg, class_=f"only-{kind}"))
+    entries = []
+    for at, group in enumerate(shown):
+        name_, dashes = series(at)
+        entries.append((name_, f"{group.label} (n = {len(group.runs)})", dashes))
+    if teacher is not None:
+        entries.append(("ink", f"the teacher, {percent(teacher)}", teachers))
     note = "Means over seeds; bands are one standard deviation."
-    if len(drawn_groups) < len(groups):
-        note += f" Curves of {len(drawn_groups)} of {len(groups)} groups."
-    return captioned(drawn.svg, "Test accuracy by epoch", note, legend(*entries))
+    if len(shown) < len(groups):
+        note += f" Curves of {len(shown)} of {len(groups)} groups."
+    return captioned(fragment(*drawings), "Test accuracy by epoch", note, legend(*entries))
 
 
-def loss_parts(name: str, group: Group) -> Html | None:
-    """What the loss of a group was made of in every epoch; None where it is a single term."""
-    curves = {key: group.curve(key) for key in _parts(group)}
+def loss_parts(name: str, group: Group, parts: Sequence[str]) -> Html | None:
+    """What the loss of a group was made of in every epoch; None where it is a single term.
+
+    parts: those that any group of the page has, see `part_names`.
+    """
+    curves = {key: group.curve(key) for key in parts}
     curves = {key: curve for key, curve in curves.items() if curve}
     if not curves:
         return None
-    entries = []
     told = "Parts of the training loss by epoch"
-    with drawing(name, told, "epoch", "nats, before weighting the parts", height=200.0) as drawn:
-        for at, (key, curve) in enumerate(curves.items()):
-            role, words = PARTS.get(key, (series(at)[0], key.removeprefix("loss_")))
-            _band(drawn.axes, curve, role, "solid")
-            entries.append((role, words, "solid"))
+    with drawing(name, told, "epoch", "mean over the epoch", height=200.0) as drawn:
+        for key, curve in curves.items():
+            _band(drawn.axes, curve, part_colour(key, parts), "solid")
         drawn.axes.set_ylim(0)
         whole_numbers(drawn.axes)
-    return captioned(drawn.svg, group.label, "", legend(*entries))
+    return captioned(drawn.svg, group.label)
 
 
-def _parts(group: Group) -> list[str]:
-    found = {key for run in group.runs for line in run.history for key in line}
+def part_names(groups: Sequence[Group]) -> list[str]:
+    """The metrics that losses are made of, the known ones first."""
+    found = {key for group in groups for run in group.runs for line in run.history for key in line}
     others = sorted(key for key in found if key.startswith("loss_") and key not in PARTS)
     return [key for key in PARTS if key in found] + others
+
+
+def part_colour(key: str, parts: Sequence[str]) -> str:
+    """The same for a part in every figure."""
+    return PARTS[key][0] if key in PARTS else series(parts.index(key))[0]
+
+
+def parts_legend(parts: Sequence[str]) -> Html:
+    """One for all figures of loss parts."""
+    words = {key: told for key, (_, told) in PARTS.items()}
+    named = ((key, words.get(key, key.removeprefix("loss_"))) for key in parts)
+    return legend(*((part_colour(key, parts), told, "solid") for key, told in named))
 
 
 def weights(name: str, groups: Sequence[Group]) -> Html | None:
     """How much right and wrong rows weighed, for each schedule in use; constant ones in words."""
     by_schedule: dict[tuple[tuple[float, float], ...], list[str]] = {}
     for group in groups:
+        if not any(run.uses_teacher for run in group.runs):
+            continue  # its weights weigh nothing
         right, wrong = group.curve("weight_right"), group.curve("weight_wrong")
         schedule = tuple((r.mean, w.mean) for r, w in zip(right, wrong, strict=False))
         if schedule:

@@ -11,12 +11,13 @@ from pipeline.report.passes import saved_passes
 from pipeline.report.runs import Run
 from pipeline.report.sources import KnownCaches
 
+MOST_LOSSES = 12
+"""How many groups' losses are drawn: each has a figure of its own."""
+
 
 def student_part(groups: Sequence[Group], known: KnownCaches, key: str) -> Html:
     """Everything about the students of one dataset, best group first. key: unique on the page."""
     groups = sorted(groups, key=lambda group: -group.spread(last_top1).mean)
-    losses = [figures.loss_parts(f"{key}-loss-{at}", group) for at, group in enumerate(groups)]
-    drawn = [svg for svg in losses if svg is not None]
     return tag(
         "section",
         tag("h3", "Students", id=key),
@@ -24,9 +25,7 @@ def student_part(groups: Sequence[Group], known: KnownCaches, key: str) -> Html:
         _means(groups),
         _settings(groups),
         saved_passes(groups, known),
-        fragment(tag("h4", "What the loss is made of"), tag("div", drawn, class_="figures"))
-        if drawn
-        else None,
+        _losses(groups, key),
         figures.weights(f"{key}-weights", groups),
         _every_run(groups),
     )
@@ -110,13 +109,33 @@ def _settings(groups: Sequence[Group]) -> Html | None:
     """In what the groups differ, all of it: labels keep the fewest that tell them apart."""
     settings = [group.settings for group in groups]
     keys = differing(settings) if len(groups) > 1 else []
-    if not keys:
+    if len(keys) < 2:  # the labels say it all
         return None
     rows = [
         Row([group.label, *(short(group.settings.get(key)) for key in keys)]) for group in groups
     ]
     whole = table("Settings in which the groups differ", ["group", *keys], rows, len(keys) + 1)
     return tag("details", tag("summary", f"All {len(keys)} settings in which they differ"), whole)
+
+
+def _losses(groups: Sequence[Group], key: str) -> Html | None:
+    parts = figures.part_names(groups)
+    losses = [
+        figures.loss_parts(f"{key}-loss-{at}", group, parts)
+        for at, group in enumerate(groups[:MOST_LOSSES])
+    ]
+    drawn = [svg for svg in losses if svg is not None]
+    if not drawn:
+        return None
+    told = "Before loss.ce_weight and loss.weight; the mean over seeds, and one standard deviation."
+    if len(groups) > MOST_LOSSES:
+        told += f" The {MOST_LOSSES} best of {len(groups)} groups."
+    return fragment(
+        tag("h4", "What the loss is made of"),
+        tag("p", told, class_="note"),
+        figures.parts_legend(parts),
+        tag("div", drawn, class_="figures"),
+    )
 
 
 def _every_run(groups: Sequence[Group]) -> Html:
