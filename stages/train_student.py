@@ -15,6 +15,7 @@ by their shares, and targets are as ever: the teacher saw the mixed image. Bias 
 rectification need one label a row, and refuse such a cache.
 """
 
+import functools
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -28,26 +29,34 @@ from stages.cache import LogitCache
 from stages.cache.encoding import check_temperature
 from stages.cache.identity import differences
 from stages.device import choose_device
+from stages.distributed import (
+    Ranks,
+    device_of_rank,
+    first_rank_before_others,
+    launched_ranks,
+    process_group,
+)
 from stages.errors import CacheError, ConfigError, IdentityError
 from stages.inputs.feed import Batch, pixel_probes
-from stages.inputs.views import ViewPolicy, check_unmixed, known_policy
+from stages.inputs.views import Paired, ViewPolicy, check_unmixed, known_policy
 from stages.objectives.bias import BiasWeights, bias_weights
 from stages.objectives.losses import TeacherRows, TemperedRows, mixed_ce
 from stages.reporting import Reporter, Silent
+from stages.training.assemble import Destination, Order, Planned, make_trainer
 from stages.training.budget import SlabPlan, parse_bytes, plan_slabs
 from stages.training.config import BiasSettings, LossSettings, RunConfig
 from stages.training.ensemble import NOT_RECTIFIED, open_members
 from stages.training.epoch_targets import TargetReader, Targets
-from stages.training.objective import Objective, rectified_at, resolved, teacher_temperatures
-from stages.training.setup import (
-    Destination,
-    Splits,
-    dataset_identity,
-    held_out,
-    load_data,
-    make_trainer,
+from stages.training.groups import groups_of_ranks
+from stages.training.objective import (
+    Objective,
+    rectified_at,
+    resolved,
+    teacher_temperatures,
+    views_seen,
 )
-from stages.training.trainer import Trainer, sample_order
+from stages.training.setup import Splits, dataset_identity, held_out, load_data
+from stages.training.trainer import Outcome, Trainer
 
 
 class StudentConfig(RunConfig, frozen=True, kw_only=True):
@@ -82,8 +91,31 @@ def train_student(
     splits: Splits | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Train a student and return the run's summary; see `student_trainer`."""
-    return student_trainer(config, out, resume, overwrite, splits, reporter).fit()
+    """Train a student and return the run's summary; see `student_trainer`.
+
+    Under torchrun the ranks train it together, and the first of them writes.
+    """
+    ranks = launched_ranks()
+    with process_group(ranks, device_of_rank(ranks, config.device)):
+        return student_trainer(config, out, resume, overwrite, splits, reporter, ranks).fit()
+
+
+def train_together(
+    configs: Sequence[StudentConfig],
+    outs: Sequence[str | Path],
+    resume: bool = False,
+    overwrite: bool = False,
+    splits: Splits | None = None,
+    reporter: Reporter | None = None,
+) -> list[Outcome]:
+    """Train several students in one process from one stream of batches: each has the weights that
+    it would have alone. The summary of every run, or the RunError of one that failed.
+
+    They may differ in model, loss, bias, optimiser and seed.init. Raises ConfigError where they
+    cannot share a stream, and what `student_trainer` raises.
+    """
+    students = list(zip(configs, map(Path, outs), strict=True))
+    return students_trainer(students, resume, overwrite, splits, reporter).fit_all()
 
 
 def student_trainer(
@@ -93,43 +125,66 @@ def student_trainer(
     overwrite: bool = False,
     splits: Splits | None = None,
     reporter: Reporter | None = None,
+    ranks: Ranks | None = None,
+) -> Trainer:
+    """As `students_trainer`, for one student."""
+    return students_trainer([(config, Path(out))], resume, overwrite, splits, reporter, ranks)
+
+
+def students_trainer(
+    students: Sequence[tuple[StudentConfig, Path]],
+    resume: bool = False,
+    overwrite: bool = False,
+    splits: Splits | None = None,
+    reporter: Reporter | None = None,
+    ranks: Ranks | None = None,
 ) -> Trainer:
     """Everything checked and loaded, ready for `fit`. `splits`: the dataset, if it is loaded.
 
     Raises IdentityError if the dataset is not the one the cache was made from, CacheError if the
     cache or the rectification is missing or incomplete, ConfigError for settings that cannot be.
     """
-    reporter = reporter or Silent()
+    reporter, ranks = reporter or Silent(), ranks or Ranks.alone()
     # 1) the cache, and what is to be learned from it
-    cache = LogitCache.open(config.cache)
-    config = check_objective(config, cache)
-    caches = open_members(cache, config.also, config.loss.temperature or 1.0)
-    check_rows_known(caches, config.loss)
-    views = shared_views(caches, config)
+    cache = LogitCache.open(students[0][0].cache)
+    configs = [check_objective(config, cache) for config, _ in students]
+    check_one_stream(configs)
+    config = configs[0]
+    caches = open_members(cache, config.also, [c.loss.temperature or 1.0 for c in configs])
+    for each in configs:
+        check_rows_known(caches, each.loss)
+    policy = cached_policy(cache)
+    (views,) = {tuple(shared_views(caches, each)) for each in configs}
+    shown = views_at_once(config, policy, views)
 
     # 2) images: the ones the teachers saw
-    splits = splits or load_data(config.data)
-    policy = cached_policy(cache)
+    splits = splits or first_rank_before_others(ranks, lambda: load_data(config.data))
     for member in caches:
         check_dataset(member, splits, policy, config.accept_pixel_drift, reporter)
 
-    # 3) the student and its run
-    plan = slab_plan(caches, config, len(views))
+    # 3) the students and their runs
+    plan, order = slab_plan(caches, config, len(views), ranks)
 
-    def task(labels: Tensor, _: ViewPolicy) -> CachedTask:
+    @functools.cache  # students of one rectification share its targets
+    def reader(rectified: str | None) -> TargetReader:
+        labels = splits.train.labels.to(device_of_rank(ranks, config.device))
         seed, epochs = config.seed.data, config.train.epochs
-        targets = TargetReader(caches, config.bias.rectified, views, plan, epochs, seed, labels)
-        return CachedTask(targets, config, labels)
+        return TargetReader(caches, rectified, shown, plan, epochs, seed, labels)
+
+    def planned(config: StudentConfig, out: Path) -> Planned:
+        def task(labels: Tensor, _: ViewPolicy) -> CachedTask:
+            return CachedTask(reader(config.bias.rectified), config, labels)
+
+        return Planned(config, Destination(out, "student", resume, overwrite), task, len(shown[0]))
 
     return make_trainer(
-        config,
+        [planned(each, out) for each, (_, out) in zip(configs, students, strict=True)],
         splits,
         lambda _: policy,
-        task,
-        Destination(Path(out), "student", resume, overwrite),
         reporter,
         teacher_size=cache.identity.teacher.image_size,
-        order=plan.groups.order if plan.groups else sample_order,
+        order=order,
+        ranks=ranks,
     )
 
 
@@ -143,11 +198,12 @@ class CachedTask:
         """config: with a resolved loss. labels: int64 (N,), on the device."""
         self._reader, self._config, self._labels = reader, config, labels
         self._objective = None if config.loss.name == "ce" else Objective(config.loss)
+        self.learned = None if self._objective is None else self._objective.learned
         self._weights = BiasWeights(1.0, 1.0)
         self.targets: Targets | None = None
         self._waited_before = 0.0
 
-    def start_epoch(self, epoch: int) -> int:
+    def start_epoch(self, epoch: int) -> tuple[int, ...]:
         bias = self._config.bias
         self._weights = bias_weights(
             bias.mode, bias.chosen_schedule, bias.reduction, epoch, self._config.train.epochs
@@ -157,7 +213,7 @@ class CachedTask:
         if self._objective is not None:
             self._objective.start_epoch(epoch)
             self.targets = self._reader.of_epoch(epoch)
-        return self._reader.view_of(epoch)
+        return self._reader.views_of(epoch)
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         samples, labels = batch.samples, self._labels[batch.samples]
@@ -249,15 +305,87 @@ def _only_rectification(cache: LogitCache) -> str:
     )
 
 
-def slab_plan(caches: Sequence[LogitCache], config: StudentConfig, num_views: int) -> SlabPlan:
-    """How targets are read. Raises ConfigError where slab_memory is too small, or missing."""
-    if config.slab_memory is None and config.loss.name == "ce":
-        return SlabPlan()  # none are read
-    text, total = config.slab_memory, caches[0].num_samples
-    budget = None if text is None else parse_bytes(text, "slab_memory")
+def slab_plan(
+    caches: Sequence[LogitCache],
+    config: StudentConfig,
+    num_views: int,
+    ranks: Ranks | None = None,
+) -> tuple[SlabPlan, Order]:
+    """How targets are read, and the order of samples that goes with it.
+
+    Raises ConfigError where slab_memory is too small, or missing.
+    """
+    text, cache = config.slab_memory, caches[0]
+    total, batch_size = cache.num_samples, config.train.batch_size
     samples, _ = held_out(total, config.data.val_fraction, config.seed.data)
+    if ranks is not None and ranks.world > 1:
+        if text is not None:
+            raise ConfigError(
+                "several processes read their parts of a view, and no groups of them",
+                "Leave --slab-memory out under torchrun.",
+            )
+        groups = groups_of_ranks(cache.row_of, cache.grid.chunk_rows, ranks.world)
+        shown = groups.smallest(samples)
+        order = Order(groups.order_of_group(ranks.rank, shown), shown)
+        return SlabPlan(groups, share=ranks.rank), order
+    if text is None and config.loss.name == "ce":
+        return SlabPlan(), Order()  # none are read
+    budget = None if text is None else parse_bytes(text, "slab_memory")
     device = choose_device(config.device)
-    return plan_slabs(caches, num_views, budget, samples, config.train.batch_size, device)
+    plan = plan_slabs(caches, num_views, budget, samples, batch_size, device)
+    return plan, Order(plan.groups.order) if plan.groups else Order()
+
+
+def check_one_stream(configs: Sequence[StudentConfig]) -> None:
+    """Raise ConfigError unless students can be shown the same batches, all at the same time."""
+    first, *others = map(_stream, configs)
+    for other in others:
+        if differing := differences(other, first):
+            raise ConfigError(
+                f"students trained together differ in {'; '.join(differing[:3])}",
+                "Train them apart, or make these settings the same.",
+            )
+
+
+def _stream(config: StudentConfig) -> dict[str, Any]:
+    """What decides which batches a student is shown."""
+    train = config.train
+    return {
+        "cache": config.cache,
+        "also": list(config.also),
+        "views": config.views,
+        "slab_memory": config.slab_memory,
+        "data": msgspec.to_builtins(config.data),
+        "device": config.device,
+        "seed.data": config.seed.data,
+        "train.epochs": train.epochs,
+        "train.batch_size": train.batch_size,
+        "train.deterministic": train.deterministic,
+        "views at once": views_seen(config.loss),
+    }
+
+
+def views_at_once(
+    config: StudentConfig, policy: ViewPolicy, views: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """What epochs may show: a view each, or the weak and the strong view of a sample where the loss
+    sees both. Raises ConfigError where the cache does not hold them in pairs.
+    """
+    if views_seen(config.loss) == 1:
+        return [(view,) for view in views]
+    name = config.loss.name
+    if not isinstance(policy, Paired):
+        raise ConfigError(
+            f"the loss '{name}' sees a weak and a strong view of every sample, the cache holds "
+            f"views of '{policy.name}'",
+            "Cache both: --augment 'pad-crop-flip|pad-crop-flip+rand-augment'.",
+        )
+    if len(views) < 2 or config.slab_memory is not None:
+        raise ConfigError(
+            f"the loss '{name}' reads two whole views at a time",
+            "Give it --views 2 or more, and no --slab-memory.",
+        )
+    return [policy.paired_views(view) for view in views[1::2]]
 
 
 def shared_views(caches: Sequence[LogitCache], config: StudentConfig) -> list[int]:

@@ -12,8 +12,9 @@ from stages.inputs.feed import Batch
 from stages.inputs.views import ViewPolicy
 from stages.objectives.losses import mixed_ce
 from stages.reporting import Reporter, Silent
+from stages.training.assemble import Destination, Planned, make_trainer
 from stages.training.config import RunConfig
-from stages.training.setup import Destination, Splits, chosen_policy, load_data, make_trainer
+from stages.training.setup import Splits, chosen_policy, load_data
 from stages.training.trainer import view_order
 
 
@@ -28,13 +29,15 @@ class LabelTask:
     as the policy has views.
     """
 
+    learned = None
+
     def __init__(self, labels: Tensor, num_views: int | None, seed: int) -> None:
         self._labels, self._num_views, self._seed = labels, num_views, seed
 
-    def start_epoch(self, epoch: int) -> int:
+    def start_epoch(self, epoch: int) -> tuple[int, ...]:
         if self._num_views is None:
-            return epoch
-        return view_order(self._seed, epoch, self._num_views)
+            return (epoch,)
+        return (view_order(self._seed, epoch, self._num_views),)
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         return {"loss": mixed_ce(logits, *batch.hard_labels(self._labels))}
@@ -61,4 +64,5 @@ def train_teacher(
         return LabelTask(labels, policy.count, config.seed.data)
 
     destination = Destination(Path(out), "teacher", resume, overwrite)
-    return make_trainer(config, splits, policy, task, destination, reporter or Silent()).fit()
+    planned = [Planned(config, destination, task)]
+    return make_trainer(planned, splits, policy, reporter or Silent()).fit()

@@ -113,8 +113,10 @@ def test_both_tasks_learn_both_labels(
     labels, cache = my_splits.train.labels, LogitCache.open(my_cache)
     feed = ViewFeed(my_splits.train, my_job.policy, CPU, workers=0)
     logits = torch.randn(120, 10, generator=torch.Generator().manual_seed(1))
-    task = student_trainer(student_config(my_cache), tmp_path / "run", splits=my_splits).task
-    view = task.start_epoch(0)
+    task = student_trainer(
+        student_config(my_cache), tmp_path / "run", splits=my_splits
+    ).learner.task
+    (view,) = task.start_epoch(0)
     (batch,) = feed.batches(torch.arange(120), view, 120)
     hard = naive_ce(logits, batch, labels)
     teacher = LabelTask(labels, None, 0)

@@ -179,9 +179,9 @@ def test_each_model_sees_its_own_size(
         student_config(my_cache, my_folder, workers=0), tmp_path / "run", splits=my_splits
     )
     order = torch.arange(8)
-    (batch,) = trainer.feed.batches(order, 1, 8)
+    (batch,) = trainer.feeds[0].batches(order, 1, 8)
     assert batch.pixels.shape == (8, 3, STUDENT_SIZE, STUDENT_SIZE)
-    assert trainer.evaluations["test"].feed.image_size == STUDENT_SIZE
+    assert trainer.learner.evaluations["test"].feed.image_size == STUDENT_SIZE
     assert LogitCache.open(my_cache).identity.teacher.image_size == TEACHER_SIZE
 
 
@@ -190,7 +190,7 @@ def test_without_a_size_the_student_takes_the_teachers(
 ) -> None:
     config = student_config(my_cache, my_folder, data=data(my_folder, workers=0))
     trainer = stage.student_trainer(config, tmp_path / "run", splits=my_splits)
-    assert trainer.feed.image_size == TEACHER_SIZE
+    assert trainer.feeds[0].image_size == TEACHER_SIZE
 
 
 def test_probes_are_of_the_teachers_size_and_checked_by_the_student(
@@ -246,9 +246,9 @@ def test_workers_are_gone_when_a_run_ends(
     with pytest.raises(RunError, match="SIGTERM"):
         trainer.fit()
     assert set(multiprocessing.active_children()) <= before
-    (batch,) = trainer.feed.batches(torch.arange(4), 0, 4)
+    (batch,) = trainer.feeds[0].batches(torch.arange(4), 0, 4)
     assert len(batch.samples) == 4
-    trainer.feed.close()
+    trainer.feeds[0].close()
     assert set(multiprocessing.active_children()) <= before
 
 
@@ -309,10 +309,10 @@ def test_an_epoch_in_groups_shows_every_sample_once(
     config = student_config(my_cache, my_folder, slab_memory=TIGHT)
     cache, views = LogitCache.open(my_cache), []
     trainer = stage.student_trainer(config, tmp_path / "run", splits=my_splits)
-    loss_parts = trainer.task.loss_parts
+    loss_parts = trainer.learner.task.loss_parts
 
     def compare(logits: Tensor, batch: Any) -> dict[str, Tensor]:
-        targets = trainer.task.targets  # type: ignore[attr-defined]
+        targets = trainer.learner.task.targets  # type: ignore[attr-defined]
         whole = cache.read_view(views[-1])
         for _ in range(2):  # any question, any number of times
             assert torch.equal(targets.rows(batch.samples), whole.rows(batch.samples))
@@ -320,13 +320,14 @@ def test_an_epoch_in_groups_shows_every_sample_once(
             assert targets.kept(batch.samples) is None
         return loss_parts(logits, batch)
 
-    def start_epoch(epoch: int) -> int:
-        views.append(start(epoch))
-        return views[-1]
+    def start_epoch(epoch: int) -> tuple[int, ...]:
+        shown_at_once = start(epoch)
+        views.extend(shown_at_once)
+        return shown_at_once
 
-    start = trainer.task.start_epoch
-    trainer.task.start_epoch = start_epoch  # type: ignore[method-assign]
-    trainer.task.loss_parts = compare  # type: ignore[method-assign]
+    start = trainer.learner.task.start_epoch
+    trainer.learner.task.start_epoch = start_epoch  # type: ignore[method-assign]
+    trainer.learner.task.loss_parts = compare  # type: ignore[method-assign]
     trainer.fit()
     assert len(shown) == 2 * 5
     for epoch in range(2):

@@ -18,8 +18,8 @@ from stages.inputs.cifar_models import cifar_model
 from stages.inputs.feed import Batch
 from stages.train_teacher import LabelTask, TeacherConfig, train_teacher
 from stages.training.config import DataSettings, ModelSettings, SeedSettings, TrainSettings
+from stages.training.learner import selected_epoch
 from stages.training.setup import Splits, held_out, load_data
-from stages.training.trainer import selected_epoch
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def my_validated(
     shown: set[int] = set()
 
     class Spy(LabelTask):
-        def start_epoch(self, epoch: int) -> int:
+        def start_epoch(self, epoch: int) -> tuple[int, ...]:
             if epoch == 5:
                 self._labels = (self._labels + 1) % 10
             return super().start_epoch(epoch)

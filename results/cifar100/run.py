@@ -37,7 +37,9 @@ class LiveTask:
     def __init__(self, cached: CachedTask, job: CacheJob, labels: Tensor) -> None:
         self._cached, self._job, self._labels = cached, job, labels
 
-    def start_epoch(self, epoch: int) -> int:
+    learned = None
+
+    def start_epoch(self, epoch: int) -> tuple[int, ...]:
         return self._cached.start_epoch(epoch)
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -104,12 +106,14 @@ def train(
     """One student; with the live teacher where its run directory is given."""
     trainer = student_trainer(config, out, splits=splits, overwrite=True, reporter=console)
     if live is not None:
-        assert isinstance(trainer.task, CachedTask)
+        assert isinstance(trainer.learner.task, CachedTask)
         given = TeacherSettings(weights=live)
         job = prepare(
             CacheConfig(data=config.data, teacher=given, views=1, dtype="bfloat16"), splits
         )
-        trainer.task = LiveTask(trainer.task, job, splits.train.labels.to(trainer.device))
+        trainer.learner.task = LiveTask(
+            trainer.learner.task, job, splits.train.labels.to(trainer.device)
+        )
     trainer.fit()
 
 

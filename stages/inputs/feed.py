@@ -54,6 +54,19 @@ class Batch:
         return labels[self.samples], partners, self.shares
 
 
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Several views of the same samples as one batch, view after view."""
+    if len(batches) == 1:
+        return batches[0]
+    mixed = all(batch.partners is not None for batch in batches)
+    return Batch(
+        torch.cat([batch.samples for batch in batches]),
+        torch.cat([batch.pixels for batch in batches]),
+        torch.cat([b.partners for b in batches if b.partners is not None]) if mixed else None,
+        torch.cat([b.shares for b in batches if b.shares is not None]) if mixed else None,
+    )
+
+
 class ViewFeed:
     """The images of a dataset, as a policy shows them, at one input size, on one device."""
 

@@ -63,11 +63,13 @@ def slab_bytes(caches: Sequence[LogitCache], rows: int) -> int:
 @dataclass(frozen=True)
 class SlabPlan:
     """How targets are read. groups: None where views are read whole. resident: all views are kept
-    once they were read.
+    once they were read. share: the only group of every epoch that this process reads, as each of
+    several ranks has its own.
     """
 
     groups: ChunkGroups | None = None
     resident: bool = False
+    share: int | None = None
 
 
 def plan_slabs(

@@ -59,9 +59,11 @@ NOT_RECTIFIED = (
 )
 
 
-def open_members(cache: LogitCache, also: Sequence[str], temperature: float) -> list[LogitCache]:
+def open_members(
+    cache: LogitCache, also: Sequence[str], temperatures: Sequence[float]
+) -> list[LogitCache]:
     """The first cache and those beside it. Raises IdentityError unless they hold the same views
-    of the same dataset, CacheError if their rows are not known at the loss's temperature and 1.
+    of the same dataset, CacheError if their rows are not known at the losses' temperatures and 1.
     """
     members = [LogitCache.open(path) for path in also]
     for member in members:
@@ -77,7 +79,7 @@ def open_members(cache: LogitCache, also: Sequence[str], temperature: float) -> 
                 "Averaged teachers must have looked at the same pixels: cache this one anew.",
             )
     for member in [cache, *members] if members else []:
-        for needed in (temperature, 1.0):
+        for needed in (*temperatures, 1.0):
             if not member.encoding.holds(needed):
                 raise CacheError(
                     f"{member.path} keeps part of each row, without its rest at T = {needed:g}",

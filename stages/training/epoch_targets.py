@@ -1,6 +1,6 @@
 """What every epoch of a run learns from: the targets of its view, from one cache or several."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -40,21 +40,21 @@ class TargetReader:
         self,
         caches: Sequence[LogitCache],
         rectified: str | None,
-        views: Sequence[int],
+        views: Sequence[tuple[int, ...]],
         plan: SlabPlan,
         epochs: int,
         seed: int,
         labels: Tensor,
     ) -> None:
-        """views: those that are shown. seed: seed.data. labels: int64 (N,), on the device where
-        targets are needed.
+        """views: what an epoch may show: a view, or the views of a sample that are seen at once.
+        seed: seed.data. labels: int64 (N,), on the device where targets are needed.
         """
         self._caches, self._rectified, self._labels = caches, rectified, labels
-        self._views, self._seed, self._groups = views, seed, plan.groups
+        self._views, self._seed, self._groups, self._share = views, seed, plan.groups, plan.share
         self._slabs = SlabReader(self._read, self._parts_of, epochs, plan.resident)
 
-    def view_of(self, epoch: int) -> int:
-        """The view that an epoch shows."""
+    def views_of(self, epoch: int) -> tuple[int, ...]:
+        """The views that an epoch shows at once."""
         return self._views[view_order(self._seed, epoch, len(self._views))]
 
     @property
@@ -62,17 +62,22 @@ class TargetReader:
         return self._slabs.waited
 
     def of_epoch(self, epoch: int) -> Targets:
-        """The targets of an epoch's view."""
-        if self._groups is None:
+        """The targets of an epoch's views; of views seen at once for batches that join them."""
+        if len(views := self.views_of(epoch)) > 1:
+            return JoinedTargets(self._slabs.slabs(epoch, 0, len(views) - 1))
+        if self._groups is None or self._share is not None:
             return self._slabs.slab(epoch)
         group_of = self._groups.group_of(self._seed, epoch).to(self._labels.device)
         return GroupedTargets(self._slabs, epoch, group_of)
 
     def _parts_of(self, epoch: int) -> list[_Part]:
-        view = self.view_of(epoch)
+        views = self.views_of(epoch)
         if self._groups is None:
-            return [_Part(view)]
-        return [_Part(view, chunks) for chunks in self._groups.chunks(self._seed, epoch)]
+            return [_Part(view) for view in views]
+        groups = self._groups.chunks(self._seed, epoch)
+        if self._share is not None:
+            groups = [groups[self._share]]
+        return [_Part(view, chunks) for view in views for chunks in groups]
 
     def _read(self, part: _Part) -> Targets:
         runs = None if self._groups is None else self._groups.runs(part.chunks)
@@ -81,6 +86,33 @@ class TargetReader:
             for cache in self._caches
         ]
         return members[0] if len(members) == 1 else EnsembleTargets(members, self._labels)
+
+
+@dataclass(frozen=True)
+class JoinedTargets:
+    """The targets of several views of the same samples, asked view after view in one batch."""
+
+    views: Sequence[Targets]
+
+    def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
+        return self._ask(samples, lambda view, some: view.rows(some, temperature))
+
+    def kept(self, samples: Tensor) -> Tensor | None:
+        answers = [v.kept(s) for v, s in self._parts(samples)]
+        found = [answer for answer in answers if answer is not None]
+        return torch.cat(found) if found else None
+
+    def wrong(self, samples: Tensor) -> Tensor:
+        return self._ask(samples, lambda view, some: view.wrong(some))
+
+    def rectified_rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
+        return self._ask(samples, lambda view, some: view.rectified_rows(some, temperature))
+
+    def _parts(self, samples: Tensor) -> Iterator[tuple[Targets, Tensor]]:
+        return zip(self.views, samples.chunk(len(self.views)), strict=True)
+
+    def _ask(self, samples: Tensor, question: Callable[[Targets, Tensor], Tensor]) -> Tensor:
+        return torch.cat([question(view, some) for view, some in self._parts(samples)])
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,25 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from stages.errors import ConfigError
 from stages.inputs.counter_hash import permute
-from stages.training.trainer import sample_order
+from stages.training.trainer import SampleOrder, sample_order
 
 _CHUNK_ORDER = 5  # a stream of seed.data, apart from those of the trainer
+
+
+def groups_of_ranks(row_of: Tensor, chunk_rows: int, world: int) -> "ChunkGroups":
+    """One group for each rank: pieces of about a chunk, as many for every rank, drawn anew in every
+    epoch. Raises ConfigError for more ranks than rows can be cut for.
+    """
+    rows = len(row_of)
+    for pieces in range(max(1, round(rows / world / chunk_rows)), 0, -1):
+        groups = ChunkGroups(row_of, -(-rows // (world * pieces)), pieces)
+        if groups.num_chunks == world * pieces:
+            return groups
+    raise ConfigError(
+        f"{rows} samples cannot be divided among {world} processes", "Start fewer processes."
+    )
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,15 @@ class ChunkGroups:
         """`samples` (int64) in the order of an epoch: group by group, shuffled within each."""
         shuffled = sample_order(samples, seed, epoch)
         return shuffled[self.group_of(seed, epoch)[shuffled].argsort(stable=True)]
+
+    def order_of_group(self, group: int, shown: int) -> SampleOrder:
+        """Of the samples of one group, whichever chunks it draws: the first `shown` of them."""
+
+        def order(samples: Tensor, seed: int, epoch: int) -> Tensor:
+            shuffled = sample_order(samples, seed, epoch)
+            return shuffled[self.group_of(seed, epoch)[shuffled] == group][:shown]
+
+        return order
 
     def smallest(self, samples: Tensor) -> int:
         """How many of these samples every group has at least, whichever chunks it draws."""

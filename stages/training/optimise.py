@@ -14,9 +14,12 @@ from torch.optim.lr_scheduler import (
 from stages.training.config import TrainSettings
 
 
-def make_optimizer(module: nn.Module, settings: TrainSettings) -> Optimizer:
-    """SGD with momentum, Adam or AdamW over all parameters."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+def make_optimizer(
+    module: nn.Module, settings: TrainSettings, learned: nn.Module | None = None
+) -> Optimizer:
+    """SGD with momentum, Adam or AdamW over all parameters, and those that the loss has itself."""
+    every = [*module.parameters(), *(learned.parameters() if learned is not None else ())]
+    parameters = [p for p in every if p.requires_grad]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,

@@ -117,14 +117,18 @@ class RunDirectory:
 
     def keep_metrics(self, epochs: int) -> list[dict[str, Any]]:
         """Drop what was written of epochs that will be run again; return the lines that stay."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = lines[:epochs]
-        self._replace("metrics.jsonl", "".join(f"{line}\n" for line in kept).encode())
-        history = [json.loads(line) for line in kept]
+        history = self.metrics(epochs)
+        lines = "".join(f"{json.dumps(line)}\n" for line in history)
+        self._replace("metrics.jsonl", lines.encode())
         if self._events is not None:
             self._events.go_on(history)
         return history
+
+    def metrics(self, epochs: int) -> list[dict[str, Any]]:
+        """The lines of the first so many epochs."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines[:epochs]]
 
     def add_metrics(self, metrics: Mapping[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a") as file:

@@ -1,33 +1,26 @@
 """What teachers and students need before the first step: images, model, evaluations."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-import msgspec
 import torch
 from torch import Tensor
 
 from stages.cache.identity import DatasetIdentity
-from stages.device import choose_device
 from stages.errors import ConfigError, ModelError
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, load_splits
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.models import Model, build_model, load_model, logits_of
 from stages.inputs.views import ViewPolicy, view_policy
-from stages.reporting import Reporter
 from stages.training.config import (
     DataSettings,
     ModelSettings,
-    RunConfig,
     SeedSettings,
     positive,
 )
-from stages.training.run_directory import RunDirectory
-from stages.training.trainer import Evaluation, SampleOrder, Task, Trainer, sample_order
+from stages.training.learner import Evaluation
 
 _HELD_OUT = 3  # a stream of seed.data, apart from those of the trainer
 
@@ -173,67 +166,3 @@ def check_output(
             f"the dataset has {num_classes} classes",
             "Use a model with one output per class.",
         )
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where a run goes, and what to do with a run that is there."""
-
-    out: Path
-    kind: Literal["teacher", "student"]
-    resume: bool
-    overwrite: bool
-
-
-def make_trainer(
-    config: RunConfig,
-    splits: Splits,
-    choose_policy: Callable[[int | None], ViewPolicy],
-    make_task: Callable[[Tensor, ViewPolicy], Task],
-    destination: Destination,
-    reporter: Reporter,
-    teacher_size: int | None = None,
-    order: SampleOrder = sample_order,
-) -> Trainer:
-    """Model, images and run directory, checked and ready for `fit`; nothing is written before.
-
-    choose_policy: input size -> the views to show. make_task: labels int64 (N,) on the device, and
-    the policy -> what is learned. teacher_size: the input size where nothing else gives one. order:
-    of the samples in an epoch.
-    """
-    train, data = splits.train, config.data
-    device = choose_device(config.device)
-    wanted = data.image_size or teacher_size
-    model, resolved = make_model(config.model, train, config.seed, wanted)
-    assert resolved.mean is not None
-    assert resolved.std is not None
-    image_size, policy = resolved.image_size, choose_policy(resolved.image_size)
-    feed = ViewFeed(train, policy, device, image_size, data.workers)
-    statistics = resolved.mean, resolved.std, model.channels
-    on_cpu = Normalise(*statistics, torch.device("cpu"), channels_last=False)
-    check_output(model, on_cpu, feed, len(train.class_names))
-    samples, validation = held_out(len(train), data.val_fraction, config.seed.data)
-    if policy.mixes and len(validation):
-        raise ConfigError(
-            f"data.val_fraction holds samples out, and '{policy.name}' shows them as partners",
-            "Train on all samples with --val-fraction 0, or without mixup and cutmix.",
-        )
-
-    resolved_config = msgspec.structs.replace(config, model=resolved)
-    plain = {"kind": destination.kind, **msgspec.to_builtins(resolved_config)}
-    run = RunDirectory.prepare(destination.out, plain, destination.resume, destination.overwrite)
-    reporter.say(run.config_text)
-    return Trainer(
-        module=model.module,
-        normalise=Normalise(*statistics, device, config.train.channels_last),
-        task=make_task(train.labels.to(device), policy),
-        feed=feed,
-        samples=samples,
-        evaluations=make_evaluations(data, splits, image_size, validation, device),
-        settings=config.train,
-        seeds=config.seed,
-        run=run,
-        reporter=reporter,
-        device=device,
-        order=order,
-    )

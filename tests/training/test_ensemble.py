@@ -245,7 +245,7 @@ def test_in_groups_of_the_firsts_chunks(
 )
 def test_caches_of_other_views(my_caches: Mapping[str, Path], other: str, field: str) -> None:
     with pytest.raises(IdentityError, match=rf"not of the same views: .*{field}"):
-        open_members(LogitCache.open(my_caches["first"]), [str(my_caches[other])], 4.0)
+        open_members(LogitCache.open(my_caches["first"]), [str(my_caches[other])], [4.0])
 
 
 def test_caches_of_another_dataset(
@@ -256,7 +256,7 @@ def test_caches_of_another_dataset(
     other.identity = msgspec.structs.replace(other.identity, dataset=dataset)
     monkeypatch.setattr(LogitCache, "open", lambda path: other)
     with pytest.raises(IdentityError, match=r"dataset\.labels: of others, not "):
-        open_members(first, ["other"], 4.0)
+        open_members(first, ["other"], [4.0])
 
 
 def test_caches_of_other_numbers_of_views(
@@ -296,6 +296,6 @@ def test_rows_whose_rest_is_unknown_at_one(
     cache_teacher(prepare(config, digits), tmp_path / "topk")
     first = LogitCache.open(my_caches["first"])
     with pytest.raises(CacheError, match=r"topk keeps part of each row, without its rest at T = 1"):
-        open_members(first, [str(tmp_path / "topk")], 4.0)
+        open_members(first, [str(tmp_path / "topk")], [4.0])
     with pytest.raises(CacheError, match=r"without its rest at T = 2"):
-        open_members(first, [str(tmp_path / "topk")], 2.0)
+        open_members(first, [str(tmp_path / "topk")], [2.0])

@@ -15,23 +15,22 @@ from helpers import DIGITS, first, metrics
 from torch import Tensor, nn
 
 from stages.errors import RunError
-from stages.inputs.feed import Batch, Normalise, ViewFeed, plain_view
+from stages.inputs.feed import Batch, Normalise, ViewFeed, num_batches, plain_view
 from stages.inputs.views import view_policy
 from stages.objectives.losses import ce
 from stages.reporting import Silent
 from stages.training.config import ModelSettings, SeedSettings, TrainSettings
-from stages.training.run_directory import RunDirectory
-from stages.training.setup import Splits, make_evaluations, make_model
-from stages.training.trainer import (
+from stages.training.learner import (
     Evaluation,
+    Learner,
     Task,
-    Trainer,
-    evaluate,
-    sample_order,
+    correct,
     selected_epoch,
-    stop_on_sigterm,
     summarise,
 )
+from stages.training.run_directory import RunDirectory
+from stages.training.setup import Splits, make_evaluations, make_model
+from stages.training.trainer import Trainer, sample_order, stop_on_sigterm
 
 CPU = torch.device("cpu")
 
@@ -45,13 +44,15 @@ def my_splits(digits: Splits) -> Splits:
 class SpyTask:
     """Hard labels; view e + 1 in epoch e. Remembers samples and pixels of every batch."""
 
+    learned = None
+
     def __init__(self, labels: Tensor) -> None:
         self.labels = labels
         self.batches: list[Tensor] = []
         self.pixels: list[Tensor] = []
 
-    def start_epoch(self, epoch: int) -> int:
-        return epoch + 1
+    def start_epoch(self, epoch: int) -> tuple[int, ...]:
+        return (epoch + 1,)
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         samples = batch.samples
@@ -82,14 +83,13 @@ def my_trainer(my_splits: Splits, tmp_path: Path) -> MakeTrainer:
         model, resolved = make_model(ModelSettings(architecture="resnet8"), train, seeds, None)
         assert resolved.mean is not None
         assert resolved.std is not None
-        return Trainer(
+        shown = torch.arange(len(train)) if samples is None else samples
+        learner = Learner(
             module=model.module,
             normalise=Normalise(
                 resolved.mean, resolved.std, model.channels, CPU, settings.channels_last
             ),
             task=task or SpyTask(train.labels),
-            feed=ViewFeed(train, view_policy("pad-crop:pad=2"), CPU),
-            samples=torch.arange(len(train)) if samples is None else samples,
             evaluations=make_evaluations(
                 DIGITS,
                 my_splits,
@@ -98,8 +98,16 @@ def my_trainer(my_splits: Splits, tmp_path: Path) -> MakeTrainer:
                 CPU,
             ),
             settings=settings,
-            seeds=seeds,
             run=RunDirectory.prepare(tmp_path / "run", {}),
+            device=CPU,
+            steps=num_batches(len(shown), settings.batch_size),
+        )
+        return Trainer(
+            learners=[learner],
+            feeds=[ViewFeed(train, view_policy("pad-crop:pad=2"), CPU)],
+            samples=shown,
+            settings=settings,
+            seeds=seeds,
             reporter=Silent(),
             device=CPU,
         )
@@ -113,7 +121,7 @@ def my_spy(my_splits: Splits) -> SpyTask:
 
 
 def lines(trainer: Trainer) -> list[dict[str, Any]]:
-    return metrics(trainer.run.path)
+    return metrics(trainer.learner.run.path)
 
 
 # ---- an epoch -------------------------------------------------------------------------------
@@ -188,7 +196,7 @@ def test_the_loss_goes_down(my_trainer: MakeTrainer, optimizer: Any, lr: float, 
     trainer.fit()
     found = lines(trainer)
     assert found[-1]["loss"] < 0.9 * found[0]["loss"]
-    assert {p.dtype for p in trainer.module.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainer.learner.module.parameters()} == {torch.float32}
 
 
 # ---- what cannot go on ----------------------------------------------------------------------
@@ -199,7 +207,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(my_trainer: MakeTrainer) -> None
     with pytest.raises(RunError, match="not finite after epoch 1") as stopped:
         trainer.fit()
     assert "train.lr" in stopped.value.remedy
-    assert not (trainer.run.path / "summary.json").exists()
+    assert not (trainer.learner.run.path / "summary.json").exists()
 
 
 def test_weights_that_are_not_finite_end_the_run(my_trainer: MakeTrainer) -> None:
@@ -209,7 +217,10 @@ def test_weights_that_are_not_finite_end_the_run(my_trainer: MakeTrainer) -> Non
         trainer.fit()
     assert "nan" not in stopped.value.cause  # as the loss was
     assert "train.lr" in stopped.value.remedy
-    assert {path.name for path in trainer.run.path.iterdir()} == {"config.yaml", "metrics.jsonl"}
+    assert {path.name for path in trainer.learner.run.path.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+    }
     assert lines(trainer) == []
 
 
@@ -232,7 +243,9 @@ def test_evaluate_is_numpys_accuracy(
     feed = ViewFeed(my_splits.test, plain_view(None, None), CPU)
     normalise = Normalise((0.3,), (0.4,), 1, CPU)
     settings = TrainSettings(batch_size=batch_size)
-    top1, top5 = evaluate(module, normalise, Evaluation(feed, samples, labels), settings, CPU)
+    evaluation = Evaluation(feed, samples, labels)
+    hits = correct(module, normalise, evaluation, samples, settings, CPU)
+    top1, top5 = (hits / len(samples)).tolist()
 
     assert my_splits.test.images is not None
     pixels = my_splits.test.images.numpy()[5:90].reshape(85, 64) / 255
@@ -307,7 +320,7 @@ def test_sigterm_saves_and_says_how_to_go_on(my_trainer: MakeTrainer, tmp_path: 
     with pytest.raises(RunError, match="SIGTERM in epoch 2, after batch 2; saved") as stopped:
         trainer.fit()
     assert "--resume" in stopped.value.remedy
-    state = trainer.run.load_checkpoint(CPU)
+    state = trainer.learner.run.load_checkpoint(CPU)
     assert state is not None
     assert (state["position"]["epoch"], state["position"]["step"]) == (1, 2)
     assert state["position"]["lr"] == pytest.approx(0.1 * (1 + math.cos(math.pi / 3)) / 2)

@@ -1,0 +1,169 @@
+"""From settings to a trainer: models, images and run directories, checked before any is written."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import torch
+from torch import Tensor
+
+from stages.distributed import Ranks, device_of_rank, first_rank_does
+from stages.errors import ConfigError
+from stages.inputs.feed import Normalise, ViewFeed
+from stages.inputs.models import Model
+from stages.inputs.views import ViewPolicy
+from stages.reporting import Reporter
+from stages.training.config import ModelSettings, RunConfig
+from stages.training.learner import Learner, RandomState, Task
+from stages.training.run_directory import RunDirectory
+from stages.training.setup import Splits, check_output, held_out, make_evaluations, make_model
+from stages.training.trainer import SampleOrder, Trainer, sample_order, steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a run goes, and what to do with a run that is there."""
+
+    out: Path
+    kind: Literal["teacher", "student"]
+    resume: bool
+    overwrite: bool
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that is to be trained. make_task: labels int64 (N,) on the device, and the policy ->
+    what is learned. views: how many views of a sample it sees at once.
+    """
+
+    config: RunConfig
+    destination: Destination
+    make_task: Callable[[Tensor, ViewPolicy], Task]
+    views: int = 1
+
+
+@dataclass(frozen=True)
+class Order:
+    """Of the samples in an epoch. shown: how many of them it shows, None for all."""
+
+    of_epoch: SampleOrder = sample_order
+    shown: int | None = None
+
+
+def make_trainer(
+    planned: Sequence[Planned],
+    splits: Splits,
+    choose_policy: Callable[[int | None], ViewPolicy],
+    reporter: Reporter,
+    teacher_size: int | None = None,
+    order: Order | None = None,
+    ranks: Ranks | None = None,
+) -> Trainer:
+    """Everything ready for `fit`; nothing is written before all of it is checked.
+
+    planned: one run or several that are shown the same stream of batches, by the settings of the
+    first. choose_policy: input size -> the views to show. teacher_size: the input size where
+    nothing else gives one. ranks: of a launch on several processes.
+    """
+    ranks, order, config = ranks or Ranks.alone(), order or Order(), planned[0].config
+    train, data, settings = splits.train, config.data, config.train
+    if settings.batch_size % ranks.world:
+        raise ConfigError(
+            f"a batch of {settings.batch_size} cannot be divided among {ranks.world} processes",
+            f"Give a --batch-size that is a multiple of {ranks.world}.",
+        )
+    if planned[0].views > 1 and ranks.world > 1:
+        raise ConfigError(
+            "a loss that sees two views of a sample at once is trained in one process",
+            "Start it without torchrun, or use another loss.",
+        )
+    device = device_of_rank(ranks, config.device)
+    models = [
+        _model(run.config, splits, data.image_size or teacher_size, device) for run in planned
+    ]
+    if len(sizes := {model.settings.image_size for model in models}) > 1:
+        raise ConfigError(
+            f"students trained together want images of {' and '.join(map(str, sizes))} pixels",
+            "Give all of them one --image-size, or train them apart.",
+        )
+    image_size = models[0].settings.image_size
+    policy = choose_policy(image_size)
+    feeds = [ViewFeed(train, policy, device, image_size, data.workers)]
+    feeds += [
+        ViewFeed(train, policy, device, image_size, data.workers)
+        for _ in range(1, planned[0].views)
+    ]
+    for model in models:
+        check_output(model.model, model.normalise("cpu"), feeds[0], len(train.class_names))
+    samples, validation = held_out(len(train), data.val_fraction, config.seed.data)
+    if policy.mixes and len(validation):
+        raise ConfigError(
+            f"data.val_fraction holds samples out, and '{policy.name}' shows them as partners",
+            "Train on all samples with --val-fraction 0, or without mixup and cutmix.",
+        )
+    labels = train.labels.to(device)
+    evaluations = make_evaluations(data, splits, image_size, validation, device)
+    steps = steps_per_epoch(order.shown or len(samples), settings.batch_size, ranks)
+    learners = [
+        Learner(
+            module=model.model.module,
+            normalise=model.normalise(device, settings.channels_last),
+            task=run.make_task(labels, policy),
+            evaluations=evaluations,
+            settings=run.config.train,
+            run=_run_directory(run, model.settings, reporter, ranks),
+            device=device,
+            steps=steps,
+            random_state=model.random_state if len(planned) > 1 else None,
+            ranks=ranks,
+        )
+        for run, model in zip(planned, models, strict=True)
+    ]
+    return Trainer(
+        learners=learners,
+        feeds=feeds,
+        samples=samples,
+        settings=settings,
+        seeds=config.seed,
+        reporter=reporter,
+        device=device,
+        order=order.of_epoch,
+        ranks=ranks,
+    )
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A model, its settings with normalisation and input size, and the generators after it."""
+
+    model: Model
+    settings: ModelSettings
+    random_state: RandomState
+
+    def normalise(self, device: torch.device | str, channels_last: bool = False) -> Normalise:
+        mean, std = self.settings.mean, self.settings.std
+        assert mean is not None
+        assert std is not None
+        return Normalise(mean, std, self.model.channels, torch.device(device), channels_last)
+
+
+def _model(config: RunConfig, splits: Splits, size: int | None, device: torch.device) -> _Made:
+    model, settings = make_model(config.model, splits.train, config.seed, size)
+    return _Made(model, settings, RandomState.now(device))
+
+
+def _run_directory(
+    run: Planned, model: ModelSettings, reporter: Reporter, ranks: Ranks
+) -> RunDirectory:
+    to, config = run.destination, msgspec.structs.replace(run.config, model=model)
+    plain = {"kind": to.kind, **msgspec.to_builtins(config)}
+
+    def prepare() -> None:
+        RunDirectory.prepare(to.out, plain, to.resume, to.overwrite)
+
+    first_rank_does(ranks, prepare)
+    directory = RunDirectory(to.out, config.tensorboard and ranks.first)
+    reporter.say(directory.config_text)
+    return directory

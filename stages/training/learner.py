@@ -1,0 +1,319 @@
+"""One model being trained: what it learns from, its optimiser, how far it is, where it is kept."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stages.device import autocast, place
+from stages.distributed import Ranks, summed
+from stages.errors import PipelineError, RunError
+from stages.inputs.feed import Batch, Normalise, ViewFeed
+from stages.inputs.models import logits_of
+from stages.training.config import TrainSettings
+from stages.training.optimise import make_optimizer, make_schedule
+from stages.training.run_directory import RunDirectory
+
+
+class Task(Protocol):
+    """What an epoch shows and what its loss is."""
+
+    @property
+    def learned(self) -> nn.Module | None:
+        """What the loss learns itself, trained and saved with the model."""
+
+    def start_epoch(self, epoch: int) -> tuple[int, ...]:
+        """Get ready; return the view that this epoch shows, or those of a sample seen at once."""
+
+    def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """float32 logits (B, C) and the batch they are of -> named scalars.
+
+        `loss` is what is minimised; the others are reported.
+        """
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """Numbers about the epoch that has just ended, for metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A set of samples that a model is measured on, on the clean view."""
+
+    feed: ViewFeed
+    samples: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Position:
+    """How far a run is: `step` batches into `epoch`, with the sums of its losses so far."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    lr: float = 0.0
+    totals: dict[str, Tensor] = field(default_factory=dict)
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.seconds, self.totals = self.epoch + 1, 0, 0.0, {}
+
+
+@dataclass
+class Learner:
+    """A model and all that its training changes. steps: batches of an epoch.
+
+    random_state: of the generators, for one of several learners in a process: each then draws as
+    if it were alone. error: why it was given up. ranks: of a launch that trains it on several
+    processes; the first of them writes.
+    """
+
+    module: nn.Module
+    normalise: Normalise
+    task: Task
+    evaluations: dict[str, Evaluation]
+    settings: TrainSettings
+    run: RunDirectory
+    device: torch.device
+    steps: int
+    random_state: "RandomState | None" = None
+    ranks: Ranks = field(default_factory=Ranks.alone)
+
+    def __post_init__(self) -> None:
+        place(self.module, self.device, self.settings.channels_last)
+        learned = self.task.learned
+        if learned is not None:
+            learned.to(self.device)
+        self._optimizer = make_optimizer(self.module, self.settings, learned)
+        self._schedule = make_schedule(self._optimizer, self.settings, self.steps)
+        half = self.settings.dtype == "float16"
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self._forward: Callable[[Tensor], Any] = self.module
+        if self.ranks.world > 1:
+            ids = None if self.device.type == "cpu" else [self.device]
+            self._forward = DistributedDataParallel(self.module, device_ids=ids)
+        self.position = Position()
+        self.history: list[dict[str, Any]] = []
+        self.error: PipelineError | None = None
+
+    # ---- an epoch -----------------------------------------------------------------------
+
+    def start_epoch(self) -> tuple[int, ...]:
+        """The views that the epoch at hand shows."""
+        views = self.task.start_epoch(self.position.epoch)
+        if self.position.step == 0:
+            self.position.lr = float(self._schedule.get_last_lr()[0])
+        self.module.train()
+        return views
+
+    def step(self, batch: Batch, views: int = 1) -> None:
+        """Learn from a batch. views: of how many views it is, one after the other."""
+        with self._drawing():
+            outputs = []
+            for pixels in batch.pixels.chunk(views):
+                images = self.normalise(pixels)
+                with autocast(self.device, self.settings.dtype):
+                    outputs.append(logits_of(self._forward(images)).float())
+            parts = self.task.loss_parts(torch.cat(outputs) if views > 1 else outputs[0], batch)
+            self._optimizer.zero_grad(set_to_none=True)
+            self._scaler.scale(parts["loss"]).backward()
+            self._average_learned()
+            self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._schedule.step()
+        totals = self.position.totals
+        for name, value in parts.items():
+            totals[name] = totals.get(name, 0) + value.detach() * len(batch.samples)
+        self.position.step += 1
+
+    def _average_learned(self) -> None:
+        """The gradients of what the loss learns, as those of the model, over all ranks."""
+        if self.ranks.world > 1 and self.task.learned is not None:
+            for parameter in self.task.learned.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = summed(self.ranks, parameter.grad) / self.ranks.world
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        if self.random_state is None:
+            yield
+            return
+        self.random_state.restore()
+        yield
+        self.random_state = RandomState.now(self.device)
+
+    def finish_epoch(self, views: tuple[int, ...], shown: int) -> dict[str, Any]:
+        """Measure, write and save; return the line of the epoch. shown: how many images it saw.
+
+        Raises RunError if the losses or the weights are not finite.
+        """
+        position = self.position
+        shown = int(summed(self.ranks, torch.tensor(shown)))
+        totals = {k: float(summed(self.ranks, t.double())) for k, t in position.totals.items()}
+        means = {name: total / shown for name, total in totals.items()}
+        finite = all(bool(torch.isfinite(p).all()) for p in self.module.parameters())
+        if not (finite and all(map(math.isfinite, means.values()))):
+            raise RunError(
+                f"the loss or the weights are not finite after epoch {position.epoch + 1}: {means}",
+                "Lower train.lr, or check the teacher and the loss settings.",
+            )
+        metrics = {
+            "epoch": position.epoch,
+            "view": views[0],
+            "lr": position.lr,
+            **means,
+            **self.task.epoch_metrics(),
+            "seconds": position.seconds,
+            "images_per_second": shown / position.seconds,
+        }
+        for name, evaluation in self.evaluations.items():
+            top1, top5 = self.evaluate(evaluation)
+            metrics |= {f"{name}_top1": top1, f"{name}_top5": top5}
+        self.history.append(metrics)
+        position.next_epoch()
+        if self.ranks.first:
+            self._write(metrics)
+        return metrics
+
+    def evaluate(self, evaluation: Evaluation) -> tuple[float, float]:
+        """Top-1 and top-5 accuracy; each of several ranks measures its share."""
+        for buffer in self.module.buffers() if self.ranks.world > 1 else ():
+            torch.distributed.broadcast(buffer, src=0)  # those that are written
+        shares = self.ranks.share(len(evaluation.samples))
+        some = evaluation.samples[shares.start : shares.stop]
+        hits = correct(self.module, self.normalise, evaluation, some, self.settings, self.device)
+        top1, top5 = (summed(self.ranks, hits) / len(evaluation.samples)).tolist()
+        return top1, top5
+
+    def _write(self, metrics: dict[str, Any]) -> None:
+        if self.position.epoch - 1 == selected_epoch(self.history):
+            self.run.save_model(self.module)
+        # Metrics before the checkpoint: a kill in between repeats the epoch and drops the line.
+        self.run.add_metrics(metrics)
+        self.save()
+        self.run.log(said(metrics, self.settings.epochs))
+
+    def finish(self) -> dict[str, Any]:
+        """The summary of the run, written as well."""
+        summary = summarise(self.history, sum(p.numel() for p in self.module.parameters()))
+        if self.ranks.first:
+            self.run.save_summary(summary)
+        return summary
+
+    # ---- state --------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Replace last.pt, on the first rank."""
+        if not self.ranks.first:
+            return
+        random = self.random_state or RandomState.now(self.device)
+        states = {
+            "model": self.module.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "position": dataclasses.asdict(self.position),
+            **dataclasses.asdict(random),
+        }
+        if self.task.learned is not None:
+            states["learned"] = self.task.learned.state_dict()
+        self.run.save_checkpoint(states)
+
+    def restore(self) -> None:
+        """Go on from last.pt, where there is one."""
+        states = self.run.load_checkpoint(self.device)
+        if states is not None:
+            self.module.load_state_dict(states["model"])
+            self._optimizer.load_state_dict(states["optimizer"])
+            self._schedule.load_state_dict(states["schedule"])
+            self._scaler.load_state_dict(states["scaler"])
+            if self.task.learned is not None:
+                self.task.learned.load_state_dict(states["learned"])
+            random = RandomState(states["cpu_generator"].cpu(), states["cuda_generator"])
+            if self.random_state is not None:
+                self.random_state = random
+            else:
+                random.restore()
+            self.position = Position(**states["position"])
+        kept = self.position.epoch
+        self.history = self.run.keep_metrics(kept) if self.ranks.first else self.run.metrics(kept)
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """What torch's generators will draw next: uint8 tensors."""
+
+    cpu_generator: Tensor
+    cuda_generator: Tensor | None
+
+    @staticmethod
+    def now(device: torch.device) -> "RandomState":
+        on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return RandomState(torch.get_rng_state(), on_gpu)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu_generator)
+        if self.cuda_generator is not None:
+            torch.cuda.set_rng_state(self.cuda_generator.cpu())
+
+
+@torch.inference_mode()
+def correct(
+    module: nn.Module,
+    normalise: Normalise,
+    evaluation: Evaluation,
+    samples: Tensor,
+    settings: TrainSettings,
+    device: torch.device,
+) -> Tensor:
+    """How many samples are right, and how many have their label among the best five: int64 (2,)."""
+    module.eval()
+    hits = torch.zeros(2, dtype=torch.int64, device=device)
+    labels = evaluation.labels.to(device)
+    for batch in evaluation.feed.batches(samples, 0, max(256, settings.batch_size)):
+        images = normalise(batch.pixels)
+        with autocast(device, settings.dtype):
+            logits = logits_of(module(images)).float()
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[batch.samples, None]
+        hits += torch.stack([best[:, 0].sum(), best.any(1).sum()])
+    return hits
+
+
+def said(metrics: dict[str, Any], epochs: int) -> str:
+    """A finished epoch in one line."""
+    return (
+        f"epoch {metrics['epoch'] + 1}/{epochs}  view {metrics['view']}  "
+        f"loss {metrics['loss']:.4f}  test top-1 {metrics['test_top1']:.2%}  "
+        f"{metrics['seconds']:.1f} s"
+    )
+
+
+def selected_epoch(history: list[dict[str, Any]]) -> int:
+    """The epoch whose weights are kept: the best on held-out samples, or else the last."""
+    if "val_top1" in history[-1]:
+        return max(range(len(history)), key=lambda e: history[e]["val_top1"])
+    return len(history) - 1
+
+
+def summarise(history: list[dict[str, Any]], parameters: int) -> dict[str, Any]:
+    """Last, best and selected epoch. `best` is by test top-1, as the literature reports it."""
+    picked = ("epoch", "test_top1", "test_top5", "val_top1", "loss")
+    best = max(range(len(history)), key=lambda e: history[e]["test_top1"])
+    chosen = {"last": len(history) - 1, "best": best, "selected": selected_epoch(history)}
+    seconds = sum(line["seconds"] for line in history)
+    waited = sum(line.get("wait_seconds", 0.0) for line in history)
+    return {
+        **{
+            name: {key: history[epoch][key] for key in picked if key in history[epoch]}
+            for name, epoch in chosen.items()
+        },
+        "epochs": len(history),
+        "parameters": parameters,
+        "train_seconds": seconds,
+        "wait_share": waited / seconds,
+    }
