@@ -9,7 +9,7 @@ from pipeline.report.runs import Run
 
 SEEDS = frozenset({"seed.data", "seed.init"})
 INDIFFERENT = SEEDS | {
-    *("device", "accept_pixel_drift", "slab_memory"),
+    *("device", "accept_pixel_drift", "slab_memory", "tensorboard"),
     *(f"data.{key}" for key in ("workers", "download", "rescan", "root", "feeding")),
 }
 """Settings that decide neither what is learned nor from what, beside the seeds."""
@@ -87,7 +87,10 @@ def _key(run: Run) -> Any:
 
 
 def _tells(key: str, value: Any) -> bool:
-    return key not in INDIFFERENT and value is not None
+    """An older run does not have the settings that are newer than it: what is off, or not given,
+    counts as left out.
+    """
+    return key not in INDIFFERENT and value is not None and value is not False
 
 
 def _common(group: Sequence[Run]) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from pipeline.report.sources import KnownCaches
 
 
 def saved_passes(groups: Sequence[Group], known: KnownCaches) -> Html:
-    """One pass is the teacher once over the training set: online an epoch needs one, the cache
-    needed one for each of its views, whatever is learned from it afterwards.
+    """One pass is the teacher once over the training set: online an epoch needs one for each view
+    that it shows, the cache needed one for each view that it holds, whatever is learned from it.
     """
     runs = [run for group in groups for run in group.runs]
     by_cache: dict[str, list[Run]] = {}
     for run in runs:
-        if run.uses_teacher and run.cache is not None:
-            by_cache.setdefault(run.cache, []).append(run)
+        for cache in run.caches if run.uses_teacher else ():
+            by_cache.setdefault(cache, []).append(run)
     sentences = [_one_cache(cache, of_cache, known) for cache, of_cache in by_cache.items()]
     if len(by_cache) > 1:
         sentences.append(_together(by_cache, known))
@@ -35,7 +35,7 @@ def saved_passes(groups: Sequence[Group], known: KnownCaches) -> Html:
 
 def _together(by_cache: Mapping[str, Sequence[Run]], known: KnownCaches) -> Html:
     """All students and all their caches."""
-    online = sum(run.summary.epochs for runs in by_cache.values() for run in runs)
+    online = sum(run.teacher_passes for runs in by_cache.values() for run in runs)
     facts = [known.of(cache) for cache in by_cache]
     took = sum(found.views for found in facts if found is not None)
     unknown = "" if all(facts) else "; not all of these lie here now"
@@ -49,7 +49,7 @@ def _together(by_cache: Mapping[str, Sequence[Run]], known: KnownCaches) -> Html
 
 
 def _one_cache(cache: str, runs: Sequence[Run], known: KnownCaches) -> Html:
-    online = sum(run.summary.epochs for run in runs)
+    online = sum(run.teacher_passes for run in runs)
     facts = known.of(cache)
     students = counted(len(runs), "student")
     epochs = number(online, f"{online:,} teacher passes", data_field="passes_online")
@@ -57,7 +57,7 @@ def _one_cache(cache: str, runs: Sequence[Run], known: KnownCaches) -> Html:
         tag("code", cache.rstrip("/").rpartition("/")[2]),
         f": learning online, the {students} on this page would have needed ",
         epochs,
-        " over the training set, one an epoch; ",
+        " over the training set, one for every view that an epoch shows; ",
     )
     if facts is None:
         return fragment(first, "how many the cache took is not known: it does not lie here now.")

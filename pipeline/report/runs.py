@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 import yaml
 
+from stages.objectives.losses import DEFINITIONS
+
 REQUIRED = ("loss", "test_top1", "seconds")
 """What every line of metrics.jsonl has."""
 
@@ -78,6 +80,20 @@ class Run:
     @property
     def seeds(self) -> tuple[Any, Any]:
         return self.config.get("seed.data", 0), self.config.get("seed.init", 0)
+
+    @property
+    def caches(self) -> list[str]:
+        """Of every teacher that it learned from."""
+        found = [self.config.get("cache"), *(self.config.get("also") or ())]
+        return [str(cache) for cache in found if cache is not None]
+
+    @property
+    def teacher_passes(self) -> int:
+        """How often each of its teachers would have seen the training set, had it been there."""
+        if not self.uses_teacher:
+            return 0
+        definition = DEFINITIONS.get(str(self.config.get("loss.name")))
+        return self.summary.epochs * (definition.views if definition else 1)
 
     @property
     def uses_teacher(self) -> bool:

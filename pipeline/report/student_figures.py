@@ -22,6 +22,7 @@ PARTS = {
     "loss_ce": ("faint", "cross-entropy with the label"),
     "loss_right": ("right", "distillation, rows the teacher has right"),
     "loss_wrong": ("wrong", "distillation, rows it has wrong"),
+    "loss_kd": ("series-0", "distillation, all rows"),
 }
 """Metrics that the loss is made of, before its weights: colour and words."""
 
@@ -62,8 +63,9 @@ def loss_parts(name: str, group: Group, parts: Sequence[str]) -> Html | None:
 
     parts: those that any group of the page has, see `part_names`.
     """
-    curves = {key: group.curve(key) for key in parts}
-    curves = {key: curve for key, curve in curves.items() if curve}
+    curves = {key: curve for key in parts if (curve := group.curve(key))}
+    if "loss_right" in curves:
+        curves.pop("loss_kd", None)  # the sum of the two
     if not curves:
         return None
     told = "Parts of the training loss by epoch"
@@ -77,7 +79,9 @@ def loss_parts(name: str, group: Group, parts: Sequence[str]) -> Html | None:
 
 def part_names(groups: Sequence[Group]) -> list[str]:
     """The metrics that losses are made of, the known ones first."""
-    found = {key for group in groups for run in group.runs for line in run.history for key in line}
+    found: set[str] = set()
+    for line in (line for group in groups for run in group.runs for line in run.history):
+        found |= line.keys() - ({"loss_kd"} if "loss_right" in line else set())
     others = sorted(key for key in found if key.startswith("loss_") and key not in PARTS)
     return [key for key in PARTS if key in found] + others
 
