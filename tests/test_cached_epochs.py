@@ -1,0 +1,181 @@
+"""Epochs for loops of one's own, against the cache, the policy and what train-student trains."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DIGITS, weights
+from torch import Tensor
+
+from stages.cache import LogitCache
+from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.cached_epochs import CachedEpochs
+from stages.device import place
+from stages.errors import CacheError, ConfigError, DatasetError, IdentityError, PipelineError
+from stages.inputs.models import build_model
+from stages.inputs.views import view_policy
+from stages.objectives.losses import LOSSES
+from stages.rectify import RectifyConfig, rectify
+from stages.train_student import StudentConfig, train_student
+from stages.training.config import DataSettings, ModelSettings, TrainSettings
+from stages.training.setup import Splits
+
+
+@pytest.fixture(scope="module")
+def my_epochs(finished_cache: Path) -> CachedEpochs:
+    return CachedEpochs(finished_cache, DIGITS, batch_size=128, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def my_rectified(finished_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("rectified") / "digits.zarr"
+    shutil.copytree(finished_cache, copy)
+    rectify(copy, RectifyConfig())
+    return copy
+
+
+def test_batches_hold_the_pixels_and_rows_of_one_view(
+    my_epochs: CachedEpochs, finished_cache: Path, digits: Splits
+) -> None:
+    cache, policy = LogitCache.open(finished_cache), view_policy("pad-crop:pad=2")
+    mean, std = digits.train.statistics()
+    assert digits.train.images is not None
+    views = []
+    for epoch in range(3):
+        batches = list(my_epochs.epoch(epoch))
+        assert len(batches) == len(my_epochs.epoch(epoch)) == 8
+        samples = torch.cat([batch.samples for batch in batches])
+        assert samples.sort().values.tolist() == list(range(1000))
+        for view in range(3):  # which of them it is shows in the rows
+            targets = cache.read_view(view)
+            if torch.equal(targets.rows(batches[0].samples), batches[0].teacher_logits):
+                break
+        views.append(view)
+        for batch in batches:
+            pixels = policy.apply(digits.train.images[batch.samples], batch.samples, view)
+            expected = (pixels / 255 - mean[0]) / std[0]
+            assert torch.allclose(batch.images, expected, atol=1e-6)
+            assert torch.equal(batch.teacher_logits, targets.rows(batch.samples))
+            assert torch.equal(batch.labels, digits.train.labels[batch.samples])
+            assert torch.equal(batch.wrong, targets.wrong(batch.samples))
+            assert batch.partner_labels is None
+    assert sorted(views) == [0, 1, 2]
+
+
+def test_an_epoch_may_be_gone_through_again(my_epochs: CachedEpochs) -> None:
+    epoch = my_epochs.epoch(4)
+    for one, other in zip(epoch, epoch, strict=True):
+        assert torch.equal(one.samples, other.samples)
+        assert torch.equal(one.images, other.images)
+
+
+def test_a_loop_of_ones_own_ends_where_train_student_ends(
+    finished_cache: Path, digits: Splits, tmp_path: Path
+) -> None:
+    recipe = TrainSettings(epochs=4, lr=0.05, batch_size=100, schedule="constant")
+    config = StudentConfig(
+        cache=str(finished_cache),
+        data=DIGITS,
+        model=ModelSettings(architecture="resnet8"),
+        train=recipe,
+        device="cpu",
+    )
+    train_student(config, tmp_path / "run", splits=digits)
+
+    torch.manual_seed(0)
+    student = place(build_model("resnet8", 10, 1).module, torch.device("cpu"))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    epochs = CachedEpochs(finished_cache, DIGITS, batch_size=100, device="cpu")
+    for epoch in range(4):
+        student.train()
+        for batch in epochs.epoch(epoch):
+            logits = student(batch.images)
+            soft: Tensor = LOSSES["kd"](
+                logits, batch.teacher_logits, batch.labels, temperature=4, reduction="none"
+            )
+            loss = 0.1 * F.cross_entropy(logits, batch.labels) + 0.9 * soft.mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    ours, theirs = student.state_dict(), weights(tmp_path / "run")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_rectified_rows(my_rectified: Path) -> None:
+    epochs = CachedEpochs(my_rectified, DIGITS, rectified="pairwise-T4", device="cpu")
+    plain = CachedEpochs(my_rectified, DIGITS, device="cpu")
+    for batch, before in zip(epochs.epoch(0), plain.epoch(0), strict=True):
+        changed = (batch.teacher_logits != before.teacher_logits).any(1)
+        assert torch.equal(changed, batch.wrong)
+        own = batch.teacher_logits.gather(1, batch.labels[:, None])[:, 0]
+        answered = before.teacher_logits.argmax(1, keepdim=True)
+        theirs = batch.teacher_logits.gather(1, answered)[:, 0]
+        assert bool((own > theirs)[batch.wrong].all())
+
+
+def test_the_test_split_is_clean_and_whole(my_epochs: CachedEpochs, digits: Splits) -> None:
+    assert digits.test.images is not None
+    batches = my_epochs.test()
+    images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert torch.equal(labels, digits.test.labels)
+    assert torch.equal(images, my_epochs.normalise(digits.test.images))
+    assert len(list(batches)) == len(batches)
+
+
+def test_mixed_views_have_both_labels(teacher_run: Path, digits: Splits, tmp_path: Path) -> None:
+    config = CacheConfig(
+        data=DIGITS,
+        teacher=TeacherSettings(weights=str(teacher_run)),
+        views=1,
+        augment="pad-crop:pad=2+mixup",
+        device="cpu",
+    )
+    cache_teacher(prepare(config, digits), tmp_path / "mixed.zarr")
+    batch = next(iter(CachedEpochs(tmp_path / "mixed.zarr", DIGITS, device="cpu").epoch(0)))
+    assert batch.partner_labels is not None
+    assert batch.shares is not None
+    assert batch.partner_labels.shape == batch.shares.shape == batch.labels.shape
+    assert bool((batch.shares >= 0.5).all())
+
+
+def test_samples_held_out_are_not_shown(finished_cache: Path) -> None:
+    held = DataSettings(dataset="digits", workers=0, val_fraction=0.25)
+    epochs = CachedEpochs(finished_cache, held, device="cpu")
+    shown = torch.cat([batch.samples for batch in epochs.epoch(0)])
+    assert len(shown.unique()) == len(shown) == 750
+
+
+def other_digits(split: str) -> list[tuple[Tensor, int]]:
+    """Images that no teacher saw."""
+    return [(torch.full((1, 8, 8), 20 * c, dtype=torch.uint8), c) for c in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        (CacheError, {"cache": "nowhere.zarr"}),
+        (DatasetError, {"data": "digitz"}),
+        (IdentityError, {"data": "test_cached_epochs:other_digits"}),
+        (CacheError, {"rectified": "swap-T4"}),
+        (ConfigError, {"views": 4}),
+        (ConfigError, {"views": 0}),
+        (PipelineError, {"rectified": "pairwise-T4", "temperature": 2.0}),
+    ],
+)
+def test_what_cannot_be(
+    my_rectified: Path, monkeypatch: pytest.MonkeyPatch, kind: type[PipelineError], given: dict
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    with pytest.raises(kind) as refused:
+        CachedEpochs(**{"cache": my_rectified, "data": "digits", "device": "cpu", **given})
+    assert len(str(refused.value).splitlines()) <= 3
+
+
+def test_an_unfinished_cache_is_refused_at_once(cache_copy: Path) -> None:
+    LogitCache.open(cache_copy, writable=True).grow(5)
+    with pytest.raises(CacheError, match="not complete"):
+        CachedEpochs(cache_copy, "digits", device="cpu")
+    assert len(CachedEpochs(cache_copy, "digits", views=3, device="cpu").epoch(0))
