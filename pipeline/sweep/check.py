@@ -23,10 +23,13 @@ from stages.train_student import (
     cached_policy,
     check_dataset,
     check_objective,
+    check_rows_known,
     shared_views,
     slab_plan,
+    views_at_once,
 )
 from stages.training.config import DataSettings, ModelSettings, SeedSettings
+from stages.training.ensemble import open_members
 from stages.training.setup import load_data
 
 
@@ -83,8 +86,12 @@ class _Known:
         )
         if alike not in self.objectives:
             resolved = check_objective(alike, self.cache(config.cache))
-            members = self.members(resolved)
-            slab_plan(members, resolved, len(shared_views(members, resolved)))
+            temperature = resolved.loss.temperature or 1.0
+            members = open_members(self.cache(config.cache), resolved.also, [temperature])
+            check_rows_known(members, resolved.loss)
+            views = shared_views(members, resolved)
+            views_at_once(resolved, cached_policy(members[0]), views)
+            slab_plan(members, resolved, len(views))
             self.objectives[alike] = resolved
         return msgspec.structs.replace(self.objectives[alike], model=config.model, seed=config.seed)
 

@@ -6,8 +6,7 @@ one run it was busy with: that run is tried once more, then told.
 
 import contextlib
 import logging
-import os
-import signal
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,8 @@ from typing import Any
 import dask
 
 from pipeline.sweep.grid import Run
-from pipeline.sweep.worker import Place, train
-from stages.errors import ConfigError
-
-Ended = tuple[Sequence[Run], list[dict[str, Any]] | BaseException]
-"""The runs of a task, and their summaries or what stopped them."""
+from pipeline.sweep.worker import Failure, Outcome, Place, failure, train
+from stages.errors import ConfigError, RunError
 
 _SETTINGS = {
     "distributed.scheduler.allowed-failures": 1,
@@ -32,28 +28,35 @@ _SETTINGS = {
 @contextlib.contextmanager
 def local_cluster(workers: int) -> Iterator[Any]:
     """A Dask client of so many processes here; they end with this one, however it ends."""
+    before = set(multiprocessing.active_children())
+    with contextlib.ExitStack() as stack:
+        try:
+            yield _started(workers, stack)
+        except BaseException:
+            # Closing would wait for students at work; their checkpoints are on the disk.
+            for process in set(multiprocessing.active_children()) - before:
+                process.kill()
+            raise
+
+
+def _started(workers: int, stack: contextlib.ExitStack) -> Any:
     from distributed import Client, LocalCluster
 
-    with (
-        dask.config.set(_SETTINGS),
-        LocalCluster(
+    stack.enter_context(dask.config.set(_SETTINGS))
+    try:
+        cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             processes=True,
             memory_limit=0,
             dashboard_address=None,
             silence_logs=logging.CRITICAL + 1,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        try:
-            yield client
-        except BaseException:
-            # Closing would wait for students at work; their checkpoints are on the disk.
-            for nanny in cluster.workers.values():
-                with contextlib.suppress(ProcessLookupError, TypeError):
-                    os.kill(nanny.pid, signal.SIGKILL)
-            raise
+        )
+        return stack.enter_context(Client(stack.enter_context(cluster), set_as_default=False))
+    except (OSError, RuntimeError) as error:
+        raise RunError(
+            f"{workers} worker processes cannot be started: {error}", "Try fewer --workers."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -79,10 +82,10 @@ def existing_cluster(address: str) -> Iterator[Any]:
 
 def trained(
     client: Any, groups: Sequence[Sequence[Run]], folder: Path, place: Place
-) -> Iterator[Ended]:
-    """Train every group, one a worker at a time, and yield each when it has ended.
+) -> Iterator[tuple[Sequence[Run], list[Outcome]]]:
+    """Train every group, one a worker at a time; yield each with its outcomes when it has ended.
 
-    folder: where the runs go.
+    folder: where the runs go. Raises RunError if the scheduler goes away.
     """
     from distributed import as_completed
 
@@ -93,14 +96,25 @@ def trained(
     def start() -> None:
         while waiting and len(busy) < max(1, len(client.nthreads())):
             runs = waiting.pop()
-            configs, outs = [r.config for r in runs], [str(folder / r.name) for r in runs]
-            future = client.submit(train, configs, outs, place, pure=False, key=f"train-{outs[0]}")
+            configs, outs = [run.config for run in runs], [str(folder / run.name) for run in runs]
+            future = client.submit(train, configs, outs, place, pure=False)
             busy[future.key] = runs
             ended.add(future)
 
     start()
     for future in ended:
+        runs = busy.pop(future.key)
+        if future.cancelled():
+            raise RunError("the Dask scheduler went away", "Go on with the same command.")
         error = future.exception()
-        yield busy.pop(future.key), future.result() if error is None else error
+        yield runs, future.result() if error is None else [_told(error)] * len(runs)
         future.release()
         start()
+
+
+def _told(error: BaseException) -> Failure:
+    from distributed.scheduler import KilledWorker
+
+    if isinstance(error, KilledWorker):
+        return Failure("its worker process died again: killed, out of memory, or crashed")
+    return failure(error)

@@ -10,7 +10,6 @@ NAME/          an ordinary run directory for every run
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,12 +127,6 @@ class SweepDirectory:
         with contextlib.suppress(OSError):
             return Progress(epochs=len((folder / "metrics.jsonl").read_text().splitlines()))
         return Progress()
-
-
-def clear_stillborn(folder: Path) -> None:
-    """Remove what a run leaves that was killed before it had written its configuration."""
-    if folder.is_dir() and all(p.name.endswith(".partial") for p in folder.iterdir()):
-        shutil.rmtree(folder)
 
 
 def _holds_something(folder: Path) -> bool:

@@ -1,33 +1,35 @@
 """Which runs can be trained in one process, from one stream of batches.
 
-Images are cropped and targets are read once for all students of a group. They must see the same
-batches: runs of a group agree in everything except model, loss, bias and the seed of first weights.
+Images are cropped and targets are read once for all students of a group. Which settings they must
+share is known to `stages.train_student.check_one_stream`; model, loss, bias, optimiser and the seed
+of first weights may differ.
 """
 
 from collections.abc import Sequence
 
-import msgspec
-
 from pipeline.sweep.grid import Run
-from stages.train_student import StudentConfig
-from stages.training.config import BiasSettings, LossSettings, ModelSettings
+from stages.errors import ConfigError
+from stages.train_student import check_one_stream
 
 
 def grouped(runs: Sequence[Run], most: int | None) -> list[list[Run]]:
     """Runs in groups of at most `most` (None for any number), in the order of their first runs."""
-    alike: dict[StudentConfig, list[Run]] = {}
+    groups: list[list[Run]] = []
     for run in runs:
-        alike.setdefault(shared(run.config), []).append(run)
-    size = most or len(runs)
-    return [group[i : i + size] for group in alike.values() for i in range(0, len(group), size)]
+        room = (g for g in groups if most is None or len(g) < most)
+        fitting = next((g for g in room if _share_a_stream(g[0], run)), None)
+        if fitting is None:
+            groups.append([run])
+        else:
+            fitting.append(run)
+    return groups
 
 
-def shared(config: StudentConfig) -> StudentConfig:
-    """The configuration, without what runs of one group may differ in."""
-    return msgspec.structs.replace(
-        config,
-        model=ModelSettings(architecture=""),
-        loss=LossSettings(),
-        bias=BiasSettings(),
-        seed=msgspec.structs.replace(config.seed, init=0),
-    )
+def _share_a_stream(one: Run, other: Run) -> bool:
+    if one.config.model.image_size != other.config.model.image_size:
+        return False
+    try:
+        check_one_stream([one.config, other.config])
+    except ConfigError:
+        return False
+    return True

@@ -1,13 +1,17 @@
 """What a worker process does: one run, or one group of runs, at a time.
 
-Data are loaded once in each process and shared by its students. Nothing here returns tensors: a
-run's directory holds what came of it.
+Data are loaded once in each process and shared by its students. What comes back is small: a run's
+directory holds what came of it.
 """
 
 import contextlib
+import fcntl
+import os
 import sys
 import threading
-from collections.abc import Sequence
+import time
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,14 +19,19 @@ from typing import Any
 
 import torch
 
-from pipeline.sweep.directory import clear_stillborn
-from stages.train_student import StudentConfig, train_student
+from stages.errors import PipelineError, RunError
+from stages.reporting import Silent
+from stages.train_student import StudentConfig, train_student, train_together
 from stages.training.config import DataSettings
 from stages.training.setup import Splits, load_data
 
 _ONE_AT_A_TIME = threading.Lock()
 """First weights come from torch's global generator: students of one process take turns, also where
 an existing cluster gives its workers several threads."""
+_PATIENCE = 60.0
+"""Seconds to wait for whoever still trains a run: it stops when it sees that it is not wanted."""
+_GLANCE = 2.0
+"""Seconds between two looks at whether a run is still wanted."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +45,55 @@ class Place:
     gpus: int = 0
 
 
-def train(
-    configs: Sequence[StudentConfig], outs: Sequence[str], place: Place
-) -> list[dict[str, Any]]:
-    """Train runs that are one task, going on where they were left; return their summaries."""
-    with _ONE_AT_A_TIME, contextlib.chdir(place.folder):
-        settle(place)
-        for out in outs:
-            clear_stillborn(Path(out))
-        splits = splits_of(configs[0].data, place.folder)
-        if len(configs) == 1:
-            return [train_student(configs[0], outs[0], resume=True, splits=splits)]
-        from stages.train_student import train_together  # type: ignore[attr-defined]
+@dataclass(frozen=True)
+class Failure:
+    """Why a run failed, in one line. trace: of an error that is a fault of ours, else empty."""
 
-        summaries: list[dict[str, Any]]
-        summaries = train_together(configs, outs, resume=True, splits=splits)
-        return summaries
+    told: str
+    trace: str = ""
+
+
+Outcome = dict[str, Any] | Failure
+"""The summary of a run, or why there is none."""
+
+
+def train(configs: Sequence[StudentConfig], outs: Sequence[str], place: Place) -> list[Outcome]:
+    """Train the runs of one task, going on where they were left."""
+    if not Path(place.folder).is_dir():
+        return [Failure(f"{place.folder} is not there: workers must see the same paths")] * len(
+            outs
+        )
+    with _ONE_AT_A_TIME, contextlib.chdir(place.folder), contextlib.ExitStack() as stack:
+        settle(place)
+        watch = Watch()
+        try:
+            for out in outs:
+                stack.enter_context(alone_in(Path(out)))
+            splits = splits_of(configs[0].data, place.folder)
+        except Exception as error:
+            return [failure(error)] * len(outs)
+        if len(configs) > 1:
+            # Where a group fails its runs are trained one by one: the one at fault is named.
+            with contextlib.suppress(Exception):
+                found = train_together(configs, outs, resume=True, splits=splits, reporter=watch)
+                return [failure(o) if isinstance(o, PipelineError) else o for o in found]
+        return [_one(*run, splits, watch) for run in zip(configs, outs, strict=True)]
+
+
+def _one(config: StudentConfig, out: str, splits: Splits, watch: "Watch") -> Outcome:
+    try:
+        return train_student(config, out, resume=True, splits=splits, reporter=watch)
+    except Exception as error:
+        return failure(error)
+
+
+def failure(error: BaseException) -> Failure:
+    """An error as it is told."""
+    if isinstance(error, PipelineError):
+        return Failure(" ".join(f"{error.cause}. {error.remedy}".rstrip(". ").split()))
+    lines = str(error).strip().splitlines()
+    told = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return Failure(told, "".join(traceback.format_exception(error)))
 
 
 @lru_cache(maxsize=2)
@@ -67,12 +109,70 @@ def settle(place: Place) -> None:
     if place.threads is not None:
         torch.set_num_threads(place.threads)
     if place.gpus:
-        torch.cuda.set_device(worker_number() % place.gpus)
+        torch.cuda.set_device(_worker_number() % place.gpus)
 
 
-def worker_number() -> int:
+def _worker_number() -> int:
     """Which worker of the cluster this is; 0 where workers have names instead of numbers."""
     from distributed import get_worker
 
     name = str(get_worker().name)
     return int(name) if name.isdecimal() else 0
+
+
+# ---- one writer a run -----------------------------------------------------------------------
+
+
+class Watch(Silent):
+    """A reporter that stops a run which nobody waits for: a thread cannot be stopped from outside,
+    and a cluster's workers outlive the sweep that gave them work.
+    """
+
+    def __init__(self) -> None:
+        from distributed import get_worker
+
+        self._worker, self._looked = None, time.monotonic()
+        with contextlib.suppress(ValueError):  # not on a worker
+            self._worker = get_worker()
+            self._task = self._worker.get_current_task()
+
+    def progress(self, task: str, done: float, total: float, unit: str) -> None:
+        now = time.monotonic()
+        if self._worker is None or now - self._looked < _GLANCE:
+            return
+        self._looked = now
+        state = self._worker.state.tasks.get(self._task)
+        if state is None or state.state in ("cancelled", "released", "forgotten"):
+            raise RunError("nobody waits for this run any more", "Go on with the same command.")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make a run's folder and hold it: what an earlier sweep has left running ends first.
+
+    Files of a run that was killed before it had written its configuration are removed. Raises
+    RunError if somebody else holds it for long.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        give_up = time.monotonic() + _PATIENCE
+        while not _locked(held):
+            if time.monotonic() > give_up:
+                raise RunError(f"another process is writing to {folder}", "Wait for it or stop it.")
+            time.sleep(0.5)
+        files = list(folder.iterdir())
+        if all(file.name.endswith(".partial") for file in files):
+            for file in files:
+                file.unlink()
+        yield
+    finally:
+        os.close(held)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
