@@ -49,6 +49,8 @@ def row_losses(size: int) -> Tensor:
         ("linear", 299, 1 / 300),
         ("constant", 0, 1.0),
         ("constant", 299, 1.0),
+        ("ramp", 0, 1.0),
+        ("ramp", 299, 1.0),
     ],
 )
 def test_schedule_values(schedule: Schedule, epoch: int, expected: float) -> None:
@@ -70,6 +72,15 @@ def test_constant_rectification_keeps_both_kinds_whole() -> None:
     assert (weights.right, weights.wrong) == (1, 1)
 
 
+@pytest.mark.parametrize("epoch", [0, 1, 5, 9])
+def test_a_ramp_adds_wrong_rows_along_the_cosine(epoch: int) -> None:
+    """L = L_right + (1 - b) L_wrong."""
+    ramp, cosine = (bias_weights("rectify", s, "batch", epoch, 10) for s in ("ramp", "cosine"))
+    assert ramp.right == 1
+    assert ramp.wrong == cosine.wrong == pytest.approx(math.sin(math.pi / 2 * epoch / 10) ** 2)
+    assert bias_weights("eliminate", "ramp", "batch", epoch, 10).wrong == 0
+
+
 # ---- the loss -------------------------------------------------------------------------------
 
 
@@ -81,6 +92,8 @@ def test_subset_reduction_is_the_papers(wrong: Tensor, schedule: Schedule, epoch
     losses, weights = row_losses(len(wrong)), bias_weights("rectify", schedule, "subset", epoch, 10)
     b = {"cosine": math.cos(math.pi / 2 * epoch / 10) ** 2, "linear": 1 - epoch / 10}.get(schedule)
     b_right, b_wrong = (1.0, 1.0) if b is None else (b, 1 - b)
+    if schedule == "ramp":
+        b_wrong = math.sin(math.pi / 2 * epoch / 10) ** 2
     expected = 0.0
     if (~wrong).any():
         expected += b_right * losses[~wrong].mean().item()

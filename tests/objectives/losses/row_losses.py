@@ -1,0 +1,271 @@
+"""What every loss of rows must do, as tests to inherit; and rows to try losses on.
+
+The formulas that losses are held against are written with numpy in float64, a row at a time, from
+the papers' definitions. Such a formula takes (z_s, at, y, held): the student's logits (C,), the
+teacher's logits as a function of the temperature, the label, and the student's logits once more, as
+a constant where a loss has no gradient.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stages.errors import ConfigError
+from stages.objectives.losses import TemperedRows
+
+Row = NDArray[np.float64]
+At = Callable[[float], Row]
+Formula = Callable[..., float]
+Parameters = Mapping[str, float]
+
+KINDS = ("mixed", "right", "wrong", "last")
+"""Whether the teacher is right; `last`: the label is its least likely class."""
+
+
+def draw(
+    kind: str = "mixed", classes: int = 10, rows: int = 12, seed: int = 0, scale: float = 3.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Student logits, teacher logits float32 (B, C), and labels int64 (B,)."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, rows, classes, generator=generator) * scale
+    order = teacher.argsort(1, descending=True)
+    place = {"right": 0, "wrong": 1, "last": classes - 1}.get(kind)
+    labels = (
+        torch.randint(classes, (rows,), generator=generator) if place is None else order.T[place]
+    )
+    if kind == "mixed":
+        labels[::3] = order[::3, 0]
+    return student, teacher, labels
+
+
+def log_softmax(z: Row, temperature: float = 1.0) -> Row:
+    scaled = z / temperature
+    top = scaled.max()
+    found: Row = scaled - (top + math.log(np.exp(scaled - top).sum()))
+    return found
+
+
+def softmax(z: Row, temperature: float = 1.0) -> Row:
+    found: Row = np.exp(log_softmax(z, temperature))
+    return found
+
+
+def log_sum(logs: Row) -> float:
+    """log sum exp, -inf of nothing."""
+    if not len(logs):
+        return -math.inf
+    return float(logs.max() + math.log(np.exp(logs - logs.max()).sum()))
+
+
+def divergence(log_p: Row, log_q: Row) -> float:
+    """sum_c p_c (log p_c - log q_c)."""
+    return float(sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True)))
+
+
+def without(z: Row, classes: Sequence[int]) -> Row:
+    """The logits of the other classes."""
+    return np.array([value for c, value in enumerate(z) if c not in classes])
+
+
+def by_formula(
+    formula: Formula,
+    student: Tensor,
+    at: Callable[[float], Tensor],
+    labels: Tensor,
+    parameters: Parameters,
+    held: Tensor | None = None,
+) -> Row:
+    """The formula of every row: (B,)."""
+    z_s, z_held = (z.double().numpy() for z in (student, student if held is None else held))
+    return np.array(
+        [
+            formula(
+                z_s[i], lambda t, i=i: at(t)[i].double().numpy(), int(y), z_held[i], **parameters
+            )
+            for i, y in enumerate(labels)
+        ]
+    )
+
+
+def part_of(teacher: Tensor, labels: Tensor, k: int) -> TemperedRows:
+    """The label and the k - 1 largest other logits of each row; of the rest the sum."""
+    order = teacher.scatter(1, labels[:, None], torch.inf).argsort(1, descending=True)
+    kept = order[:, torch.randperm(k, generator=torch.Generator().manual_seed(0))]
+    rest = teacher.scatter(1, kept, -torch.inf)
+
+    def at(temperature: float) -> Tensor:
+        sums = torch.logsumexp(rest.double() / temperature, 1, keepdim=True)
+        even = temperature * (sums - math.log(teacher.shape[1] - k))
+        rows = even.float().expand_as(teacher).contiguous()
+        return rows.scatter(1, kept, teacher.gather(1, kept))
+
+    return TemperedRows(at, kept)
+
+
+def averaged(teachers: Sequence[Tensor], shift: float = 0.0) -> TemperedRows:
+    """The mean probabilities of several teachers at each temperature, up to a constant that is
+    another at every temperature.
+    """
+
+    def at(temperature: float) -> Tensor:
+        mean = torch.stack([(z.double() / temperature).softmax(1) for z in teachers]).mean(0)
+        return (temperature * mean.log() + shift * temperature**0.5).float()
+
+    return TemperedRows(at)
+
+
+class RowLoss:
+    """Inherit, and name the loss and its formula.
+
+    parameters: the settings to try. reads: the temperatures at which partial rows are read with the
+    first of them; None where such rows are refused. shiftable: whether a constant on the teacher's
+    logits is nothing. widest: the largest deviation of logits at which float32 is as good as
+    float64.
+    """
+
+    loss: ClassVar[Callable[..., Tensor]]
+    formula: ClassVar[Formula]
+    parameters: ClassVar[Sequence[Parameters]] = ({},)
+    reads: ClassVar[Sequence[float] | None] = None
+    shiftable: ClassVar[bool] = True
+    widest: ClassVar[float] = 20.0
+
+    def check(self, student: Tensor, teacher: Any, labels: Tensor, **tolerances: float) -> None:
+        at = teacher.at if isinstance(teacher, TemperedRows) else lambda _: teacher
+        for parameters in self.parameters:
+            rows = self.loss(student, teacher, labels, reduction="none", **parameters)
+            expected = by_formula(self.formula, student, at, labels, parameters)
+            assert rows.shape == (len(labels),)
+            assert rows.dtype == torch.float32
+            scale = max(1, parameters.get("temperature", 4.0) ** 2 / 16)  # T^2 of rounding as well
+            tolerance = {"rtol": 2e-4, "atol": 2e-5 * scale} | tolerances
+            np.testing.assert_allclose(rows.detach().numpy(), expected, **tolerance)
+            mean = self.loss(student, teacher, labels, **parameters)
+            assert mean.shape == ()
+            torch.testing.assert_close(mean, rows.mean())
+
+    @pytest.mark.parametrize("classes", [2, 3, 10])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_every_row_is_the_formula(self, kind: str, classes: int) -> None:
+        self.check(*draw(kind, classes))
+
+    @given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 10**6), st.floats(0.01, 20))
+    @settings(
+        max_examples=8,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.differing_executors],  # it is inherited
+    )
+    def test_any_rows(self, classes: int, rows: int, seed: int, scale: float) -> None:
+        scale = min(scale, self.widest)
+        self.check(*draw("mixed", classes, rows, seed, scale), rtol=1e-3, atol=2e-4)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_gradient_is_that_of_finite_differences(self, kind: str) -> None:
+        student, teacher, labels = draw(kind, 4, 3)
+        for parameters in self.parameters:
+            leaf, step = student.clone().requires_grad_(), 1e-5
+            self.loss(leaf, teacher, labels, reduction="none", **parameters).sum().backward()
+            expected = np.zeros(student.shape)
+            for c in range(4):
+                moved = torch.zeros(4, dtype=torch.float64)
+                moved[c] = step
+                up, down = (
+                    by_formula(
+                        self.formula, student + d, lambda _: teacher, labels, parameters, student
+                    )
+                    for d in (moved, -moved)
+                )
+                expected[:, c] = (up - down) / (2 * step)
+            assert leaf.grad is not None
+            np.testing.assert_allclose(leaf.grad.numpy(), expected, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(("of_student", "of_teacher"), [(80, 1), (1, 80), (80, 80), (80, -80)])
+    def test_extreme_logits(self, kind: str, of_student: float, of_teacher: float) -> None:
+        """Whole rows of +-80, where probabilities are 0 and 1 in float32."""
+        student, teacher, labels = draw(kind)
+        student = student.sign() * 80 + student if of_student == 80 else student
+        teacher = teacher.sign() * of_teacher + teacher
+        labels = labels if kind == "mixed" else draw(kind)[2]
+        leaf = student.clone().requires_grad_()
+        for parameters in self.parameters:
+            value = self.loss(leaf, teacher, labels, **parameters)
+            (gradient,) = torch.autograd.grad(value, leaf)
+            assert value.isfinite()
+            assert gradient.isfinite().all()
+        self.check(student, teacher, labels, rtol=2e-3, atol=1e-3)
+
+    def test_low_precision_is_computed_in_float32(self) -> None:
+        student, teacher, labels = draw()
+        for dtype in (torch.bfloat16, torch.float16):
+            low_s, low_t = student.to(dtype).requires_grad_(), teacher.to(dtype)
+            rows = self.loss(low_s, low_t, labels, reduction="none")
+            exact = self.loss(low_s.float(), low_t.float(), labels, reduction="none")
+            assert rows.dtype == torch.float32
+            assert torch.equal(rows, exact)
+            rows.sum().backward()
+            assert low_s.grad is not None
+            assert low_s.grad.dtype == dtype
+            assert low_s.grad.isfinite().all()
+
+    def test_a_row_does_not_depend_on_the_others(self) -> None:
+        student, teacher, labels = draw()
+        rows = self.loss(student, teacher, labels, reduction="none")
+        for i in (0, 5):
+            alone = self.loss(student[i : i + 1], teacher[i : i + 1], labels[i : i + 1])
+            torch.testing.assert_close(alone, rows[i])
+
+    def test_several_teachers_are_read_at_each_temperature(self) -> None:
+        student, one, labels = draw(classes=5)
+        other = draw(classes=5, seed=1)[1]
+        self.check(student, averaged([one, other], 7.0 if self.shiftable else 0.0), labels)
+
+    # ---- rows that are known in part ----------------------------------------------------
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("classes", [3, 10])
+    def test_all_but_one_class_is_all(self, kind: str, classes: int) -> None:
+        student, teacher, labels = draw(kind, classes)
+        part = part_of(teacher, labels, classes - 1)
+        for parameters in self.parameters if self.reads is not None else ():
+            leaves = [student.clone().requires_grad_() for _ in range(2)]
+            values = [
+                self.loss(leaf, rows, labels, reduction="none", **parameters)
+                for leaf, rows in zip(leaves, (part, teacher), strict=True)
+            ]
+            torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
+            gradients = [
+                torch.autograd.grad(v.sum(), leaf)[0]
+                for v, leaf in zip(values, leaves, strict=True)
+            ]
+            torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+    def test_what_is_read_of_partial_rows(self) -> None:
+        student, teacher, labels = draw()
+        part, asked = part_of(teacher, labels, 4), []
+
+        def at(temperature: float) -> Tensor:
+            asked.append(temperature)
+            return part.at(temperature)
+
+        rows = TemperedRows(at, part.kept)
+        if self.reads is None:
+            with pytest.raises(ConfigError, match="whole teacher rows") as refused:
+                self.loss(student, rows, labels, **self.parameters[0])
+            assert "--encoding" in refused.value.remedy
+        else:
+            leaf = student.clone().requires_grad_()
+            value = self.loss(leaf, rows, labels, **self.parameters[0])
+            value.backward()
+            assert value.isfinite()
+            assert sorted(set(asked)) == sorted(self.reads)

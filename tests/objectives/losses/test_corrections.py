@@ -1,0 +1,155 @@
+"""LA, KA-LSR, LR and RC against their formulas: what they do on right and on wrong rows."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from row_losses import (
+    KINDS,
+    At,
+    Row,
+    RowLoss,
+    averaged,
+    divergence,
+    draw,
+    log_softmax,
+    part_of,
+    softmax,
+)
+from test_kd import kd_formula
+
+from stages.objectives.losses import kd
+from stages.objectives.losses.corrections import ka_lsr, la, lr, rc, swapped
+
+
+def la_formula(z_s: Row, at: At, y: int, held: Row, temperature: float = 4.0) -> float:
+    """Swapped in probability space."""
+    t = temperature
+    log_p = log_softmax(at(t), t)
+    top = int(log_p.argmax())
+    log_p[y], log_p[top] = log_p[top], log_p[y]
+    return t**2 * divergence(log_p, log_softmax(z_s, t))
+
+
+class TestLa(RowLoss):
+    loss, formula = staticmethod(la), staticmethod(la_formula)
+    parameters = ({"temperature": 2.0}, {}, {"temperature": 1.0})
+    reads = (2.0,)
+
+
+def ka_lsr_formula(
+    z_s: Row, at: At, y: int, held: Row, temperature: float = 4.0, epsilon: float = 0.1
+) -> float:
+    t, classes = temperature, len(z_s)
+    if int(at(t).argmax()) == y:
+        return kd_formula(z_s, at, y, held, t)
+    log_s, total = log_softmax(z_s, t), 0.0
+    for c in range(classes):
+        p = 1 - epsilon if c == y else epsilon / (classes - 1)
+        total += p * (math.log(p) - log_s[c]) if p else 0.0
+    return t**2 * total
+
+
+class TestKaLsr(RowLoss):
+    loss, formula = staticmethod(ka_lsr), staticmethod(ka_lsr_formula)
+    parameters = ({"temperature": 2.0}, {}, {"epsilon": 0.4}, {"epsilon": 0.0}, {"epsilon": 1.0})
+    reads = (2.0,)
+
+
+def lr_formula(z_s: Row, at: At, y: int, held: Row, alpha: float = 4.0, beta: float = 0.8) -> float:
+    z_t = at(1.0)
+    top = int(z_t.argmax())
+    if top == y:
+        return float(-log_softmax(z_s)[y] + alpha * np.mean((z_s - z_t) ** 2))
+    p_s, p_t = softmax(z_s), softmax(z_t)
+    share = beta / (p_t[top] - p_t[y] + 1)
+    revised = [share * p + (1 - share) * (c == y) for c, p in enumerate(p_t)]
+    return float(np.mean((p_s - revised) ** 2))
+
+
+class TestLr(RowLoss):
+    loss, formula = staticmethod(lr), staticmethod(lr_formula)
+    parameters = ({}, {"alpha": 1.0, "beta": 0.5})
+    shiftable = False  # the mean squared error is of logits
+
+
+def rc_formula(
+    z_s: Row, at: At, y: int, held: Row, temperature: float = 4.0, beta: float = 0.1
+) -> float:
+    t, refined = temperature, held.copy()
+    refined[y] = held[y] + held.max()
+    itself = t**2 * divergence(log_softmax(refined, t), log_softmax(z_s, t))
+    return kd_formula(z_s, at, y, held, t) + beta * itself
+
+
+class TestRc(RowLoss):
+    loss, formula = staticmethod(rc), staticmethod(rc_formula)
+    parameters = ({"temperature": 2.0}, {}, {"beta": 1.0})
+    reads = (2.0,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_swapping_logits_swaps_probabilities(kind: str) -> None:
+    _, teacher, labels = draw(kind)
+    for t in (1.0, 4.0):
+        torch.testing.assert_close(
+            (swapped(teacher, labels) / t).softmax(1), swapped((teacher / t).softmax(1), labels)
+        )
+    assert torch.equal(swapped(teacher, labels).argmax(1), labels)
+    assert torch.equal(swapped(teacher, labels).sort(1).values, teacher.sort(1).values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [2, 4])
+def test_the_swap_of_partial_rows_is_exact(kind: str, k: int) -> None:
+    """LA of partial rows is KD with part of the swapped row."""
+    student, teacher, labels = draw(kind)
+    part = part_of(teacher, labels, k)
+    found = la(student, part, labels, reduction="none")
+    again = part_of(teacher, labels, k)
+    assert part.kept is not None
+    for t in (1.0, 4.0):
+        probabilities = (swapped(again.at(t), labels) / t).softmax(1).gather(1, part.kept)
+        expected = (swapped(teacher, labels) / t).softmax(1).gather(1, part.kept)
+        torch.testing.assert_close(probabilities, expected)
+    if kind == "right":
+        torch.testing.assert_close(found, kd(student, part, labels, reduction="none"))
+
+
+@pytest.mark.parametrize("loss", [la, ka_lsr])
+def test_right_rows_are_kd(loss: object) -> None:
+    student, teacher, labels = draw("right")
+    assert callable(loss)
+    expected = kd(student, teacher, labels, reduction="none")
+    torch.testing.assert_close(loss(student, teacher, labels, reduction="none"), expected)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_wrong_rows_of_ka_lsr_need_nothing_but_the_label(k: int) -> None:
+    student, teacher, labels = draw("wrong")
+    exact = ka_lsr(student, teacher, labels, reduction="none")
+    part = part_of(teacher, labels, k)
+    torch.testing.assert_close(ka_lsr(student, part, labels, reduction="none"), exact)
+    other = draw("wrong", seed=3)[1]
+    other = other.scatter(1, labels[:, None], -50.0)
+    torch.testing.assert_close(ka_lsr(student, other, labels, reduction="none"), exact)
+
+
+def test_what_rc_adds_does_not_read_the_teacher() -> None:
+    student, teacher, labels = draw()
+    added = [
+        rc(student, z, labels, reduction="none") - kd(student, z, labels, reduction="none")
+        for z in (teacher, teacher.flip(1), averaged([teacher, student]))
+    ]
+    torch.testing.assert_close(added[0], added[1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(added[0], added[2], rtol=1e-3, atol=1e-4)
+
+
+def test_what_lr_revises_moves_towards_the_label() -> None:
+    """With the bound of the paper on b, the label is the revised row's largest class."""
+    _, teacher, labels = draw("last")
+    zero = torch.full_like(teacher, 0.0).requires_grad_()
+    lr(zero, teacher, labels, reduction="none").sum().backward()
+    assert zero.grad is not None
+    assert torch.equal((-zero.grad).argmax(1), labels)

@@ -1,0 +1,135 @@
+"""CTKD: KD at a temperature whose gradient is turned round."""
+
+import math
+
+import pytest
+import torch
+from row_losses import KINDS, averaged, draw, part_of
+
+from stages.errors import ConfigError
+from stages.objectives.losses import CTKD, kd
+
+START = 1 + 20 / (1 + math.exp(-1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_kd_at_its_temperature(kind: str) -> None:
+    student, teacher, labels = draw(kind)
+    loss = CTKD()
+    assert loss.temperature.item() == pytest.approx(START)  # 15.6
+    rows = loss(student, teacher, labels, reduction="none")
+    expected = kd(student, teacher, labels, START, reduction="none")
+    torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss(student, teacher, labels), rows.mean())
+
+
+def test_temperatures_are_between_1_and_21() -> None:
+    loss = CTKD()
+    with torch.no_grad():
+        for theta, expected in ((-50.0, 1.0), (0.0, 11.0), (50.0, 21.0)):
+            loss.theta.fill_(theta)
+            assert loss.temperature.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [(0, (math.cos(math.pi / 10) - 1) / 2), (4, -0.5), (9, -1.0), (10, -1.0), (239, -1.0)],
+)
+def test_the_gradient_of_the_temperature_is_the_reverse_of_kds(epoch: int, expected: float) -> None:
+    student, teacher, labels = draw()
+    loss = CTKD()
+    loss.start_epoch(epoch)
+    loss(student, teacher, labels).backward()
+
+    def kd_at(theta: float) -> float:
+        t = 1 + 20 / (1 + math.exp(-theta))
+        return kd(student.double(), teacher.double(), labels, t).item()
+
+    step = 0.05  # of a smooth curve, in float32
+    slope = (kd_at(1 + step) - kd_at(1 - step)) / (2 * step)
+    assert abs(slope) > 0.01
+    assert loss.theta.grad is not None
+    assert loss.theta.grad.item() == pytest.approx(expected * slope, rel=1e-2)
+
+
+def test_before_the_first_epoch_it_learns_nothing() -> None:
+    student, teacher, labels = draw()
+    loss = CTKD()
+    loss(student, teacher, labels).backward()
+    assert loss.theta.grad is not None
+    assert loss.theta.grad.item() == 0
+
+
+def test_the_gradient_of_the_student_is_kds() -> None:
+    student, teacher, labels = draw()
+    leaves = [student.clone().requires_grad_() for _ in range(2)]
+    loss = CTKD()
+    loss.start_epoch(20)
+    loss(leaves[0], teacher, labels).backward()
+    kd(leaves[1], teacher, labels, START).backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_the_student_descends_the_temperature_climbs() -> None:
+    """A few steps of both: theta is learned, and KD grows where only theta moves."""
+    student, teacher, labels = draw()
+    loss = CTKD()
+    loss.start_epoch(20)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+    values = []
+    for _ in range(10):
+        value = loss(student, teacher, labels)
+        values.append(value.item())
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    assert loss.theta.item() != 1
+    assert values == sorted(values)
+    assert values[-1] > values[0]
+
+
+def test_what_is_kept_is_theta() -> None:
+    assert list(CTKD().state_dict()) == ["theta"]
+
+
+@pytest.mark.parametrize("of_student", [1.0, 80.0])
+@pytest.mark.parametrize("of_teacher", [1.0, 80.0])
+def test_extreme_logits_and_low_precision(of_student: float, of_teacher: float) -> None:
+    student, teacher, labels = draw()
+    loss = CTKD()
+    loss.start_epoch(20)
+    leaf = (student.sign() * of_student).half().requires_grad_()
+    value = loss(leaf, (teacher.sign() * -of_teacher).half(), labels)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert value.isfinite()
+    for gradient in (leaf.grad, loss.theta.grad):
+        assert gradient is not None
+        assert gradient.isfinite().all()
+
+
+def test_several_teachers_are_read_at_the_learned_temperature() -> None:
+    """And the temperature has its gradient through them as well."""
+    student, one, labels = draw()
+    teachers = [one, draw(seed=1)[1]]
+
+    def value_and_slope(theta: float) -> tuple[float, float]:
+        loss = CTKD()
+        loss.start_epoch(20)
+        with torch.no_grad():
+            loss.theta.fill_(theta)
+        value = loss(student, averaged(teachers), labels)
+        value.backward()
+        assert loss.theta.grad is not None
+        return value.item(), loss.theta.grad.item()
+
+    (before, _), (value, slope), (after, _) = (value_and_slope(1 + d) for d in (-0.05, 0, 0.05))
+    assert slope == pytest.approx(-(after - before) / 0.1, rel=1e-2)
+    mean = averaged(teachers).at(START)
+    assert value == pytest.approx(kd(student, mean, labels, START).item(), rel=1e-3)
+
+
+def test_partial_rows_are_refused() -> None:
+    student, teacher, labels = draw()
+    with pytest.raises(ConfigError, match="'ctkd' needs whole teacher rows"):
+        CTKD()(student, part_of(teacher, labels, 4), labels)

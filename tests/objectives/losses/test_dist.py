@@ -1,0 +1,144 @@
+"""DIST against its formula, on whole batches; and what weights of rows mean to it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from row_losses import KINDS, Row, averaged, draw, part_of, softmax
+from torch import Tensor
+
+from stages.errors import ConfigError
+from stages.objectives.losses.dist import dist
+
+
+def pearson(a: Sequence[float] | Row, b: Sequence[float] | Row) -> float:
+    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+    pairs = list(zip(a, b, strict=True))
+    together = sum((x - mean_a) * (y - mean_b) for x, y in pairs)
+    alone = sum((x - mean_a) ** 2 for x, _ in pairs) * sum((y - mean_b) ** 2 for _, y in pairs)
+    return float(together / (alone**0.5 + 1e-8))
+
+
+def formula(
+    student: Tensor, teacher: Tensor, t: float = 4.0, beta: float = 1.0, gamma: float = 1.0
+) -> float:
+    u, v = (np.array([softmax(row, t) for row in z.double().numpy()]) for z in (student, teacher))
+    inter = 1 - np.mean([pearson(a, b) for a, b in zip(u, v, strict=True)])
+    intra = 1 - np.mean([pearson(a, b) for a, b in zip(u.T, v.T, strict=True)])
+    return float(t**2 * (beta * inter + gamma * intra))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("parameters", [(4.0, 1.0, 1.0), (1.0, 2.0, 0.0), (2.0, 0.0, 0.5)], ids=str)
+def test_it_is_the_formula(kind: str, classes: int, parameters: tuple[float, float, float]) -> None:
+    student, teacher, labels = draw(kind, classes)
+    found = dist(student, teacher, labels, *parameters)
+    assert found.item() == pytest.approx(formula(student, teacher, *parameters), rel=1e-3, abs=1e-4)
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    student, teacher, labels = draw(classes=4, rows=5)
+    leaf = student.clone().requires_grad_()
+    dist(leaf, teacher, labels).backward()
+    assert leaf.grad is not None
+    for i, c in ((0, 0), (1, 3), (4, 2)):
+        step = torch.zeros(5, 4, dtype=torch.float64)
+        step[i, c] = 1e-5
+        slope = formula(student + step, teacher) - formula(student - step, teacher)
+        assert leaf.grad[i, c].item() == pytest.approx(slope / 2e-5, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("of_student", [1.0, 80.0])
+def test_extreme_logits_and_batches_without_variation(of_student: float) -> None:
+    student, teacher, labels = draw()
+    batches = [
+        (student.sign() * of_student, teacher.sign() * 80),
+        (student[:1] * of_student, teacher[:1]),  # columns of one row
+        (torch.zeros(12, 10), teacher),
+        (student, torch.zeros(12, 10)),
+    ]
+    for z_s, z_t in batches:
+        leaf = z_s.clone().requires_grad_()
+        value = dist(leaf, z_t, labels[: len(z_s)])
+        value.backward()
+        assert value.isfinite()
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+
+
+@given(st.floats(0.05, 0.9), st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None)
+def test_probabilities_may_be_scaled_and_shifted(scale: float, seed: int) -> None:
+    """Pearson's correlation: a student whose probabilities are a p_t + b is a perfect one."""
+    _, teacher, labels = draw(seed=seed, scale=2.0)
+    p = (teacher / 4).softmax(1)
+    student = 4 * (scale * p + (1 - scale) / 10).log()
+    assert abs(dist(student, teacher, labels).item()) < 1e-3
+
+
+def test_several_teachers_are_read_at_the_temperature() -> None:
+    student, one, labels = draw()
+    mean = averaged([one, draw(seed=1)[1]], shift=5.0)
+    expected = formula(student, mean.at(4.0))
+    assert dist(student, mean, labels).item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_partial_rows_are_refused() -> None:
+    student, teacher, labels = draw()
+    with pytest.raises(ConfigError, match="'dist' needs whole teacher rows"):
+        dist(student, part_of(teacher, labels, 4), labels)
+
+
+# ---- weights of rows ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-6, 0.3, 50.0])
+def test_equal_weights_scale_the_loss(weight: float) -> None:
+    """Also the 3e-6 with which a schedule ends; None is 1."""
+    student, teacher, labels = draw()
+    leaves = [student.clone().requires_grad_() for _ in range(2)]
+    found = dist(leaves[0], teacher, labels, weights=torch.full((12,), weight))
+    plain = dist(leaves[1], teacher, labels)
+    torch.testing.assert_close(found, weight * plain, rtol=1e-5, atol=0)
+    gradients = [torch.autograd.grad(v, z)[0] for v, z in zip((found, plain), leaves, strict=True)]
+    torch.testing.assert_close(gradients[0], weight * gradients[1], rtol=1e-3, atol=1e-6 * weight)
+
+
+@given(st.lists(st.booleans(), min_size=12, max_size=12).filter(any))
+@settings(max_examples=25, deadline=None)
+def test_rows_of_weight_0_are_as_if_they_were_not_there(chosen: list[bool]) -> None:
+    """But for the share that the others are of the batch."""
+    student, teacher, labels = draw()
+    keep = torch.tensor(chosen)
+    leaves = [student.clone().requires_grad_() for _ in range(2)]
+    found = dist(leaves[0], teacher, labels, weights=keep.float())
+    expected = dist(leaves[1][keep], teacher[keep], labels[keep]) * keep.float().mean()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(v, z)[0] for v, z in zip((found, expected), leaves, strict=True)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_no_weight_at_all_is_no_loss() -> None:
+    student, teacher, labels = draw()
+    leaf = student.requires_grad_()
+    value = dist(leaf, teacher, labels, weights=torch.zeros(12))
+    value.backward()
+    assert value.item() == 0
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, torch.zeros(12, 10))
+
+
+def test_a_weight_is_a_number_of_copies() -> None:
+    """Rows with whole weights weigh as a batch in which they are repeated."""
+    student, teacher, labels = draw(rows=4)
+    copies = torch.tensor([1, 3, 0, 2])
+    again = torch.arange(4).repeat_interleave(copies)
+    found = dist(student, teacher, labels, weights=copies.float())
+    expected = dist(student[again], teacher[again], labels[again]) * 6 / 4
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,183 @@
+"""Settings of a loss: defaults filled in, and what it can be fed."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from stages.errors import ConfigError
+from stages.objectives.losses import CTKD, DEFINITIONS
+from stages.training.config import LossSettings
+from stages.training.objective import (
+    Objective,
+    rectified_at,
+    resolved,
+    teacher_temperatures,
+)
+
+NAMES = [name for name in DEFINITIONS if name != "ce"]
+PARAMETERS = ("temperature", "alpha", "beta", "gamma", "epsilon", "sure_temperature")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_named_is_the_losss_own(name: str) -> None:
+    found, definition = resolved(LossSettings(name=name)), DEFINITIONS[name]
+    assert (found.ce_weight, found.weight) == (definition.ce_weight, definition.weight)
+    assert found.warmup == definition.warmup
+    for parameter in PARAMETERS:
+        assert getattr(found, parameter) == definition.defaults.get(parameter)
+    assert resolved(found) == found
+
+
+def test_what_is_named_stays() -> None:
+    given: dict[str, Any] = {"ce_weight": 0.0, "weight": 3.0, "warmup": 0, "beta": 0.0}
+    found = resolved(LossSettings(name="dkd", temperature=2.0, **given))
+    assert {key: getattr(found, key) for key in given} == given
+    assert (found.temperature, found.alpha) == (2.0, 1.0)
+
+
+def test_ce_has_nothing() -> None:
+    assert resolved(LossSettings(name="ce", beta=3.0, standardise=True)) == LossSettings(name="ce")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("parameter", PARAMETERS)
+def test_a_parameter_that_the_loss_does_not_have(name: str, parameter: str) -> None:
+    settings = LossSettings(name=name, **{parameter: 0.5})
+    own = DEFINITIONS[name].defaults
+    if parameter in own:
+        assert getattr(resolved(settings), parameter) == 0.5
+        return
+    with pytest.raises(ConfigError, match=f"the loss '{name}' has no {parameter}") as refused:
+        resolved(settings)
+    assert all(known in refused.value.remedy for known in own)
+
+
+def test_several_parameters_that_kd_does_not_have() -> None:
+    with pytest.raises(ConfigError, match="'kd' has no beta and no gamma\nIt has: temperature"):
+        resolved(LossSettings(gamma=1.0, beta=2.0))
+
+
+def test_an_unknown_loss() -> None:
+    with pytest.raises(ConfigError, match=r"unknown loss 'dist2'\nKnown: ce, kd, dkd, "):
+        resolved(LossSettings(name="dist2"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ce_weight", -0.1),
+        ("weight", -1.0),
+        ("warmup", -1),
+        ("alpha", -1.0),
+        ("beta", -1.0),
+        ("gamma", math.nan),
+        ("epsilon", 1.1),
+        ("temperature", 0.0),
+        ("temperature", math.inf),
+        ("sure_temperature", -1.0),
+    ],
+)
+def test_numbers_that_cannot_be(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"loss\.{field} must be"):
+        LossSettings(**{field: value})  # type: ignore[arg-type]
+
+
+# ---- over the epochs ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("warmup", "expected"), [(0, [2, 2, 2]), (1, [2, 2, 2]), (4, [0.5, 1.0, 1.5, 2, 2])]
+)
+def test_the_weight_warms_up_from_the_first_epoch(warmup: int, expected: list[float]) -> None:
+    """min(epoch / warmup, 1) of epochs that count from 1."""
+    objective = Objective(resolved(LossSettings(name="dkd", weight=2.0, warmup=warmup)))
+    found = []
+    for epoch in range(len(expected)):
+        objective.start_epoch(epoch)
+        found.append(objective.weight)
+    assert found == expected
+
+
+def test_what_a_loss_learns() -> None:
+    assert isinstance(Objective(resolved(LossSettings(name="ctkd"))).learned, CTKD)
+    others = [name for name in NAMES if name != "ctkd"]
+    assert all(Objective(resolved(LossSettings(name=name))).learned is None for name in others)
+
+
+def test_ctkds_gradient_is_turned_with_the_epochs() -> None:
+    objective = Objective(resolved(LossSettings(name="ctkd")))
+    found = []
+    for epoch in (0, 4, 9, 30):
+        objective.start_epoch(epoch)
+        assert objective.learned is not None
+        found.append(objective.learned.reversal)
+    assert found == pytest.approx([(math.cos(math.pi / 10) - 1) / 2, -0.5, -1, -1])
+
+
+def test_what_it_is_of_a_batch() -> None:
+    """Rows, each times its weight; one number where rows are coupled."""
+    student, teacher = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    labels, weights = torch.arange(6) % 4, torch.arange(6.0)
+    for name in NAMES:
+        objective = Objective(resolved(LossSettings(name=name)))
+        assert (objective.couples_rows, objective.views) == (
+            name in ("dist", "mlkd"),
+            2 if name == "mlkd" else 1,
+        )
+        value = objective(student, teacher, labels, weights)
+        assert value.shape == (() if objective.couples_rows else (6,))
+        if not objective.couples_rows:
+            ones = objective(student, teacher, labels, torch.ones(6))
+            torch.testing.assert_close(value, weights * ones)
+
+
+# ---- what it reads --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (LossSettings(), [4.0]),
+        (LossSettings(temperature=2.0), [2.0]),
+        (LossSettings(name="nkd", temperature=3.0), [1.0, 3.0]),
+        (LossSettings(name="ttm", temperature=5.0), [5.0]),
+        (LossSettings(name="wttm"), [1.0, 5.0]),
+        (LossSettings(name="rld", sure_temperature=2.0), [2.0, 4.0]),
+        (LossSettings(name="wsld"), [1.0, 4.0]),
+    ],
+)
+def test_temperatures_at_which_partial_rows_are_read(
+    settings: LossSettings, expected: list[float]
+) -> None:
+    assert teacher_temperatures(resolved(settings)) == expected
+
+
+@pytest.mark.parametrize("name", ["dist", "mlkd", "ctkd", "lr"])
+def test_losses_that_need_whole_rows(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' needs whole teacher rows"):
+        teacher_temperatures(resolved(LossSettings(name=name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_partial_rows_are_not_standardised(name: str) -> None:
+    with pytest.raises(ConfigError, match="standardised where whole rows are known"):
+        teacher_temperatures(resolved(LossSettings(name=name, standardise=True)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (LossSettings(), 4.0),
+        (LossSettings(name="dist", temperature=2.0), 2.0),
+        (LossSettings(name="mlkd"), 4.0),
+        (LossSettings(name="ttm"), 10.0),
+        (LossSettings(name="lr"), 1.0),
+        (LossSettings(name="ctkd"), None),
+        (LossSettings(standardise=True), None),
+        (LossSettings(name="dkd", temperature=3.0, standardise=True), None),
+    ],
+)
+def test_the_temperature_of_rectified_rows(settings: LossSettings, expected: float | None) -> None:
+    assert rectified_at(resolved(settings)) == expected
