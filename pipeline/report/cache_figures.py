@@ -20,8 +20,8 @@ def reliability(name: str, found: Calibration) -> Html:
     told = "Reliability diagram: accuracy against confidence in 15 bins"
     with drawing(name, told, "confidence (largest probability), %", "accuracy, %") as drawn:
         axes, width = drawn.axes, 100 / BINS
-        middles = (filled + 0.5) * width
-        accuracy = 100 * found.accuracy[filled]
+        middles = ((filled + 0.5) * width).tolist()
+        accuracy = (100 * found.accuracy[filled]).tolist()
         axes.bar(middles, accuracy, width * 0.88, color=colour("right"), alpha=0.75, linewidth=0)
         axes.plot([0, 100], [0, 100], color=colour("ink"), linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xlim(0, 100)

@@ -1,0 +1,207 @@
+"""The page itself: whole, alone, escaped, the same again; and what is said where there is none."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from helpers import first
+from reports import epoch, parse, write_run, write_sweep
+
+from pipeline.cli import cli
+from pipeline.report import write_report
+from pipeline.report.gallery import choose_samples, load_images
+from pipeline.report.measured import draw_rows
+from stages.cache import LogitCache
+from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.errors import PipelineError, RunError
+from stages.rectify import RectifyConfig, rectify
+from stages.training.setup import Splits
+
+HISTORY = [epoch(0, 0.2), epoch(1, 0.4)]
+
+
+@pytest.fixture
+def everything(tmp_path: Path, small_cache: Path) -> Path:
+    """A folder with a cache, a sweep, and runs in every state."""
+    folder = tmp_path / "everything"
+    shutil.copytree(small_cache, folder / "cache.zarr")
+    write_sweep(folder / "sweep")
+    write_run(folder / "runs" / "done", HISTORY, cache=str(folder / "cache.zarr"))
+    write_run(folder / "runs" / "teacher", HISTORY, kind="teacher")
+    write_run(folder / "runs" / "begun", HISTORY[:1], finished=False, train__epochs=9)
+    write_run(folder / "runs" / "waiting")
+    write_run(folder / "runs" / "broken", HISTORY)
+    (folder / "runs" / "broken" / "metrics.jsonl").write_text('{"epoch": 0, "lo')
+    (folder / "notes").mkdir()
+    return folder
+
+
+def test_a_page_is_whole_and_alone(everything: Path, tmp_path: Path) -> None:
+    out = write_report([str(everything)], str(tmp_path / "report.html"))
+    page, text = parse(out), out.read_text()
+    assert not re.search(r"https?:|//[a-z]|@import|@font-face", re.sub(r"\n\s*//.*", "", text))
+    for element in page.find():
+        source = element.attributes.get("src", "data:")
+        target = element.attributes.get("href", "#")
+        assert source.startswith("data:")
+        assert target.startswith("#")
+    ids = [element.attributes["id"] for element in page.find() if "id" in element.attributes]
+    assert len(ids) == len(set(ids))
+    links = {e.attributes["href"][1:] for e in page.find() if "href" in e.attributes}
+    clips = set(re.findall(r"url\(#([^)]+)\)", text))
+    assert links | clips <= set(ids)
+
+
+def test_figures_follow_the_colours_of_the_page(everything: Path, tmp_path: Path) -> None:
+    out = write_report([str(everything)], str(tmp_path / "report.html"))
+    figures = re.findall(r'<svg viewBox[^>]*role="img".*?</svg>', out.read_text(), re.DOTALL)
+    assert len(figures) >= 8
+    for svg in figures:
+        colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg))
+        assert all(c == "none" or re.fullmatch(r"var\(--[a-z0-9-]+\)", c) for c in colours), colours
+        assert "font-family" not in svg
+        assert "<text" in svg
+
+
+def test_every_variable_is_defined(everything: Path, tmp_path: Path) -> None:
+    text = write_report([str(everything)], str(tmp_path / "report.html")).read_text()
+    assert set(re.findall(r"var\(--([a-z0-9-]+)\)", text)) <= set(re.findall(r"--([\w-]+):", text))
+
+
+def test_what_is_not_finished_is_listed(everything: Path, tmp_path: Path) -> None:
+    page = parse(write_report([str(everything)], str(tmp_path / "report.html")))
+    (table,) = [t for t in page.find("table") if "Failed, unfinished" in t.text]
+    rows = {
+        row.attributes["data-run"]: [cell.text for cell in row.find("td")]
+        for row in table.find("tr")
+        if "data-run" in row.attributes
+    }
+    assert rows["everything/runs/begun"] == ["unfinished", "1 of 9 epochs are done"]
+    assert rows["everything/runs/waiting"] == ["unfinished", "0 of 2 epochs are done"]
+    assert rows["everything/runs/broken"][0] == "unreadable"
+    assert "metrics.jsonl, line 1" in rows["everything/runs/broken"][1]
+    assert rows["everything/sweep/gone-0"] == ["failed", "out of <memory>"]
+    assert len(rows) == 4
+
+
+def test_the_same_input_gives_the_same_bytes(everything: Path, tmp_path: Path) -> None:
+    pages = [write_report([str(everything)], str(tmp_path / f"{n}.html")) for n in "ab"]
+    assert pages[0].read_bytes() == pages[1].read_bytes()
+
+
+def test_a_path_given_twice_counts_once(everything: Path, tmp_path: Path) -> None:
+    once = write_report([str(everything)], str(tmp_path / "once.html"))
+    paths = [str(everything), str(everything / "cache.zarr"), str(everything / "runs" / "done")]
+    assert write_report(paths, str(tmp_path / "twice.html")).read_bytes() == once.read_bytes()
+
+
+NASTY = ("<b>", "</script><script>alert(1)</script>", "a & b", "\"'", "$x_1$", "&lt;", "%s{0}", "ß")
+
+
+def test_no_name_breaks_the_page(tmp_path: Path, cache_config: CacheConfig, digits: Splits) -> None:
+    names = (*NASTY, *map(str, range(10 - len(NASTY))))
+    splits = Splits(
+        *(replace(first(split, 200), class_names=names) for split in (digits.train, digits.test))
+    )
+    cache_teacher(prepare(cache_config, splits), tmp_path / "in" / "<i>.zarr")
+    rectify(tmp_path / "in" / "<i>.zarr", RectifyConfig())
+    write_run(tmp_path / "in" / "<u>&", HISTORY, data__dataset="<script>:x")
+    write_run(tmp_path / "in" / "other", HISTORY, data__dataset="<script>:x", loss__name="<s>")
+    page = parse(write_report([str(tmp_path / "in")], str(tmp_path / "report.html")))
+    assert len(page.find("script")) == 1
+    assert not {"b", "i", "u", "s"} & {e.tag for e in page.find() if e.attributes == {}}
+    (table,) = [t for t in page.find("table") if "Wrong rate by class" in t.text]
+    shown = [row.find("th")[0].text for row in table.find("tbody")[0].find("tr")]
+    assert sorted(shown) == sorted(names)
+    assert "loss.name=<s>" in page.text
+
+
+# ---- a cache in other states ----------------------------------------------------------------
+
+
+def test_a_cache_that_is_not_complete(small_copy: Path, tmp_path: Path) -> None:
+    LogitCache.open(small_copy, writable=True).grow(5)
+    page = parse(write_report([str(small_copy)], str(tmp_path / "report.html")))
+    assert "over 2 of 5 views" in page.text
+    assert page.value("rows_used") == 600
+
+
+def test_a_cache_without_a_view(small_copy: Path, tmp_path: Path) -> None:
+    shutil.rmtree(small_copy / "commits" / "logits")
+    page = parse(write_report([str(small_copy)], str(tmp_path / "report.html")))
+    assert "nothing is measured" in page.text
+
+
+def test_a_broken_cache_is_named_or_left_out(small_copy: Path, tmp_path: Path) -> None:
+    document = small_copy / "zarr.json"
+    document.write_text(document.read_text().replace('"version": 1', '"version": 99'))
+    with pytest.raises(PipelineError, match="version 99"):
+        write_report([str(small_copy)], str(tmp_path / "report.html"))
+    write_run(tmp_path / "runs" / "a", HISTORY)
+    shutil.move(small_copy, tmp_path / "runs" / "old.zarr")
+    page = parse(write_report([str(tmp_path / "runs")], str(tmp_path / "report.html")))
+    (row,) = page.find("tr", data_run="runs/old.zarr")
+    assert "version 99" in row.text
+
+
+def test_code_that_a_cache_names_is_not_run(small_copy: Path, tmp_path: Path) -> None:
+    cache = LogitCache.open(small_copy)
+    config = {**cache.provenance["config"], "data": {"dataset": "stranger:make"}}
+    cache.provenance["config"] = config
+    images = load_images(cache, choose_samples(draw_rows(cache, None)), None, None)
+    assert "is code of its own" in images.note
+
+
+# ---- the command ----------------------------------------------------------------------------
+
+
+def test_the_command_says_where_the_page_lies(everything: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "page.html"
+    answer = CliRunner().invoke(cli, ["report", str(everything), "--out", str(out)])
+    assert answer.exit_code == 0, answer.output
+    assert str(out) in answer.output.replace("\n", "")
+    assert out.exists()
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_report_is_replaced_and_nothing_else(everything: Path, tmp_path: Path) -> None:
+    out = tmp_path / "thesis.html"
+    out.write_text("years of work")
+    with pytest.raises(RunError, match="something else than a report"):
+        write_report([str(everything)], str(out))
+    assert out.read_text() == "years of work"
+    write_report([str(everything)], str(out), overwrite=True)
+    before = out.read_bytes()
+    write_report([str(everything)], str(out))
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("paths", "out", "told"),
+    [
+        (["gone"], "r.html", "nothing lies at gone"),
+        (["notes"], "r.html", "notes holds neither a cache nor a run"),
+        (["file.txt"], "r.html", "file.txt holds neither a cache nor a run"),
+        (["runs/waiting"], "r.html", "nothing to report on yet"),
+        (["runs/broken"], "r.html", "metrics.jsonl, line 1"),
+        (["runs/done"], "notes", "notes is a folder"),
+        (["runs/done"], "file.txt/r.html", "cannot write"),
+        (["runs/done", "gone"], "r.html", "nothing lies at gone"),
+        (["http://example.org/c.zarr"], "r.html", "URLs, not http"),
+        (["cache.zarr", "--dataset", "cifar11"], "r.html", "unknown dataset 'cifar11'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+def test_what_cannot_be_is_told(
+    everything: Path, monkeypatch: pytest.MonkeyPatch, paths: list[str], out: str, told: str
+) -> None:
+    monkeypatch.chdir(everything)
+    Path("file.txt").write_text("text")
+    answer = CliRunner().invoke(cli, ["report", *paths, "--out", out])
+    assert isinstance(answer.exception, PipelineError)
+    assert told in answer.exception.cause
+    assert answer.exception.remedy or "URL" in told
+    assert not Path("r.html").exists()

@@ -1,0 +1,163 @@
+"""Which runs are one group, and what groups are called."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reports import epoch, parse, sweep_line, write_run, write_sweep
+
+from pipeline.report import write_report
+from pipeline.report.groups import distinguishing, grouped, spread
+from pipeline.report.runs import LeftOut, Run, read_run, read_sweep
+
+HISTORY = [epoch(0, 0.2), epoch(1, 0.4)]
+
+
+def runs_of(folder: Path, settings: list[dict[str, Any]]) -> list[Run]:
+    found = []
+    for at, chosen in enumerate(settings):
+        write_run(folder / f"run-{at}", HISTORY, **chosen)
+        run = read_run(folder / f"run-{at}", f"run-{at}")
+        assert isinstance(run, Run)
+        found.append(run)
+    return found
+
+
+def test_runs_that_differ_in_seeds_alone_are_one_group(tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [{"seed": 0}, {"seed": 1}, {"seed__init": 7}, {"device": "x"}]
+    (group,) = grouped(runs_of(tmp_path, settings))
+    assert len(group.runs) == 4
+    assert group.seeds == 3  # the last one has the seeds of the first
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels"),
+    [
+        (
+            [{"loss__name": "ce"}, {}, {"bias__mode": "rectify", "bias__rectified": "pairwise-T4"}],
+            ["ce bias.mode=none", "kd bias.mode=none", "kd bias.mode=rectify"],
+        ),
+        ([{"loss__name": "ce", "loss__weight": 1.0}, {"loss__weight": 0.5}], ["ce", "kd"]),
+        ([{"also": []}, {}], ["kd bias.mode=none"]),  # an older run has no such key
+        ([{"tensorboard": False, "loss__standardise": False}, {}], ["kd bias.mode=none"]),
+    ],
+    ids=["three", "superfluous", "empty-list", "off"],
+)
+def test_labels_are_the_keys_that_differ(
+    tmp_path: Path, settings: list[dict[str, Any]], labels: list[str]
+) -> None:
+    found = [group.label for group in grouped(runs_of(tmp_path, settings))]
+    assert found == [f"loss.name={label}" for label in labels]
+
+
+def test_paths_are_shortened_unless_they_would_look_the_same() -> None:
+    assert distinguishing([{"cache": "a/one.zarr"}, {"cache": "a/two.zarr"}]) == [
+        "cache=one.zarr",
+        "cache=two.zarr",
+    ]
+    assert distinguishing([{"cache": "a/c.zarr"}, {"cache": "b/c.zarr"}]) == [
+        "cache=a/c.zarr",
+        "cache=b/c.zarr",
+    ]
+
+
+def test_mean_and_standard_deviation() -> None:
+    found = spread([0.1, 0.4, 0.7])
+    assert (found.mean, found.n) == (pytest.approx(0.4), 3)
+    assert found.std == pytest.approx(0.3)  # n - 1
+    assert spread([0.5]).std is None
+
+
+def test_curves_are_means_over_seeds(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", [epoch(0, 0.2), epoch(1, 0.4)], seed=0)
+    write_run(tmp_path / "b", [epoch(0, 0.4), epoch(1, 0.8)], seed=1)
+    runs = [read_run(tmp_path / name, name) for name in ("a", "b")]
+    (group,) = grouped([run for run in runs if isinstance(run, Run)])
+    assert [point.mean for point in group.curve("test_top1")] == pytest.approx([0.3, 0.6])
+    assert group.curve("loss_ce") == []
+
+
+def test_the_labels_of_a_sweep_are_kept(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "sweep")
+    found = list(read_sweep(tmp_path / "sweep", "sweep"))
+    runs = [run for run in found if isinstance(run, Run)]
+    assert [group.label for group in grouped(runs)] == ["KD", "a & <b>"]
+    (failed,) = [item for item in found if isinstance(item, LeftOut)]
+    assert (failed.name, failed.status, failed.why) == ("sweep/gone-0", "failed", "out of <memory>")
+
+
+def test_the_last_line_of_a_run_holds(tmp_path: Path) -> None:
+    lines = write_sweep(tmp_path / "sweep", seeds=1)
+    failed = lines[0] | {"status": "failed", "error": "killed", "summary": None}
+    texts = [json.dumps(line) for line in (failed, *lines)]
+    (tmp_path / "sweep" / "results.jsonl").write_text("\n".join([*texts, "{broken"]))
+    found = list(read_sweep(tmp_path / "sweep", "sweep"))
+    assert [(f.name, f.status) for f in found if isinstance(f, LeftOut)] == [
+        ("sweep/results.jsonl", "unreadable"),
+        ("sweep/gone-0", "failed"),
+    ]
+    assert [run.name for run in found if isinstance(run, Run)] == ["sweep/plain-0", "sweep/other-0"]
+
+
+def test_the_page_has_the_exact_numbers_of_a_sweep(tmp_path: Path) -> None:
+    lines = write_sweep(tmp_path / "sweep")
+    page = parse(write_report([str(tmp_path / "sweep")], str(tmp_path / "report.html")))
+    done = [line for line in lines if line["status"] == "done"]
+    for line in done:
+        (row,) = page.find("tr", data_run=f"sweep/{line['name']}", data_group=line["label"])
+        for kind in ("last", "best"):
+            for key in ("epoch", "test_top1", "test_top5", "loss"):
+                assert row.value(f"{kind}.{key}") == line["summary"][kind][key]
+        for key in ("train_seconds", "wait_share"):
+            assert row.value(key) == line["summary"][key]
+    for label in ("KD", "a & <b>"):
+        rows = page.find("tr", data_group=label)
+        (row,) = [row for row in rows if "data-run" not in row.attributes]
+        top1 = [line["summary"]["last"]["test_top1"] for line in done if line["label"] == label]
+        assert row.value("last_mean") == pytest.approx(statistics.fmean(top1), abs=1e-15)
+        assert row.value("last_std") == pytest.approx(statistics.stdev(top1), abs=1e-15)
+        assert row.value("n") == 3
+    (failed,) = page.find("tr", data_run="sweep/gone-0")
+    assert "out of <memory>" in failed.text
+
+
+def test_a_run_whose_folder_is_gone_still_counts(tmp_path: Path) -> None:
+    summary = write_run(tmp_path / "somewhere", HISTORY)
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    (sweep / "results.jsonl").write_text(json.dumps(sweep_line("moved", "KD", 3, summary)))
+    page = parse(write_report([str(sweep)], str(tmp_path / "report.html")))
+    (row,) = page.find("tr", data_run="sweep/moved")
+    assert row.value("last.test_top1") == summary["last"]["test_top1"]
+
+
+def test_datasets_have_sections_of_their_own(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "a", HISTORY)
+    write_run(tmp_path / "runs" / "b", HISTORY, data__dataset="cifar10")
+    page = parse(write_report([str(tmp_path / "runs")], str(tmp_path / "report.html")))
+    assert [s.find("h2")[0].text for s in page.find("section", class_="dataset")] == [
+        "Dataset digits",
+        "Dataset cifar10",
+    ]
+    assert "neither averaged nor compared" in page.text
+
+
+@pytest.mark.parametrize(
+    ("views", "settings", "online"),
+    [(2, {}, 4), (2, {"loss__name": "mlkd"}, 8), (2, {"loss__name": "ce"}, None)],
+    ids=["kd", "two-views-an-epoch", "no-teacher"],
+)
+def test_teacher_passes(
+    tmp_path: Path, small_cache: Path, views: int, settings: dict[str, Any], online: int | None
+) -> None:
+    for seed in range(2):
+        write_run(tmp_path / "runs" / f"{seed}", HISTORY, seed, cache=str(small_cache), **settings)
+    page = parse(write_report([str(tmp_path / "runs")], str(tmp_path / "report.html")))
+    if online is None:
+        assert "need no teacher" in page.text
+        assert page.find(data_field="passes_online") == []
+    else:
+        assert page.value("passes_online") == online
+        assert page.value("passes_cached") == views
