@@ -1,0 +1,158 @@
+"""A student trained by several processes: the batches of one process, divided among them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from helpers import DIGITS, metrics, same_weights, weights
+from torch import Tensor, nn
+
+from stages.cache import LogitCache
+from stages.distributed import Ranks
+from stages.errors import ConfigError
+from stages.rectify import RectifyConfig, rectify
+from stages.train_student import StudentConfig, student_trainer
+from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
+from stages.training.groups import groups_of_ranks
+from stages.training.setup import Splits
+
+EPOCHS, BATCH = 3, 100
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def plain(num_classes: int) -> nn.Module:
+    """A student without batch norm: its gradient is a mean over the batch, however divided."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 32), nn.Tanh(), nn.Linear(32, num_classes))
+
+
+@pytest.fixture(scope="module")
+def my_cache(tmp_path_factory: pytest.TempPathFactory, finished_cache: Path) -> Path:
+    """With a rectification."""
+    path = tmp_path_factory.mktemp("ranks") / "digits.zarr"
+    shutil.copytree(finished_cache, path)
+    rectify(path, RectifyConfig())
+    return path
+
+
+def student(cache: Path) -> StudentConfig:
+    return StudentConfig(
+        cache=str(cache),
+        data=DIGITS,
+        model=ModelSettings(architecture="test_train_on_ranks:plain"),
+        train=TrainSettings(epochs=EPOCHS, batch_size=BATCH, lr=0.2),
+        loss=LossSettings(name="ctkd", ce_weight=0.5, weight=0.5),
+        bias=BiasSettings(mode="rectify", schedule="ramp", reduction="batch"),
+        device="cpu",
+    )
+
+
+def launch(config: StudentConfig, out: Path, *more: str) -> "subprocess.Popen[str]":
+    file = out.with_suffix(".json")
+    file.write_text(json.dumps(msgspec.to_builtins(config)))
+    arguments = ["train-student", config.cache, "--config", str(file), "--out", str(out), *more]
+    return subprocess.Popen(
+        [*TORCHRUN, "-m", "pipeline", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_two_ranks_learn_what_one_process_learns(
+    my_cache: Path, digits: Splits, tmp_path: Path
+) -> None:
+    config = student(my_cache)
+    with launch(config, tmp_path / "two") as ranks:
+        said, wrong = ranks.communicate(timeout=200)
+    assert ranks.returncode == 0, wrong
+    assert said.count("epoch 3/3") == 1  # told by the first rank only
+
+    # One process that is shown the same batches: the parts of both ranks, one after the other.
+    cache = LogitCache.open(my_cache)
+    groups = groups_of_ranks(cache.row_of, cache.grid.chunk_rows, 2)
+    shown = groups.smallest(torch.arange(1000))
+    trainer = student_trainer(config, tmp_path / "one", splits=digits)
+
+    def both(samples: Tensor, seed: int, epoch: int) -> Tensor:
+        parts = [groups.order_of_group(g, shown)(samples, seed, epoch) for g in (0, 1)]
+        batches = zip(*(part.split(BATCH // 2) for part in parts), strict=True)
+        return torch.cat([half for batch in batches for half in batch])
+
+    trainer.order = both
+    trainer.fit()
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-5), name
+    for alone, together in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for key in ("loss", "loss_ce", "loss_wrong", "wrong_rate", "lr", "view", "weight_wrong"):
+            assert together[key] == pytest.approx(alone[key], rel=1e-4), key
+        assert together["test_top1"] == pytest.approx(alone["test_top1"], abs=3 / 797)
+
+
+@pytest.mark.slow
+def test_a_killed_launch_goes_on_bit_for_bit(my_cache: Path, tmp_path: Path) -> None:
+    train = TrainSettings(epochs=30, batch_size=20, lr=0.05)
+    config = msgspec.structs.replace(student(my_cache), train=train)
+    with launch(config, tmp_path / "whole") as ranks:
+        assert ranks.wait(200) == 0
+    for stop in (signal.SIGKILL, signal.SIGTERM):
+        out = tmp_path / stop.name
+        with launch(config, out) as ranks:
+            while not (out / "last.pt").exists():
+                time.sleep(0.02)
+            ranks.send_signal(stop)
+        with launch(config, out, "--resume") as ranks:
+            _, wrong = ranks.communicate(timeout=200)
+        assert ranks.returncode == 0, wrong
+        assert same_weights(tmp_path / "whole", out)
+
+
+# ---- who has what ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunk", "world"), [(1000, 350, 2), (50_000, 8192, 3), (10, 4, 4)]
+)
+def test_ranks_take_disjoint_parts_drawn_anew(rows: int, chunk: int, world: int) -> None:
+    samples = torch.arange(rows)
+    row_of = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    groups = groups_of_ranks(row_of, chunk, world)
+    shown = groups.smallest(samples)
+    assert shown >= rows // world - world * 20
+    parts = [
+        [groups.order_of_group(rank, shown)(samples, 0, epoch) for rank in range(world)]
+        for epoch in range(4)
+    ]
+    for epoch in range(4):
+        together = torch.cat(parts[epoch])
+        assert len(together.unique()) == len(together) == shown * world
+        assert {len(part) for part in parts[epoch]} == {shown}
+    firsts = {tuple(parts[epoch][0].sort().values.tolist()) for epoch in range(4)}
+    assert len(firsts) > 1
+
+
+def test_more_ranks_than_can_be_served() -> None:
+    with pytest.raises(ConfigError, match="10 samples cannot be divided among 8"):
+        groups_of_ranks(torch.arange(10), 4, 8)
+
+
+def test_what_ranks_cannot_do(my_cache: Path, digits: Splits, tmp_path: Path) -> None:
+    config, two = student(my_cache), Ranks(0, 2, 0)
+    odd = msgspec.structs.replace(config, train=TrainSettings(batch_size=33))
+    for wanted, told in (
+        (odd, "33 cannot be divided among 2"),
+        (msgspec.structs.replace(config, slab_memory="1GB"), "several processes"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            student_trainer(wanted, tmp_path / "run", splits=digits, ranks=two)
+    assert not (tmp_path / "run").exists()
