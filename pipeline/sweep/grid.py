@@ -45,9 +45,9 @@ def expand(sweep: SweepFile) -> list[Run]:
     runs: list[Run] = []
     labels: dict[str, Mapping[str, Any]] = {}
     slugs: dict[str, str] = {}
-    for label, keys, settings in _settings(sweep):
-        config = _config(label, settings)
-        label = _own(label, keys, labels)
+    for names, keys, settings in _settings(sweep):
+        config = _config(names[0], settings)
+        label = _free(names, keys, labels)
         name = f"{_slug(label, slugs)}-s{config.seed.init}"
         if config.seed.data != config.seed.init:
             name += f"-d{config.seed.data}"
@@ -93,8 +93,10 @@ def _is_sequence(key: str) -> bool:
     return any(get_origin(kind) in (tuple, list) for kind in kinds)
 
 
-def _settings(sweep: SweepFile) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(label, what the grid sets without seeds, all that is set) of every run."""
+def _settings(sweep: SweepFile) -> Iterator[tuple[list[str], dict[str, Any], dict[str, Any]]]:
+    """Every run: labels for its group, the best first; what its grid sets, without seeds; all that
+    is set.
+    """
     for grid in sweep.runs:
         own, grid = grid.get("label"), {k: v for k, v in grid.items() if k != "label"}
         told = {key: _told(key, _choices(key, value)) for key, value in grid.items()}
@@ -102,9 +104,11 @@ def _settings(sweep: SweepFile) -> Iterator[tuple[str, dict[str, Any], dict[str,
         for chosen in multiplied(grid):
             keys = {k: v for k, v in chosen.items() if not k.startswith("seed.")}
             shown = [told[k][repr(v)] for k, v in keys.items() if own is None or k in varied]
-            label = ", ".join(([] if own is None else [own]) + shown) or "base"
+            names = [", ".join(([] if own is None else [own]) + shown) or "base"]
+            if own is None:
+                names.append(", ".join(f"{key}={value}" for key, value in keys.items()))
             for seeds in _seeds(sweep.base | chosen, sweep.seeds):
-                yield label, keys, {**sweep.base, **chosen, **seeds}
+                yield names, keys, {**sweep.base, **chosen, **seeds}
 
 
 def _seeds(given: Mapping[str, Any], seeds: Sequence[int]) -> list[dict[str, int]]:
@@ -153,14 +157,15 @@ def _words(key: str, value: Any) -> str:
     return f"{name}={text}"
 
 
-def _own(label: str, keys: Mapping[str, Any], labels: dict[str, Mapping[str, Any]]) -> str:
-    """The label, or a longer one where groups with other keys have it."""
-    longer = ", ".join(f"{key}={value}" for key, value in keys.items())
-    for candidate in (label, longer):
-        if labels.setdefault(candidate, keys) == keys:
-            return candidate
+def _free(
+    names: Sequence[str], keys: Mapping[str, Any], labels: dict[str, Mapping[str, Any]]
+) -> str:
+    """The first of these names that no group with other keys has; from now on it is taken."""
+    for name in names:
+        if labels.setdefault(name, keys) == keys:
+            return name
     raise ConfigError(
-        f"two groups are called '{label}': {dict(labels[label])} and {dict(keys)}",
+        f"two groups are called '{names[0]}': {dict(labels[names[0]])} and {dict(keys)}",
         "Give one of them another label.",
     )
 

@@ -1,0 +1,331 @@
+"""From a sweep file to runs: against itertools by hand, and what is refused."""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+
+from pipeline.sweep.file import read_sweep
+from pipeline.sweep.grid import Run, expand
+from pipeline.sweep.together import grouped
+from stages.errors import ConfigError
+from stages.train_student import StudentConfig
+from stages.training.config import (
+    BiasSettings,
+    DataSettings,
+    LossSettings,
+    ModelSettings,
+    SeedSettings,
+    TrainSettings,
+)
+
+BASE = {"cache": "a.zarr", "data": {"dataset": "digits"}, "model.architecture": "resnet8"}
+
+
+def write(tmp_path: Path, **values: Any) -> Path:
+    file = tmp_path / "ablation.yaml"
+    file.write_text(yaml.safe_dump({"base": BASE, "runs": [{}]} | values, sort_keys=False))
+    return file
+
+
+def expanded(tmp_path: Path, **values: Any) -> list[Run]:
+    return expand(read_sweep(write(tmp_path, **values)))
+
+
+def student(loss: str = "kd", **sections: Any) -> StudentConfig:
+    return StudentConfig(
+        cache="a.zarr",
+        data=DataSettings(dataset="digits"),
+        model=ModelSettings(architecture="resnet8"),
+        loss=LossSettings(name=loss),
+        **sections,
+    )
+
+
+# ---- grids ----------------------------------------------------------------------------------
+
+
+def test_a_grid_is_the_product_of_its_lists_and_of_the_seeds(tmp_path: Path) -> None:
+    runs = expanded(
+        tmp_path,
+        runs=[{"loss.name": ["kd", "dkd"], "bias.mode": ["none", "eliminate"], "train.epochs": 2}],
+        seeds=[3, 5],
+    )
+
+    by_hand = [
+        student(
+            loss,
+            bias=BiasSettings(mode=mode),
+            train=TrainSettings(epochs=2),
+            seed=SeedSettings(data=seed, init=seed),
+        )
+        for loss, mode, seed in itertools.product(["kd", "dkd"], ["none", "eliminate"], [3, 5])
+    ]
+    assert [run.config for run in runs] == by_hand
+    assert [run.name for run in runs[:3]] == [
+        "kd-bias-none-epochs-2-s3",
+        "kd-bias-none-epochs-2-s5",
+        "kd-eliminate-epochs-2-s3",
+    ]
+    assert runs[0].keys == {"loss.name": "kd", "bias.mode": "none", "train.epochs": 2}
+
+
+def test_grids_come_one_after_another_and_overrule_the_base(tmp_path: Path) -> None:
+    runs = expanded(
+        tmp_path,
+        base={**BASE, "train": {"epochs": 9}, "loss": {"name": "dkd"}},
+        runs=[{"loss": {"name": "ce"}}, {}, {"train.epochs": [1, 9], "loss.name": "kd"}],
+    )
+
+    assert [(run.config.loss.name, run.config.train.epochs) for run in runs] == [
+        ("ce", 9),
+        ("dkd", 9),
+        ("kd", 1),
+        ("kd", 9),
+    ]
+    assert [run.label for run in runs] == ["ce", "base", "epochs=1, kd", "epochs=9, kd"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("train.milestones", [3, 5], [(3, 5)]),
+        ("train.milestones", [[3, 5], [4]], [(3, 5), (4,)]),
+        ("also", [], [()]),
+        ("also", [[], ["b.zarr"]], [(), ("b.zarr",)]),
+        ("model.mean", [[0.5], None], [(0.5,), None]),
+        ("views", [None, 2], [None, 2]),
+    ],
+)
+def test_keys_that_hold_lists_take_each_of_a_list_of_lists(
+    tmp_path: Path, key: str, value: Any, found: list[Any]
+) -> None:
+    runs = expanded(tmp_path, runs=[{key: value}])
+
+    def held(config: Any) -> Any:
+        for part in key.split("."):
+            config = getattr(config, part)
+        return config
+
+    assert [held(run.config) for run in runs] == found
+
+
+def test_caches_students_and_rectifications_are_ordinary_keys(tmp_path: Path) -> None:
+    runs = expanded(
+        tmp_path,
+        runs=[
+            {
+                "cache": ["x/one.zarr", "s3://bucket/two.zarr"],
+                "model.architecture": ["resnet8", "vgg8"],
+                "bias": {"mode": "rectify", "rectified": ["pairwise-T4", "swap-T4"]},
+            }
+        ],
+    )
+
+    assert len({run.config for run in runs}) == len({run.name for run in runs}) == 8
+    assert runs[0].name == "one-resnet8-rectify-pairwise-T4-s0"
+
+
+# ---- seeds ----------------------------------------------------------------------------------
+
+
+def test_a_seed_sets_both_unless_the_run_does(tmp_path: Path) -> None:
+    runs = expanded(
+        tmp_path,
+        runs=[
+            {"loss.name": "ce"},
+            {"loss.name": "kd", "seed.data": 7},
+            {"loss.name": "dkd", "seed": {"data": 1, "init": [1, 2]}},
+        ],
+        seeds=[0, 1],
+    )
+
+    seeds = [(run.label, run.name, *run.seeds) for run in runs]
+    assert seeds == [
+        ("ce", "ce-s0", 0, 0),
+        ("ce", "ce-s1", 1, 1),
+        ("kd", "kd-s0-d7", 7, 0),
+        ("kd", "kd-s1-d7", 7, 1),
+        ("dkd", "dkd-s1", 1, 1),
+        ("dkd", "dkd-s2-d1", 1, 2),
+    ]
+
+
+def test_a_base_may_fix_the_data_seed(tmp_path: Path) -> None:
+    runs = expanded(tmp_path, base={**BASE, "seed.data": 0}, seeds=[0, 1, 2])
+
+    assert [run.seeds for run in runs] == [(0, 0), (0, 1), (0, 2)]
+
+
+# ---- names ----------------------------------------------------------------------------------
+
+
+def test_a_label_comes_before_what_its_grid_varies(tmp_path: Path) -> None:
+    runs = expanded(
+        tmp_path,
+        runs=[
+            {"label": "LA", "loss.name": "kd", "train.lr": 0.5},
+            {"label": "T", "loss.name": "kd", "loss.temperature": [2, 8]},
+        ],
+    )
+
+    assert [(run.label, run.name) for run in runs] == [
+        ("LA", "LA-s0"),
+        ("T, temperature=2", "T-temperature-2-s0"),
+        ("T, temperature=8", "T-temperature-8-s0"),
+    ]
+
+
+def test_names_stay_when_runs_are_added(tmp_path: Path) -> None:
+    first = [{"train.schedule": "cosine"}, {"cache": ["x/a.zarr", "y/a.zarr"]}]
+    more = [
+        *first,
+        {"bias.schedule": "cosine"},
+        {"cache": "z/a.zarr"},
+        {"label": "COSINE", "views": 1},
+    ]
+
+    before, after = expanded(tmp_path, runs=first), expanded(tmp_path, runs=more, seeds=[0, 4])
+
+    names = {run.config: run.name for run in after}
+    assert all(names[run.config] == run.name for run in before)
+    assert len({run.name.lower() for run in after}) == len(after) == 12
+
+
+def test_long_and_odd_labels_make_folders(tmp_path: Path) -> None:
+    labels = ["../up", "größe / *?", "x" * 300, "x" * 301]
+    runs = expanded(
+        tmp_path, runs=[{"label": x, "train.epochs": n} for n, x in enumerate(labels, start=1)]
+    )
+
+    for run in runs:
+        (tmp_path / run.name).mkdir()
+        assert (tmp_path / run.name).parent.samefile(tmp_path)
+    assert [run.label for run in runs] == labels
+
+
+# ---- what is refused ------------------------------------------------------------------------
+
+
+@dataclass
+class ExpectFail:
+    id: str
+    values: dict[str, Any]
+    message: str
+
+
+REFUSED = [
+    ExpectFail("a key of the file", {"seed": [1]}, "unknown key 'seed'; did you mean 'seeds'?"),
+    ExpectFail(
+        "a key of base",
+        {"base": {**BASE, "train.lrr": 1}},
+        "unknown key 'train.lrr'; did you mean 'train.lr'?",
+    ),
+    ExpectFail(
+        "a key of a run", {"runs": [{"los.name": "kd"}]}, "'los.name'; did you mean 'loss.name'?"
+    ),
+    ExpectFail("no runs", {"runs": []}, "'runs' is an empty list"),
+    ExpectFail("no seeds", {"seeds": []}, "'seeds' is an empty list"),
+    ExpectFail("no values", {"runs": [{"loss.name": []}]}, "'loss.name' has an empty list"),
+    ExpectFail("true as a seed", {"seeds": [0, True]}, "seeds: True is not a whole number"),
+    ExpectFail("1.0 as a seed", {"seeds": [1.0]}, "seeds: 1.0 is not a whole number"),
+    ExpectFail("a as a seed", {"seeds": ["a"]}, "seeds: 'a' is not a whole number"),
+    ExpectFail("one seed", {"seeds": 3}, "seeds: expected 'array'"),
+    ExpectFail(
+        "a seed in a run",
+        {"runs": [{"seed.init": "1"}]},
+        "seed.init: '1' is not a whole number",
+    ),
+    ExpectFail("a large seed", {"seeds": [2**63]}, "seed.data must be in"),
+    ExpectFail(
+        "equal runs",
+        {"runs": [{"loss.name": ["kd", "dkd"]}, {"label": "mine", "loss.name": "dkd"}]},
+        "two runs are the same: 'dkd' and 'mine', seed 0",
+    ),
+    ExpectFail(
+        "equal seeds", {"seeds": [1, 1]}, "two runs are the same: 'base' and 'base', seed 1"
+    ),
+    ExpectFail(
+        "equal labels",
+        {"runs": [{"label": "x", "views": 1}, {"label": "x", "views": 2}]},
+        "two groups are called 'x'",
+    ),
+    ExpectFail("a label that is no text", {"runs": [{"label": 3}]}, "label: 3 is not a text"),
+    ExpectFail("given twice", {"runs": [{"loss.name": "kd", "loss": {"name": "ce"}}]}, "twice"),
+    ExpectFail("a section", {"runs": [{"loss": "kd"}]}, "'loss' holds keys, not the value 'kd'"),
+    ExpectFail(
+        "a list in base", {"base": {**BASE, "train.epochs": [1, 2]}}, "in 'base': train.epochs: "
+    ),
+    ExpectFail("a value", {"runs": [{"train.epochs": 0}]}, "train.epochs must be positive, was 0"),
+    ExpectFail("no cache", {"base": {"model.architecture": "a"}}, "'cache' is missing in 'base'"),
+    ExpectFail("no dataset", {"base": {"cache": "a"}}, "'data.dataset' is missing"),
+    ExpectFail("no workers", {"workers": 0}, "workers must be positive, was 0"),
+    ExpectFail("together 0", {"together": 0}, "together must be positive, was 0"),
+    ExpectFail("a run that is no grid", {"runs": ["kd"]}, "runs[0]: expected 'object', got 'str'"),
+]
+
+
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.id)
+def test_refused(tmp_path: Path, refused: ExpectFail) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expanded(tmp_path, **refused.values)
+
+    assert refused.message in caught.value.cause
+
+
+def test_flags_overrule_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, workers=2)
+
+    assert read_sweep(file).out == "runs/ablation"
+    assert read_sweep(file, workers=3, out=None).workers == 3
+    assert read_sweep(file, out="elsewhere").out == "elsewhere"
+
+
+# ---- groups ---------------------------------------------------------------------------------
+
+
+def test_runs_that_share_a_stream_go_together(tmp_path: Path) -> None:
+    runs = expanded(
+        tmp_path,
+        runs=[
+            {"loss.name": ["ce", "kd"], "model.architecture": ["resnet8", "vgg8"]},
+            {"loss.name": "kd", "train.epochs": 2},
+            {"loss.name": "kd", "bias.mode": "rectify", "bias.rectified": ["a", "b"]},
+            {"loss.name": "kd", "cache": "b.zarr"},
+            {"loss.name": "kd", "seed.data": 0, "seed.init": 9},
+            {"loss.name": "kd", "views": 2},
+            {"loss.name": "kd", "data.image_size": 16},
+            {"loss.name": "kd", "model.image_size": 16},
+            {"loss.name": "kd", "train.batch_size": 16},
+        ],
+        seeds=[0, 1],
+    )
+
+    groups = grouped(runs, None)
+
+    def stream(run: Run) -> tuple[Any, ...]:
+        config = run.config
+        sizes = config.train.epochs, config.train.batch_size, config.model.image_size
+        return config.cache, config.views, config.data, config.seed.data, *sizes
+
+    assert sorted(run.name for group in groups for run in group) == sorted(r.name for r in runs)
+    assert all(len({stream(run) for run in group}) == 1 for group in groups)
+    assert len(groups) == len({stream(run) for run in runs}) == 14
+    assert [len(group) for group in groups[:2]] == [7, 6]  # seed 0 with the one of its own; seed 1
+
+
+@pytest.mark.parametrize(
+    ("together", "sizes"), [(False, [1] * 5), (1, [1] * 5), (2, [2, 2, 1]), (True, [5]), (8, [5])]
+)
+def test_together_may_limit_the_group(tmp_path: Path, together: Any, sizes: list[int]) -> None:
+    file = write(tmp_path, runs=[{"loss.temperature": [1, 2, 3, 4, 5]}], together=together)
+    sweep = read_sweep(file)
+
+    groups = grouped(expand(sweep), sweep.most_together)
+
+    assert [len(group) for group in groups] == sizes
+    assert msgspec.to_builtins(groups[0][0].config)["loss"]["temperature"] == 1
