@@ -18,28 +18,31 @@ from pipeline.options import (
     train_flags,
     train_options,
 )
+from pipeline.ranks import check_ranks, run_rank, several_ranks, tell
 from stages.errors import PipelineError
 
 
 def main() -> None:
     """Run a command. Exit code 2 for an error of the user's or the surroundings'."""
     sys.path.insert(0, os.getcwd())  # module:callable is looked up from here
+    if several_ranks():
+        run_rank(cli)
     try:
         cli(prog_name="pipeline")
     except PipelineError as error:
-        click.echo(f"error: {error.cause}", err=True)
-        if error.remedy:
-            click.echo(error.remedy, err=True)
+        tell(error)
         sys.exit(2)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="teacher-cache")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Run a teacher once, correct what it has wrong, train many students from its cached logits.
 
     Start with `pipeline demo`.
     """
+    check_ranks(context.invoked_subcommand)
 
 
 # ---- commands -------------------------------------------------------------------------------
@@ -116,6 +119,12 @@ def cache_teacher_command(**given: Any) -> None:
     from pipeline.tables import show_cached, show_plan
     from stages.cache_plan import plan_cache
     from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+    from stages.distributed import (
+        first_rank_before_others,
+        first_rank_does,
+        launched_ranks,
+        process_group,
+    )
 
     names = (
         *("views", "augment", "seed", "encoding", "max_kl"),
@@ -124,18 +133,24 @@ def cache_teacher_command(**given: Any) -> None:
     flags = data_flags(given) | {name: given[name] for name in names}
     teacher = {"architecture": "teacher", "weights": "weights", "mean": "mean", "std": "std"}
     flags |= {f"teacher.{key}": given[flag] for key, flag in teacher.items()}
-    config = read_config(CacheConfig, given["file"], flags, given["overrides"])
-    console = Console()
-    job = prepare(config)
-    plan = plan_cache(job, given["out"])
-    show_plan(console, given["out"], plan)
-    plan.check_fits(given["out"])
-    if given["dry_run"]:
-        return
-    # What was shown is what is made: `auto` has been decided.
-    if job.config.encoding == "auto":
-        job = replace(job, config=structs.replace(job.config, encoding=plan.encoding))
-    summary = cache_teacher(job, given["out"], console)
+    console, ranks = Console(), launched_ranks()
+
+    def planned() -> str:
+        plan = plan_cache(job, given["out"])
+        show_plan(console, given["out"], plan)
+        plan.check_fits(given["out"])
+        return plan.encoding
+
+    with process_group(ranks):
+        config = read_config(CacheConfig, given["file"], flags, given["overrides"])
+        job = first_rank_before_others(ranks, lambda: prepare(config, ranks=ranks))
+        encoding = first_rank_does(ranks, planned)
+        if given["dry_run"]:
+            return
+        # What was shown is what is made: `auto` has been decided.
+        if job.config.encoding == "auto":
+            job = replace(job, config=structs.replace(job.config, encoding=encoding))
+        summary = cache_teacher(job, given["out"], console)
     show_cached(console, given["out"], summary)
 
 

@@ -124,7 +124,11 @@ def show_plan(console: Console, out: str, plan: CachePlan) -> None:
             ("on disk", f"{size(plan.total_bytes)}, {plan.bytes_per_view:.1f} bytes a view"),
             ("files", f"{plan.files:,}"),
             ("measured speed", f"{plan.samples_per_second:,.0f} samples/s on {plan.device}"),
-            ("estimated time", f"{duration(plan.hours * 3600)} ({plan.hours:.2f} hours)"),
+            (
+                "estimated time",
+                f"{duration(plan.hours * 3600)} ({plan.hours:.2f} hours)"
+                + (f", if {plan.ranks} ranks are as fast each" if plan.ranks > 1 else ""),
+            ),
             ("free disk", "?" if plan.free_bytes is None else size(plan.free_bytes)),
         ],
     )

@@ -10,14 +10,8 @@ import torch
 from stages.cache.encoding import FIT_ROWS, Measured, fit_encoding, measure_all
 from stages.cache.layout import block_grid
 from stages.cache.location import location
-from stages.cache_teacher import (
-    CacheJob,
-    check_finite,
-    missing_blocks,
-    open_existing,
-    row_order,
-    teacher_logits,
-)
+from stages.cache_job import CacheJob, check_finite, row_order, teacher_logits
+from stages.cache_teacher import missing_blocks, open_existing
 from stages.errors import CacheError
 
 MEASURED_SECONDS = 2.0
@@ -30,7 +24,7 @@ class CachePlan:
     """What a run would do. bytes are on disk; missing_* is what is not there already.
 
     encodings: every encoding on real rows of this teacher. free_bytes: None where there
-    is no knowing, in an object store.
+    is no knowing, in an object store. samples_per_second: of one rank; hours: of all together.
     """
 
     samples: int
@@ -44,6 +38,7 @@ class CachePlan:
     free_bytes: int | None
     device: str
     encodings: list[Measured]
+    ranks: int = 1
 
     @property
     def missing_share(self) -> float:
@@ -55,7 +50,8 @@ class CachePlan:
 
     @property
     def hours(self) -> float:
-        return self.samples * self.views * self.missing_share / self.samples_per_second / 3600
+        longest_share = -(-self.missing_blocks // self.ranks) / self.blocks
+        return self.samples * self.views * longest_share / self.samples_per_second / 3600
 
     def check_fits(self, out: str | Path) -> None:
         """Raise CacheError if the disk is too small."""
@@ -69,7 +65,7 @@ class CachePlan:
 
 
 def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
-    """Measure the teacher and all encodings on real rows, and extrapolate.
+    """Measure the teacher and all encodings on real rows, and extrapolate; on one rank.
 
     Raises CacheError if the encoding asked for does not hold the KL asked for.
     """
@@ -115,6 +111,7 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
         device=str(job.device),
         free_bytes=_free_bytes(out),
         encodings=encodings,
+        ranks=job.ranks.world,
     )
 
 

@@ -2,13 +2,17 @@
 
     pipeline cache-teacher --dataset digits --weights runs/teacher --views 25 \\
         --augment pad-crop:pad=2 --out digits.zarr
+    torchrun --nproc-per-node=8 -m pipeline cache-teacher ...
 
 Blocks are computed one after another, each in the same batches whatever was done before, and
-written by another thread meanwhile. Running the same command again computes what is missing.
+written by another thread meanwhile; of several ranks each has its own, and the bytes are the same.
+Running the same command again computes what is missing.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,106 +22,52 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.commits import Record
-from stages.cache.encoding import (
-    FIT_ROWS,
-    Encoding,
-    check_encoding,
-    fit_encoding,
-    is_encoding,
-)
-from stages.cache.identity import (
-    Identity,
-    TeacherIdentity,
-    ViewsIdentity,
-    differences,
-    weights_digest,
-)
-from stages.cache.layout import MAX_BLOCK_ROWS, block_grid
-from stages.cache.location import location
-from stages.cache.lock import exclusive, half_written
+from stages.cache.encoding import Encoding, is_encoding
+from stages.cache.identity import differences
+from stages.cache.location import Location, location
+from stages.cache.lock import exclusive, half_written, joined
 from stages.cache.writer import BackgroundWriter
-from stages.device import autocast, choose_device, device_name, place, versions
-from stages.errors import CacheError, IdentityError, ModelError, ViewError
-from stages.inputs.counter_hash import permute
-from stages.inputs.datasets import ImageDataset
-from stages.inputs.feed import Normalise, ViewFeed, pixel_probes, plain_view
-from stages.inputs.models import Model, load_model, logits_of
-from stages.inputs.views import ViewPolicy
-from stages.reporting import Reporter, Silent
-from stages.training.config import DataSettings, Dtype, Settings, positive, within
-from stages.training.setup import (
-    Splits,
-    check_output,
-    chosen_policy,
-    dataset_identity,
-    load_data,
-    normalisation,
+from stages.cache_job import (
+    CacheConfig,
+    CacheJob,
+    TeacherSettings,
+    check_finite,
+    checked_logits,
+    fitted_encoding,
+    prepare,
+    row_order,
+    teacher_logits,
 )
+from stages.device import device_name, versions
+from stages.distributed import (
+    Ranks,
+    SharedCount,
+    first_rank_before_others,
+    first_rank_does,
+    wait_for_all,
+)
+from stages.errors import CacheError, IdentityError
+from stages.inputs.feed import ViewFeed, pixel_probes, plain_view
+from stages.reporting import Reporter, Silent
 
-_ROW_ORDER = 4  # a stream of the view seed, apart from those of training
+__all__ = [
+    "CacheConfig",
+    "CacheJob",
+    "CacheSummary",
+    "TeacherSettings",
+    "cache_teacher",
+    "fitted_encoding",
+    "missing_blocks",
+    "open_existing",
+    "prepare",
+    "row_order",
+    "teacher_logits",
+]
 
-
-class TeacherSettings(Settings, frozen=True):
-    """architecture may be None where the weights are a run directory. mean, std, image_size: None
-    for the weights' own, or the dataset's.
-    """
-
-    weights: str
-    architecture: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    image_size: int | None = None
-
-
-class CacheConfig(Settings, frozen=True):
-    """A run of cache-teacher. seed: of the views. dtype: of the teacher's forward pass.
-
-    encoding: a name, with parameters after a colon (`topk:k=20`). max_kl: mean KL to the exact rows
-    at T=1, in nats, that the encoding must hold; with `auto` the smallest that does is taken.
-    """
-
-    data: DataSettings
-    teacher: TeacherSettings
-    views: int
-    augment: str = "pad-crop-flip"
-    seed: int = 0
-    encoding: str = "auto"
-    max_kl: float | None = None
-    dtype: Dtype = "float32"
-    batch_size: int = 512
-    block_rows: int = MAX_BLOCK_ROWS
-    channels_last: bool = True
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        positive("views", self.views)
-        within("seed", self.seed, -(2**63), 2**63 - 1)
-        positive("batch_size", self.batch_size)
-        positive("block_rows", self.block_rows)
-        check_encoding(self.encoding)
-        if self.max_kl is not None:
-            positive("max_kl", self.max_kl)
-
-
-@dataclass(frozen=True)
-class CacheJob:
-    """Everything stage one needs, loaded and checked; make it with `prepare`."""
-
-    config: CacheConfig
-    splits: Splits
-    policy: ViewPolicy
-    image_size: int | None
-    model: Model
-    normalise: Normalise
-    identity: Identity
-    device: torch.device
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.splits.train.class_names)
-
-    def feed(self, dataset: ImageDataset, policy: ViewPolicy) -> ViewFeed:
-        return ViewFeed(dataset, policy, self.device, self.image_size, self.config.data.workers)
+Blocks = dict[tuple[int, int], Tensor]
+"""(view, block) -> float32 logits (n, C)."""
+_SHOWN_SECONDS = 90.0
+"""What one machine wrote, another sees within this on a network file system."""
 
 
 @dataclass(frozen=True)
@@ -130,124 +80,58 @@ class CacheSummary:
     test_top1: float
 
 
-def prepare(config: CacheConfig, splits: Splits | None = None) -> CacheJob:
-    """Load dataset and teacher and check that they belong together.
-
-    Raises DatasetError, ModelError, ViewError or ConfigError.
-    """
-    splits = splits or load_data(config.data)
-    train, device = splits.train, choose_device(config.device)
-    classes = len(train.class_names)
-    teacher = config.teacher
-    model = load_model(teacher.architecture, teacher.weights, classes, train.shape[0])
-    image_size = teacher.image_size or config.data.image_size or model.image_size
-    policy = chosen_policy(config.augment, config.seed, image_size, config.data.resize)
-    if policy.count is not None and config.views > policy.count:
-        raise ViewError(
-            f"view policy '{config.augment}' has {policy.count} distinct view(s), "
-            f"{config.views} were asked for",
-            f"Give --views {policy.count}, which is every view there is, or another --augment.",
-        )
-    mean, std = normalisation(model, train, teacher.mean, teacher.std)
-    identity = Identity(
-        teacher=TeacherIdentity(
-            model.architecture, weights_digest(model.module.state_dict()), mean, std, image_size
-        ),
-        dataset=dataset_identity(train),
-        views=ViewsIdentity(policy.name, policy.parameters, policy.version, policy.seed),
-        compute_dtype=config.dtype,
-    )
-    cpu = torch.device("cpu")
-    check_output(
-        model,
-        Normalise(mean, std, model.channels, cpu, channels_last=False),
-        ViewFeed(train, policy, cpu, image_size, workers=0),
-        classes,
-    )
-    place(model.module, device, config.channels_last).eval()
-    normalise = Normalise(mean, std, model.channels, device, config.channels_last)
-    return CacheJob(config, splits, policy, image_size, model, normalise, identity, device)
-
-
 def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = None) -> CacheSummary:
-    """Make the cache at `out`, or complete it, or append views to it.
+    """Make the cache at `out`, or complete it, or append views to it; all ranks of a launch do so
+    together, and all have the summary. What is reported is the first rank's to say, for all.
 
     Raises IdentityError if it was made from something else, CacheError if it cannot be written.
     """
-    reporter, where = reporter or Silent(), location(out)
-    if isinstance(where, Path):
-        try:
-            where.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CacheError(
-                f"cannot make {out}: {error.strerror}", "Choose another --out."
-            ) from error
-    with exclusive(where):
+    ranks, views = job.ranks, job.config.views
+    reporter = reporter if reporter and ranks.first else Silent()
+    with _held(location(out), ranks):
         # 1) the store, its encoding fitted to the first rows; and what is missing in it
-        feed, cache = job.feed(job.splits.train, job.policy), open_existing(job, out)
-        progress = _Progress(reporter, job.config.views * len(job.splits.train))
-        first: dict[tuple[int, int], Tensor] = {}
-        if cache is None:
-            first, coding = fitted_encoding(job, feed, progress)
-            cache = _create(job, out, coding)
-        for leftover in half_written(where):
-            leftover.unlink()
-        cache.grow(job.config.views)
-        missing = missing_blocks(cache, job.config.views)
-        if done := job.config.views * cache.grid.num_blocks - len(missing):
+        feed, progress = job.feed(job.splits.train, job.policy), _Progress(job, reporter)
+        cache, fitted = first_rank_before_others(ranks, lambda: _ready(job, out, feed, progress))
+        missing, there = first_rank_does(ranks, lambda: (missing_blocks(cache, views), [*fitted]))
+        progress.total = sum(cache.grid.length(block) for _, block in missing)
+        if done := views * cache.grid.num_blocks - len(missing):
             reporter.say(f"{done} blocks are there already, {len(missing)} are missing")
-            progress = _Progress(reporter, sum(cache.grid.length(b) for _, b in missing))
 
         # 2) the training views, block by block
         record: Record = {"device": device_name(job.device), "versions": versions()}
         with BackgroundWriter(functools.partial(_write_block, cache, record)).running() as writer:
-            for view, block in missing:
-                logits = first.pop((view, block), None)
+            for view, block in share(missing, there, ranks):
+                logits = fitted.pop((view, block), None)
                 if logits is None:
                     samples = cache.dataset_index[cache.grid.rows(block)]
                     logits = checked_logits(job, feed, samples, view, progress)
                 writer.put((view, block, logits))
         feed.close()
-        cache.write_fidelity()
+        wait_for_all(ranks, progress.look)
 
-        # 3) the test split
-        if not cache.eval_commits.is_complete(0):
-            _cache_test_split(job, cache, record)
-        for commits in (cache.commits, cache.eval_commits):
-            commits.compact_rest()
+        # 3) the test split, and what is known once all blocks are there
+        def finish() -> CacheSummary:
+            if ranks.world > 1:
+                _see(cache, missing)
+            cache.write_fidelity()
+            if not cache.eval_commits.is_complete(0):
+                _cache_test_split(job, cache, record)
+            for commits in (cache.commits, cache.eval_commits):
+                commits.compact_rest()
+            return _summary(cache, len(missing))
 
-        # 4) how good the teacher is
-        logits, labels = cache.eval_logits()
-        return CacheSummary(
-            computed_blocks=len(missing),
-            views=len(cache.complete_views),
-            train_top1=[cache.top1(view) for view in cache.complete_views],
-            test_top1=float((logits.argmax(1) == labels).double().mean()),
-        )
+        return first_rank_does(ranks, finish)
 
 
-def row_order(job: CacheJob) -> Tensor:
-    """int64 (N,): the sample of each row, a keyed permutation."""
-    samples = len(job.splits.train)
-    return permute(torch.arange(samples), samples, job.config.seed, _ROW_ORDER)
-
-
-def fitted_encoding(
-    job: CacheJob, feed: ViewFeed, progress: Callable[[int], None] = lambda rows: None
-) -> tuple[dict[tuple[int, int], Tensor], Encoding]:
-    """The encoding asked for, fitted to the first rows of view 0; and the blocks that these are,
-    (view, block) -> float32 (n, C), so that nothing is computed twice.
+def share(
+    missing: list[tuple[int, int]], fitted: list[tuple[int, int]], ranks: Ranks
+) -> list[tuple[int, int]]:
+    """The missing (view, block) pairs that are this rank's to write: a run of them, so that most
+    views are one rank's. Those that fitting the encoding computed are with the first rank.
     """
-    order, labels = row_order(job), job.splits.train.labels
-    grid = block_grid(len(order), job.num_classes, job.config.block_rows)
-    needed = -(-min(FIT_ROWS, len(order)) // grid.block_rows)
-    blocks = {
-        (0, block): checked_logits(job, feed, order[grid.rows(block)], 0, progress)
-        for block in range(needed)
-    }
-    rows = torch.cat(list(blocks.values()))[:FIT_ROWS]
-    coding = fit_encoding(job.config.encoding, rows, labels[order[: len(rows)]], job.config.max_kl)
-    return blocks, coding
+    rest = [pair for pair in missing if pair not in fitted]
+    mine = [rest[i] for i in ranks.share(len(rest))]
+    return [*fitted, *mine] if ranks.first else mine
 
 
 def open_existing(job: CacheJob, out: str | Path) -> LogitCache | None:
@@ -282,49 +166,88 @@ def missing_blocks(cache: LogitCache, views: int) -> list[tuple[int, int]]:
     return [pair for pair in every if pair not in cache.commits.records]
 
 
-@torch.inference_mode()
-def teacher_logits(
-    job: CacheJob,
-    feed: ViewFeed,
-    samples: Tensor,
-    view: int,
-    progress: Callable[[int], None] = lambda rows: None,
-) -> Tensor:
-    """The teacher's float32 logits (n, C) for one view of some samples, on its device."""
-    logits = torch.empty((len(samples), job.num_classes), device=job.device)
-    start = 0
-    for batch in feed.batches(samples, view, job.config.batch_size):
-        with autocast(job.device, job.config.dtype):
-            output = logits_of(job.model.module(job.normalise(batch.pixels)))
-        logits[start : start + len(output)] = output.float()
-        start += len(output)
-        progress(len(output))
-    return logits
-
-
 # ---- details --------------------------------------------------------------------------------
 
 
-def checked_logits(
-    job: CacheJob,
-    feed: ViewFeed,
-    samples: Tensor,
-    view: int,
-    progress: Callable[[int], None] = lambda rows: None,
-) -> Tensor:
-    """As `teacher_logits`, on the CPU. Raises ModelError unless all are finite."""
-    logits = teacher_logits(job, feed, samples, view, progress).cpu()
-    check_finite(logits, samples, f"view {view}")
-    return logits
+@contextlib.contextmanager
+def _held(where: Location, ranks: Ranks) -> Iterator[None]:
+    """The store's folder, made and locked by the first rank for its launch."""
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            if isinstance(where, Path):
+                try:
+                    where.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise CacheError(
+                        f"cannot make {where}: {error.strerror}", "Choose another --out."
+                    ) from error
+            stack.enter_context(exclusive(where, shared=ranks.world > 1))
+
+        first_rank_does(ranks, take)
+        if not ranks.first:
+            stack.enter_context(joined(where))
+        yield
+
+
+def _ready(
+    job: CacheJob, out: str | Path, feed: ViewFeed, progress: "_Progress"
+) -> tuple[LogitCache, Blocks]:
+    """The cache, with room for all views; and the blocks that fitting its encoding has computed."""
+    cache, fitted = open_existing(job, out), Blocks()
+    if cache is None:
+        fitted, coding = fitted_encoding(job, feed, progress)
+        cache = _create(job, out, coding)
+    if job.ranks.first:
+        for leftover in half_written(cache.path):
+            leftover.unlink()
+        cache.grow(job.config.views)
+    return cache, fitted
+
+
+def _see(cache: LogitCache, blocks: list[tuple[int, int]]) -> None:
+    """Read all commit records again, until those of the other ranks show."""
+    deadline = time.monotonic() + _SHOWN_SECONDS
+    while True:
+        cache.commits.reread()
+        hidden = [block for block in blocks if block not in cache.commits.records]
+        if not hidden:
+            return
+        if time.monotonic() > deadline:
+            raise CacheError(
+                f"{cache.path}: {len(hidden)} blocks that other ranks wrote cannot be seen here",
+                "Give --out on a file system that all ranks share, then run the command again.",
+            )
+        time.sleep(1)
+
+
+def _summary(cache: LogitCache, computed_blocks: int) -> CacheSummary:
+    logits, labels = cache.eval_logits()
+    return CacheSummary(
+        computed_blocks=computed_blocks,
+        views=len(cache.complete_views),
+        train_top1=[cache.top1(view) for view in cache.complete_views],
+        test_top1=float((logits.argmax(1) == labels).double().mean()),
+    )
 
 
 class _Progress:
-    def __init__(self, reporter: Reporter, total: int) -> None:
-        self._reporter, self._total, self._done = reporter, total, 0
+    """How far all ranks are together."""
+
+    def __init__(self, job: CacheJob, reporter: Reporter) -> None:
+        self._reporter, self._count = reporter, SharedCount(job.ranks)
+        world = job.ranks.world
+        self._task = "teacher pass" + (f", {world} ranks together" if world > 1 else "")
+        self.total = job.config.views * len(job.splits.train)
 
     def __call__(self, rows: int) -> None:
-        self._done += rows
-        self._reporter.progress("teacher pass", self._done, self._total, "samples")
+        self._reporter.progress(self._task, self._count.add(rows), self.total, "samples")
+
+    def look(self) -> int:
+        """Show what the others have done meanwhile, and return it."""
+        done = self._count.add()
+        self._reporter.progress(self._task, done, self.total, "samples")
+        return done
 
 
 def _create(job: CacheJob, out: str | Path, coding: Encoding) -> LogitCache:
@@ -364,13 +287,3 @@ def _cache_test_split(job: CacheJob, cache: LogitCache, record: Record) -> None:
     feed.close()
     check_finite(logits, samples, "the test split")
     cache.write_eval_logits(logits, record)
-
-
-def check_finite(logits: Tensor, samples: Tensor, where: str) -> None:
-    finite = torch.isfinite(logits).all(1)
-    if not bool(finite.all()):
-        first = int(finite.logical_not().nonzero()[0])
-        raise ModelError(
-            f"the teacher's logits are not finite: sample {int(samples[first])}, {where}",
-            "Compute in --dtype float32, or check the weights and the normalisation.",
-        )

@@ -220,3 +220,21 @@ def test_a_finished_cache_needs_nothing(
 
     assert (plan.blocks, plan.missing_blocks, plan.hours) == (9, 0, 0)
     dataclasses.replace(plan, free_bytes=0).check_fits(finished_cache)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "missing", "seconds"),
+    [
+        pytest.param(1, 20, 100, id="alone"),
+        pytest.param(4, 20, 25, id="divided"),
+        pytest.param(8, 20, 15, id="three-blocks-at-the-most"),
+        pytest.param(64, 5, 5, id="more-ranks-than-blocks"),
+        pytest.param(2, 0, 0, id="nothing-missing"),
+    ],
+)
+def test_time_is_that_of_the_rank_with_the_most_blocks(
+    ranks: int, missing: int, seconds: float
+) -> None:
+    plan = dataclasses.replace(PLAN, ranks=ranks, missing_blocks=missing)
+
+    assert plan.hours * 3600 == pytest.approx(seconds)

@@ -119,6 +119,10 @@ class CommitLog:
     def discard(self, key: str) -> None:
         """Remove a damaged file of records: its blocks are then not there."""
         ask(self.store, self.store.delete(key))
+        self.reread()
+
+    def reread(self) -> None:
+        """Look at the store when records are next asked for: others have written as well."""
         self.__dict__.pop("records", None)
 
     def has(self, view: int, block: int) -> bool:
@@ -196,7 +200,7 @@ class CommitLog:
     def clear(self) -> None:
         """Forget every record, of a part that is made anew."""
         ask(self.store, self.store.delete_dir(self._prefix.rstrip("/")))
-        self.__dict__.pop("records", None)
+        self.reread()
 
     def _view_key(self, view: int) -> str:
         return f"{self._prefix}v{view:05d}.json"

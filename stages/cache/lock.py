@@ -17,15 +17,30 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.partial$")
 
 
 @contextlib.contextmanager
-def exclusive(where: Location) -> Iterator[None]:
+def exclusive(where: Location, shared: bool = False) -> Iterator[None]:
     """Hold the store's folder. The kernel lets go when the process ends, however it ends.
 
+    shared: other processes of this launch will join; the folder is held until the last has ended.
     A disk that is full, or read-only, becomes a CacheError; so does an object store that does not
     answer. Object stores have no lock: `verify` finds what two launches mixed.
     """
+    with _told(where), _held(where, [fcntl.LOCK_EX, fcntl.LOCK_SH] if shared else [fcntl.LOCK_EX]):
+        yield
+
+
+@contextlib.contextmanager
+def joined(where: Location) -> Iterator[None]:
+    """Hold the store's folder together with the process of this launch that has made it `shared`,
+    and tell errors as `exclusive` does.
+    """
+    with _told(where), _held(where, [fcntl.LOCK_SH]):
+        yield
+
+
+@contextlib.contextmanager
+def _told(where: Location) -> Iterator[None]:
     try:
-        with _held(where) if isinstance(where, Path) else contextlib.nullcontext():
-            yield
+        yield
     except OSError as error:
         raise CacheError(
             f"{where} cannot be written: {error.strerror or told(error)}",
@@ -43,14 +58,19 @@ def exclusive(where: Location) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _held(path: Path) -> Iterator[None]:
-    folder = os.open(path, os.O_RDONLY)
+def _held(where: Location, modes: list[int]) -> Iterator[None]:
+    """Take the lock in one mode after another. Who loses it in between is refused as well."""
+    if isinstance(where, str):
+        yield
+        return
+    folder = os.open(where, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for mode in modes:
+                fcntl.flock(folder, mode | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CacheError(
-                f"another process is writing to {path}", "Wait for it or stop it, then try again."
+                f"another process is writing to {where}", "Wait for it or stop it, then try again."
             ) from None
         yield
     finally:

@@ -1,0 +1,204 @@
+"""What stage one is given, loaded and checked; and the teacher's logits of it, view by view.
+
+Logits of a row depend on nothing but the rows that are computed with it: blocks are cut into the
+same batches whoever computes them, whatever was done before.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stages.cache.encoding import FIT_ROWS, Encoding, check_encoding, fit_encoding
+from stages.cache.identity import Identity, TeacherIdentity, ViewsIdentity, weights_digest
+from stages.cache.layout import MAX_BLOCK_ROWS, block_grid
+from stages.device import autocast, place
+from stages.distributed import ALONE, Ranks, device_of_rank
+from stages.errors import ModelError, ViewError
+from stages.inputs.counter_hash import permute
+from stages.inputs.datasets import ImageDataset
+from stages.inputs.feed import Normalise, ViewFeed
+from stages.inputs.models import Model, load_model, logits_of
+from stages.inputs.views import ViewPolicy
+from stages.training.config import DataSettings, Dtype, Settings, positive, within
+from stages.training.setup import (
+    Splits,
+    check_output,
+    chosen_policy,
+    dataset_identity,
+    load_data,
+    normalisation,
+)
+
+_ROW_ORDER = 4  # a stream of the view seed, apart from those of training
+
+
+class TeacherSettings(Settings, frozen=True):
+    """architecture may be None where the weights are a run directory. mean, std, image_size: None
+    for the weights' own, or the dataset's.
+    """
+
+    weights: str
+    architecture: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    image_size: int | None = None
+
+
+class CacheConfig(Settings, frozen=True):
+    """A run of cache-teacher. seed: of the views. dtype: of the teacher's forward pass.
+
+    encoding: a name, with parameters after a colon (`topk:k=20`). max_kl: mean KL to the exact rows
+    at T=1, in nats, that the encoding must hold; with `auto` the smallest that does is taken.
+    """
+
+    data: DataSettings
+    teacher: TeacherSettings
+    views: int
+    augment: str = "pad-crop-flip"
+    seed: int = 0
+    encoding: str = "auto"
+    max_kl: float | None = None
+    dtype: Dtype = "float32"
+    batch_size: int = 512
+    block_rows: int = MAX_BLOCK_ROWS
+    channels_last: bool = True
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        positive("views", self.views)
+        within("seed", self.seed, -(2**63), 2**63 - 1)
+        positive("batch_size", self.batch_size)
+        positive("block_rows", self.block_rows)
+        check_encoding(self.encoding)
+        if self.max_kl is not None:
+            positive("max_kl", self.max_kl)
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """Everything stage one needs, loaded and checked; make it with `prepare`."""
+
+    config: CacheConfig
+    splits: Splits
+    policy: ViewPolicy
+    image_size: int | None
+    model: Model
+    normalise: Normalise
+    identity: Identity
+    device: torch.device
+    ranks: Ranks = ALONE
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.splits.train.class_names)
+
+    def feed(self, dataset: ImageDataset, policy: ViewPolicy) -> ViewFeed:
+        return ViewFeed(dataset, policy, self.device, self.image_size, self.config.data.workers)
+
+
+def prepare(config: CacheConfig, splits: Splits | None = None, ranks: Ranks = ALONE) -> CacheJob:
+    """Load dataset and teacher and check that they belong together; ranks: which of several does.
+
+    Raises DatasetError, ModelError, ViewError or ConfigError.
+    """
+    splits = splits or load_data(config.data)
+    train, device = splits.train, device_of_rank(ranks, config.device)
+    classes = len(train.class_names)
+    teacher = config.teacher
+    model = load_model(teacher.architecture, teacher.weights, classes, train.shape[0])
+    image_size = teacher.image_size or config.data.image_size or model.image_size
+    policy = chosen_policy(config.augment, config.seed, image_size, config.data.resize)
+    if policy.count is not None and config.views > policy.count:
+        raise ViewError(
+            f"view policy '{config.augment}' has {policy.count} distinct view(s), "
+            f"{config.views} were asked for",
+            f"Give --views {policy.count}, which is every view there is, or another --augment.",
+        )
+    mean, std = normalisation(model, train, teacher.mean, teacher.std)
+    identity = Identity(
+        teacher=TeacherIdentity(
+            model.architecture, weights_digest(model.module.state_dict()), mean, std, image_size
+        ),
+        dataset=dataset_identity(train),
+        views=ViewsIdentity(policy.name, policy.parameters, policy.version, policy.seed),
+        compute_dtype=config.dtype,
+    )
+    cpu = torch.device("cpu")
+    check_output(
+        model,
+        Normalise(mean, std, model.channels, cpu, channels_last=False),
+        ViewFeed(train, policy, cpu, image_size, workers=0),
+        classes,
+    )
+    place(model.module, device, config.channels_last).eval()
+    normalise = Normalise(mean, std, model.channels, device, config.channels_last)
+    return CacheJob(config, splits, policy, image_size, model, normalise, identity, device, ranks)
+
+
+def row_order(job: CacheJob) -> Tensor:
+    """int64 (N,): the sample of each row, a keyed permutation."""
+    samples = len(job.splits.train)
+    return permute(torch.arange(samples), samples, job.config.seed, _ROW_ORDER)
+
+
+def fitted_encoding(
+    job: CacheJob, feed: ViewFeed, progress: Callable[[int], None] = lambda rows: None
+) -> tuple[dict[tuple[int, int], Tensor], Encoding]:
+    """The encoding asked for, fitted to the first rows of view 0; and the blocks that these are,
+    (view, block) -> float32 (n, C), so that nothing is computed twice.
+    """
+    order, labels = row_order(job), job.splits.train.labels
+    grid = block_grid(len(order), job.num_classes, job.config.block_rows)
+    needed = -(-min(FIT_ROWS, len(order)) // grid.block_rows)
+    blocks = {
+        (0, block): checked_logits(job, feed, order[grid.rows(block)], 0, progress)
+        for block in range(needed)
+    }
+    rows = torch.cat(list(blocks.values()))[:FIT_ROWS]
+    coding = fit_encoding(job.config.encoding, rows, labels[order[: len(rows)]], job.config.max_kl)
+    return blocks, coding
+
+
+@torch.inference_mode()
+def teacher_logits(
+    job: CacheJob,
+    feed: ViewFeed,
+    samples: Tensor,
+    view: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Tensor:
+    """The teacher's float32 logits (n, C) for one view of some samples, on its device."""
+    logits = torch.empty((len(samples), job.num_classes), device=job.device)
+    start = 0
+    for batch in feed.batches(samples, view, job.config.batch_size):
+        with autocast(job.device, job.config.dtype):
+            output = logits_of(job.model.module(job.normalise(batch.pixels)))
+        logits[start : start + len(output)] = output.float()
+        start += len(output)
+        progress(len(output))
+    return logits
+
+
+def checked_logits(
+    job: CacheJob,
+    feed: ViewFeed,
+    samples: Tensor,
+    view: int,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Tensor:
+    """As `teacher_logits`, on the CPU. Raises ModelError unless all are finite."""
+    logits = teacher_logits(job, feed, samples, view, progress).cpu()
+    check_finite(logits, samples, f"view {view}")
+    return logits
+
+
+def check_finite(logits: Tensor, samples: Tensor, where: str) -> None:
+    finite = torch.isfinite(logits).all(1)
+    if not bool(finite.all()):
+        first = int(finite.logical_not().nonzero()[0])
+        raise ModelError(
+            f"the teacher's logits are not finite: sample {int(samples[first])}, {where}",
+            "Compute in --dtype float32, or check the weights and the normalisation.",
+        )

@@ -1,0 +1,124 @@
+"""Stage one on several ranks, disturbed in every way; see test_cache_by_ranks.py.
+
+    python cache_by_ranks.py RUN OUT ENCODING
+
+RUN is a teacher's run directory, ENCODING the cache's. OUT/whole is made by one process, all other
+stores by ranks that are forks of this one, some of them more than once. Prints one JSON object:
+scenario -> what became of each rank, and how many blocks were committed then.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from launch import Launch, Launcher
+
+from stages.cache.commits import CommitLog, Record
+from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.distributed import Ranks, process_group
+from stages.errors import ModelError
+from stages.training.config import DataSettings
+
+Disturbance = Callable[[Ranks, int], None]
+"""Called on every rank before it commits a block, with how many it has committed."""
+
+
+def make(job: CacheJob, out: Path, disturb: Disturbance, ranks: Ranks) -> object:
+    """One rank of a run; how many blocks all have computed, views, and blocks of its own."""
+    own: list[tuple[int, int]] = []
+    commit = CommitLog.commit
+
+    def disturbed(log: CommitLog, view: int, block: int, record: Record) -> None:
+        if log.part == "logits":
+            disturb(ranks, len(own))
+            own.append((view, block))
+        commit(log, view, block, record)
+
+    CommitLog.commit = disturbed  # type: ignore[method-assign]  # of this fork
+    with process_group(ranks):
+        summary = cache_teacher(dataclasses.replace(job, ranks=ranks), out)
+    return {"computed": summary.computed_blocks, "views": summary.views, "own": own}
+
+
+def nothing(ranks: Ranks, committed: int) -> None: ...
+
+
+def killed(rank: int, ranks: Ranks, committed: int) -> None:
+    """After the objects of the third block, before its record."""
+    if ranks.rank == rank and committed == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def failing(ranks: Ranks, committed: int) -> None:
+    if ranks.rank == 1 and committed == 2:
+        raise ModelError("this rank cannot", "do this")
+
+
+def held_up(ranks: Ranks, committed: int) -> None:
+    """Rank 1 never commits its second block."""
+    if ranks.rank == 1 and committed == 1:
+        time.sleep(600)
+
+
+def committed(store: Path) -> int:
+    files = (store / "commits" / "logits").rglob("*.json")
+    return sum(len(json.loads(file.read_text())["records"]) for file in files)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.02)
+
+
+def main(run: str, out: Path, encoding: str) -> None:
+    config = CacheConfig(
+        data=DataSettings(dataset="digits", workers=0),
+        teacher=TeacherSettings(weights=run),
+        views=3,
+        augment="pad-crop:pad=2",
+        encoding=encoding,
+        block_rows=150,  # 7 blocks a view
+        batch_size=64,
+        device="cpu",
+    )
+    torch.set_num_threads(1)
+    job, launcher, found = prepare(config), Launcher(), {}
+
+    def start(world: int, store: str, disturb: Disturbance = nothing) -> Launch:
+        return launcher.start(world, functools.partial(make, job, out / store, disturb))
+
+    def play(scenario: str, world: int, store: str, disturb: Disturbance = nothing) -> None:
+        ranks = start(world, store, disturb).outcomes()
+        found[scenario] = {"ranks": ranks, "committed": committed(out / store)}
+
+    play("one", 1, "whole")
+    play("two", 2, "two")
+    play("three", 3, "three")
+    for rank in (0, 1):
+        play(f"killed-{rank}", 2, f"killed-{rank}", functools.partial(killed, rank))
+    play("killed-0, then three", 3, "killed-0")
+    play("killed-1, then one", 1, "killed-1")
+    play("failing", 2, "failed", failing)
+    play("failing, then two", 2, "failed")
+
+    first = start(2, "contested", held_up)
+    wait_until(lambda: committed(out / "contested") == 15)  # rank 0 has done its own and waits
+    play("beside two", 2, "contested")
+    os.kill(first.children[0], signal.SIGKILL)
+    play("beside one that is left", 1, "contested")
+    os.kill(first.children[1], signal.SIGKILL)
+    found["contested"] = first.outcomes()
+    play("beside none", 2, "contested")
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    run, out, encoding = sys.argv[1:]
+    main(run, Path(out), encoding)

@@ -1,0 +1,131 @@
+"""Several ranks leave the store of one process byte for byte, whoever was killed meanwhile."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.cache_teacher import share
+from stages.distributed import Ranks
+
+VIEWS, BLOCKS = 3, 7
+EVERY = [[view, block] for view in range(VIEWS) for block in range(BLOCKS)]
+
+
+@dataclass
+class Played:
+    """The scenarios of cache_by_ranks.py: what became of each rank, and the folder of stores."""
+
+    found: dict[str, Any]
+    folder: Path
+
+    def ranks(self, scenario: str) -> list[Any]:
+        found: list[Any] = self.found[scenario]["ranks"]
+        return found
+
+    def committed(self, scenario: str) -> int:
+        return int(self.found[scenario]["committed"])
+
+    def own(self, scenario: str) -> list[list[int]]:
+        """The blocks that a run committed, rank by rank."""
+        return [pair for rank in self.ranks(scenario) for pair in rank["returned"]["own"]]
+
+
+@pytest.fixture(scope="module", params=["klt", pytest.param("float32", marks=pytest.mark.slow)])
+def played(
+    request: pytest.FixtureRequest, teacher_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Played:
+    script, out = Path(__file__).with_name("cache_by_ranks.py"), tmp_path_factory.mktemp("ranks")
+    done = subprocess.run(
+        [sys.executable, str(script), str(teacher_run), str(out), request.param],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return Played(json.loads(done.stdout), out)
+
+
+def content(store: Path) -> dict[str, bytes]:
+    """Every file of a store, commit records and provenance included."""
+    files = (path for path in store.rglob("*") if path.is_file())
+    return {str(path.relative_to(store)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("store", ["two", "three", "killed-0", "killed-1", "failed", "contested"])
+def test_every_file_is_that_of_one_process(played: Played, store: str) -> None:
+    whole, ours = content(played.folder / "whole"), content(played.folder / store)
+
+    assert played.committed("one") == len(EVERY)
+    assert ours.keys() == whole.keys()
+    assert {name for name in ours if ours[name] != whole[name]} == set()
+
+
+@pytest.mark.parametrize("scenario", ["two", "three"])
+def test_every_block_is_one_ranks_and_every_rank_has_some(played: Played, scenario: str) -> None:
+    assert sorted(played.own(scenario)) == EVERY
+    for rank in played.ranks(scenario):
+        assert rank["returned"]["own"]
+        assert (rank["returned"]["computed"], rank["returned"]["views"]) == (len(EVERY), VIEWS)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "then"),
+    [
+        ("killed-0", "killed-0, then three"),
+        ("killed-1", "killed-1, then one"),
+        ("failing", "failing, then two"),
+        ("beside one that is left", "beside none"),
+    ],
+)
+def test_what_was_committed_stays_and_another_number_of_ranks_does_the_rest(
+    played: Played, scenario: str, then: str
+) -> None:
+    before = played.committed(scenario)
+
+    assert 0 < before < len(EVERY)
+    computed = played.own(then)
+    assert len(computed) == len(EVERY) - before
+    assert sorted(computed) == sorted(map(list, {*map(tuple, computed)}))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_leaves_no_store_that_looks_whole(played: Played, rank: int) -> None:
+    assert played.ranks(f"killed-{rank}")[rank] == -9
+
+
+def test_a_rank_that_cannot_go_on_stops_the_others(played: Played) -> None:
+    first, second = played.ranks("failing")
+
+    assert (second["raised"], second["told"]) == ("ModelError", True)
+    assert (first["raised"], first["told"]) == ("RankError", False)
+    assert "another rank has failed" in first["text"]
+
+
+def test_a_second_launch_is_refused_while_any_rank_of_the_first_lives(played: Played) -> None:
+    for scenario, ranks in (("beside two", 2), ("beside one that is left", 1)):
+        outcomes = played.ranks(scenario)
+        assert len(outcomes) == ranks
+        for outcome in outcomes:
+            assert outcome["raised"] == "CacheError"
+            assert "another process is writing" in outcome["text"]
+        assert sum(outcome["told"] for outcome in outcomes) == 1
+    assert played.found["contested"] == [-9, -9]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("fitted", [0, 2, 9])
+def test_shares_are_disjoint_and_cover_what_is_missing(world: int, fitted: int) -> None:
+    missing = [(view, block) for view in range(3) for block in range(3)]
+
+    shares = [share(missing, missing[:fitted], Ranks(rank, world)) for rank in range(world)]
+
+    assert sorted(pair for pairs in shares for pair in pairs) == missing
+    assert shares[0][:fitted] == missing[:fitted]  # it has them already
+    rest = [len(shares[0]) - fitted, *map(len, shares[1:])]
+    assert max(rest) - min(rest) <= 1
