@@ -79,7 +79,8 @@ def test_elimination_is_the_sum_over_right_rows(name: str, mix: str) -> None:
         for i in range(SIZE)
         if not wrong[i]
     ]
-    for reduction, size in (("batch", SIZE), ("subset", max(len(alone), 1))):
+    for reduction in REDUCTIONS:
+        size = SIZE if reduction == "batch" else max(len(alone), 1)
         weights = bias_weights("eliminate", "constant", reduction, 4, EPOCHS).rows(wrong)
         value, _ = value_and_gradient(objective, wrong, weights)
         assert value == pytest.approx(sum(alone) / size, rel=1e-4, abs=1e-6)
@@ -94,7 +95,8 @@ def test_the_subset_reduction_is_that_of_both_means(name: str, mix: str) -> None
     rows = objective(student, teacher, labels, torch.ones(SIZE)).detach()
     means = [float(rows[kind].mean()) if kind.any() else 0.0 for kind in (~wrong, wrong)]
     b = math.cos(math.pi / 2 * epoch / EPOCHS) ** 2
-    for schedule, of_right in (("cosine", b), ("ramp", 1.0)):
+    ways: tuple[tuple[Schedule, float], ...] = (("cosine", b), ("ramp", 1.0))
+    for schedule, of_right in ways:
         weights = bias_weights("rectify", schedule, "subset", epoch, EPOCHS).rows(wrong)
         value, _ = value_and_gradient(objective, wrong, weights)
         expected = of_right * means[0] + (1 - b) * means[1]

@@ -44,7 +44,8 @@ def test_ce_has_nothing() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("parameter", PARAMETERS)
 def test_a_parameter_that_the_loss_does_not_have(name: str, parameter: str) -> None:
-    settings = LossSettings(name=name, **{parameter: 0.5})
+    given: dict[str, Any] = {parameter: 0.5}
+    settings = LossSettings(name=name, **given)
     own = DEFINITIONS[name].defaults
     if parameter in own:
         assert getattr(resolved(settings), parameter) == 0.5

@@ -30,7 +30,7 @@ def row_loss(z_s: np.ndarray, z_t: np.ndarray, t: float) -> float:
     for s, r in zip(z_s, z_t, strict=True):
         log_s, log_t = log_softmax(s, t), log_softmax(r, t)
         total += float((np.exp(log_t) * (log_t - log_s)).sum())
-    return t**2 * total / len(z_s)
+    return float(t**2 * total / len(z_s))
 
 
 def probabilities(z: np.ndarray, t: float) -> np.ndarray:
