@@ -14,8 +14,8 @@ from stages.cache.identity import differences
 from stages.errors import DatasetError, IdentityError, PipelineError
 from stages.inputs.datasets import ImageDataset, load_dataset
 from stages.inputs.feed import ViewFeed, pixel_probes
-from stages.train_student import cached_policy
 from stages.training.setup import dataset_identity
+from stages.training.student_checks import cached_policy
 
 KINDS = {"sure": "Most confident", "drawn": "Drawn at random"}
 EACH = 6

@@ -19,13 +19,13 @@ def saved_passes(groups: Sequence[Group], known: KnownCaches) -> Html:
         for cache in run.caches if run.uses_teacher else ():
             by_cache.setdefault(cache, []).append(run)
     sentences = [_one_cache(cache, of_cache, known) for cache, of_cache in by_cache.items()]
-    if len(by_cache) > 1:
+    if len(by_cache) > 1 and all(known.of(cache) for cache in by_cache):
         sentences.append(_together(by_cache, known))
     seconds = sum(run.summary.train_seconds for run in runs)
     waited = sum(run.summary.train_seconds * run.summary.wait_share for run in runs)
     took = (
-        f"Training the {counted(len(runs), 'run')} took {duration(seconds)} in "
-        f"all; {percent(waited / max(seconds, 1e-9))} of that went into waiting for targets."
+        f"Training took {duration(seconds)} in all ({counted(len(runs), 'run')}); "
+        f"{percent(waited / max(seconds, 1e-9))} of that went into waiting for targets."
     )
     without = [run for run in runs if run.kind == "student" and not run.uses_teacher]
     if without:
@@ -36,15 +36,13 @@ def saved_passes(groups: Sequence[Group], known: KnownCaches) -> Html:
 def _together(by_cache: Mapping[str, Sequence[Run]], known: KnownCaches) -> Html:
     """All students and all their caches."""
     online = sum(run.teacher_passes for runs in by_cache.values() for run in runs)
-    facts = [known.of(cache) for cache in by_cache]
-    took = sum(found.views for found in facts if found is not None)
-    unknown = "" if all(facts) else "; not all of these lie here now"
+    took = sum(facts.views for cache in by_cache if (facts := known.of(cache)) is not None)
     return fragment(
         "Together: ",
         number(online, f"{online:,}", data_field="all_passes_online"),
         " passes online, ",
         number(took, f"{took:,}", data_field="all_passes_cached"),
-        f" for {counted(len(by_cache), 'cache')}{unknown}.",
+        f" for {len(by_cache)} caches.",
     )
 
 
