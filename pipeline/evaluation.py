@@ -7,7 +7,8 @@ import msgspec
 
 from pipeline.console import Console
 from stages.errors import ConfigError
-from stages.evaluate import ClassScore, Evaluated, Scores
+from stages.evaluate import Evaluated
+from stages.scores import ClassScore, Scores
 
 FEW_CLASSES = 20
 """So many are shown whole; of more, the worst and the best ten."""

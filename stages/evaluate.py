@@ -17,7 +17,6 @@ from typing import Any
 
 import msgspec
 import torch
-import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
@@ -28,57 +27,11 @@ from stages.inputs.datasets import ImageDataset, load_dataset
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.models import Model, load_model, logits_of
 from stages.reporting import Reporter, Silent
+from stages.scores import ClassScore, Comparison, Scores, class_scores, compare, score
 from stages.training.config import DataSettings, TrainSettings
 from stages.training.setup import check_output
 
-BINS = 15
-"""Of the calibration error, as Guo et al. 2017 report it."""
 _SMALLEST_BATCH = 256
-
-
-class Scores(msgspec.Struct, frozen=True):
-    """top1, top5: in [0, 1]; top5 of all classes where there are fewer than five. nll: mean
-    negative log-likelihood of the label in nats. ece: `calibration_error`.
-    """
-
-    top1: float
-    top5: float
-    nll: float
-    ece: float
-
-
-class ClassScore(msgspec.Struct, frozen=True):
-    """One class: how many test samples it has and on what share of them the run is right, and the
-    teacher where it was compared; None where there are no samples.
-    """
-
-    name: str
-    samples: int
-    top1: float | None
-    teacher_top1: float | None = None
-
-    @property
-    def gain(self) -> float:
-        """Student minus teacher, 0 where either is unknown."""
-        known = self.top1 is not None and self.teacher_top1 is not None
-        return (self.top1 or 0.0) - (self.teacher_top1 or 0.0) if known else 0.0
-
-
-class Comparison(msgspec.Struct, frozen=True):
-    """A student beside the teacher whose logits lie in `caches`.
-
-    agreement: share of the test samples with the same argmax. kl: mean KL(teacher || student) at
-    T=1, in nats. The other four count test samples by who is right, and add up to all of them.
-    """
-
-    caches: tuple[str, ...]
-    teacher: Scores
-    agreement: float
-    kl: float
-    both_right: int
-    only_teacher: int
-    only_student: int
-    both_wrong: int
 
 
 class Evaluated(msgspec.Struct, frozen=True):
@@ -135,75 +88,6 @@ def evaluate_run(
         classes=class_scores(images.class_names, labels, logits, teacher),
         comparison=None if teacher is None else compare(logits, teacher, labels, used),
     )
-
-
-# ---- measures -------------------------------------------------------------------------------
-
-
-def score(logits: Tensor, labels: Tensor) -> Scores:
-    """All scores of logits, float (N, C), against labels, int64 (N,)."""
-    logs = torch.log_softmax(logits.float(), dim=1)
-    best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (N, up to 5)
-    confidence, predicted = logs.max(1)
-    return Scores(
-        top1=_mean(best[:, 0]),
-        top5=_mean(best.any(1)),
-        nll=-_mean(logs.gather(1, labels[:, None])),
-        ece=calibration_error(confidence.double().exp(), predicted == labels),
-    )
-
-
-def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error with bins of equal width: Guo et al. 2017, "On Calibration of
-    Modern Neural Networks", equation 3, arXiv 1706.04599.
-
-        ECE = sum_m |B_m| / N * |accuracy(B_m) - confidence(B_m)|
-
-    B_m: the rows with a confidence in ((m-1)/M, m/M]. confidence: float (N,), the largest
-    probability of each row. right: bool (N,).
-    """
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
-    which = torch.bucketize(confidence.double(), edges[1:-1])  # upper edges belong to their bin
-    gaps = torch.zeros(bins, dtype=torch.float64)
-    gaps.index_add_(0, which, right.double() - confidence.double())
-    return float(gaps.abs().sum() / len(confidence))
-
-
-def class_scores(
-    names: Sequence[str], labels: Tensor, logits: Tensor, teacher: Tensor | None = None
-) -> tuple[ClassScore, ...]:
-    """The accuracy on each class. labels: int64 (N,). logits, teacher: float (N, C)."""
-    counts = labels.bincount(minlength=len(names))
-
-    def shares(rows: Tensor) -> list[float | None]:
-        hits = labels[rows.argmax(1) == labels].bincount(minlength=len(names))
-        return [h / n if n else None for h, n in zip(hits.tolist(), counts.tolist(), strict=True)]
-
-    theirs = [None] * len(names) if teacher is None else shares(teacher)
-    columns = zip(names, counts.tolist(), shares(logits), theirs, strict=True)
-    return tuple(ClassScore(*column) for column in columns)
-
-
-def compare(student: Tensor, teacher: Tensor, labels: Tensor, caches: Sequence[str]) -> Comparison:
-    """Student and teacher on the same samples: logits float (N, C), labels int64 (N,)."""
-    ours, theirs = student.argmax(1), teacher.argmax(1)
-    right, taught = ours == labels, theirs == labels
-    log_student, log_teacher = (torch.log_softmax(z.float(), dim=1) for z in (student, teacher))
-    kl = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
-    return Comparison(
-        caches=tuple(caches),
-        teacher=score(teacher, labels),
-        agreement=_mean(ours == theirs),
-        kl=_mean(kl),
-        both_right=int((right & taught).sum()),
-        only_teacher=int((~right & taught).sum()),
-        only_student=int((right & ~taught).sum()),
-        both_wrong=int((~right & ~taught).sum()),
-    )
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.double().mean())
 
 
 # ---- the run --------------------------------------------------------------------------------

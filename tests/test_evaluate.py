@@ -16,16 +16,12 @@ from helpers import DIGITS, Words, metrics
 from torch import Tensor
 
 from pipeline.cli import cli
+from pipeline.console import Console
+from pipeline.evaluation import show_evaluation
 from stages.cache import LogitCache
 from stages.errors import IdentityError, ModelError, PipelineError, RunError
-from stages.evaluate import (
-    BINS,
-    calibration_error,
-    class_scores,
-    compare,
-    evaluate_run,
-    score,
-)
+from stages.evaluate import Evaluated, evaluate_run
+from stages.scores import BINS, calibration_error, class_scores, compare, score
 from stages.train_student import StudentConfig, train_student
 from stages.training.config import ModelSettings, TrainSettings
 from stages.training.setup import Splits
@@ -302,10 +298,6 @@ def test_a_place_that_cannot_be_written_is_told_first(out: str, tmp_path: Path) 
 
 
 def test_many_classes_are_shown_by_their_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline.console import Console
-    from pipeline.evaluation import show_evaluation
-    from stages.evaluate import Evaluated
-
     student, teacher, labels = random_rows(3000, 100)
     names = [f"class-{c:02d}" for c in range(100)]
     classes = class_scores(names, labels, student, teacher)
