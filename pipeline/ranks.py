@@ -43,12 +43,14 @@ def run_rank(command: click.Group) -> NoReturn:
 
 
 def tell(error: Exception) -> None:
-    """Cause and remedy, what click has to say, or the traceback."""
+    """Cause and remedy, what click has to say (Ctrl-C is its Abort), or the traceback."""
     if isinstance(error, PipelineError):
         click.echo(f"error: {error.cause}", err=True)
         if error.remedy:
             click.echo(error.remedy, err=True)
     elif isinstance(error, click.ClickException):
         error.show()
+    elif isinstance(error, click.Abort):
+        click.echo("Aborted!", err=True)
     else:
         traceback.print_exception(error)
