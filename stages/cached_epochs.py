@@ -25,9 +25,10 @@ from stages.device import choose_device
 from stages.inputs.datasets import Statistics
 from stages.inputs.feed import Normalise, ViewFeed, num_batches, plain_view
 from stages.reporting import Silent
-from stages.train_student import StudentConfig, cached_policy, check_dataset, usable_views
+from stages.train_student import StudentConfig
 from stages.training.config import BiasSettings, DataSettings, ModelSettings
 from stages.training.setup import held_out, load_data
+from stages.training.student_checks import cached_policy, check_dataset, usable_views
 from stages.training.trainer import sample_order, view_order
 
 Item = TypeVar("Item")

@@ -32,8 +32,8 @@ from stages.errors import CacheError, IdentityError, UnansweredError
 from stages.inputs.datasets.dataset import digest
 from stages.rectify import RectifyConfig, rectified_block, summarise
 from stages.reporting import Reporter, Silent
-from stages.train_student import cached_policy, check_dataset
 from stages.training.setup import Splits
+from stages.training.student_checks import cached_policy, check_dataset
 
 _NOISE = {"float32": 1e-4}
 """Mean KL at T=1 that a teacher may differ by from itself: other batches, other kernels."""

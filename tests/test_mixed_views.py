@@ -19,15 +19,11 @@ from stages.inputs.models import logits_of
 from stages.inputs.views import Mixed
 from stages.objectives.losses import ce, kd, mixed_ce
 from stages.rectify import RectifyConfig, rectify
-from stages.train_student import (
-    StudentConfig,
-    cached_policy,
-    student_trainer,
-    train_student,
-)
+from stages.train_student import StudentConfig, student_trainer, train_student
 from stages.train_teacher import LabelTask, TeacherConfig, train_teacher
 from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
 from stages.training.setup import Splits
+from stages.training.student_checks import cached_policy
 
 AUGMENT = "pad-crop:pad=1+mixup"
 CPU = torch.device("cpu")

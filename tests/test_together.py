@@ -17,9 +17,7 @@ from stages.objectives.losses import ce
 from stages.objectives.losses.mlkd import mlkd
 from stages.rectify import RectifyConfig, rectify
 from stages.train_student import (
-    CachedTask,
     StudentConfig,
-    cached_policy,
     student_trainer,
     students_trainer,
     train_student,
@@ -33,6 +31,8 @@ from stages.training.config import (
     TrainSettings,
 )
 from stages.training.setup import Splits
+from stages.training.student import CachedTask
+from stages.training.student_checks import cached_policy
 
 CPU = torch.device("cpu")
 TIMES = {"seconds", "wait_seconds", "images_per_second"}

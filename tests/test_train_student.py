@@ -21,7 +21,6 @@ from helpers import DIGITS, Words, first, same_weights, weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stages import train_student as stage
 from stages.cache import LogitCache
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.errors import CacheError, ConfigError, IdentityError, PipelineError, RunError
@@ -32,9 +31,9 @@ from stages.inputs.views import view_policy
 from stages.objectives.losses import kd
 from stages.rectify import RectifyConfig, rectify
 from stages.reporting import Silent
-from stages.train_student import CachedTask, StudentConfig, train_student
+from stages.train_student import StudentConfig, train_student
 from stages.train_teacher import TeacherConfig, train_teacher
-from stages.training import run_directory, setup
+from stages.training import run_directory, setup, student_checks
 from stages.training.config import (
     BiasSettings,
     LossSettings,
@@ -43,6 +42,7 @@ from stages.training.config import (
     TrainSettings,
 )
 from stages.training.setup import Splits, held_out, load_data
+from stages.training.student import CachedTask
 
 SAMPLES, VIEWS, CACHE_BATCH = 400, 6, 90
 POLICY = "pad-crop:pad=2"
@@ -85,7 +85,7 @@ def my_probes() -> Iterator[None]:
         return known[-1][1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "pixel_probes", remembered)
+        patch.setattr(student_checks, "pixel_probes", remembered)
         yield
 
 

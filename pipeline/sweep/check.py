@@ -18,8 +18,11 @@ from stages.cache import LogitCache
 from stages.errors import CacheError, ModelError, PipelineError
 from stages.inputs.models import build_model
 from stages.reporting import Reporter, Silent
-from stages.train_student import (
-    StudentConfig,
+from stages.train_student import StudentConfig
+from stages.training.config import DataSettings, ModelSettings, SeedSettings
+from stages.training.ensemble import open_members
+from stages.training.setup import load_data
+from stages.training.student_checks import (
     cached_policy,
     check_dataset,
     check_objective,
@@ -28,9 +31,6 @@ from stages.train_student import (
     slab_plan,
     views_at_once,
 )
-from stages.training.config import DataSettings, ModelSettings, SeedSettings
-from stages.training.ensemble import open_members
-from stages.training.setup import load_data
 
 
 @dataclass

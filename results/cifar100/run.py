@@ -24,9 +24,10 @@ from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, prepare
 from stages.device import autocast
 from stages.inputs.feed import Batch
 from stages.inputs.models import logits_of
-from stages.train_student import CachedTask, StudentConfig, student_trainer
+from stages.train_student import StudentConfig, student_trainer
 from stages.training.config import DataSettings
 from stages.training.setup import Splits, load_data
+from stages.training.student import CachedTask
 
 HERE = Path(__file__).parent
 

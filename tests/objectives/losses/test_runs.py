@@ -19,13 +19,13 @@ from test_rld import rld_formula
 from test_ttm import wttm_formula
 from torch import Tensor
 
-from stages import train_student as stage
 from stages.cache import LogitCache
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
 from stages.errors import CacheError, ConfigError, PipelineError
 from stages.objectives.losses import DEFINITIONS, TemperedRows
 from stages.rectify import RectifyConfig, rectify
 from stages.train_student import StudentConfig, train_student
+from stages.training import student_checks
 from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
 from stages.training.setup import Splits
 from stages.training.student import CachedTask
@@ -69,7 +69,9 @@ def my_world(
     rectify(folder / "part", RectifyConfig())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            stage, "pixel_probes", lambda *_: LogitCache.open(folder / "whole").pixel_probes
+            student_checks,
+            "pixel_probes",
+            lambda *_: LogitCache.open(folder / "whole").pixel_probes,
         )
         yield World(splits, {name: folder / name for name in changes})
 

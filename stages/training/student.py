@@ -1,0 +1,111 @@
+"""A student: its settings, and what it learns from.
+
+An epoch shows one view of every sample and learns from that view's row of the cache:
+
+    L = ce_weight * CE(z_s, y) + weight * mean_i w_i * loss(z_s, z_t)_i
+
+where the row weights w are all 1, or those of bias elimination and rectification
+(`stages.objectives.bias`); losses that couple rows say themselves what weights mean to them. With
+the loss `ce` the same views are shown and no targets are read: the fair baseline. Where the cached
+views mix two samples (mixup, cutmix), CE is that of both labels by their shares, and targets are as
+ever: the teacher saw the mixed image.
+"""
+
+import torch
+from torch import Tensor
+
+from stages.inputs.feed import Batch
+from stages.objectives.bias import BiasWeights, bias_weights
+from stages.objectives.losses import TeacherRows, TemperedRows, mixed_ce
+from stages.training.budget import parse_bytes
+from stages.training.config import BiasSettings, LossSettings, RunConfig
+from stages.training.epoch_targets import TargetReader, Targets
+from stages.training.objective import Objective
+
+
+class StudentConfig(RunConfig, frozen=True, kw_only=True):
+    """A run of train-student.
+
+    also: further caches of the same views, whose probabilities are averaged with the first's; see
+    `stages.training.ensemble`. views: train from the first so many views of the cache, None for
+    all. slab_memory: how much memory targets may take, for example 2GB; where two views are more,
+    epochs are read and shuffled in groups of chunks (`stages.training.groups`), in the same order
+    for every loss. accept_pixel_drift: go on with a warning where the pixels are no longer quite
+    those the teacher saw.
+    """
+
+    cache: str
+    also: tuple[str, ...] = ()
+    views: int | None = None
+    slab_memory: str | None = None
+    loss: LossSettings = LossSettings()
+    bias: BiasSettings = BiasSettings()
+    accept_pixel_drift: bool = False
+
+    def __post_init__(self) -> None:
+        if self.slab_memory is not None:
+            parse_bytes(self.slab_memory, "slab_memory")
+
+
+class CachedTask:
+    """Learns from the cached row of the view that each epoch shows.
+
+    targets: those of the epoch at hand, None where the loss uses none.
+    """
+
+    def __init__(self, reader: TargetReader, config: StudentConfig, labels: Tensor) -> None:
+        """config: with a resolved loss. labels: int64 (N,), on the device."""
+        self._reader, self._config, self._labels = reader, config, labels
+        self._objective = None if config.loss.name == "ce" else Objective(config.loss)
+        self.learned = None if self._objective is None else self._objective.learned
+        self._weights = BiasWeights(1.0, 1.0)
+        self.targets: Targets | None = None
+        self._waited_before = 0.0
+
+    def start_epoch(self, epoch: int) -> tuple[int, ...]:
+        bias = self._config.bias
+        self._weights = bias_weights(
+            bias.mode, bias.chosen_schedule, bias.reduction, epoch, self._config.train.epochs
+        )
+        self._waited_before = self._reader.waited
+        self.targets = None  # let go before more is read
+        if self._objective is not None:
+            self._objective.start_epoch(epoch)
+            self.targets = self._reader.of_epoch(epoch)
+        return self._reader.views_of(epoch)
+
+    def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        samples, labels = batch.samples, self._labels[batch.samples]
+        hard = mixed_ce(logits, *batch.hard_labels(self._labels))
+        if self._objective is None or self.targets is None:
+            return {"loss": hard}
+        wrong = self.targets.wrong(samples)
+        teacher, weights = self._teacher_rows(self.targets, samples), self._weights.rows(wrong)
+        value = self._objective(logits, teacher, labels, weights)  # (B,), or () of coupled rows
+        ce_weight = self._config.loss.ce_weight or 0.0
+        parts = {
+            "loss": ce_weight * hard + self._objective.weight * value.mean(),
+            "loss_ce": hard,
+            "loss_kd": value.mean(),
+            "wrong_rate": wrong.float().mean(),
+        }
+        if value.dim():
+            parts["loss_right"] = torch.where(wrong, 0, value).mean()
+            parts["loss_wrong"] = torch.where(wrong, value, 0).mean()
+        return parts
+
+    def _teacher_rows(self, targets: Targets, samples: Tensor) -> TeacherRows:
+        """float32 (B, C); as they are at a temperature where that makes a difference."""
+        rectified = self._config.bias.rectified is not None
+        read = targets.rectified_rows if rectified else targets.rows
+        kept = targets.kept(samples)
+        if kept is None and not self._config.also:
+            return read(samples)
+        return TemperedRows(lambda temperature: read(samples, temperature), kept)
+
+    def epoch_metrics(self) -> dict[str, float]:
+        return {
+            "weight_right": self._weights.right,
+            "weight_wrong": self._weights.wrong,
+            "wait_seconds": self._reader.waited - self._waited_before,
+        }
