@@ -249,6 +249,7 @@ def train_student_command(cache: str, **given: Any) -> None:
 @options(
     click.option("--dataset", help="The run's own if left out."),
     click.option("--root", help="Where torchvision's datasets lie, if they have moved."),
+    click.option("--download", is_flag=True, help="Let torchvision download what is missing."),
     click.option("--batch-size", type=click.IntRange(1)),
     click.option(
         "--cache",
@@ -270,7 +271,7 @@ def evaluate_command(run: str, **given: Any) -> None:
     if given["out"]:
         check_json(given["out"])
     console = Console()
-    names = ("dataset", "root", "batch_size", "caches")
+    names = ("dataset", "root", "download", "batch_size", "caches")
     settings = {name: given[name] for name in names} | {"device": given["device"] or "auto"}
     evaluated = evaluate_run(run, **settings, reporter=console)
     show_evaluation(console, evaluated)

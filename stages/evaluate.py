@@ -52,6 +52,7 @@ def evaluate_run(
     run: str | Path,
     dataset: str | None = None,
     root: str | None = None,
+    download: bool = False,
     batch_size: int | None = None,
     device: str = "auto",
     caches: Sequence[str] = (),
@@ -67,9 +68,8 @@ def evaluate_run(
     # 1) the run, its images, its weights
     settings = _read_run(Path(run))
     data = settings.data
-    images = load_dataset(
-        dataset or data.dataset, "test", root or data.root, data.feeding, data.download
-    )
+    where, fetch = root or data.root, download or data.download
+    images = load_dataset(dataset or data.dataset, "test", where, data.feeding, fetch)
     model = load_model(None, str(run), len(images.class_names), images.shape[0])
     labels = images.labels
 
@@ -109,8 +109,9 @@ def _read_run(path: Path) -> _Run:
         train = msgspec.convert(config["train"], TrainSettings)
         caches = (config["cache"], *config.get("also", ())) if "cache" in config else ()
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        what = "no config.yaml" if isinstance(error, OSError) else " ".join(str(error).split())
         raise RunError(
-            f"{path} is not a run directory: {' '.join(str(error).split())}",
+            f"{path} is not a run directory: {what}",
             "Give the --out of train-teacher or train-student.",
         ) from error
     if not (path / "model.safetensors").exists():
