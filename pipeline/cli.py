@@ -190,8 +190,12 @@ def rectify_command(cache: str, **given: Any) -> None:
         "--student", help="A CIFAR-family name, a torchvision name, timm:NAME or module:callable."
     ),
     click.option("--init", help="Weights to start from."),
-    click.option("--loss", help="kd (default), or ce: the cache's views without its targets."),
-    click.option("--temperature", type=float, help="Of the loss; 4 if left out."),
+    click.option(
+        "--loss",
+        help="kd (default), dkd, nkd, dist, mlkd, ctkd, ttm, wttm, rld, la, ka_lsr, lr, rc, wsld; or "
+        "ce: the cache's views without its targets.",
+    ),
+    click.option("--temperature", type=float, help="Of the loss; its own default if left out."),
     click.option("--bias", help="none (default), eliminate or rectify."),
     click.option("--rectified", help="Which rectification; may be left out where there is one."),
     click.option("--views", type=int, help="Only the first so many views."),
