@@ -192,8 +192,8 @@ def rectify_command(cache: str, **given: Any) -> None:
     click.option("--init", help="Weights to start from."),
     click.option(
         "--loss",
-        help="kd (default), dkd, nkd, dist, mlkd, ctkd, ttm, wttm, rld, la, ka_lsr, lr, rc, wsld; or "
-        "ce: the cache's views without its targets.",
+        help="kd (default), dkd, nkd, dist, mlkd, ctkd, ttm, wttm, rld, la, ka_lsr, lr, rc, wsld; "
+        "or ce: the cache's views without its targets.",
     ),
     click.option("--temperature", type=float, help="Of the loss; its own default if left out."),
     click.option("--bias", help="none (default), eliminate or rectify."),
