@@ -235,7 +235,8 @@ FORMULAS = {
 @pytest.mark.parametrize("name", [*FORMULAS, "dist"])
 def test_several_teachers(my_world: World, tmp_path: Path, name: str) -> None:
     """The loss of the mean probabilities at every temperature that it reads, by its formula."""
-    settings = LossSettings(name=name, warmup=0, **({"temperature": 2.0} if name == "nkd" else {}))
+    given: dict[str, Any] = {"temperature": 2.0} if name == "nkd" else {}
+    settings = LossSettings(name=name, warmup=0, **given)
     shown = run(my_world, tmp_path / "run", "whole", "other", loss=settings)
     teachers = [
         LogitCache.open(my_world.caches[cache]).read_view(0).rows(shown.samples)
@@ -246,7 +247,6 @@ def test_several_teachers(my_world: World, tmp_path: Path, name: str) -> None:
     if name == "dist":
         expected = dist_formula(shown.logits, mean.at(4.0))
     else:
-        given = {"temperature": 2.0} if name == "nkd" else {}
         rows: Row = by_formula(FORMULAS[name], shown.logits, mean.at, shown.labels, given)
         expected = float(rows.mean())
     assert shown.line["loss_kd"] == pytest.approx(expected, rel=1e-3)
