@@ -7,6 +7,7 @@ Prints a table and writes it as JSON. Nothing here is a test: nothing fails by b
     teacher pass    stage one appending a view  /  the same forward passes alone
     cached epoch    a KD epoch from the cache   /  the same epoch with hard labels only
     rectify         stage two on every view     /  NumPy reading and decoding the same arrays
+    together        an epoch of four students from one stream of batches  /  of each alone, added up
     help            pipeline --help, in seconds
 """
 
@@ -37,11 +38,12 @@ from stages.cache_teacher import (
 )
 from stages.device import device_name, versions
 from stages.rectify import RectifyConfig, rectify
-from stages.train_student import StudentConfig, train_student
+from stages.train_student import StudentConfig, train_student, train_together
 from stages.training.config import (
     DataSettings,
     LossSettings,
     ModelSettings,
+    SeedSettings,
     Settings,
     TrainSettings,
 )
@@ -100,7 +102,8 @@ def main(out: str | None, **given: object) -> None:
         cache = Path(folder) / "cache.zarr"
         rows = [teacher_pass(bench, splits, cache)]
         epoch, waiting = student_epoch(bench, splits, cache, Path(folder))
-        rows += [epoch, rectification(bench, cache), help_time(bench)]
+        rows += [epoch, rectification(bench, cache), together(bench, splits, cache, Path(folder))]
+        rows.append(help_time(bench))
     console = Console()
     columns = ("what", "ratio (median)", "spread", "ours / yardstick", "pairs", "target")
     console.table("ratios", columns, [pair.row() for pair in rows])
@@ -146,23 +149,47 @@ def student_epoch(bench: Bench, splits: Splits, cache: Path, folder: Path) -> tu
     pair, waits = Pair("cached KD epoch / hard-label epoch", target=1.05), []
     for turn in range(bench.pairs):
         for loss, times in (("ce", pair.yardstick), ("kd", pair.ours)):
-            config = StudentConfig(
-                cache=str(cache),
-                data=DataSettings(dataset=bench.dataset),
-                model=ModelSettings(architecture=bench.student),
-                loss=LossSettings(name=loss),
-                train=TrainSettings(epochs=bench.epochs, batch_size=256, dtype="bfloat16"),
-            )
             run = folder / f"{loss}-{turn}"
-            train_student(config, run, splits=splits)
-            lines = (run / "metrics.jsonl").read_text().splitlines()
-            metrics = [json.loads(line) for line in lines]
+            train_student(student(bench, cache, loss), run, splits=splits)
+            metrics = epochs_of(run)
             times.append(statistics.median(m["seconds"] for m in metrics))
             if loss == "kd":
                 waits.append(
                     sum(m["wait_seconds"] for m in metrics) / sum(m["seconds"] for m in metrics)
                 )
     return pair, statistics.median(waits)
+
+
+def together(bench: Bench, splits: Splits, cache: Path, folder: Path) -> Pair:
+    """Training part of an epoch of four KD students of one stream, against each alone."""
+    pair = Pair("four students together / one by one")
+    for turn in range(bench.pairs):
+        configs = [student(bench, cache, "kd", init) for init in range(4)]
+        alone, group = (
+            [folder / f"{how}-{turn}-{init}" for init in range(4)] for how in ("alone", "group")
+        )
+        for config, run in zip(configs, alone, strict=True):
+            train_student(config, run, splits=splits)
+        train_together(configs, group, splits=splits)
+        for times, runs in ((pair.yardstick, alone), (pair.ours, group)):
+            each = [statistics.median(m["seconds"] for m in epochs_of(run)) for run in runs]
+            times.append(sum(each))  # together, every student is given its share of the time
+    return pair
+
+
+def student(bench: Bench, cache: Path, loss: str, init: int = 0) -> StudentConfig:
+    return StudentConfig(
+        cache=str(cache),
+        data=DataSettings(dataset=bench.dataset),
+        model=ModelSettings(architecture=bench.student),
+        loss=LossSettings(name=loss),
+        train=TrainSettings(epochs=bench.epochs, batch_size=256, dtype="bfloat16"),
+        seed=SeedSettings(init=init),
+    )
+
+
+def epochs_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def rectification(bench: Bench, cache: Path) -> Pair:
