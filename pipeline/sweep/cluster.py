@@ -49,7 +49,7 @@ def _started(workers: int, stack: contextlib.ExitStack) -> Any:
             threads_per_worker=1,
             processes=True,
             memory_limit=0,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL + 1,
         )
         return stack.enter_context(Client(stack.enter_context(cluster), set_as_default=False))

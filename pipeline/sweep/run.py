@@ -10,6 +10,7 @@ epoch, with the bits of a sweep that was never stopped.
 import contextlib
 import os
 import signal
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -32,8 +33,8 @@ from pipeline.sweep.together import grouped
 from pipeline.sweep.worker import Place
 from stages.errors import ConfigError, RunError
 
-_MOST_NAMED = 5
-"""Failed runs in the final message; all of them stand in results.jsonl."""
+_MOST_NAMED, _LONGEST = 5, 80
+"""Failed runs in the final message, and letters of their errors; results.jsonl has all of them."""
 
 
 def run_sweep(
@@ -119,10 +120,13 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 def _tell_failures(results: Sequence[Result]) -> None:
-    failed = [result for result in results if result.error is not None]
+    failed = [(result.run.name, result.error) for result in results if result.error is not None]
     if not failed:
         return
-    named = "; ".join(f"{result.run.name} ({result.error})" for result in failed[:_MOST_NAMED])
+    named = "; ".join(
+        f"{name} ({textwrap.shorten(error, _LONGEST, placeholder=' ...')})"
+        for name, error in failed[:_MOST_NAMED]
+    )
     more = f"; and {len(failed) - _MOST_NAMED} more" if len(failed) > _MOST_NAMED else ""
     raise RunError(
         f"{len(failed)} of {len(results)} runs failed: {named}{more}",

@@ -90,7 +90,8 @@ def _one(config: StudentConfig, out: str, splits: Splits, watch: "Watch") -> Out
 def failure(error: BaseException) -> Failure:
     """An error as it is told."""
     if isinstance(error, PipelineError):
-        return Failure(" ".join(f"{error.cause}. {error.remedy}".rstrip(". ").split()))
+        sentences = (text.rstrip(".") for text in (error.cause, error.remedy) if text)
+        return Failure(" ".join(". ".join(sentences).split()))
     lines = str(error).strip().splitlines()
     told = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return Failure(told, "".join(traceback.format_exception(error)))

@@ -1,0 +1,295 @@
+"""What a sweep is told before it starts: of caches, losses, models, and of its folder."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from helpers import Words
+
+from pipeline.cli import cli
+from pipeline.console import Console
+from pipeline.sweep.check import check_runs
+from pipeline.sweep.directory import Progress, SweepDirectory
+from pipeline.sweep.file import read_sweep
+from pipeline.sweep.grid import Run, expand
+from pipeline.sweep.run import run_sweep
+from stages.cache import LogitCache
+from stages.errors import PipelineError, RunError
+from stages.rectify import RectifyConfig, rectify
+
+
+@pytest.fixture
+def folder(finished_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with caches, whole, rectified and unfinished."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished_cache, "whole.zarr")
+    shutil.copytree(finished_cache, "half.zarr")
+    LogitCache.open("half.zarr", writable=True).grow(5)
+    return tmp_path
+
+
+def sweep_file(runs: list[dict[str, Any]], name: str = "ablation", **values: Any) -> Path:
+    base = {"cache": "whole.zarr", "data.dataset": "digits", "model.architecture": "resnet8"}
+    base |= values.pop("base", {})
+    file = Path(f"{name}.yaml")
+    file.write_text(yaml.safe_dump({"base": base, "runs": runs, **values}, sort_keys=False))
+    return file
+
+
+def runs_of(runs: list[dict[str, Any]], **values: Any) -> list[Run]:
+    return expand(read_sweep(sweep_file(runs, **values)))
+
+
+# ---- caches, losses, models -----------------------------------------------------------------
+
+
+@dataclass
+class ExpectFail:
+    id: str
+    grid: dict[str, Any]
+    message: str
+
+
+REFUSED = [
+    ExpectFail("no cache there", {"cache": "none.zarr"}, "no cache at none.zarr"),
+    ExpectFail("an unfinished cache", {"cache": "half.zarr"}, "3 of 5 views are"),
+    ExpectFail("too many views", {"views": 9}, "9 views were asked for, the cache has 3"),
+    ExpectFail("an unknown loss", {"loss.name": "kdd"}, "unknown loss 'kdd'"),
+    ExpectFail("no rectification", {"bias.mode": "rectify"}, "has no rectifications"),
+    ExpectFail(
+        "a bias without a teacher",
+        {"loss.name": "ce", "bias.mode": "eliminate"},
+        "bias 'eliminate' needs a loss that uses the teacher",
+    ),
+    ExpectFail("no second cache", {"also": ["none.zarr"]}, "no cache at none.zarr"),
+    ExpectFail("little memory", {"slab_memory": "1kB"}, "a slab memory of 1kB is too small"),
+    ExpectFail("an unknown model", {"model.architecture": "resnet7"}, "unknown model 'resnet7'"),
+    ExpectFail("no first weights", {"model.init": "gone"}, "no weights at gone"),
+    ExpectFail("an unknown dataset", {"data.dataset": "digit"}, "digit"),
+    ExpectFail("other images", {"data.dataset": "other:make"}, "was made from another dataset"),
+]
+OTHER = """
+from torchvision.transforms.functional import to_pil_image
+import torch
+def make(split):
+    return [(to_pil_image(torch.zeros(1, 8, 8)), n % 10) for n in range(20)]
+"""
+
+
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.id)
+def test_refused_before_anything_starts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, refused: ExpectFail
+) -> None:
+    (folder / "other.py").write_text(OTHER)
+    monkeypatch.syspath_prepend(folder)
+    grid = {"label": "the culprit"} | refused.grid
+
+    with pytest.raises(PipelineError) as caught:
+        run_sweep(sweep_file([{"loss.name": "dkd"}, grid]), Console())
+
+    assert refused.message in caught.value.cause
+    assert caught.value.cause.startswith("the-culprit-s0: ")
+    assert not Path("runs").exists()
+
+
+def test_a_rectification_is_filled_in_and_makes_runs_equal(folder: Path) -> None:
+    rectify("whole.zarr", RectifyConfig())
+    grid = {"bias.mode": "rectify"}
+
+    (run,) = check_runs(runs_of([grid])).runs
+    assert run.config.bias.rectified == "pairwise-T4"
+    with pytest.raises(PipelineError, match="two runs are the same: 'rectify' and 'rectify, pair"):
+        check_runs(runs_of([grid, {**grid, "bias.rectified": "pairwise-T4"}]))
+
+
+def test_the_teachers_are_measured_on_the_test_split(folder: Path) -> None:
+    shutil.copytree("whole.zarr", "twin.zarr")
+    logits, labels = LogitCache.open("whole.zarr").eval_logits()
+    right = sum(int(row.argmax() == label) for row, label in zip(logits, labels, strict=True))
+
+    checked = check_runs(runs_of([{}, {"loss.name": "dkd", "also": ["twin.zarr"]}]))
+
+    assert list(checked.teacher_top1.values()) == [pytest.approx(right / 797)] * 2
+
+
+def test_a_cache_is_opened_once_for_many_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    before: Callable[[str], LogitCache] = LogitCache.open
+    monkeypatch.setattr(
+        "pipeline.sweep.check.LogitCache.open", lambda path: opened.append(path) or before(path)
+    )
+
+    check_runs(runs_of([{"loss.temperature": [1, 2, 3]}], seeds=list(range(20))))
+
+    assert opened == ["whole.zarr"]
+
+
+def test_pixels_that_have_drifted_are_told_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, grid = Words(), {"accept_pixel_drift": True}
+    monkeypatch.setattr("stages.training.student_checks.pixel_probes", lambda *_: [0] * 256)
+
+    with pytest.raises(PipelineError, match="256 of 256 pixel probes"):
+        check_runs(runs_of([{}]))
+    check_runs(runs_of([grid], seeds=[0, 1, 2]), words)
+
+    assert len(words.lines) == 1
+
+
+# ---- the folder -----------------------------------------------------------------------------
+
+
+def recorded(out: Path, runs: list[Run]) -> SweepDirectory:
+    directory = SweepDirectory(out)
+    with directory.held():
+        directory.record("", runs)
+    return directory
+
+
+def start(directory: SweepDirectory, run: Run, epochs: int = 0, done: bool = False) -> None:
+    """What a run leaves that is so far."""
+    folder = directory.run(run.name)
+    folder.mkdir()
+    (folder / "config.yaml").write_text("kind: student\n")
+    if epochs:
+        (folder / "last.pt").touch()
+        (folder / "metrics.jsonl").write_text("{}\n" * epochs)
+    if done:
+        (folder / "summary.json").write_text(json.dumps({"epochs": epochs}))
+
+
+def test_how_far_runs_are(folder: Path) -> None:
+    runs = runs_of([{"loss.temperature": [1, 2, 3, 4]}])
+    assert set(SweepDirectory("new").progress(runs).values()) == {Progress()}
+
+    directory = recorded(folder / "out", runs)
+    start(directory, runs[0], epochs=30, done=True)
+    start(directory, runs[1], epochs=3)
+    start(directory, runs[2])
+
+    found = list(directory.progress(runs).values())
+    assert found == [Progress(summary={"epochs": 30}), Progress(3), Progress(), Progress()]
+
+
+def test_runs_and_seeds_may_be_added_and_runs_that_never_started_left_out(folder: Path) -> None:
+    runs = runs_of([{}, {"loss.name": ["dkd", "ce"]}])
+    directory = recorded(folder / "out", runs)
+    start(directory, runs[0], epochs=30, done=True)
+
+    more = runs_of([{"loss.name": "dist"}, {}, {"loss.name": "dkd"}], seeds=[1, 0])
+
+    assert directory.progress(more)[runs[0].name].summary is not None
+
+
+def test_a_folder_of_another_sweep_is_refused(folder: Path) -> None:
+    runs = runs_of([{"loss.name": "dkd"}])
+    directory = recorded(folder / "out", runs)
+    start(directory, runs[0], epochs=1)
+
+    with pytest.raises(RunError, match="another sweep: its run dkd-s0 is not in this one"):
+        directory.progress(runs_of([{"loss.name": "ce"}]))
+    with pytest.raises(RunError, match=r"was trained with other settings: train\.epochs"):
+        directory.progress(runs_of([{"loss.name": "dkd"}], base={"train.epochs": 7}))
+
+
+def test_a_folder_that_holds_something_else_is_refused(folder: Path) -> None:
+    runs = runs_of([{}])
+    (folder / "thesis").mkdir()
+    (folder / "thesis" / "chapter1.tex").touch()
+    (folder / "results").mkdir()
+    (folder / "results" / "sweep.json").write_text("[1, 2]")
+
+    for name in ("thesis", "results", "ablation.yaml"):
+        with pytest.raises(RunError, match=f"{name} holds something else than a sweep"):
+            SweepDirectory(name).progress(runs)
+    (folder / "begun").mkdir()
+    (folder / "begun" / "sweep.json.partial").touch()
+    assert SweepDirectory("begun").progress(runs) == {runs[0].name: Progress()}
+
+
+def test_settings_that_came_later_do_not_make_another_run(folder: Path) -> None:
+    runs = runs_of([{}])
+    directory = recorded(folder / "out", runs)
+    start(directory, runs[0], epochs=1)
+    file = directory.path / "sweep.json"
+    record = json.loads(file.read_text())
+    del record["runs"][runs[0].name]["accept_pixel_drift"]
+    file.write_text(json.dumps(record))
+
+    assert directory.progress(runs)[runs[0].name].epochs == 1
+
+
+def test_a_sweep_is_held_by_one_process(folder: Path) -> None:
+    file = sweep_file([{}], out="out")
+    (folder / "out").mkdir()
+    held = os.open("out", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(PipelineError, match="another process is writing to out"):
+        run_sweep(file, Console())
+    os.close(held)
+
+
+# ---- the command ----------------------------------------------------------------------------
+
+
+def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(folder: Path) -> None:
+    file = sweep_file([{"loss.name": ["ce", "kd"]}], seeds=[0, 1], out="out", workers=2)
+    told = CliRunner().invoke(cli, ["sweep", str(file), "--dry-run"], catch_exceptions=False)
+
+    assert told.exit_code == 0
+    assert "4 runs" in told.output
+    assert "kd-s1" in told.output
+    assert "loss.name=kd" in told.output
+    assert "unknown until the first run has finished, with 2 workers" in told.output
+    assert not (folder / "out").exists()
+
+    runs = check_runs(expand(read_sweep(file))).runs
+    directory = recorded(folder / "out", runs)
+    start(directory, runs[0], epochs=30, done=True)
+    (directory.run("ce-s0") / "summary.json").write_text('{"train_seconds": 60}')
+    start(directory, runs[1], epochs=15)
+    told = CliRunner().invoke(
+        cli, ["sweep", str(file), "--dry-run", "--workers", "1"], catch_exceptions=False
+    )
+
+    assert "done" in told.output
+    assert "15 of 30 epochs" in told.output
+    assert "estimated time: 2 min 30 s, with 1 worker\n" in told.output  # 30 s, 60 s, 60 s
+
+
+def test_a_sweep_is_not_started_by_torchrun(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(PipelineError, match="processes of its own"):
+        run_sweep(sweep_file([{}]), Console())
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense"])
+def test_a_scheduler_that_does_not_answer_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    import dask
+    import distributed
+
+    client: Callable[..., Any] = distributed.Client
+
+    def impatient(address: str, timeout: float, **options: Any) -> Any:
+        return client(address, timeout=0.5, **options)
+
+    monkeypatch.setattr(distributed, "Client", impatient)
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "0.5s"}),
+        pytest.raises(PipelineError, match="does not answer") as caught,
+    ):
+        run_sweep(sweep_file([{}]), Console(), scheduler=address)
+    assert address in caught.value.cause

@@ -1,0 +1,152 @@
+"""What a worker does with a task, without a cluster."""
+
+import contextlib
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from helpers import DIGITS, same_weights
+
+from pipeline.sweep import worker
+from pipeline.sweep.worker import Failure, Place, Watch, alone_in, failure, train
+from stages.errors import RunError
+from stages.train_student import StudentConfig, train_student
+from stages.training.config import LossSettings, ModelSettings, TrainSettings
+from stages.training.setup import Splits
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path) -> Iterator[None]:
+    with contextlib.chdir(tmp_path):
+        yield
+    worker.splits_of.cache_clear()
+
+
+@pytest.fixture
+def config(finished_cache: Path) -> StudentConfig:
+    return StudentConfig(
+        cache=str(finished_cache),
+        data=DIGITS,
+        model=ModelSettings(architecture="resnet8"),
+        train=TrainSettings(epochs=1, batch_size=250),
+        device="cpu",
+    )
+
+
+def place() -> Place:
+    return Place(os.getcwd())
+
+
+def test_data_are_loaded_once_for_all_students(
+    config: StudentConfig, monkeypatch: pytest.MonkeyPatch, digits: Splits
+) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(worker, "load_data", lambda data: loaded.append(data) or digits)
+
+    for out in ("a", "b"):
+        (summary,) = train([config], [out], place())
+        assert isinstance(summary, dict)
+
+    assert loaded == [DIGITS]
+
+
+def test_a_run_that_was_killed_before_its_first_file_starts_again(config: StudentConfig) -> None:
+    Path("run").mkdir()
+    Path("run/config.yaml.partial").touch()
+
+    (summary,) = train([config], ["run"], place())
+
+    assert isinstance(summary, dict)
+    assert not Path("run/config.yaml.partial").exists()
+
+
+def test_somebody_elses_folder_is_left_alone(config: StudentConfig) -> None:
+    Path("run").mkdir()
+    Path("run/thesis.tex").touch()
+
+    (told,) = train([config], ["run"], place())
+
+    assert isinstance(told, Failure)
+    assert "run holds something else than a run" in told.told
+    assert not told.trace
+    assert [file.name for file in Path("run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_worker_that_does_not_see_the_folder_says_so(config: StudentConfig) -> None:
+    (told,) = train([config], ["run"], Place("/nowhere/at/all"))
+
+    assert told == Failure("/nowhere/at/all is not there: workers must see the same paths")
+
+
+def test_a_group_that_cannot_go_together_is_trained_one_by_one(
+    config: StudentConfig, digits: Splits
+) -> None:
+    broken = msgspec.structs.replace(config, model=ModelSettings(architecture="resnet7"))
+    other = msgspec.structs.replace(config, loss=LossSettings(name="ce"))
+
+    first, told, last = train([config, broken, other], ["a", "b", "c"], place())
+
+    assert isinstance(first, dict)
+    assert isinstance(last, dict)
+    assert isinstance(told, Failure)
+    assert "unknown model 'resnet7'" in told.told
+    train_student(config, "alone", splits=digits)
+    assert same_weights(Path("a"), Path("alone"))
+
+
+def test_a_run_waits_for_who_still_trains_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("run").mkdir()
+    held = os.open("run", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    timer = threading.Timer(0.2, os.close, [held])
+    timer.start()
+    with alone_in(Path("run")):
+        monkeypatch.setattr(worker, "_PATIENCE", 0.0)
+        with (
+            pytest.raises(RunError, match="another process is writing to run"),
+            alone_in(Path("run")),
+        ):
+            pass
+    timer.join()
+
+
+def test_errors_are_one_line_and_faults_of_ours_keep_their_trace() -> None:
+    assert failure(RunError("It broke.", "Mend it.")) == Failure("It broke. Mend it")
+    assert failure(RunError("it broke")) == Failure("it broke")
+    assert failure(KeyError()).told == "KeyError"
+    assert failure(ValueError("one\ntwo")).told == "ValueError: one"
+    assert "ValueError: one\ntwo" in failure(ValueError("one\ntwo")).trace
+
+
+_begun, _stopped = threading.Event(), threading.Event()
+
+
+def endless() -> None:
+    """What a run does that would never end."""
+    watch = Watch()
+    _begun.set()
+    try:
+        while True:
+            watch.progress("", 0, 1, "")
+    except RunError:
+        _stopped.set()
+
+
+def test_a_run_that_nobody_waits_for_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    from distributed import Client, LocalCluster
+
+    monkeypatch.setattr(worker, "_GLANCE", 0.0)
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        future = client.submit(endless)
+        assert _begun.wait(30)
+        assert not _stopped.wait(0.3)
+        future.cancel()
+        assert _stopped.wait(30)
