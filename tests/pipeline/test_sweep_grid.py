@@ -1,6 +1,7 @@
 """From a sweep file to runs: against itertools by hand, and what is refused."""
 
 import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from stages.training.config import (
     TrainSettings,
 )
 
+README = Path(__file__).parents[2] / "README.md"
 BASE = {"cache": "a.zarr", "data": {"dataset": "digits"}, "model.architecture": "resnet8"}
 
 
@@ -275,6 +277,15 @@ def test_refused(tmp_path: Path, refused: ExpectFail) -> None:
         expanded(tmp_path, **refused.values)
 
     assert refused.message in caught.value.cause
+
+
+def test_the_sweep_in_the_readme(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(out: .*?)```", README.read_text(), re.DOTALL)
+    (tmp_path / "ablation.yaml").write_text(text)
+
+    sweep = read_sweep(tmp_path / "ablation.yaml")
+
+    assert len(expand(sweep)) == (1 + 2 * 3 + 2) * 3
 
 
 def test_flags_overrule_the_file(tmp_path: Path) -> None:
