@@ -3,6 +3,7 @@
 `pipeline/config.py` fills them from YAML and `key=value`; here they are plain values.
 """
 
+import math
 from typing import Literal
 
 import msgspec
@@ -46,7 +47,8 @@ class TrainSettings(Settings, frozen=True):
         positive("train.lr", self.lr)
         within("train.momentum", self.momentum, 0, 1)
         within("train.warmup", self.warmup, 0, 1)
-        within("train.weight_decay", self.weight_decay, 0, float("inf"))
+        within("train.weight_decay", self.weight_decay, 0, math.inf)
+        within("train.gamma", self.gamma, 0, math.inf)
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise ConfigError("train.nesterov needs a train.momentum above 0")
 
@@ -88,7 +90,7 @@ class LossSettings(Settings, frozen=True):
                 positive(f"loss.{name}", value)
         for name in ("ce_weight", "weight", "warmup", "alpha", "beta", "gamma"):
             if (value := getattr(self, name)) is not None:
-                within(f"loss.{name}", value, 0, float("inf"))
+                within(f"loss.{name}", value, 0, math.inf)
         if self.epsilon is not None:
             within("loss.epsilon", self.epsilon, 0, 1)
 
@@ -150,14 +152,15 @@ class ModelSettings(Settings, frozen=True):
 
 def positive(name: str, value: float) -> None:
     """Raise ConfigError unless value > 0 and finite."""
-    if not 0 < value < float("inf"):
+    if not 0 < value < math.inf:
         raise ConfigError(f"{name} must be positive, was {value}")
 
 
 def within(name: str, value: float, low: float, high: float) -> None:
-    """Raise ConfigError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise ConfigError(f"{name} must be in [{low:g}, {high:g}], was {value}")
+    """Raise ConfigError unless low <= value <= high and finite; a bound may be infinite."""
+    if not (low <= value <= high and math.isfinite(value)):
+        end = ")" if math.isinf(high) else "]"
+        raise ConfigError(f"{name} must be in [{low:g}, {high:g}{end}, was {value}")
 
 
 class RunConfig(Settings, frozen=True, kw_only=True):

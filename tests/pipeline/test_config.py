@@ -194,6 +194,17 @@ def test_what_is_missing_is_named_with_the_way_to_give_it(
     one_clear_error(told.value)
 
 
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize(
+    "key", ["loss.weight", "loss.temperature", "train.lr", "train.weight_decay", "train.gamma"]
+)
+def test_numbers_are_finite(key: str, value: str) -> None:
+    """JSON and float() take them; a run would only tell after its first epoch."""
+    flags = NEEDED | {"cache": "c.zarr"}
+    with pytest.raises(ConfigError, match=rf"^{key} must be .*, was {value}$"):
+        read_config(StudentConfig, None, flags, [f"{key}={value}"])
+
+
 def test_a_structs_own_error_keeps_its_remedy() -> None:
     with pytest.raises(ConfigError, match="not defined for the method 'blend'") as told:
         read_config(RectifyConfig, None, {"space": "logit", "method": "blend"}, [])
