@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from helpers import weights
+
+from pipeline.cli import cli
+from stages.objectives.losses import DEFINITIONS
+from stages.training.config import LossSettings
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text()
@@ -38,6 +43,55 @@ def test_block(
     if "load_file" in block:
         run = weights(teacher_run)
         assert all(torch.equal(t, run[n]) for n, t in found["student"].state_dict().items())
+
+
+# ---- losses ---------------------------------------------------------------------------------
+
+
+def table_of_losses() -> dict[str, tuple[float, float, int, dict[str, float]]]:
+    """README's table: ce_weight, weight, warmup and parameters of every loss. Where a row is of two
+    losses, a semicolon stands between what belongs to each.
+    """
+    found = {}
+    section = TEXT[TEXT.index("## Losses") : TEXT.index("## In a training loop")]
+    for row in re.findall(r"^\| (`.*) \|$", section, re.MULTILINE):
+        names, _, parameters, pairs, warmup, _ = re.split(r"(?<!\\) *\|", row)
+        losses = re.findall(r"`(\w+)`", names)
+        columns = zip(losses, parameters.split(";"), pairs.split(";"), strict=True)
+        for loss, own, pair in columns:
+            ce_weight, weight = map(float, pair.split(","))
+            values = {k: float(v) for k, v in re.findall(r"(\w+)=([\d.]+)", own)}
+            assert loss not in found
+            found[loss] = (ce_weight, weight, int(warmup or 0), values)
+    return found
+
+
+def test_the_table_of_losses_has_their_defaults() -> None:
+    expected = {
+        name: (loss.ce_weight, loss.weight, loss.warmup, loss.defaults)
+        for name, loss in DEFINITIONS.items()
+        if name != "ce"  # hard labels alone: no row
+    }
+    assert table_of_losses() == expected
+
+
+@pytest.mark.parametrize("place", ["README", "help"])
+def test_every_loss_is_named(place: str) -> None:
+    if place == "README":
+        row = re.search(r"^\| loss \| (.*) \|$", TEXT, re.MULTILINE)
+        assert row is not None
+        named = re.findall(r"`(\w+)`", row[1])
+    else:
+        (option,) = (o for o in cli.commands["train-student"].params if o.name == "loss")
+        assert isinstance(option, click.Option)
+        assert option.help is not None
+        assert option.help.startswith(f"{LossSettings().name} (default), ")
+        words = re.findall(r"\w+", option.help.partition(":")[0])
+        named = [word for word in words if word not in ("default", "or")]
+    assert sorted(named) == sorted(DEFINITIONS)
+
+
+# ---- the shell ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
