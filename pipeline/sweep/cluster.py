@@ -8,6 +8,7 @@ import contextlib
 import logging
 import multiprocessing
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -63,21 +64,23 @@ def _started(workers: int, stack: contextlib.ExitStack) -> Any:
 def existing_cluster(address: str) -> Iterator[Any]:
     """A Dask client of a scheduler whose workers see the same paths. Raises ConfigError."""
     from distributed import Client
+    from distributed.utils import silence_logging_cmgr
 
-    try:
-        client = Client(address, timeout=10, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the Dask scheduler at {address} does not answer: {error}",
-            "Start one with `dask scheduler`, or leave --scheduler out.",
-        ) from error
-    with client:
-        if not client.nthreads():
+    with silence_logging_cmgr(logging.CRITICAL + 1):  # what goes wrong is told once, by us
+        try:
+            client = Client(address, timeout=10, set_as_default=False)
+        except (OSError, ValueError) as error:
             raise ConfigError(
-                f"the Dask scheduler at {address} has no workers",
-                f"Start some with `dask worker {address} --nthreads 1`.",
-            )
-        yield client
+                f"the Dask scheduler at {address} does not answer: {error}",
+                "Start one with `dask scheduler`, or leave --scheduler out.",
+            ) from error
+        with client:
+            if not client.nthreads():
+                raise ConfigError(
+                    f"the Dask scheduler at {address} has no workers",
+                    f"Start some with `dask worker {address} --nthreads 1`.",
+                )
+            yield client
 
 
 def trained(
@@ -101,15 +104,30 @@ def trained(
             busy[future.key] = runs
             ended.add(future)
 
-    start()
+    with _scheduler_there():
+        start()
     for future in ended:
         runs = busy.pop(future.key)
-        if future.cancelled():
-            raise RunError("the Dask scheduler went away", "Go on with the same command.")
-        error = future.exception()
-        yield runs, future.result() if error is None else [_told(error)] * len(runs)
-        future.release()
-        start()
+        with _scheduler_there():
+            error = CancelledError() if future.cancelled() else future.exception()
+            if isinstance(error, CancelledError):
+                raise error
+            outcomes = future.result() if error is None else [_told(error)] * len(runs)
+        yield runs, outcomes
+        with _scheduler_there():
+            future.release()
+            start()
+
+
+@contextlib.contextmanager
+def _scheduler_there() -> Iterator[None]:
+    """Raise RunError where the scheduler does not answer any more."""
+    try:
+        yield
+    except (OSError, CancelledError) as error:
+        raise RunError(
+            "the Dask scheduler went away", "Start it again, then go on with the same command."
+        ) from error
 
 
 def _told(error: BaseException) -> Failure:

@@ -252,6 +252,8 @@ def test_a_stopped_sweep_ends_its_workers_and_says_how_to_go_on(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell lets what it starts in the background ignore Ctrl+C, and tests may be that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     wait_for(Path(f"runs/{file.stem}/kd-s0/last.pt"), sweep)
     workers = psutil.Process(sweep.pid).children(recursive=True)
@@ -266,7 +268,7 @@ def test_a_stopped_sweep_ends_its_workers_and_says_how_to_go_on(
 
 @pytest.mark.slow
 def test_a_group_that_is_killed_goes_on_bit_by_bit(
-    folder: Path, digits: Splits, tmp_path: Path
+    folder: Path, scheduler: str, digits: Splits, tmp_path: Path
 ) -> None:
     file = sweep_file(
         "group", [{"loss.name": ["ce", "kd", "dkd"]}], base={"train.epochs": 12}, together=True
@@ -276,7 +278,7 @@ def test_a_group_that_is_killed_goes_on_bit_by_bit(
     os.kill(sweep.pid, signal.SIGKILL)
     sweep.wait()
 
-    run_sweep(file, Console())
+    run_sweep(file, Console(), scheduler=scheduler)
 
     train_alone(file, tmp_path, digits)
     for run in tmp_path.iterdir():
