@@ -15,6 +15,7 @@ import torch
 from helpers import DIGITS, metrics, same_weights, weights
 from torch import Tensor, nn
 
+import stages.training.learner
 from stages.cache import LogitCache
 from stages.distributed import Ranks
 from stages.errors import ConfigError
@@ -22,6 +23,7 @@ from stages.rectify import RectifyConfig, rectify
 from stages.train_student import StudentConfig, student_trainer
 from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
 from stages.training.groups import groups_of_ranks
+from stages.training.learner import Learner, Position
 from stages.training.setup import Splits
 
 EPOCHS, BATCH = 3, 100
@@ -115,6 +117,32 @@ def test_a_killed_launch_goes_on_bit_for_bit(my_cache: Path, tmp_path: Path) -> 
             _, wrong = ranks.communicate(timeout=200)
         assert ranks.returncode == 0, wrong
         assert same_weights(tmp_path / "whole", out)
+        for whole, resumed in zip(metrics(tmp_path / "whole"), metrics(out), strict=True):
+            assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+
+
+def test_a_checkpoint_has_the_losses_of_all_ranks(
+    my_cache: Path, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are added up again at the end of the epoch: the first goes on from them."""
+
+    def at_rank(rank: int) -> Learner:
+        resume = (tmp_path / "run").exists()
+        learner = student_trainer(
+            student(my_cache), tmp_path / "run", resume, splits=digits
+        ).learner
+        learner.ranks = Ranks(rank, 2, rank)
+        return learner
+
+    monkeypatch.setattr(stages.training.learner, "summed", lambda _, mine: mine + 0.25)
+    first = at_rank(0)
+    first.position = Position(epoch=0, step=3, totals={"loss": torch.tensor(0.5)})
+    first.save()
+    for rank, kept in ((0, 0.75), (1, 0.0)):
+        learner = at_rank(rank)
+        learner.restore()
+        assert learner.position.step == 3
+        assert float(learner.position.totals["loss"]) == kept
 
 
 # ---- who has what ---------------------------------------------------------------------------

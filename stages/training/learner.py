@@ -178,6 +178,8 @@ class Learner:
         position.next_epoch()
         if self.ranks.first:
             self._write(metrics)
+        # Metrics before the checkpoint: a kill in between repeats the epoch and drops the line.
+        self.save()
         return metrics
 
     def evaluate(self, evaluation: Evaluation) -> tuple[float, float]:
@@ -193,9 +195,7 @@ class Learner:
     def _write(self, metrics: dict[str, Any]) -> None:
         if self.position.epoch - 1 == selected_epoch(self.history):
             self.run.save_model(self.module)
-        # Metrics before the checkpoint: a kill in between repeats the epoch and drops the line.
         self.run.add_metrics(metrics)
-        self.save()
         self.run.log(said(metrics, self.settings.epochs))
 
     def finish(self) -> dict[str, Any]:
@@ -208,7 +208,8 @@ class Learner:
     # ---- state --------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Replace last.pt, on the first rank."""
+        """Replace last.pt, on the first rank; all ranks call it, to add up their losses so far."""
+        totals = {name: summed(self.ranks, total) for name, total in self.position.totals.items()}
         if not self.ranks.first:
             return
         random = self.random_state or RandomState.now(self.device)
@@ -217,7 +218,7 @@ class Learner:
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "position": dataclasses.asdict(self.position),
+            "position": dataclasses.asdict(dataclasses.replace(self.position, totals=totals)),
             **dataclasses.asdict(random),
         }
         if self.task.learned is not None:
@@ -240,6 +241,9 @@ class Learner:
             else:
                 random.restore()
             self.position = Position(**states["position"])
+            if not self.ranks.first:  # the first rank goes on from the losses of all
+                totals = self.position.totals
+                self.position.totals = {n: torch.zeros_like(t) for n, t in totals.items()}
         kept = self.position.epoch
         self.history = self.run.keep_metrics(kept) if self.ranks.first else self.run.metrics(kept)
 
