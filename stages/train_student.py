@@ -130,17 +130,21 @@ def students_trainer(
         check_dataset(member, splits, policy, config.accept_pixel_drift, reporter)
 
     # 3) the students and their runs
-    plan, order = slab_plan(caches, config, len(views), ranks)
+    reads = next((each for each in configs if each.loss.name != "ce"), config)
+    plan, order = slab_plan(caches, reads, len(views), ranks)
+    rectifications = [c.bias.rectified for c in configs if c.bias.rectified is not None]
 
-    @functools.cache  # students of one rectification share its targets
+    @functools.cache
     def reader(rectified: str | None) -> TargetReader:
         labels = splits.train.labels.to(device_of_rank(ranks, config.device))
         seed, epochs = config.seed.data, config.train.epochs
-        return TargetReader(caches, rectified, shown, plan, epochs, seed, labels)
+        return TargetReader(caches, rectified, shown, plan, epochs, seed, labels, len(configs))
 
     def planned(config: StudentConfig, out: Path) -> Planned:
         def task(labels: Tensor, _: ViewPolicy) -> CachedTask:
-            return CachedTask(reader(config.bias.rectified), config, labels)
+            # What is read with a rectification has the teacher's own rows as well: read once.
+            rectified = config.bias.rectified or next(iter(rectifications), None)
+            return CachedTask(reader(rectified), config, labels)
 
         return Planned(config, Destination(out, "student", resume, overwrite), task, len(shown[0]))
 

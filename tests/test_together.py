@@ -1,5 +1,6 @@
 """Several students from one stream of batches: each as it would be alone, bit for bit."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from helpers import DIGITS, Words, first, metrics, same_weights
 from torch import Tensor, nn
 
 from stages.cache import LogitCache
+from stages.cache.targets import ViewTargets
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.errors import ConfigError, RunError
 from stages.inputs.feed import Batch, ViewFeed
+from stages.objectives.bias import BiasMode
 from stages.objectives.losses import ce
 from stages.objectives.losses.mlkd import mlkd
 from stages.rectify import RectifyConfig, rectify
@@ -32,7 +35,7 @@ from stages.training.config import (
 )
 from stages.training.setup import Splits
 from stages.training.student import CachedTask
-from stages.training.student_checks import cached_policy
+from stages.training.student_checks import cached_policy, check_one_stream
 
 CPU = torch.device("cpu")
 TIMES = {"seconds", "wait_seconds", "images_per_second"}
@@ -179,6 +182,40 @@ def test_images_are_cropped_once(
     assert sum(shown) == 2 * SAMPLES
 
 
+def test_targets_are_read_once_and_waited_for_together(
+    my_cache: Path, my_splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by those who learn from the teacher's own rows, beside one with rectified rows."""
+    reads: list[int] = []
+    read_view = LogitCache.read_view
+
+    def slow(self: LogitCache, view: int, *what: Any) -> ViewTargets:
+        reads.append(view)
+        time.sleep(0.1)
+        return read_view(self, view, *what)
+
+    monkeypatch.setattr(LogitCache, "read_view", slow)
+    names = ("baseline", "kd", "rectified")
+    students = [(student(my_cache, **STUDENTS[name]), tmp_path / name) for name in names]
+    students_trainer(students, splits=my_splits).fit_all()
+    assert len(reads) == 2  # epochs, each of another view
+    lines = [metrics(tmp_path / name)[0] for name in names]
+    (waited,) = {line["wait_seconds"] for line in lines}
+    assert 0.1 < 3 * waited < 5
+    assert all(waited <= line["seconds"] for line in lines)
+
+
+def test_several_rectifications_do_not_share_a_slab_memory(my_cache: Path) -> None:
+    def of(name: str | None) -> StudentConfig:
+        mode: BiasMode = "none" if name is None else "rectify"
+        bias = BiasSettings(mode=mode, rectified=name)
+        return student(my_cache, slab_memory="1GB", bias=bias)
+
+    check_one_stream([of(None), of("pairwise-T4")])
+    with pytest.raises(ConfigError, match="pairwise-T4 and swap-T4 hold targets of each"):
+        check_one_stream([of(None), of("pairwise-T4"), of("swap-T4")])
+
+
 @pytest.mark.parametrize("stop_at", [3, 7])
 def test_a_stopped_group_goes_on_bit_for_bit(
     my_students: list[StudentConfig],
@@ -281,6 +318,28 @@ def test_mlkd_trains_resumes_and_weighs(my_pairs: Path, my_splits: Splits, tmp_p
         train_student(
             msgspec.structs.replace(config, slab_memory="1MB"), tmp_path / "a", splits=my_splits
         )
+
+
+def test_the_next_pair_is_read_meanwhile(
+    my_pairs: Path, my_splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    read_view = LogitCache.read_view
+
+    def counted(self: LogitCache, view: int, *what: Any) -> ViewTargets:
+        reads.append(view)
+        return read_view(self, view, *what)
+
+    monkeypatch.setattr(LogitCache, "read_view", counted)
+    config = student(my_pairs, loss=LossSettings(name="mlkd"))
+    learner = student_trainer(config, tmp_path / "run", splits=my_splits).learner
+    views = learner.start_epoch()
+    deadline = time.monotonic() + 10
+    while len(reads) < 4:
+        assert time.monotonic() < deadline, reads
+        time.sleep(0.01)
+    assert tuple(reads[:2]) == views
+    assert set(reads) == {0, 1, 2, 3}
 
 
 def test_mlkd_needs_pairs(my_cache: Path, my_splits: Splits, tmp_path: Path) -> None:

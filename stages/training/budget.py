@@ -79,23 +79,28 @@ def plan_slabs(
     samples: Tensor,
     batch_size: int,
     device: torch.device,
+    at_once: int = 1,
 ) -> SlabPlan:
     """How to read `num_views` views so that targets take no more than `budget` bytes on `device`:
     the slab in use and the next.
 
-    samples: int64, those that are trained on. Raises ConfigError, naming a budget that works, where
+    samples: int64, those that are trained on. at_once: how many views an epoch shows; several are
+    not read in groups: `budget` is None then. Raises ConfigError, naming a budget that works, where
     the budget is too small, or where none is given and half of the available memory is. An order
     of samples that depended on the machine would not be the seed's: nobody chooses silently.
     """
     whole = slab_bytes(caches, caches[0].num_samples)
-    needed = min(2, num_views) * whole
+    held = min(2 * at_once, num_views)
+    needed = held * whole
     resident = num_views * whole <= min(RESIDENT_BYTES, budget or RESIDENT_BYTES)
     if budget is None and needed > (half := available_bytes(device) // 2):
         raise ConfigError(
-            f"the targets of {min(2, num_views)} views take {in_words(needed)}, more than half of "
+            f"the targets of {held} views take {in_words(needed)}, more than half of "
             f"the {in_words(2 * half)} that are free",
             f"Give --slab-memory {in_words(half)} to read and shuffle groups of chunks, or as much "
-            "as there is.",
+            "as there is."
+            if at_once == 1
+            else "Free memory, or use a loss that sees one view of a sample at a time.",
         )
     if resident or budget is None or needed <= budget:
         return SlabPlan(None, resident)

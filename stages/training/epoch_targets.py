@@ -27,14 +27,14 @@ class Targets(Protocol):
 
 @dataclass(frozen=True)
 class _Part:
-    """What is read at once: a view, or some chunks of it."""
+    """What is read at once: the views that an epoch shows, or some chunks of them."""
 
-    view: int
+    views: tuple[int, ...]
     chunks: tuple[int, ...] = ()
 
 
 class TargetReader:
-    """The targets of the epochs of a run. `waited`: seconds spent waiting for them, in total."""
+    """The targets of the epochs of a run, or of several that share them."""
 
     def __init__(
         self,
@@ -45,26 +45,27 @@ class TargetReader:
         epochs: int,
         seed: int,
         labels: Tensor,
+        students: int = 1,
     ) -> None:
         """views: what an epoch may show: a view, or the views of a sample that are seen at once.
-        seed: seed.data. labels: int64 (N,), on the device where targets are needed.
+        seed: seed.data. labels: int64 (N,), on the device where targets are needed. students: how
+        many are trained meanwhile, which wait together.
         """
         self._caches, self._rectified, self._labels = caches, rectified, labels
         self._views, self._seed, self._groups, self._share = views, seed, plan.groups, plan.share
+        self._students = students
         self._slabs = SlabReader(self._read, self._parts_of, epochs, plan.resident)
 
     def views_of(self, epoch: int) -> tuple[int, ...]:
         """The views that an epoch shows at once."""
         return self._views[view_order(self._seed, epoch, len(self._views))]
 
-    @property
-    def waited(self) -> float:
-        return self._slabs.waited
+    def waited(self, epoch: int) -> float:
+        """A student's share of the seconds that all of them waited for an epoch's targets."""
+        return self._slabs.waited[epoch] / self._students
 
     def of_epoch(self, epoch: int) -> Targets:
         """The targets of an epoch's views; of views seen at once for batches that join them."""
-        if len(views := self.views_of(epoch)) > 1:
-            return JoinedTargets(self._slabs.slabs(epoch, 0, len(views) - 1))
         if self._groups is None or self._share is not None:
             return self._slabs.slab(epoch)
         group_of = self._groups.group_of(self._seed, epoch).to(self._labels.device)
@@ -73,16 +74,20 @@ class TargetReader:
     def _parts_of(self, epoch: int) -> list[_Part]:
         views = self.views_of(epoch)
         if self._groups is None:
-            return [_Part(view) for view in views]
+            return [_Part(views)]
         groups = self._groups.chunks(self._seed, epoch)
         if self._share is not None:
             groups = [groups[self._share]]
-        return [_Part(view, chunks) for view in views for chunks in groups]
+        return [_Part(views, chunks) for chunks in groups]
 
     def _read(self, part: _Part) -> Targets:
         runs = None if self._groups is None else self._groups.runs(part.chunks)
+        views = [self._read_view(view, runs) for view in part.views]
+        return views[0] if len(views) == 1 else JoinedTargets(views)
+
+    def _read_view(self, view: int, runs: list[slice] | None) -> Targets:
         members = [
-            cache.read_view(part.view, self._rectified, runs).to(self._labels.device)
+            cache.read_view(view, self._rectified, runs).to(self._labels.device)
             for cache in self._caches
         ]
         return members[0] if len(members) == 1 else EnsembleTargets(members, self._labels)

@@ -1,12 +1,13 @@
 """The targets at hand, and those that come next read meanwhile.
 
-A slab is what a student reads at once: all rows of one view, or, where that is too much, a group of
-its chunks (`groups.py`). It is read in a thread of its own while the slab before it trains, so that
-at most two are held: the one in use and the next.
+A slab is what a student reads at once: all rows of one view (of two, for a loss that sees two at
+once), or, where that is too much, a group of its chunks (`groups.py`). It is read in a thread of
+its own while the slab before it trains, so that at most two are held: the one in use and the next.
 """
 
 import functools
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
@@ -19,7 +20,7 @@ RESIDENT_BYTES = 2**30
 
 
 class SlabReader(Generic[What, Slab]):
-    """Slabs in the order of the epochs. `waited`: seconds spent waiting, in total.
+    """Slabs in the order of the epochs. `waited`: seconds spent waiting for those of each epoch.
 
     parts_of: what an epoch reads, one slab each, in the order in which they are used. resident:
     keep every slab that was read.
@@ -37,7 +38,7 @@ class SlabReader(Generic[What, Slab]):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="slab")
         self._ahead: dict[What, Future[Slab]] = {}
         self._resident = resident
-        self.waited = 0.0
+        self.waited: defaultdict[int, float] = defaultdict(float)
 
     def slab(self, epoch: int, part: int = 0) -> Slab:
         """A slab of an epoch; starts reading the next one."""
@@ -54,7 +55,7 @@ class SlabReader(Generic[What, Slab]):
             kept = {*needed, *self._next(epoch, last)}
             self._ahead = {what: f for what, f in self._ahead.items() if what in kept}
         slabs = [future.result() for future in [self._future(what) for what in needed]]
-        self.waited += time.perf_counter() - started
+        self.waited[epoch] += time.perf_counter() - started
         if first == last:
             for what in self._next(epoch, last):
                 self._future(what)

@@ -60,14 +60,13 @@ class CachedTask:
         self.learned = None if self._objective is None else self._objective.learned
         self._weights = BiasWeights(1.0, 1.0)
         self.targets: Targets | None = None
-        self._waited_before = 0.0
+        self._epoch = 0
 
     def start_epoch(self, epoch: int) -> tuple[int, ...]:
-        bias = self._config.bias
+        self._epoch, bias = epoch, self._config.bias
         self._weights = bias_weights(
             bias.mode, bias.chosen_schedule, bias.reduction, epoch, self._config.train.epochs
         )
-        self._waited_before = self._reader.waited
         self.targets = None  # let go before more is read
         if self._objective is not None:
             self._objective.start_epoch(epoch)
@@ -107,5 +106,5 @@ class CachedTask:
         return {
             "weight_right": self._weights.right,
             "weight_wrong": self._weights.wrong,
-            "wait_seconds": self._reader.waited - self._waited_before,
+            "wait_seconds": self._reader.waited(self._epoch),
         }

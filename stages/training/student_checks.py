@@ -107,12 +107,20 @@ def slab_plan(
         return SlabPlan(), Order()  # none are read
     budget = None if text is None else parse_bytes(text, "slab_memory")
     device = choose_device(config.device)
-    plan = plan_slabs(caches, num_views, budget, samples, batch_size, device)
+    at_once = views_seen(config.loss)
+    plan = plan_slabs(caches, num_views, budget, samples, batch_size, device, at_once)
     return plan, Order(plan.groups.order) if plan.groups else Order()
 
 
 def check_one_stream(configs: Sequence[StudentConfig]) -> None:
     """Raise ConfigError unless students can be shown the same batches, all at the same time."""
+    rectified = {c.bias.rectified for c in configs if c.bias.rectified is not None}
+    if len(rectified) > 1 and configs[0].slab_memory is not None:
+        raise ConfigError(
+            f"students of {' and '.join(sorted(rectified))} hold targets of each, together more "
+            f"than a slab_memory of {configs[0].slab_memory}",
+            "Train them apart, or leave --slab-memory out.",
+        )
     first, *others = map(_stream, configs)
     for other in others:
         if differing := differences(other, first):

@@ -92,10 +92,10 @@ class Trainer:
         active = [x for x in self.learners if x.error is None and x.position.epoch == epoch]
         if not active:
             return
+        clock = time.perf_counter()  # waiting for targets counts as well
         (views,) = {learner.start_epoch() for learner in active}
         order = self.order(self.samples, self.seeds.data, epoch)
         first = min(learner.position.step for learner in active)
-        clock = time.perf_counter()
         for step, batch in enumerate(self._batches(order, views, first), start=first):
             waiting = [learner for learner in active if learner.position.step == step]
             for learner in waiting:

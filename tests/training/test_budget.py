@@ -104,6 +104,17 @@ def test_one_view_needs_no_room_for_a_second(my_cache: LogitCache) -> None:
     assert plan(my_cache, whole - 1, views=1).groups is not None
 
 
+def test_two_views_at_once_need_four(my_cache: LogitCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = slab_bytes([my_cache], 1000)
+    monkeypatch.setattr(budget, "available_bytes", lambda device: 8 * whole)
+    assert plan(my_cache, None, views=10, at_once=2).groups is None
+    monkeypatch.setattr(budget, "available_bytes", lambda device: 8 * whole - 2)
+    assert plan(my_cache, None, views=2, at_once=2).groups is None
+    with pytest.raises(ConfigError, match=r"targets of 4 views take .* more than half") as caught:
+        plan(my_cache, None, views=10, at_once=2)
+    assert "slab" not in caught.value.remedy
+
+
 def test_too_small_a_budget_names_the_least(my_cache: LogitCache) -> None:
     least = 2 * slab_bytes([my_cache], 334)
     with pytest.raises(ConfigError, match=r"too small: two groups of whole chunks \(334") as caught:
