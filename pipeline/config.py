@@ -4,6 +4,7 @@ What comes later wins: defaults, then --config, then flags, then --set.
 """
 
 import difflib
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -83,13 +84,39 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not a text file in UTF-8") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} does not hold keys and values")
+    for key in values:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: the key {key!r} is not a text")
     values.pop("kind", None)  # a run's own config.yaml says what kind of run it was
     return values
 
 
+class _Loader(yaml.SafeLoader):
+    """Keys that are given once; 1e-2 is a number, as in YAML 1.2 and everywhere else."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise ConfigError(f"'{key.value}' in line {line} is given twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$", re.ASCII),
+    list("-+.0123456789"),
+)
+
+
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.cause}", "Leave one of them out.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 

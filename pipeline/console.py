@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console as Rich
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -37,9 +38,9 @@ class Console:
         self.finish()
         texts = [[str(cell) for cell in row] for row in rows]
         if self._rich.is_terminal:
-            table = Table(*columns, title=title, title_justify="left")
+            table = Table(*map(escape, columns), title=escape(title), title_justify="left")
             for row in texts:
-                table.add_row(*row)
+                table.add_row(*map(escape, row))  # a label like [x] is no markup
             self._rich.print(table)
             return
         widths = [max(map(len, column)) for column in zip(columns, *texts, strict=True)]

@@ -59,6 +59,10 @@ def read_sweep(path: str | Path, **flags: Any) -> SweepFile:
         check_key(SweepFile, key)
     values = {"out": f"runs/{Path(path).stem}"} | values
     values |= {key: value for key, value in flags.items() if value is not None}
+    if values.get("runs") is None:
+        raise ConfigError(
+            f"{path} has no 'runs'", "List what is to be trained: runs: [{loss.name: [ce, kd]}]."
+        )
     for seed in _items(values.get("seeds")):
         check_whole("seeds", seed)
     sweep = convert(SweepFile, values)
@@ -110,4 +114,9 @@ def _label(grid: Mapping[str, Any]) -> str | None:
     label = grid.get("label")
     if label is not None and not (isinstance(label, str) and label.strip()):
         raise ConfigError(f"label: {label!r} is not a text", "Put it between quotes.")
+    if label is not None and not label.isprintable():
+        raise ConfigError(
+            f"label: {label!r} is not one line of text",
+            "Leave out line breaks and control characters.",
+        )
     return label

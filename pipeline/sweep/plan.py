@@ -17,7 +17,9 @@ def show_plan(
         keys = ", ".join(f"{key}={value}" for key, value in run.keys.items())
         seeds = "/".join(map(str, dict.fromkeys(run.seeds)))
         rows.append((run.name, run.label, keys, seeds, _state(run, progress[run.name])))
-    console.table(f"{len(runs)} runs", ("run", "label", "keys", "seed", "state"), rows)
+    console.table(
+        f"{len(runs)} run{'s' * (len(runs) > 1)}", ("run", "label", "keys", "seed", "state"), rows
+    )
     left = seconds_left(
         [run for run in runs if progress[run.name].summary is None], runs, progress, workers
     )

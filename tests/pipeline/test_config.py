@@ -41,6 +41,7 @@ def teacher(
         ("train: {lr: 0.2}", {}, ["train.lr=0.4", "train.lr=0.5"], 0.5),
         (None, {}, ["train.lr=1e-4"], 1e-4),
         ("train: {lr: 1e-4}", {}, [], 1e-4),  # YAML 1.1 reads a string there
+        ("train: {lr: .1e-3}", {}, [], 1e-4),
         ("train: {lr: 1}", {}, [], 1.0),
     ],
 )
@@ -115,6 +116,11 @@ WRONG_TEXT = {
     "own-check-nan": ("train: {lr: .nan}", r"^train\.lr must be positive, was nan"),
     "not-yaml": ("train: [1, 2", "given.yaml is not YAML"),
     "control-character": ("train: \x07", "given.yaml is not YAML"),
+    "given-twice": (
+        "train: {lr: 1}\nseed: {data: 1}\ntrain: {epochs: 2}",
+        r"given.yaml: 'train' in line 3 is given twice",
+    ),
+    "a-key-that-is-a-number": ("1: 2", "the key 1 is not a text"),
     "a-list": ("- 1\n- 2", "does not hold keys and values"),
     "a-word": ("hello", "does not hold keys and values"),
     "empty": ("", "does not hold keys and values"),

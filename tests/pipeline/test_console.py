@@ -57,6 +57,15 @@ def test_words_come_out_as_they_are(capsys: pytest.CaptureFixture[str], text: st
     assert capsys.readouterr().out == f"{text}\n"
 
 
+def test_cells_come_out_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    Console().table("data [x]", ("[/]",), [("KD [red]",), ("[/b]",)])
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("data [x]", "[/]", "KD [red]", "[/b]"))
+
+
 def test_colons_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
     Console().say("dataset module:cat:x")
     assert capsys.readouterr().out == "dataset module:cat:x\n"

@@ -230,6 +230,10 @@ REFUSED = [
     ExpectFail(
         "a key of a run", {"runs": [{"los.name": "kd"}]}, "'los.name'; did you mean 'loss.name'?"
     ),
+    ExpectFail("nothing to run", {"runs": None}, "has no 'runs'"),
+    ExpectFail(
+        "a label of two lines", {"runs": [{"label": "a\nb"}]}, r"'a\nb' is not one line of text"
+    ),
     ExpectFail("no runs", {"runs": []}, "'runs' is an empty list"),
     ExpectFail("no seeds", {"seeds": []}, "'seeds' is an empty list"),
     ExpectFail("no values", {"runs": [{"loss.name": []}]}, "'loss.name' has an empty list"),
@@ -277,6 +281,16 @@ def test_refused(tmp_path: Path, refused: ExpectFail) -> None:
         expanded(tmp_path, **refused.values)
 
     assert refused.message in caught.value.cause
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    file = write(tmp_path)
+    file.write_text(file.read_text().replace("{}", "{train.lr: [1e-2, 5.e-1, +2E-1]}"))
+
+    runs = expand(read_sweep(file))
+
+    assert [run.label for run in runs] == ["lr=0.01", "lr=0.5", "lr=0.2"]
+    assert [run.config.train.lr for run in runs] == [0.01, 0.5, 0.2]
 
 
 def test_the_sweep_in_the_readme(tmp_path: Path) -> None:
