@@ -1,6 +1,7 @@
 """How good logits are, and how two models differ on the same samples: pure functions."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 import torch
@@ -13,7 +14,7 @@ BINS = 15
 
 class Scores(msgspec.Struct, frozen=True):
     """top1, top5: in [0, 1]; top5 of all classes where there are fewer than five. nll: mean
-    negative log-likelihood of the label in nats. ece: `calibration_error`.
+    negative log-likelihood of the label in nats. ece: that of `calibration`.
     """
 
     top1: float
@@ -65,24 +66,47 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
         top1=_mean(best[:, 0]),
         top5=_mean(best.any(1)),
         nll=-_mean(logs.gather(1, labels[:, None])),
-        ece=calibration_error(confidence.double().exp(), predicted == labels),
+        ece=calibration(confidence.double().exp(), predicted == labels).ece,
     )
 
 
-def calibration_error(confidence: Tensor, right: Tensor, bins: int = BINS) -> float:
+@dataclass(frozen=True)
+class Calibration:
+    """Confidence against accuracy, by bins of confidence.
+
+    rows, confidence, accuracy: float64 (bins,), the number of rows and means over them; those of an
+    empty bin are 0. ece: expected calibration error. overconfidence: mean confidence minus
+    accuracy.
+    """
+
+    rows: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+    ece: float
+    overconfidence: float
+
+
+def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> Calibration:
     """Expected calibration error with bins of equal width: Guo et al. 2017, "On Calibration of
     Modern Neural Networks", equation 3, arXiv 1706.04599.
 
         ECE = sum_m |B_m| / N * |accuracy(B_m) - confidence(B_m)|
 
-    B_m: the rows with a confidence in ((m-1)/M, m/M]. confidence: float (N,), the largest
+    B_m: the rows with a confidence in ((m-1)/M, m/M]. confidence: float (N,), N > 0, the largest
     probability of each row. right: bool (N,).
     """
+    confidence, hits = confidence.double(), right.double()
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
-    which = torch.bucketize(confidence.double(), edges[1:-1])  # upper edges belong to their bin
-    gaps = torch.zeros(bins, dtype=torch.float64)
-    gaps.index_add_(0, which, right.double() - confidence.double())
-    return float(gaps.abs().sum() / len(confidence))
+    which = torch.bucketize(confidence, edges[1:-1])  # upper edges belong to their bin
+    rows = which.bincount(minlength=bins).double()
+    sure, hit = (which.bincount(values, minlength=bins) for values in (confidence, hits))
+    return Calibration(
+        rows=rows,
+        confidence=sure / rows.clamp(min=1),
+        accuracy=hit / rows.clamp(min=1),
+        ece=float((hit - sure).abs().sum() / len(confidence)),
+        overconfidence=float(confidence.mean() - hits.mean()),
+    )
 
 
 def class_scores(

@@ -21,7 +21,7 @@ from pipeline.evaluation import show_evaluation
 from stages.cache import LogitCache
 from stages.errors import IdentityError, ModelError, PipelineError, RunError
 from stages.evaluate import Evaluated, evaluate_run
-from stages.scores import BINS, calibration_error, class_scores, compare, score
+from stages.scores import BINS, calibration, class_scores, compare, score
 from stages.train_student import StudentConfig, train_student
 from stages.training.config import ModelSettings, TrainSettings
 from stages.training.setup import Splits
@@ -111,10 +111,10 @@ def test_calibration_by_hand() -> None:
     confidence = torch.tensor([0.5, 0.375, 0.875, 1.0])
     right = torch.tensor([True, False, True, True])
     expected = 0.5 * abs(0.5 - 0.4375) + 0.5 * abs(1.0 - 0.9375)
-    assert calibration_error(confidence, right, bins=4) == expected
+    assert calibration(confidence, right, bins=4).ece == expected
     sure = torch.ones(3)
-    assert calibration_error(sure, torch.tensor([True] * 3)) == 0.0
-    assert calibration_error(sure, torch.tensor([False] * 3)) == 1.0
+    assert calibration(sure, torch.tensor([True] * 3)).ece == 0.0
+    assert calibration(sure, torch.tensor([False] * 3)).ece == 1.0
 
 
 def test_classes_equal_those_of_a_loop_and_may_be_empty() -> None:

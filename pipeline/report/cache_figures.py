@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pipeline.report.figures import captioned, colour, drawing, legend, whole_numbers
 from pipeline.report.html import Html
-from pipeline.report.measured import BINS, Calibration, Draw, entropy
+from pipeline.report.measured import Draw, entropy
+from stages.scores import BINS, Calibration
 
 HISTOGRAM_BINS = 30
 RIGHT = ("right", "rows the teacher has right", "solid")

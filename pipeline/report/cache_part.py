@@ -12,11 +12,9 @@ from pipeline.report.gallery import KINDS, Images, Sample, choose_samples, load_
 from pipeline.report.groups import short
 from pipeline.report.html import Cell, Html, Row, fragment, number, percent, table, tag
 from pipeline.report.measured import (
-    BINS,
-    Calibration,
     Draw,
     Mistakes,
-    calibration,
+    calibration_of,
     chosen_rectification,
     count_mistakes,
     draw_rows,
@@ -24,6 +22,7 @@ from pipeline.report.measured import (
     top1_per_view,
 )
 from stages.cache import LogitCache
+from stages.scores import BINS, Calibration
 
 MOST_CLASSES = 1000
 MOST_PAIRS = 20
@@ -50,7 +49,7 @@ def cache_part(cache: LogitCache, key: str, options: Options) -> Html:
     rectified = chosen_rectification(cache, cache.complete_views)
     draw = draw_rows(cache, rectified)
     mistakes = count_mistakes(cache)
-    found = calibration(draw.logits, ~draw.wrong)
+    found = calibration_of(draw.logits, ~draw.wrong)
     chosen = choose_samples(draw)
     images = load_images(cache, chosen, options.dataset, options.root) if chosen else Images({})
     top1 = top1_per_view(cache)
@@ -122,7 +121,7 @@ def _key_numbers(
     if cache.eval_commits.is_complete(0):
         logits, labels = cache.eval_logits()
         right = logits.argmax(1) == labels
-        test, accuracy = calibration(logits, right), float(right.double().mean())
+        test, accuracy = calibration_of(logits, right), float(right.double().mean())
         tiles.insert(1, ("top-1 on the test split", "test_top1", accuracy, percent(accuracy), ""))
         tiles.append(("ECE on the test split", "test_ece", test.ece, percent(test.ece), ""))
     for kind, rows in (("right", ~draw.wrong), ("wrong", draw.wrong)):

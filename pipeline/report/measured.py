@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
+from stages.scores import Calibration, calibration
 
 MAX_ROWS = 50_000
 MAX_VALUES = 2**24
@@ -20,8 +21,6 @@ MAX_VALUES = 2**24
 MAX_PREDICTIONS = 2**25
 MAX_VIEWS = 16
 """How many views rows are decoded of, where not all fit."""
-BINS = 15
-"""Of confidence, equally wide: Guo et al. 2017, "On Calibration of Modern Neural Networks"."""
 
 
 @dataclass(frozen=True)
@@ -117,31 +116,9 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return -(log_p.exp() * log_p).sum(1)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Confidence (the largest probability at T=1) against accuracy, by bins of confidence.
-
-    rows, confidence, accuracy: float64 (BINS,); the means of an empty bin are 0. ece: expected
-    calibration error, the mean distance of the two over rows. overconfidence: mean confidence
-    minus accuracy.
-    """
-
-    rows: Tensor
-    confidence: Tensor
-    accuracy: Tensor
-    ece: float
-    overconfidence: float
-
-
-def calibration(logits: Tensor, right: Tensor) -> Calibration:
-    """logits: float32 (n, C), n > 0. right: bool (n,). Bins are open at their lower end."""
-    confidence = torch.softmax(logits, dim=1).amax(1).double()
-    bins = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
-    count = torch.bincount(bins, minlength=BINS).double()
-    sure = torch.bincount(bins, confidence, minlength=BINS) / count.clamp(min=1)
-    hit = torch.bincount(bins, right.double(), minlength=BINS) / count.clamp(min=1)
-    ece = float(((sure - hit).abs() * count).sum() / count.sum())
-    return Calibration(count, sure, hit, ece, float(confidence.mean() - right.double().mean()))
+def calibration_of(logits: Tensor, right: Tensor) -> Calibration:
+    """Of rows at T=1. logits: float32 (n, C), n > 0. right: bool (n,)."""
+    return calibration(torch.softmax(logits, dim=1).amax(1), right)
 
 
 @dataclass(frozen=True)

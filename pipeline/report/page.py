@@ -8,13 +8,13 @@ from pathlib import Path
 from pipeline.report.cache_part import Options, cache_part, key_numbers
 from pipeline.report.groups import grouped
 from pipeline.report.html import Cell, Html, Row, counted, fragment, percent, table, tag
-from pipeline.report.measured import BINS
 from pipeline.report.runs import LeftOut, Run
 from pipeline.report.sources import KnownCaches, Sources, find_sources
 from pipeline.report.student_part import last_top1, student_part, teacher_part
 from stages.cache import LogitCache
 from stages.errors import RunError
 from stages.reporting import Reporter, Silent
+from stages.scores import BINS
 
 TITLE = "Teacher logits and their students"
 GENERATOR = "teacher-cache report"

@@ -15,7 +15,7 @@ from reports import Element, parse
 from pipeline.report import write_report
 from pipeline.report.gallery import choose_samples, load_images
 from pipeline.report.measured import (
-    calibration,
+    calibration_of,
     count_mistakes,
     draw_rows,
     entropy,
@@ -89,7 +89,7 @@ def test_calibration_on_the_test_split(page: Element, finished_cache: Path) -> N
 def test_a_certain_row_falls_into_the_last_bin_and_an_even_one_where_it_belongs() -> None:
     logits = torch.zeros(2, 7)
     logits[0, 3] = 200
-    found = calibration(logits, torch.tensor([True, False]))
+    found = calibration_of(logits, torch.tensor([True, False]))
     assert found.rows.nonzero().squeeze(1).tolist() == [2, 14]  # 15 / 7 = 2.1
     assert found.ece == pytest.approx((1 / 7) / 2, abs=1e-6)
 
