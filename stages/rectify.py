@@ -37,6 +37,7 @@ from stages.cache.location import Location
 from stages.cache.lock import exclusive, half_written
 from stages.cache.rectified import Rectification, RectificationSettings
 from stages.cache.store import Block
+from stages.dask_client import existing_cluster
 from stages.errors import CacheError, ConfigError
 from stages.inputs.views import check_unmixed
 from stages.reporting import Reporter, Silent
@@ -316,16 +317,9 @@ def _run_on_cluster(
     cache: LogitCache, rectification: Rectification, blocks: list[tuple[int, int]], address: str
 ) -> Iterator[None]:
     """One task a block on an existing Dask cluster that sees the same path."""
-    from distributed import Client, as_completed
+    from distributed import as_completed
 
-    try:
-        client = Client(address, timeout=10, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise CacheError(
-            f"the Dask scheduler at {address} does not answer: {error}",
-            "Start one with `dask scheduler`, or leave --scheduler out.",
-        ) from error
-    with client:
+    with existing_cluster(address) as client:
         path = cache.path.absolute() if isinstance(cache.path, Path) else cache.path
         tasks = [
             client.submit(_rectify_block_at, path, rectification.name, *b, pure=False)

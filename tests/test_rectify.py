@@ -750,7 +750,7 @@ def test_a_scheduler_that_does_not_answer_is_told(
     client: Callable[..., Any] = distributed.Client
     monkeypatch.setattr(distributed, "Client", impatient)
     with dask.config.set({"distributed.comm.timeouts.connect": "0.5s", "scheduler": "threads"}):
-        with pytest.raises(CacheError, match="does not answer") as caught:
+        with pytest.raises(ConfigError, match="does not answer") as caught:
             rectify(cache_copy, RectifyConfig(scheduler=address))
         scheduler = dask.config.get("scheduler")
     assert address in caught.value.cause

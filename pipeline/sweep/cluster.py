@@ -16,7 +16,7 @@ import dask
 
 from pipeline.sweep.grid import Run
 from pipeline.sweep.worker import Failure, Outcome, Place, failure, train
-from stages.errors import ConfigError, RunError
+from stages.errors import RunError
 
 _SETTINGS = {
     "distributed.scheduler.allowed-failures": 1,
@@ -58,29 +58,6 @@ def _started(workers: int, stack: contextlib.ExitStack) -> Any:
         raise RunError(
             f"{workers} worker processes cannot be started: {error}", "Try fewer --workers."
         ) from error
-
-
-@contextlib.contextmanager
-def existing_cluster(address: str) -> Iterator[Any]:
-    """A Dask client of a scheduler whose workers see the same paths. Raises ConfigError."""
-    from distributed import Client
-    from distributed.utils import silence_logging_cmgr
-
-    with silence_logging_cmgr(logging.CRITICAL + 1):  # what goes wrong is told once, by us
-        try:
-            client = Client(address, timeout=10, set_as_default=False)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"the Dask scheduler at {address} does not answer: {error}",
-                "Start one with `dask scheduler`, or leave --scheduler out.",
-            ) from error
-        with client:
-            if not client.nthreads():
-                raise ConfigError(
-                    f"the Dask scheduler at {address} has no workers",
-                    f"Start some with `dask worker {address} --nthreads 1`.",
-                )
-            yield client
 
 
 def trained(

@@ -21,7 +21,7 @@ import torch
 
 from pipeline.console import Console
 from pipeline.sweep.check import check_runs
-from pipeline.sweep.cluster import existing_cluster, local_cluster, trained
+from pipeline.sweep.cluster import local_cluster, trained
 from pipeline.sweep.directory import SweepDirectory
 from pipeline.sweep.file import SweepFile, read_sweep
 from pipeline.sweep.grid import Run, expand
@@ -31,6 +31,7 @@ from pipeline.sweep.results import Result
 from pipeline.sweep.table import check_baseline, show_results
 from pipeline.sweep.together import grouped
 from pipeline.sweep.worker import Place
+from stages.dask_client import existing_cluster
 from stages.errors import ConfigError, RunError
 
 _MOST_NAMED, _LONGEST = 5, 80
