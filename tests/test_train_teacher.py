@@ -18,7 +18,7 @@ from stages.inputs.cifar_models import cifar_model
 from stages.inputs.feed import Batch
 from stages.train_teacher import LabelTask, TeacherConfig, train_teacher
 from stages.training.config import DataSettings, ModelSettings, SeedSettings, TrainSettings
-from stages.training.learner import selected_epoch
+from stages.training.history import selected_epoch
 from stages.training.setup import Splits, held_out, load_data
 
 

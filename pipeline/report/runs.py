@@ -9,31 +9,10 @@ import msgspec
 import yaml
 
 from stages.objectives.losses import DEFINITIONS
+from stages.training.history import Summary
 
 REQUIRED = ("loss", "test_top1", "seconds")
 """What every line of metrics.jsonl has."""
-
-
-class Picked(msgspec.Struct, frozen=True):
-    """One epoch of a summary. epoch: from 0. test_top1, test_top5, val_top1: in [0, 1]."""
-
-    epoch: int
-    test_top1: float
-    test_top5: float
-    loss: float
-    val_top1: float | None = None
-
-
-class Summary(msgspec.Struct, frozen=True):
-    """summary.json of a run; see `stages.training.trainer.summarise`."""
-
-    last: Picked
-    best: Picked
-    selected: Picked
-    epochs: int
-    parameters: int
-    train_seconds: float
-    wait_share: float
 
 
 class Line(msgspec.Struct, frozen=True):

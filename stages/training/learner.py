@@ -17,6 +17,7 @@ from stages.errors import PipelineError, RunError
 from stages.inputs.feed import Batch, Normalise, ViewFeed
 from stages.inputs.models import logits_of
 from stages.training.config import TrainSettings
+from stages.training.history import said, selected_epoch, summarise
 from stages.training.optimise import make_optimizer, make_schedule
 from stages.training.run_directory import RunDirectory
 
@@ -286,38 +287,3 @@ def correct(
         best = logits.topk(min(5, logits.shape[1])).indices == labels[batch.samples, None]
         hits += torch.stack([best[:, 0].sum(), best.any(1).sum()])
     return hits
-
-
-def said(metrics: dict[str, Any], epochs: int) -> str:
-    """A finished epoch in one line."""
-    return (
-        f"epoch {metrics['epoch'] + 1}/{epochs}  view {metrics['view']}  "
-        f"loss {metrics['loss']:.4f}  test top-1 {metrics['test_top1']:.2%}  "
-        f"{metrics['seconds']:.1f} s"
-    )
-
-
-def selected_epoch(history: list[dict[str, Any]]) -> int:
-    """The epoch whose weights are kept: the best on held-out samples, or else the last."""
-    if "val_top1" in history[-1]:
-        return max(range(len(history)), key=lambda e: history[e]["val_top1"])
-    return len(history) - 1
-
-
-def summarise(history: list[dict[str, Any]], parameters: int) -> dict[str, Any]:
-    """Last, best and selected epoch. `best` is by test top-1, as the literature reports it."""
-    picked = ("epoch", "test_top1", "test_top5", "val_top1", "loss")
-    best = max(range(len(history)), key=lambda e: history[e]["test_top1"])
-    chosen = {"last": len(history) - 1, "best": best, "selected": selected_epoch(history)}
-    seconds = sum(line["seconds"] for line in history)
-    waited = sum(line.get("wait_seconds", 0.0) for line in history)
-    return {
-        **{
-            name: {key: history[epoch][key] for key in picked if key in history[epoch]}
-            for name, epoch in chosen.items()
-        },
-        "epochs": len(history),
-        "parameters": parameters,
-        "train_seconds": seconds,
-        "wait_share": waited / seconds,
-    }

@@ -23,7 +23,8 @@ from stages.inputs.counter_hash import permute
 from stages.inputs.feed import Batch, ViewFeed, joined, num_batches
 from stages.reporting import Reporter
 from stages.training.config import SeedSettings, TrainSettings
-from stages.training.learner import Learner, said
+from stages.training.history import said
+from stages.training.learner import Learner
 
 _SAMPLE_ORDER, _VIEW_ORDER = 1, 2  # separate streams of one seed
 

@@ -20,13 +20,12 @@ from stages.inputs.views import view_policy
 from stages.objectives.losses import ce
 from stages.reporting import Silent
 from stages.training.config import ModelSettings, SeedSettings, TrainSettings
+from stages.training.history import selected_epoch, summarise
 from stages.training.learner import (
     Evaluation,
     Learner,
     Task,
     correct,
-    selected_epoch,
-    summarise,
 )
 from stages.training.run_directory import RunDirectory
 from stages.training.setup import Splits, make_evaluations, make_model

@@ -1,0 +1,64 @@
+"""What a run says of its epochs: a line of text each, and the summary of all of them."""
+
+from typing import Any
+
+import msgspec
+
+
+class Picked(msgspec.Struct, frozen=True):
+    """One epoch of a summary. epoch: from 0. test_top1, test_top5, val_top1: in [0, 1]."""
+
+    epoch: int
+    test_top1: float
+    test_top5: float
+    loss: float
+    val_top1: float | None = None
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """summary.json of a run, as `summarise` makes it. wait_share: of train_seconds, how much went
+    into waiting for targets.
+    """
+
+    last: Picked
+    best: Picked
+    selected: Picked
+    epochs: int
+    parameters: int
+    train_seconds: float
+    wait_share: float
+
+
+def said(metrics: dict[str, Any], epochs: int) -> str:
+    """A finished epoch in one line."""
+    return (
+        f"epoch {metrics['epoch'] + 1}/{epochs}  view {metrics['view']}  "
+        f"loss {metrics['loss']:.4f}  test top-1 {metrics['test_top1']:.2%}  "
+        f"{metrics['seconds']:.1f} s"
+    )
+
+
+def selected_epoch(history: list[dict[str, Any]]) -> int:
+    """The epoch whose weights are kept: the best on held-out samples, or else the last."""
+    if "val_top1" in history[-1]:
+        return max(range(len(history)), key=lambda e: history[e]["val_top1"])
+    return len(history) - 1
+
+
+def summarise(history: list[dict[str, Any]], parameters: int) -> dict[str, Any]:
+    """Last, best and selected epoch. `best` is by test top-1, as the literature reports it."""
+    picked = ("epoch", "test_top1", "test_top5", "val_top1", "loss")
+    best = max(range(len(history)), key=lambda e: history[e]["test_top1"])
+    chosen = {"last": len(history) - 1, "best": best, "selected": selected_epoch(history)}
+    seconds = sum(line["seconds"] for line in history)
+    waited = sum(line.get("wait_seconds", 0.0) for line in history)
+    return {
+        **{
+            name: {key: history[epoch][key] for key in picked if key in history[epoch]}
+            for name, epoch in chosen.items()
+        },
+        "epochs": len(history),
+        "parameters": parameters,
+        "train_seconds": seconds,
+        "wait_share": waited / seconds,
+    }
