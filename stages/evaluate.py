@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.device import autocast, choose_device, place
-from stages.errors import CacheError, IdentityError, RunError
+from stages.errors import CacheError, IdentityError, ModelError, RunError
 from stages.inputs.datasets import ImageDataset, load_dataset
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.models import Model, load_model, logits_of
@@ -70,7 +70,15 @@ def evaluate_run(
     data = settings.data
     where, fetch = root or data.root, download or data.download
     images = load_dataset(dataset or data.dataset, "test", where, data.feeding, fetch)
-    model = load_model(None, str(run), len(images.class_names), images.shape[0])
+    try:
+        model = load_model(None, str(run), len(images.class_names), images.shape[0])
+    except ModelError as error:
+        if dataset in (None, data.dataset):
+            raise
+        raise ModelError(
+            f"{run} was trained on {data.dataset}, {dataset} does not fit: {error.cause}",
+            "Give the same images, or leave --dataset out.",
+        ) from error
     labels = images.labels
 
     # 2) every test sample once; the teacher's answers to the same samples

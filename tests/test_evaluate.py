@@ -270,8 +270,10 @@ def test_a_dataset_of_other_classes_is_refused(
     my_student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    with pytest.raises(ModelError, match="10 classes, the dataset has 3"):
+    with pytest.raises(ModelError, match="10 classes, the dataset has 3") as caught:
         evaluate_run(my_student, "test_evaluate:other_classes", device="cpu")
+    assert "was trained on digits, test_evaluate:other_classes does not fit" in caught.value.cause
+    assert "--dataset" in caught.value.remedy
 
 
 # ---- the command ----------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def weights(name: str, groups: Sequence[Group]) -> Html | None:
     shown: list[Html] = []
     words: list[str] = []
     for at, (schedule, labels) in enumerate(by_schedule.items()):
-        whose = ", ".join(labels)
+        whose = "; ".join(labels)  # a label may have commas
         if len(set(schedule)) == 1:
             of_right, of_wrong = schedule[0]
             words.append(f"{whose}: right rows {of_right:g}, wrong rows {of_wrong:g}, always.")

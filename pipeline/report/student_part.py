@@ -6,7 +6,7 @@ from pipeline.console import duration
 from pipeline.report import student_figures as figures
 from pipeline.report.figures import series, swatch
 from pipeline.report.groups import Group, Spread, differing, short
-from pipeline.report.html import Cell, Html, Row, fragment, percent, table, tag
+from pipeline.report.html import Cell, Html, Row, counted, fragment, percent, table, tag
 from pipeline.report.passes import saved_passes
 from pipeline.report.runs import Run
 from pipeline.report.sources import KnownCaches
@@ -66,7 +66,7 @@ def _means(groups: Sequence[Group]) -> Html:
             mark = swatch(*series(curves.index(group.label)))
         seeds = f"{len(group.runs)}"
         if group.seeds < len(group.runs):
-            seeds += f" ({group.seeds} seeds)"
+            seeds += f" ({counted(group.seeds, 'seed')})"
         seconds = group.spread(lambda run: run.summary.train_seconds)
         parameters = group.runs[0].summary.parameters
         cells = [

@@ -157,10 +157,13 @@ class Learner:
         shown = int(summed(self.ranks, torch.tensor(shown)))
         totals = {k: float(summed(self.ranks, t.double())) for k, t in position.totals.items()}
         means = {name: total / shown for name, total in totals.items()}
-        finite = all(bool(torch.isfinite(p).all()) for p in self.module.parameters())
-        if not (finite and all(map(math.isfinite, means.values()))):
+        infinite = [name for name, mean in means.items() if not math.isfinite(mean)]
+        if not all(bool(torch.isfinite(p).all()) for p in self.module.parameters()):
+            infinite.append("weights")
+        if infinite:
             raise RunError(
-                f"the loss or the weights are not finite after epoch {position.epoch + 1}: {means}",
+                f"the loss or the weights are not finite after epoch {position.epoch + 1}: "
+                + ", ".join(infinite),
                 "Lower train.lr, or check the teacher and the loss settings.",
             )
         metrics = {

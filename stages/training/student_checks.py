@@ -185,9 +185,10 @@ def shared_views(caches: Sequence[LogitCache], config: StudentConfig) -> list[in
 
 def usable_views(cache: LogitCache, config: StudentConfig) -> list[int]:
     """The views to train from. Raises CacheError unless all of them are complete."""
-    wanted = range(cache.num_views if config.views is None else config.views)
-    if not 0 < len(wanted) <= cache.num_views:
+    count = cache.num_views if config.views is None else config.views
+    if not 0 < count <= cache.num_views:
         raise ConfigError(f"{config.views} views were asked for, the cache has {cache.num_views}")
+    wanted = range(count)
     complete = set(cache.complete_views)
     stage = "cache-teacher"
     if config.bias.rectified is not None:

@@ -62,6 +62,7 @@ REFUSED = [
     ExpectFail("no cache there", {"cache": "none.zarr"}, "no cache at none.zarr"),
     ExpectFail("an unfinished cache", {"cache": "half.zarr"}, "3 of 5 views are"),
     ExpectFail("too many views", {"views": 9}, "9 views were asked for, the cache has 3"),
+    ExpectFail("more views than words", {"views": 10**30}, f"{10**30} views were asked for"),
     ExpectFail("an unknown loss", {"loss.name": "kdd"}, "unknown loss 'kdd'"),
     ExpectFail("no rectification", {"bias.mode": "rectify"}, "has no rectifications"),
     ExpectFail(

@@ -56,7 +56,7 @@ def torchvision_arrays(name: str, split: Split, root: str | None, download: bool
     except (RuntimeError, OSError) as error:
         raise DatasetError(
             f"{name} is missing or corrupt in {folder}: {str(error).splitlines()[0]}",
-            "Point --root at it, or add --download.",
+            "Point --root at it. Commands that train or cache, and evaluate, take --download.",
         ) from error
     data = torch.as_tensor(source.data)
     images = data.unsqueeze(1) if data.ndim == 3 else data.permute(0, 3, 1, 2).contiguous()
