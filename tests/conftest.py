@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import DIGITS, first
+from hypothesis import settings
 
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
 from stages.rectify import RectifyConfig, rectify
@@ -17,6 +18,9 @@ from stages.train_teacher import TeacherConfig, train_teacher
 from stages.training.config import ModelSettings, TrainSettings
 from stages.training.setup import Splits, load_data
 
+# Nothing is timed in a test: a busy machine must not fail one.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 torch.set_num_threads(1)  # small models on few cores: threads cost more than they bring
 
 
