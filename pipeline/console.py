@@ -89,6 +89,11 @@ class Console:
         self._bar.update(self._bar_task, completed=done, rate=f"{rate:,.0f}")
 
 
+def counted(count: int, what: str) -> str:
+    """1 student, 2 students."""
+    return f"{count:,} {what if count == 1 else what + 's'}"
+
+
 def duration(seconds: float) -> str:
     """12 s, 3 min 20 s, 2 h 5 min."""
     minutes, rest = divmod(round(seconds), 60)

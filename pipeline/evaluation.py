@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 
 from pipeline.console import Console
+from stages.cache.location import cache_around
 from stages.errors import ConfigError
 from stages.evaluate import Evaluated
 from stages.scores import ClassScore, Scores
@@ -21,6 +22,8 @@ def check_json(out: str) -> None:
         raise ConfigError(f"--out {out} is not a .json file", "Give --out FILE.json.")
     if not path.parent.is_dir():
         raise ConfigError(f"there is no folder {path.parent} for {path.name}", "Make it first.")
+    if (cache := cache_around(path)) is not None:
+        raise ConfigError(f"--out {out} lies inside the cache {cache}", "Choose another --out.")
 
 
 def write_json(out: str, evaluated: Evaluated) -> None:

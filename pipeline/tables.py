@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.console import Console, duration, size
+from pipeline.console import Console, counted, duration, size
 from stages.cache import LogitCache
 from stages.cache.encoding import Encoding, Fidelity
 from stages.cache_plan import CachePlan
@@ -182,7 +182,8 @@ def show_cached(console: Console, out: str, summary: CacheSummary) -> None:
     """What stage one has done, and how good the teacher is."""
     top1 = summary.train_top1
     console.table(
-        f"{out}: {summary.views} views, {summary.computed_blocks} blocks computed now",
+        f"{out}: {counted(summary.views, 'view')}, "
+        f"{counted(summary.computed_blocks, 'block')} computed now",
         ("teacher top-1 on", "mean", "lowest", "highest"),
         [
             (
@@ -197,9 +198,11 @@ def show_cached(console: Console, out: str, summary: CacheSummary) -> None:
 def show_verified(console: Console, path: str, verified: Verified, faults: Sequence[Fault]) -> None:
     """What was looked at, and what is wrong."""
     if not faults:
-        console.say(f"{path}: {verified.blocks:,} blocks, {size(verified.bytes)}: everything holds")
+        console.say(
+            f"{path}: {counted(verified.blocks, 'block')}, {size(verified.bytes)}: everything holds"
+        )
         return
     shown = [(fault.where, fault.what) for fault in faults[:MOST_FAULTS]]
     if len(faults) > MOST_FAULTS:
         shown.append(("...", f"and {len(faults) - MOST_FAULTS:,} more"))
-    console.table(f"{path}: {len(faults):,} faults", ("where", "what"), shown)
+    console.table(f"{path}: {counted(len(faults), 'fault')}", ("where", "what"), shown)

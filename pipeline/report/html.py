@@ -54,11 +54,6 @@ def number(value: float, text: str, **attributes: str | float | None) -> Html:
     return tag("span", text, class_="number", data_value=value, **attributes)
 
 
-def counted(count: int, what: str) -> str:
-    """1 student, 2 students."""
-    return f"{count:,} {what if count == 1 else what + 's'}"
-
-
 def percent(share: float, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f} %"
 

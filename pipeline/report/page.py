@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from pipeline.console import counted
 from pipeline.report.cache_part import Options, cache_part, key_numbers
 from pipeline.report.groups import grouped
-from pipeline.report.html import Cell, Html, Row, counted, fragment, percent, table, tag
+from pipeline.report.html import Cell, Html, Row, fragment, percent, table, tag
 from pipeline.report.runs import LeftOut, Run
-from pipeline.report.sources import KnownCaches, Sources, find_sources, is_cache
+from pipeline.report.sources import KnownCaches, Sources, find_sources
 from pipeline.report.student_part import last_top1, student_part, teacher_part
 from stages.cache import LogitCache
+from stages.cache.location import cache_around
 from stages.errors import RunError
 from stages.reporting import Reporter, Silent
 from stages.scores import BINS
@@ -52,8 +54,8 @@ def write_report(
 def _check_out(file: Path, overwrite: bool) -> None:
     if file.is_dir():
         raise RunError(f"{file} is a folder", f"Name a file: --out {file / 'report.html'}.")
-    if any(is_cache(folder) for folder in file.absolute().parents):
-        raise RunError(f"{file} lies inside a cache", "Choose another --out.")
+    if (cache := cache_around(file)) is not None:
+        raise RunError(f"{file} lies inside the cache {cache}", "Choose another --out.")
     if not file.exists() or overwrite:
         return
     try:

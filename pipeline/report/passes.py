@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.console import duration
+from pipeline.console import counted, duration
 from pipeline.report.groups import Group
-from pipeline.report.html import Html, counted, fragment, number, percent, tag
+from pipeline.report.html import Html, fragment, number, percent, tag
 from pipeline.report.runs import Run
 from pipeline.report.sources import KnownCaches
 

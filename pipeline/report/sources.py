@@ -1,16 +1,13 @@
 """What lies at the paths that a report is asked for: caches, runs, sweeps, or folders of those."""
 
 import contextlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline.report.runs import LeftOut, Run, read_run, read_sweep
 from stages.cache import LogitCache
 from stages.cache.identity import DatasetIdentity
-from stages.cache.layout import FORMAT
-from stages.cache.location import location
+from stages.cache.location import is_cache, location
 from stages.errors import PipelineError, RunError
 
 DEPTH = 4
@@ -106,15 +103,6 @@ def _folders(path: Path) -> list[Path]:
     except OSError:
         return []
     return [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-
-
-def is_cache(path: Path) -> bool:
-    """Whether a folder says that it is a cache, finished or not."""
-    try:
-        document: Any = json.loads((path / "zarr.json").read_bytes())
-        return bool(document["attributes"]["format"] == FORMAT)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 @dataclass(frozen=True)

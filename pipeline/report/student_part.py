@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from pipeline.console import duration
+from pipeline.console import counted, duration
 from pipeline.report import student_figures as figures
 from pipeline.report.figures import series, swatch
 from pipeline.report.groups import Group, Spread, differing, short
-from pipeline.report.html import Cell, Html, Row, counted, fragment, percent, table, tag
+from pipeline.report.html import Cell, Html, Row, fragment, percent, table, tag
 from pipeline.report.passes import saved_passes
 from pipeline.report.runs import Run
 from pipeline.report.sources import KnownCaches

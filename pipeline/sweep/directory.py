@@ -19,9 +19,11 @@ import msgspec
 
 from pipeline.sweep.grid import Run
 from stages.cache.identity import differences
+from stages.cache.location import cache_around
 from stages.cache.lock import exclusive
 from stages.errors import RunError
 from stages.train_student import StudentConfig
+from stages.training.history import Summary
 
 _FORMAT = "teacher-cache-sweep"
 
@@ -49,6 +51,8 @@ class SweepDirectory:
 
         Raises RunError if the folder holds something else, or runs that are not in this sweep.
         """
+        if (cache := cache_around(self.path)) is not None:
+            raise RunError(f"{self.path} lies inside the cache {cache}", "Choose another out.")
         recorded = self._recorded()
         if recorded is None:
             return {run.name: Progress() for run in runs}
@@ -120,8 +124,10 @@ class SweepDirectory:
 
     def _progress(self, name: str) -> Progress:
         folder = self.run(name)
-        with contextlib.suppress(OSError, ValueError):
-            return Progress(summary=json.loads((folder / "summary.json").read_bytes()))
+        with contextlib.suppress(OSError, ValueError):  # one that is damaged is written again
+            summary = json.loads((folder / "summary.json").read_bytes())
+            msgspec.convert(summary, Summary)
+            return Progress(summary=summary)
         if not (folder / "last.pt").exists():
             return Progress()
         with contextlib.suppress(OSError):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.console import Console, duration
+from pipeline.console import Console, counted, duration
 from pipeline.sweep.directory import Progress
 from pipeline.sweep.estimate import seconds_left
 from pipeline.sweep.grid import Run
@@ -17,16 +17,14 @@ def show_plan(
         keys = ", ".join(f"{key}={value}" for key, value in run.keys.items())
         seeds = "/".join(map(str, dict.fromkeys(run.seeds)))
         rows.append((run.name, run.label, keys, seeds, _state(run, progress[run.name])))
-    console.table(
-        f"{len(runs)} run{'s' * (len(runs) > 1)}", ("run", "label", "keys", "seed", "state"), rows
-    )
+    console.table(counted(len(runs), "run"), ("run", "label", "keys", "seed", "state"), rows)
     left = seconds_left(
         [run for run in runs if progress[run.name].summary is None], runs, progress, workers
     )
     console.say(
         "estimated time: "
         + ("unknown until the first run has finished" if left is None else duration(left))
-        + f", with {workers} worker{'s' * (workers > 1)}"
+        + f", with {counted(workers, 'worker')}"
     )
 
 

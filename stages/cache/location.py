@@ -1,6 +1,7 @@
 """Where a store lies: a folder, or the URL of an object store."""
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -13,6 +14,7 @@ from zarr.abc.store import Store
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
+from stages.cache.layout import FORMAT
 from stages.errors import CacheError, UnansweredError
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
@@ -36,6 +38,20 @@ def location(path: str | Path) -> Location:
             f"URLs, not {match[1]}://"
         )
     return str(path).rstrip("/")
+
+
+def is_cache(path: Path) -> bool:
+    """Whether a folder says that it is a cache, finished or not."""
+    try:
+        document: Any = json.loads((path / "zarr.json").read_bytes())
+        return bool(document["attributes"]["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def cache_around(path: Path) -> Path | None:
+    """The cache that a path lies inside of, where nobody else may write; None outside of all."""
+    return next((folder for folder in path.absolute().parents if is_cache(folder)), None)
 
 
 def open_store(where: Location, read_only: bool) -> Store:

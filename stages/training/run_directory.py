@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import nn
 
 from stages.cache.identity import differences
+from stages.cache.location import cache_around
 from stages.errors import RunError
 from stages.training.events import EventFiles
 
@@ -49,6 +50,8 @@ class RunDirectory:
         run = RunDirectory(Path(path), bool(config.get("tensorboard")))
         if resume and overwrite:
             raise RunError("a run cannot be resumed and overwritten", "Give one of the two.")
+        if (cache := cache_around(run.path)) is not None:
+            raise RunError(f"{path} lies inside the cache {cache}", "Choose another --out.")
         occupied = run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir()))
         if occupied and not (resume or overwrite):
             raise RunError(
@@ -112,7 +115,10 @@ class RunDirectory:
         path = self.path / "last.pt"
         if not path.exists():
             return None
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # whatever the bytes make an unpickler raise
+            raise self._damaged("last.pt") from error
         return state
 
     def keep_metrics(self, epochs: int) -> list[dict[str, Any]]:
@@ -125,10 +131,22 @@ class RunDirectory:
         return history
 
     def metrics(self, epochs: int) -> list[dict[str, Any]]:
-        """The lines of the first so many epochs."""
+        """The lines of the first so many epochs. Raises RunError unless all of them are there."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines[:epochs]]
+        try:
+            lines = path.read_text().splitlines() if path.exists() else []
+            found = [json.loads(line) for line in lines[:epochs]]
+        except (OSError, ValueError) as error:
+            raise self._damaged("metrics.jsonl") from error
+        if len(found) < epochs:
+            raise self._damaged("metrics.jsonl")
+        return found
+
+    def _damaged(self, name: str) -> RunError:
+        return RunError(
+            f"{self.path / name} is cut off or damaged: the run cannot go on",
+            "Delete the run, or start it again with --overwrite.",
+        )
 
     def add_metrics(self, metrics: Mapping[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a") as file:

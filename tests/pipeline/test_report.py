@@ -188,7 +188,7 @@ def test_a_report_is_replaced_and_nothing_else(everything: Path, tmp_path: Path)
         (["runs/waiting"], "r.html", "nothing to report on yet"),
         (["runs/broken"], "r.html", "metrics.jsonl, line 1"),
         (["runs/done"], "notes", "notes is a folder"),
-        (["runs/done"], "cache.zarr/new/r.html", "lies inside a cache"),
+        (["runs/done"], "cache.zarr/new/r.html", "lies inside the cache"),
         (["runs/done"], "file.txt/r.html", "cannot write"),
         (["runs/done", "gone"], "r.html", "nothing lies at gone"),
         (["http://example.org/c.zarr"], "r.html", "URLs, not http"),

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from helpers import Words
+from reports import epoch, summary_of
 
 from pipeline.cli import cli
 from pipeline.console import Console
@@ -158,6 +159,11 @@ def recorded(out: Path, runs: list[Run]) -> SweepDirectory:
     return directory
 
 
+def summary(epochs: int) -> dict[str, Any]:
+    """Of a run that took two seconds an epoch."""
+    return summary_of([epoch(n, 0.5) for n in range(epochs)]) | {"train_seconds": 2.0 * epochs}
+
+
 def start(directory: SweepDirectory, run: Run, epochs: int = 0, done: bool = False) -> None:
     """What a run leaves that is so far."""
     folder = directory.run(run.name)
@@ -167,7 +173,7 @@ def start(directory: SweepDirectory, run: Run, epochs: int = 0, done: bool = Fal
         (folder / "last.pt").touch()
         (folder / "metrics.jsonl").write_text("{}\n" * epochs)
     if done:
-        (folder / "summary.json").write_text(json.dumps({"epochs": epochs}))
+        (folder / "summary.json").write_text(json.dumps(summary(epochs)))
 
 
 def test_how_far_runs_are(folder: Path) -> None:
@@ -180,7 +186,21 @@ def test_how_far_runs_are(folder: Path) -> None:
     start(directory, runs[2])
 
     found = list(directory.progress(runs).values())
-    assert found == [Progress(summary={"epochs": 30}), Progress(3), Progress(), Progress()]
+    assert found == [Progress(summary=summary(30)), Progress(3), Progress(), Progress()]
+
+
+@pytest.mark.parametrize("text", ["", '{"epochs"', "[]", '{"last": 3}'])
+def test_a_run_with_a_damaged_summary_is_not_finished(folder: Path, text: str) -> None:
+    (run,) = runs_of([{}])[:1]
+    directory = recorded(folder / "out", [run])
+    start(directory, run, epochs=30)
+    (directory.run(run.name) / "summary.json").write_text(text)
+    assert directory.progress([run]) == {run.name: Progress(30)}
+
+
+def test_a_sweep_inside_a_cache_is_refused(folder: Path) -> None:
+    with pytest.raises(RunError, match=r"lies inside the cache .*whole\.zarr"):
+        SweepDirectory("whole.zarr/runs").progress(runs_of([{}]))
 
 
 def test_runs_and_seeds_may_be_added_and_runs_that_never_started_left_out(folder: Path) -> None:
@@ -258,7 +278,6 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(folder: Path) -> 
     runs = check_runs(expand(read_sweep(file))).runs
     directory = recorded(folder / "out", runs)
     start(directory, runs[0], epochs=30, done=True)
-    (directory.run("ce-s0") / "summary.json").write_text('{"train_seconds": 60}')
     start(directory, runs[1], epochs=15)
     told = CliRunner().invoke(
         cli, ["sweep", str(file), "--dry-run", "--workers", "1"], catch_exceptions=False

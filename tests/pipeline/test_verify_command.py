@@ -111,7 +111,7 @@ def test_faults_end_with_1_and_name_the_block(pipeline: Pipeline, folder: Path) 
     answer = pipeline("verify cache.zarr")
 
     assert answer.code == 1
-    assert "1 faults" in answer.text
+    assert "1 fault where" in answer.text
     assert "logits, view 1, block 0" in answer.text
     assert "logits/c/1/0/0 has another sha256" in answer.text
     assert "everything holds" not in answer.text

@@ -171,6 +171,32 @@ def test_resume_goes_on_without_a_key_that_is_null(my_run: RunDirectory) -> None
     assert kept["train"] == {"lr": 1e-4, "milestones": [1, 2]}
 
 
+def test_nothing_is_written_into_a_cache(tmp_path: Path) -> None:
+    attributes = {"attributes": {"format": "teacher-logit-cache"}}
+    (tmp_path / "zarr.json").write_text(json.dumps(attributes))
+    with pytest.raises(RunError, match="lies inside the cache"):
+        RunDirectory.prepare(tmp_path / "runs" / "kd", CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["zarr.json"]
+
+
+@pytest.mark.parametrize("text", ["", "junk", "PK\x03\x04cut off"])
+def test_a_damaged_checkpoint_is_told(my_run: RunDirectory, text: str) -> None:
+    (my_run.path / "last.pt").write_text(text)
+    with pytest.raises(RunError, match=r"last\.pt is cut off or damaged") as told:
+        my_run.load_checkpoint(CPU)
+    assert "--overwrite" in told.value.remedy
+
+
+@pytest.mark.parametrize("text", [None, "", '{"epoch": 0}\n', '{"epoch": 0}\n{"epo', "\0\0\n\0\n"])
+def test_damaged_metrics_are_told(my_run: RunDirectory, text: str | None) -> None:
+    if text is not None:
+        (my_run.path / "metrics.jsonl").write_text(text)
+    before = everything_in(my_run.path)
+    with pytest.raises(RunError, match=r"metrics\.jsonl is cut off or damaged"):
+        my_run.keep_metrics(2)
+    assert everything_in(my_run.path) == before
+
+
 def test_a_place_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot make"):
