@@ -129,7 +129,7 @@ def test_verify_writes_nothing(
 @pytest.mark.parametrize(
     ("flips", "seed"),
     [
-        pytest.param(150, 0, id="150"),
+        pytest.param(80, 0, id="80"),
         pytest.param(1000, 1, id="1000", marks=pytest.mark.slow),
     ],
 )
