@@ -18,6 +18,8 @@ from pipeline.report.groups import Group, Spread
 from pipeline.report.html import Html, fragment, percent, tag
 
 MOST_CURVES = SERIES * len(DASHES)
+_MOST_BANDS = 6
+"""With more groups the bands would cover one another; the table has every deviation."""
 PARTS = {
     "loss_ce": ("faint", "cross-entropy with the label"),
     "loss_right": ("right", "distillation, rows the teacher has right"),
@@ -40,7 +42,7 @@ def accuracies(name: str, groups: Sequence[Group], teacher: float | None) -> Htm
         with drawing(f"{name}-{kind}", told, "epoch", "test top-1, %", width, height) as drawn:
             for at, group in enumerate(shown):
                 curve = [_scaled(point, 100) for point in group.curve("test_top1")]
-                _band(drawn.axes, curve, *series(at))
+                _band(drawn.axes, curve, *series(at), filled=len(shown) <= _MOST_BANDS)
             if teacher is not None:
                 ink = colour("ink")
                 drawn.axes.axhline(100 * teacher, color=ink, linewidth=1.1, linestyle=teachers)
@@ -52,7 +54,8 @@ def accuracies(name: str, groups: Sequence[Group], teacher: float | None) -> Htm
         entries.append((name_, f"{group.label} (n = {len(group.runs)})", dashes))
     if teacher is not None:
         entries.append(("ink", f"the teacher, {percent(teacher)}", teachers))
-    note = "Means over seeds; bands are one standard deviation."
+    note = "Means over seeds"
+    note += "; bands are one standard deviation." if len(shown) <= _MOST_BANDS else "."
     if len(shown) < len(groups):
         note += f" Curves of {len(shown)} of {len(groups)} groups."
     return captioned(fragment(*drawings), "Test accuracy by epoch", note, legend(*entries))
@@ -134,11 +137,13 @@ def weights(name: str, groups: Sequence[Group]) -> Html | None:
     )
 
 
-def _band(axes: Axes, curve: Sequence[Spread], name: str, dashes: object) -> None:
+def _band(
+    axes: Axes, curve: Sequence[Spread], name: str, dashes: object, filled: bool = True
+) -> None:
     """Means, and one standard deviation to either side where there are several runs."""
     epochs = range(1, len(curve) + 1)
     means = [point.mean for point in curve]
-    if any(point.std for point in curve):
+    if filled and any(point.std for point in curve):
         low = [point.mean - (point.std or 0.0) for point in curve]
         high = [point.mean + (point.std or 0.0) for point in curve]
         axes.fill_between(epochs, low, high, color=colour(name), alpha=0.16, linewidth=0)
