@@ -16,7 +16,7 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -145,6 +145,14 @@ def summed(ranks: Ranks, value: Tensor) -> Tensor:
     with _together():
         dist.all_reduce(total)
     return total
+
+
+def take_from_first(ranks: Ranks, tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with those of the first rank."""
+    if ranks.world > 1:
+        with _together():
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
 
 
 def broadcast_object(ranks: Ranks, value: Result) -> Result:

@@ -9,7 +9,6 @@ a student of several was trained.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from stages.inputs.models import Model, load_model, logits_of
 from stages.reporting import Reporter, Silent
 from stages.scores import ClassScore, Comparison, Scores, class_scores, compare, score
 from stages.training.config import DataSettings, TrainSettings
+from stages.training.ensemble import mean_logits
 from stages.training.setup import check_output
 
 _SMALLEST_BATCH = 256
@@ -180,7 +180,8 @@ def _teacher_of(
     if not paths:
         return None, ()
     try:
-        return _mean_teacher([_cached_logits(path, images) for path in paths]), paths
+        members = [_cached_logits(path, images) for path in paths]
+        return members[0] if len(members) == 1 else mean_logits(members), paths
     except CacheError as error:
         if given:
             raise
@@ -200,11 +201,3 @@ def _cached_logits(path: str, images: ImageDataset) -> Tensor:
             "Give the dataset that the cache was made from, or another --cache.",
         )
     return logits
-
-
-def _mean_teacher(members: Sequence[Tensor]) -> Tensor:
-    """The logits themselves; of several, those whose softmax is the mean of theirs at T=1."""
-    if len(members) == 1:
-        return members[0]
-    logs = torch.stack([torch.log_softmax(z, dim=1) for z in members])
-    return logs.logsumexp(0) - math.log(len(members))

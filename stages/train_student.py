@@ -25,20 +25,10 @@ from stages.distributed import (
 from stages.inputs.views import ViewPolicy
 from stages.reporting import Reporter, Silent
 from stages.training.assemble import Destination, Planned, make_trainer
-from stages.training.ensemble import open_members
 from stages.training.epoch_targets import TargetReader
 from stages.training.setup import Splits, load_data
 from stages.training.student import CachedTask, StudentConfig
-from stages.training.student_checks import (
-    cached_policy,
-    check_dataset,
-    check_objective,
-    check_one_stream,
-    check_rows_known,
-    shared_views,
-    slab_plan,
-    views_at_once,
-)
+from stages.training.student_checks import check_dataset, check_students, slab_plan
 from stages.training.trainer import Outcome, Trainer
 
 __all__ = [
@@ -114,15 +104,9 @@ def students_trainer(
     reporter, ranks = reporter or Silent(), ranks or Ranks.alone()
     # 1) the cache, and what is to be learned from it
     cache = LogitCache.open(students[0][0].cache)
-    configs = [check_objective(config, cache) for config, _ in students]
-    check_one_stream(configs)
+    checked = check_students([config for config, _ in students], cache)
+    configs, caches, policy, shown = checked.configs, checked.caches, checked.policy, checked.shown
     config = configs[0]
-    caches = open_members(cache, config.also, [c.loss.temperature or 1.0 for c in configs])
-    for each in configs:
-        check_rows_known(caches, each.loss)
-    policy = cached_policy(cache)
-    (views,) = {tuple(shared_views(caches, each)) for each in configs}
-    shown = views_at_once(config, policy, views)
 
     # 2) images: the ones the teachers saw
     splits = splits or first_rank_before_others(ranks, lambda: load_data(config.data))
@@ -131,12 +115,11 @@ def students_trainer(
 
     # 3) the students and their runs
     reads = next((each for each in configs if each.loss.name != "ce"), config)
-    plan, order = slab_plan(caches, reads, len(views), ranks)
+    plan, order = slab_plan(caches, reads, len(checked.views), ranks)
     rectifications = [c.bias.rectified for c in configs if c.bias.rectified is not None]
 
     @functools.cache
-    def reader(rectified: str | None) -> TargetReader:
-        labels = splits.train.labels.to(device_of_rank(ranks, config.device))
+    def reader(rectified: str | None, labels: Tensor) -> TargetReader:
         seed, epochs = config.seed.data, config.train.epochs
         return TargetReader(caches, rectified, shown, plan, epochs, seed, labels, len(configs))
 
@@ -144,7 +127,7 @@ def students_trainer(
         def task(labels: Tensor, _: ViewPolicy) -> CachedTask:
             # What is read with a rectification has the teacher's own rows as well: read once.
             rectified = config.bias.rectified or next(iter(rectifications), None)
-            return CachedTask(reader(rectified), config, labels)
+            return CachedTask(reader(rectified, labels), config, labels)
 
         return Planned(config, Destination(out, "student", resume, overwrite), task, len(shown[0]))
 

@@ -9,6 +9,7 @@ from stages.cache import LogitCache
 from stages.cache.identity import DatasetIdentity
 from stages.cache.location import is_cache, location
 from stages.errors import PipelineError, RunError
+from stages.training.ensemble import teacher_top1
 
 DEPTH = 4
 """How far below a given folder is looked."""
@@ -117,10 +118,7 @@ class CacheFacts:
 
 def cache_facts(cache: LogitCache) -> CacheFacts:
     """The facts of an open cache."""
-    top1 = None
-    if cache.eval_commits.is_complete(0):
-        logits, labels = cache.eval_logits()
-        top1 = float((logits.argmax(1) == labels).double().mean())
+    top1 = teacher_top1([cache]) if cache.eval_commits.is_complete(0) else None
     spec = cache.provenance.get("config", {}).get("data", {}).get("dataset")
     identity = cache.identity.dataset
     return CacheFacts(identity, str(spec or identity.name), len(cache.complete_views), top1)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from pipeline.sweep.grid import Run, check_distinct
 from stages.cache import LogitCache
@@ -20,16 +19,13 @@ from stages.inputs.models import build_model
 from stages.reporting import Reporter, Silent
 from stages.train_student import StudentConfig
 from stages.training.config import DataSettings, ModelSettings, SeedSettings
-from stages.training.ensemble import open_members
+from stages.training.ensemble import teacher_top1
 from stages.training.setup import load_data
 from stages.training.student_checks import (
     cached_policy,
     check_dataset,
-    check_objective,
-    check_rows_known,
-    shared_views,
+    check_students,
     slab_plan,
-    views_at_once,
 )
 
 
@@ -85,31 +81,20 @@ class _Known:
             config, model=ModelSettings(architecture=""), seed=SeedSettings()
         )
         if alike not in self.objectives:
-            resolved = check_objective(alike, self.cache(config.cache))
-            temperature = resolved.loss.temperature or 1.0
-            members = open_members(self.cache(config.cache), resolved.also, [temperature])
-            check_rows_known(members, resolved.loss)
-            views = shared_views(members, resolved)
-            views_at_once(resolved, cached_policy(members[0]), views)
-            slab_plan(members, resolved, len(views))
-            self.objectives[alike] = resolved
+            checked = check_students([alike], self.cache(config.cache))
+            slab_plan(checked.caches, checked.configs[0], len(checked.views))
+            self.objectives[alike] = checked.configs[0]
         return msgspec.structs.replace(self.objectives[alike], model=config.model, seed=config.seed)
 
     def teacher_top1(self, config: StudentConfig) -> float | None:
         """Test accuracy of the cache's teacher; of several, that of their mean probabilities."""
         paths = (config.cache, *config.also)
         if paths not in self.top1:
-            self.top1[paths] = _top1(self.members(config))
+            try:
+                self.top1[paths] = teacher_top1(self.members(config))
+            except CacheError:
+                self.top1[paths] = None
         return self.top1[paths]
-
-
-def _top1(caches: Sequence[LogitCache]) -> float | None:
-    try:
-        logits, labels = zip(*(cache.eval_logits() for cache in caches), strict=True)
-    except CacheError:
-        return None
-    answer = torch.stack([torch.softmax(rows, dim=1) for rows in logits]).mean(0).argmax(1)
-    return float((answer == labels[0]).double().mean())
 
 
 def _check_data(data: DataSettings, runs: Sequence[Run], known: _Known, reporter: Reporter) -> None:

@@ -17,7 +17,7 @@ def grouped(runs: Sequence[Run], most: int | None) -> list[list[Run]]:
     groups: list[list[Run]] = []
     for run in runs:
         room = (g for g in groups if most is None or len(g) < most)
-        fitting = next((g for g in room if _share_a_stream(g[0], run)), None)
+        fitting = next((g for g in room if _share_a_stream([*g, run])), None)
         if fitting is None:
             groups.append([run])
         else:
@@ -25,11 +25,12 @@ def grouped(runs: Sequence[Run], most: int | None) -> list[list[Run]]:
     return groups
 
 
-def _share_a_stream(one: Run, other: Run) -> bool:
-    if one.config.model.image_size != other.config.model.image_size:
+def _share_a_stream(runs: Sequence[Run]) -> bool:
+    configs = [run.config for run in runs]
+    if len({config.model.image_size for config in configs}) > 1:
         return False
     try:
-        check_one_stream([one.config, other.config])
+        check_one_stream(configs)
     except ConfigError:
         return False
     return True

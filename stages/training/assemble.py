@@ -69,31 +69,15 @@ def make_trainer(
     """
     ranks, order, config = ranks or Ranks.alone(), order or Order(), planned[0].config
     train, data, settings = splits.train, config.data, config.train
-    if settings.batch_size % ranks.world:
-        raise ConfigError(
-            f"a batch of {settings.batch_size} cannot be divided among {ranks.world} processes",
-            f"Give a --batch-size that is a multiple of {ranks.world}.",
-        )
-    if planned[0].views > 1 and ranks.world > 1:
-        raise ConfigError(
-            "a loss that sees two views of a sample at once is trained in one process",
-            "Start it without torchrun, or use another loss.",
-        )
+    _check_divisible(planned[0], ranks)
     device = device_of_rank(ranks, config.device)
     models = [
         _model(run.config, splits, data.image_size or teacher_size, device) for run in planned
     ]
-    if len(sizes := {model.settings.image_size for model in models}) > 1:
-        raise ConfigError(
-            f"students trained together want images of {' and '.join(map(str, sizes))} pixels",
-            "Give all of them one --image-size, or train them apart.",
-        )
-    image_size = models[0].settings.image_size
+    image_size = _one_image_size(models)
     policy = choose_policy(image_size)
-    feeds = [ViewFeed(train, policy, device, image_size, data.workers)]
-    feeds += [
-        ViewFeed(train, policy, device, image_size, data.workers)
-        for _ in range(1, planned[0].views)
+    feeds = [
+        ViewFeed(train, policy, device, image_size, data.workers) for _ in range(planned[0].views)
     ]
     for model in models:
         check_output(model.model, model.normalise("cpu"), feeds[0], len(train.class_names))
@@ -134,6 +118,20 @@ def make_trainer(
     )
 
 
+def _check_divisible(run: Planned, ranks: Ranks) -> None:
+    batch_size = run.config.train.batch_size
+    if batch_size % ranks.world:
+        raise ConfigError(
+            f"a batch of {batch_size} cannot be divided among {ranks.world} processes",
+            f"Give a --batch-size that is a multiple of {ranks.world}.",
+        )
+    if run.views > 1 and ranks.world > 1:
+        raise ConfigError(
+            "a loss that sees two views of a sample at once is trained in one process",
+            "Start it without torchrun, or use another loss.",
+        )
+
+
 @dataclass(frozen=True)
 class _Made:
     """A model, its settings with normalisation and input size, and the generators after it."""
@@ -152,6 +150,15 @@ class _Made:
 def _model(config: RunConfig, splits: Splits, size: int | None, device: torch.device) -> _Made:
     model, settings = make_model(config.model, splits.train, config.seed, size)
     return _Made(model, settings, RandomState.now(device))
+
+
+def _one_image_size(models: Sequence[_Made]) -> int | None:
+    if len(sizes := {model.settings.image_size for model in models}) > 1:
+        raise ConfigError(
+            f"students trained together want images of {' and '.join(map(str, sizes))} pixels",
+            "Give all of them one --image-size, or train them apart.",
+        )
+    return models[0].settings.image_size
 
 
 def _run_directory(

@@ -37,9 +37,7 @@ class EnsembleTargets:
 
         samples: int64 (n,). Where a member keeps only part of a row, the rest is spread evenly.
         """
-        scaled = [member.rows(samples, temperature) / temperature for member in self.members]
-        logs = torch.stack([torch.log_softmax(z, dim=1) for z in scaled])  # (K, n, C)
-        return temperature * (logs.logsumexp(0) - math.log(len(scaled)))
+        return mean_logits([m.rows(samples, temperature) for m in self.members], temperature)
 
     def wrong(self, samples: Tensor) -> Tensor:
         """bool (n,): whether the ensemble's answer at T = 1 differs from the label."""
@@ -51,6 +49,22 @@ class EnsembleTargets:
     def rectified_rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
         """There are none: raises ConfigError."""
         raise ConfigError(*NOT_RECTIFIED)
+
+
+def mean_logits(members: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+    """Logits whose softmax at `temperature` is the members' mean: float (n, C), as each of them."""
+    logs = torch.stack([torch.log_softmax(z / temperature, dim=1) for z in members])  # (K, n, C)
+    return temperature * (logs.logsumexp(0) - math.log(len(members)))
+
+
+def teacher_top1(caches: Sequence[LogitCache]) -> float:
+    """Accuracy on the test split, in [0, 1]; of several teachers that of their mean probabilities.
+
+    Raises CacheError where a cache has no logits of the test split.
+    """
+    logits, labels = zip(*(cache.eval_logits() for cache in caches), strict=True)
+    rows = logits[0] if len(logits) == 1 else mean_logits(logits)
+    return float((rows.argmax(1) == labels[0]).double().mean())
 
 
 NOT_RECTIFIED = (

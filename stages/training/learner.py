@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stages.device import autocast, place
-from stages.distributed import Ranks, summed
+from stages.distributed import Ranks, summed, take_from_first
 from stages.errors import PipelineError, RunError
 from stages.inputs.feed import Batch, Normalise, ViewFeed
 from stages.inputs.models import logits_of
@@ -188,8 +188,7 @@ class Learner:
 
     def evaluate(self, evaluation: Evaluation) -> tuple[float, float]:
         """Top-1 and top-5 accuracy; each of several ranks measures its share."""
-        for buffer in self.module.buffers() if self.ranks.world > 1 else ():
-            torch.distributed.broadcast(buffer, src=0)  # those that are written
+        take_from_first(self.ranks, self.module.buffers())  # those that are written
         shares = self.ranks.share(len(evaluation.samples))
         some = evaluation.samples[shares.start : shares.stop]
         hits = correct(self.module, self.normalise, evaluation, some, self.settings, self.device)

@@ -1,6 +1,7 @@
 """What must hold before a student's first step: cache, objective, views, memory, dataset."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -18,7 +19,7 @@ from stages.reporting import Reporter
 from stages.training.assemble import Order
 from stages.training.budget import SlabPlan, parse_bytes, plan_slabs
 from stages.training.config import LossSettings
-from stages.training.ensemble import NOT_RECTIFIED
+from stages.training.ensemble import NOT_RECTIFIED, open_members
 from stages.training.groups import groups_of_ranks
 from stages.training.objective import (
     rectified_at,
@@ -28,6 +29,36 @@ from stages.training.objective import (
 )
 from stages.training.setup import Splits, dataset_identity, held_out
 from stages.training.student import StudentConfig
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Students of one stream that can be trained. configs: with losses and rectifications resolved.
+    caches: the first and those beside it. views: those to train from. shown: what epochs may show.
+    """
+
+    configs: Sequence[StudentConfig]
+    caches: Sequence[LogitCache]
+    policy: ViewPolicy
+    views: Sequence[int]
+    shown: Sequence[tuple[int, ...]]
+
+
+def check_students(configs: Sequence[StudentConfig], cache: LogitCache) -> Checked:
+    """All that can be known without images and models. cache: that of the first of them.
+
+    Raises CacheError, ConfigError, IdentityError or ViewError for what cannot be trained, or not
+    from one stream of batches.
+    """
+    configs = [check_objective(config, cache) for config in configs]
+    check_one_stream(configs)
+    config = configs[0]
+    caches = open_members(cache, config.also, [c.loss.temperature or 1.0 for c in configs])
+    for each in configs:
+        check_rows_known(caches, each.loss)
+    policy = cached_policy(cache)
+    (views,) = {tuple(shared_views(caches, each)) for each in configs}
+    return Checked(configs, caches, policy, views, views_at_once(config, policy, views))
 
 
 def check_objective(config: StudentConfig, cache: LogitCache) -> StudentConfig:
