@@ -119,7 +119,8 @@ def alternately(
     note: str = "",
 ) -> Ratio:
     """Both things in every turn, each answering with its own seconds (see `seconds`)."""
-    mine, theirs = [], []
+    mine: list[float] = []
+    theirs: list[float] = []
     for turn in range(turns):
         pair = [(ours, mine), (yardstick, theirs)]
         for work, times in pair if turn % 2 else reversed(pair):
