@@ -1,4 +1,4 @@
-"""README's Python runs as it stands, in a folder that holds the cache it names."""
+"""The Python of README and docs/ runs as it stands, in a folder that holds the cache it names."""
 
 import os
 import re
@@ -19,17 +19,29 @@ from stages.training.config import LossSettings
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+LOSSES = README.parent / "docs" / "losses.md"
+PAGES = [README, *(p for p in sorted(LOSSES.parent.glob("*.md")) if p.name != "cache-format.md")]
+BLOCKS = {
+    f"{page.name}-{number}": block
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+}
 
 
 def test_there_are_blocks_to_run() -> None:
-    assert len(BLOCKS) >= 2
-    assert len(BLOCKS[0].splitlines()) <= 18
+    assert len(BLOCKS) >= 4
+    assert len(BLOCKS["README.md-0"].splitlines()) <= 18
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [*PAGES, README.parent / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)[)#]", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("name", BLOCKS)
 def test_block(
-    block: str,
+    name: str,
     finished_cache: Path,
     teacher_run: Path,
     tmp_path: Path,
@@ -39,8 +51,8 @@ def test_block(
     shutil.copytree(teacher_run, tmp_path / "runs" / "student")  # of the same architecture
     monkeypatch.chdir(tmp_path)
     found: dict[str, Any] = {}
-    exec(compile(block, "README.md", "exec"), found)
-    if "load_file" in block:
+    exec(compile(BLOCKS[name], name, "exec"), found)
+    if "load_file" in BLOCKS[name]:
         run = weights(teacher_run)
         assert all(torch.equal(t, run[n]) for n, t in found["student"].state_dict().items())
 
@@ -49,12 +61,11 @@ def test_block(
 
 
 def table_of_losses() -> dict[str, tuple[float, float, int, dict[str, float]]]:
-    """README's table: ce_weight, weight, warmup and parameters of every loss. Where a row is of two
+    """The page's table: ce_weight, weight, warmup, parameters of every loss. Where a row is of two
     losses, a semicolon stands between what belongs to each.
     """
     found = {}
-    section = TEXT[TEXT.index("## Losses") : TEXT.index("## In a training loop")]
-    for row in re.findall(r"^\| (`.*) \|$", section, re.MULTILINE):
+    for row in re.findall(r"^\| (`.*) \|$", LOSSES.read_text(), re.MULTILINE):
         names, _, parameters, pairs, warmup, _ = re.split(r"(?<!\\) *\|", row)
         losses = re.findall(r"`(\w+)`", names)
         columns = zip(losses, parameters.split(";"), pairs.split(";"), strict=True)

@@ -24,7 +24,7 @@ from stages.training.config import (
     TrainSettings,
 )
 
-README = Path(__file__).parents[2] / "README.md"
+SWEEPS = Path(__file__).parents[2] / "docs" / "sweeps.md"
 BASE = {"cache": "a.zarr", "data": {"dataset": "digits"}, "model.architecture": "resnet8"}
 
 
@@ -293,8 +293,8 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     assert [run.config.train.lr for run in runs] == [0.01, 0.5, 0.2]
 
 
-def test_the_sweep_in_the_readme(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```yaml\n(out: .*?)```", README.read_text(), re.DOTALL)
+def test_the_sweep_in_the_documentation(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(out: .*?)```", SWEEPS.read_text(), re.DOTALL)
     (tmp_path / "ablation.yaml").write_text(text)
 
     sweep = read_sweep(tmp_path / "ablation.yaml")

@@ -36,7 +36,7 @@ Part = tuple[str, Parameters]
 
 def view_policy(spec: str, seed: int = 0, plain: Plain | None = None) -> ViewPolicy:
     """The policy that a specification describes, for example `pad-crop:pad=2` or
-    `pad-crop-flip+trivial-augment+mixup:alpha=0.4`; see the table in README.
+    `pad-crop-flip+trivial-augment+mixup:alpha=0.4`; see docs/views.md.
 
     plain: what a `none` without parameters stands for, None for the image as it is.
     Raises ViewError for an unknown name or parameter, suggesting the nearest, and for stages that
