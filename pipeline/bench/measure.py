@@ -4,12 +4,13 @@ Nothing here is a test: nothing fails by being slow. A ratio is the median over 
 runs both things, the one that goes first changing from turn to turn, so that drift cancels.
 """
 
+import math
 import os
 import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -133,6 +134,34 @@ def alternately(
         at_least=at_least,
         note=note,
     )
+
+
+def in_turns(works: Mapping[str, Callable[[], float]], turns: int) -> dict[str, tuple[float, ...]]:
+    """As `alternately` for any number of things, another one first in every turn: the seconds of
+    each by its name, turn by turn.
+    """
+    names = list(works)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(turns):
+        first = turn % len(names)
+        for name in [*names[first:], *names[:first]]:
+            times[name].append(works[name]())
+    return {name: tuple(found) for name, found in times.items()}
+
+
+def steadily(
+    work: Callable[[], object], device: torch.device | None = None, least: float = 0.05
+) -> Callable[[], float]:
+    """A short piece of work that answers with its seconds: done once to warm up, and from then on
+    as often as takes `least` seconds together, so that the clock's grain does not show.
+    """
+    work()
+    times = max(1, math.ceil(least / max(1e-9, seconds(work, device))))
+
+    def repeated() -> float:
+        return seconds(lambda: [work() for _ in range(times)], device) / times
+
+    return repeated
 
 
 class Peak:

@@ -1,0 +1,141 @@
+"""`pipeline bench`: what a cache costs its users on their machine. The cache is only read."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeline.bench.measure import Figure, Ratio, Report, new_report
+from pipeline.bench.reading import reading_figures
+from pipeline.bench.rectifying import rectify_figures
+from pipeline.bench.tables import show_report
+from pipeline.bench.training import Bench, student_figures
+from pipeline.console import Console
+from pipeline.evaluation import check_json
+from stages.cache import LogitCache
+from stages.cache_job import CacheJob
+from stages.device import choose_device
+from stages.errors import CacheError, ConfigError, ViewError
+from stages.repair import recorded_job
+from stages.train_student import StudentConfig
+from stages.training.config import (
+    DataSettings,
+    Dtype,
+    ModelSettings,
+    Settings,
+    TrainSettings,
+    positive,
+)
+from stages.training.setup import load_data
+
+
+class BenchSettings(Settings, frozen=True, kw_only=True):
+    """What is measured. weights: of the teacher that the cache was made from, None for no online
+    distillation. seconds: epochs that take longer are cut short and scaled.
+    """
+
+    cache: str
+    dataset: str | None = None
+    root: str | None = None
+    students: tuple[str, ...] = ()
+    weights: str | None = None
+    device: str = "auto"
+    dtype: Dtype = "float32"
+    batch_size: int = 128
+    turns: int = 3
+    seconds: float = 4.0
+
+    def __post_init__(self) -> None:
+        positive("--turns", self.turns)
+        positive("--seconds", self.seconds)
+        if self.students and self.dataset is None:
+            raise ConfigError("--student needs the images", "Give --dataset as well.")
+        if self.weights is not None and not self.students:
+            raise ConfigError(
+                "--weights is for online distillation, which needs a student",
+                "Give --dataset and --student as well.",
+            )
+
+
+def bench_cache(console: Console, out: str | None = None, **given: Any) -> Report:
+    """Measure a cache and show what came of it. given: fields of `BenchSettings`.
+
+    Raises CacheError if there is no cache, or no complete view in it, ConfigError for what cannot
+    be measured, and what `train_student` raises where dataset or teacher are others.
+    """
+    # 1) what there is
+    if out is not None:
+        check_json(out)
+    known = {name: value for name, value in given.items() if value is not None}
+    try:
+        settings = msgspec.convert(known, BenchSettings)
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error)) from error
+    cache, device = LogitCache.open(settings.cache), choose_device(settings.device)
+    if not cache.complete_views:
+        raise CacheError(
+            f"{settings.cache} has no complete view yet",
+            "Run `pipeline cache-teacher` again to finish it.",
+        )
+    report = new_report(msgspec.to_builtins(settings), device)
+
+    # 2) everything that is written goes to a folder of its own
+    with tempfile.TemporaryDirectory(prefix="pipeline-bench-") as folder:
+        console.say("reading a slab")
+        report.add(*reading_figures(cache, Path(folder), settings.turns, device))
+        console.say("rectifying a copy of a few views")
+        try:
+            report.add(*rectify_figures(cache, Path(folder), settings.turns))
+        except ViewError as error:  # views that mix samples
+            report.missing.append(f"rectify: {error.cause}")
+        for figures in _student_figures(settings, Path(folder), console):
+            report.add(*figures)
+
+    # 3) what came of it, and what would show more
+    report.missing += _lacking(settings)
+    show_report(console, settings.cache, report)
+    if out is not None:
+        report.write(out)
+    return report
+
+
+def _student_figures(
+    settings: BenchSettings, folder: Path, console: Console
+) -> Iterator[list[Ratio | Figure]]:
+    """Of one student after another."""
+    if settings.dataset is None or not settings.students:
+        return
+    data = DataSettings(dataset=settings.dataset, root=settings.root)
+    job: CacheJob | None = None
+    if settings.weights is not None:
+        job = recorded_job(
+            settings.cache, settings.dataset, settings.root, settings.weights, settings.device
+        )
+    bench = Bench(folder, job.splits if job else load_data(data), settings.turns, settings.seconds)
+    for student in settings.students:
+        console.say(f"training {student}")
+        config = StudentConfig(
+            cache=settings.cache,
+            data=data,
+            model=ModelSettings(architecture=student),
+            train=TrainSettings(batch_size=settings.batch_size, dtype=settings.dtype),
+            device=settings.device,
+        )
+        yield named(student, student_figures(bench, config, job))
+
+
+def named(of: str, measured: Sequence[Ratio | Figure]) -> list[Ratio | Figure]:
+    """The same figures under names that say what they are of."""
+    return [msgspec.structs.replace(one, name=f"{of}: {one.name}") for one in measured]
+
+
+def _lacking(settings: BenchSettings) -> list[str]:
+    lacking = []
+    if not settings.students:
+        lacking.append("a student's epoch: give --dataset and --student to see it")
+    if settings.weights is None:
+        needs = "--weights" if settings.students else "--dataset, --student and --weights"
+        lacking.append(f"distillation with the teacher running: give {needs} to see it")
+    return lacking

@@ -1,0 +1,111 @@
+"""Stage two against a plain pass over what it must read anyway, on a cache of its own."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from pipeline.bench.excerpt import decoded_at, excerpt
+from pipeline.bench.measure import Figure, Ratio, alternately, peak_memory, seconds
+from stages.cache import LogitCache
+from stages.rectify import RectifyConfig, rectify
+
+VIEWS = 4
+TARGET = 2.0
+
+
+def rectify_figures(cache: LogitCache, folder: Path, turns: int) -> list[Ratio | Figure]:
+    """All of stage two, its bookkeeping included, against reading and decoding. Four views of the
+    cache are copied to `folder` first; the cache is only read.
+    """
+    small, large = (excerpt(cache, folder / f"rectified-{n}.zarr", n) for n in (1, VIEWS))
+    where = Path(str(large.path))
+    runs = itertools.count()
+
+    def ours() -> float:
+        return seconds(lambda: rectify(where, _config(cache, next(runs))))
+
+    ours()  # Dask is imported, files are in the page cache
+    ratio = alternately(
+        "rectify / plain NumPy pass",
+        ours,
+        lambda: seconds(lambda: plain_pass(where)),
+        turns,
+        target=TARGET,
+        note=f"{VIEWS} views of {large.num_samples:,} x {large.num_classes}, {large.encoding.name}",
+    )
+    figures: list[Ratio | Figure] = [ratio]
+    for made in (small, large):
+        with peak_memory() as peak:
+            rectify(Path(str(made.path)), _config(cache, next(runs)))
+        decoded = made.num_views * made.num_samples * made.num_classes * 4 / 2**20
+        figures.append(
+            Figure(
+                name=f"peak memory of rectify, {made.num_views} view(s)",
+                value=peak.bytes / 2**20,
+                unit="MiB",
+                note=f"decoded rows: {decoded:,.0f} MiB",
+            )
+        )
+    return figures
+
+
+def _config(cache: LogitCache, run: int) -> RectifyConfig:
+    whole = cache.encoding.holds(RectifyConfig().temperature)
+    temperature = RectifyConfig().temperature if whole else decoded_at(cache.encoding)
+    return RectifyConfig(name=f"bench-{run}", temperature=temperature)
+
+
+def plain_pass(path: Path) -> int:
+    """How many rows of a cache are wrong, with every row decoded, by zarr and NumPy alone."""
+    group = zarr.open_group(path, mode="r")
+    label, wrong = read(group, "label"), 0
+    predictions = group["prediction"]
+    assert isinstance(predictions, zarr.Array)
+    for view in range(predictions.shape[0]):
+        plainly_decoded(group, view)
+        wrong += int((read(group, "prediction", view) != label).sum())
+    return wrong
+
+
+def plainly_decoded(group: zarr.Group, view: int) -> NDArray[np.float32]:
+    """float32 (N, C): the rows of a view, as docs/cache-format.md says to decode them."""
+    encoding: dict[str, Any] = group.attrs.asdict()["encoding"]  # type: ignore[assignment]
+    kind = encoding["name"]
+    if kind in ("float32", "float16"):
+        return read(group, "logits", view).astype(np.float32, copy=False)
+    if kind == "topk":
+        return _topk(group, view)
+    codes = read(group, "logits_code", view).astype(np.float32)
+    if kind == "uint8":
+        scale, offset = (
+            read(group, f"logits_{name}", view).astype(np.float32)[:, None]
+            for name in ("scale", "offset")
+        )
+        return codes * scale + offset
+    basis, mean, step = (read(group, f"klt_{name}") for name in ("basis", "mean", "step"))
+    rows: NDArray[np.float32] = (codes * step) @ basis + mean
+    return rows
+
+
+def _topk(group: zarr.Group, view: int) -> NDArray[np.float32]:
+    """At the first temperature that the tails are kept for."""
+    encoding: dict[str, Any] = group.attrs.asdict()["encoding"]  # type: ignore[assignment]
+    temperature = encoding["parameters"]["temperatures"][0]
+    names = ("index", "value", "tail", "mean", "std")  # the last two are not needed, but read
+    index, values, tails, _, _ = (read(group, f"topk_{name}", view) for name in names)
+    classes = read(group, "eval_logits").shape[1]
+    rest, tail = classes - index.shape[1], tails[:, :1]
+    even = temperature * (tail - np.log(max(1, rest)))
+    rows = np.repeat(even, classes, axis=1).astype(np.float32)
+    np.put_along_axis(rows, index.astype(np.int64), values.astype(np.float32), axis=1)
+    return rows
+
+
+def read(group: zarr.Group, name: str, view: int | None = None) -> NDArray[Any]:
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return np.asarray(array[slice(None) if view is None else view])

@@ -1,0 +1,67 @@
+"""A report as rows of text: the same on a terminal and in a page."""
+
+import statistics
+from collections.abc import Sequence
+
+from pipeline.bench.measure import Figure, Ratio, Report
+from pipeline.console import Console
+
+RATIO_COLUMNS = ("what", "ratio", "spread", "ours / yardstick", "turns", "target", "of what")
+FIGURE_COLUMNS = ("what", "value", "target", "of what")
+
+
+def ratio_row(ratio: Ratio) -> tuple[str, ...]:
+    """The median over turns, how far they spread, and the medians of both sides."""
+    ratios = ratio.ratios
+    sides = (statistics.median(side) for side in (ratio.ours, ratio.yardstick))
+    return (
+        ratio.name,
+        number(ratio.median),
+        f"{number(min(ratios))} to {number(max(ratios))}",
+        " / ".join(map(number, sides)),
+        str(len(ratios)),
+        _target(ratio.target, ratio.met, ratio.at_least),
+        ratio.note,
+    )
+
+
+def figure_row(figure: Figure) -> tuple[str, ...]:
+    """A figure without a unit is a share."""
+    met = None if figure.target is None else figure.value <= figure.target
+    percent = "" if figure.unit else "%"
+    shown = _shown(figure.value, figure.unit)
+    target = _target(figure.target and figure.target * (100 if percent else 1), met) + (
+        f" {percent or figure.unit}" if figure.target is not None else ""
+    )
+    return (figure.name, shown, target, figure.note)
+
+
+def number(value: float) -> str:
+    """Four digits, for people: 1.017, 21.31, 40.5k is 40,500."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) < 1e-2 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _shown(value: float, unit: str) -> str:
+    return f"{number(value)} {unit}" if unit else f"{value:.2%}"
+
+
+def _target(target: float | None, met: bool | None, at_least: bool = False) -> str:
+    if target is None:
+        return ""
+    return f"{'>=' if at_least else '<='} {target:g}{'' if met else ' (missed)'}"
+
+
+def show_report(console: Console, title: str, report: Report) -> None:
+    """Ratios, figures, the machine, and what is missing."""
+    machine = ", ".join(f"{value} {key}" for key, value in report.machine.items())
+    rows: Sequence[tuple[str, ...]] = [ratio_row(ratio) for ratio in report.ratios]
+    if rows:
+        console.table(f"{title}: ratios", RATIO_COLUMNS, rows)
+    if report.figures:
+        figures = [figure_row(figure) for figure in report.figures]
+        console.table(f"{title}: figures", FIGURE_COLUMNS, figures)
+    console.say(f"\nmeasured on: {machine}")
+    for missing in report.missing:
+        console.say(f"not measured: {missing}")

@@ -1,0 +1,118 @@
+"""The teacher: stage one against the bare forward passes that it cannot do without."""
+
+import math
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from pipeline.bench.measure import Figure, Ratio, alternately, seconds, steadily
+from stages.cache import LogitCache
+from stages.cache_job import CacheConfig, CacheJob, prepare, row_order, teacher_logits
+from stages.cache_teacher import cache_teacher
+from stages.device import autocast
+from stages.errors import ConfigError
+from stages.inputs.models import logits_of
+from stages.training.config import Dtype
+from stages.training.setup import Splits
+
+PASS_TARGET = 1.05
+_FORWARD_BATCHES = 20
+_LEAST_SECONDS = 1.0
+"""A pass over so small a data set that it takes less appends several views at once."""
+
+
+@torch.inference_mode()
+def forward(job: CacheJob, pixels: Tensor, dtype: Dtype) -> Tensor:
+    """The teacher's float32 logits (B, C) of uint8 pixels (B, C, H, W), on its device."""
+    with autocast(job.device, dtype):
+        output = logits_of(job.model.module(job.normalise(pixels)))
+    return output.float()
+
+
+class TimedForward:
+    """Answers with the seconds of the teacher's forward passes over a whole epoch, without the
+    rendering of views: as some batches of the training's size take, scaled.
+    """
+
+    def __init__(self, job: CacheJob, batch_size: int, dtype: Dtype) -> None:
+        feed = job.feed(job.splits.train, job.policy)
+        every = torch.arange(len(job.splits.train))
+        batches = [b.pixels for b in islice(feed.batches(every, 0, batch_size), _FORWARD_BATCHES)]
+        feed.close()
+        self._scale = len(every) / sum(map(len, batches))
+        self._time = steadily(lambda: [forward(job, b, dtype) for b in batches], job.device)
+
+    def __call__(self) -> float:
+        return self._time() * self._scale
+
+
+def teacher_figures(
+    config: CacheConfig, splits: Splits, folder: Path, turns: int
+) -> list[Ratio | Figure]:
+    """Stage one appending views to a cache in `folder`, against bare forwards of the same rows;
+    and how long encoding and writing keep the thread busy that does them meanwhile.
+
+    Raises ConfigError where the view policy has too few views to append any.
+    """
+    job, out = prepare(config, splits), folder / "passes.zarr"
+    feed, order = job.feed(splits.train, job.policy), row_order(prepare(config, splits))
+    logits = teacher_logits(job, feed, order, 0)  # warms up
+    taken = seconds(lambda: teacher_logits(job, feed, order, 0), job.device)
+    most = math.inf if job.policy.count is None else (job.policy.count - 1) // (turns + 1)
+    if most < 1:
+        raise ConfigError(f"'{config.augment}' has too few views to append some in every turn")
+    each = int(min(most, max(1, math.ceil(_LEAST_SECONDS / taken))))
+    done = 0
+
+    def append() -> float:
+        nonlocal done
+        done += each
+        longer = msgspec.structs.replace(config, views=done)
+        return seconds(lambda: cache_teacher(replace(job, config=longer), out))
+
+    def bare() -> float:
+        def views() -> None:
+            for view in range(each):
+                teacher_logits(job, feed, order, view)
+
+        return seconds(views, job.device)
+
+    append()  # makes the cache, fits its encoding, and computes the test split
+    note = f"{each} view(s) of {len(order):,}, {job.model.architecture}, {config.dtype}"
+    ratio = alternately(
+        "teacher pass / bare forward", append, bare, turns, target=PASS_TARGET, note=note
+    )
+    feed.close()
+    return [ratio, *_busy(LogitCache.open(out, writable=True), logits.cpu(), taken)]
+
+
+def _busy(cache: LogitCache, logits: Tensor, forward_seconds: float) -> list[Ratio | Figure]:
+    """Encoding and writing of one view, alone, as shares of the forward passes they overlap."""
+    labels, predictions = cache.row_labels, logits.argmax(1)
+    blocks = [(b, cache.grid.rows(b)) for b in range(cache.grid.num_blocks)]
+    encode = steadily(lambda: [cache.encoding.encode(logits[r], labels[r]) for _, r in blocks])()
+
+    def write() -> None:
+        for number, rows in blocks:
+            cache.write_block(0, number, logits[rows], predictions[rows], {})
+
+    both = steadily(write)()
+    note = "busy in a thread of its own while the next block is computed"
+    return [
+        Figure(
+            name="encoding, share of the bare forward",
+            value=encode / forward_seconds,
+            unit="",
+            note=note,
+        ),
+        Figure(
+            name="measuring fidelity, compressing, writing, share of the bare forward",
+            value=max(0.0, both - encode) / forward_seconds,
+            unit="",
+            note=note,
+        ),
+    ]
