@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from stages.cache.encoding import FIT_ROWS, Measured, fit_encoding, measure_all
+from stages.cache.encoding import FIT_ROWS, Encoding, Measured, fit_encoding, measure_all
 from stages.cache.layout import block_grid
 from stages.cache.location import location
 from stages.cache_job import CacheJob, check_finite, row_order, teacher_logits
@@ -95,10 +95,6 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
     grid = cache.grid if cache else block_grid(len(train), job.num_classes, config.block_rows)
     blocks = config.views * grid.num_blocks
     missing = len(missing_blocks(cache, config.views)) if cache else blocks
-    arrays = len(coding.arrays()) + 1  # and `prediction`
-    whole = len(coding.calibration_arrays()) + 4  # one chunk each
-    # documents of groups and arrays, whole arrays, the copy of the attributes, the test's record
-    metadata = 3 + (arrays + whole) + whole + 1 + 1
     return CachePlan(
         samples=len(train),
         views=config.views,
@@ -106,13 +102,22 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
         missing_blocks=missing,
         encoding=coding.name,
         bytes_per_view=chosen.row_bytes,
-        files=blocks * arrays + config.views + metadata,
+        files=count_files(coding, config.views, grid.num_blocks),
         samples_per_second=sum(map(len, measured)) / elapsed,
         device=str(job.device),
         free_bytes=_free_bytes(out),
         encodings=encodings,
         ranks=job.ranks.world,
     )
+
+
+def count_files(coding: Encoding, views: int, blocks_per_view: int) -> int:
+    """How many files or objects a finished cache has."""
+    arrays = len(coding.arrays()) + 1  # and `prediction`
+    whole = len(coding.calibration_arrays()) + 4  # one chunk each
+    # documents of groups and arrays, whole arrays, the copy of the attributes, the test's record
+    metadata = 3 + (arrays + whole) + whole + 1 + 1
+    return views * (blocks_per_view * arrays + 1) + metadata
 
 
 def _free_bytes(out: str | Path) -> int | None:

@@ -37,6 +37,7 @@ from stages.cache.encoding import (
     measure_all,
     restored,
     row_kl,
+    topk,
 )
 from stages.cache.measure import row_bytes_on_disk
 from stages.errors import CacheError, ConfigError, PipelineError
@@ -518,6 +519,28 @@ def test_the_rest_is_spread_evenly() -> None:
         decoded = coding.decode(arrays, temperature)
         for row, known in zip(decoded.tolist(), kept.tolist(), strict=True):
             assert len({row[c] for c in range(12) if c not in known}) == 1
+
+
+@pytest.mark.parametrize("coarseness", [0.0, 0.5, 4.0], ids=["distinct", "ties", "mostly-ties"])
+def test_topk_of_many_rows_is_that_of_each_sorted_row(
+    monkeypatch: pytest.MonkeyPatch, coarseness: float
+) -> None:
+    """Rows are encoded some at a time, and equal logits lie across the k-th place."""
+    monkeypatch.setattr(topk, "_ENCODED", 7 * 40)
+    rows, labels = teacher_rows(100, 40, seed=3)
+    rows = (rows / coarseness).round() * coarseness if coarseness else rows
+    coding = TopK(40, 5)
+
+    arrays = coding.encode(rows, labels)
+
+    for i, (row, label) in enumerate(zip(rows.tolist(), labels.tolist(), strict=True)):
+        expected = sorted(range(40), key=lambda c: (-row[c], c))[:5]
+        if label not in expected:
+            expected[-1] = label
+        assert coding.kept(arrays)[i].tolist() == expected
+        alone = coding.encode(rows[i : i + 1], labels[i : i + 1])
+        for name, values in arrays.items():
+            torch.testing.assert_close(values[i : i + 1], alone[name])
 
 
 def test_topk_of_all_classes_is_half_precision() -> None:

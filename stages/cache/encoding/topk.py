@@ -12,6 +12,8 @@ from stages.cache.encoding.base import Encoding, check_range, check_temperature
 from stages.cache.layout import ArraySpec
 from stages.errors import CacheError
 
+_ENCODED = 2**22
+"""Logits that are encoded at once: a block of many classes is not copied whole."""
 _DTYPES = ((2**8, "uint8"), (2**16, "uint16"), (2**32, "uint32"))
 
 
@@ -65,8 +67,13 @@ class TopK(Encoding):
 
     def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         check_range(logits, torch.finfo(torch.float16).max, self.name)
-        # Stable: of equal logits the first class comes first, as in the stored prediction.
-        order = logits.sort(dim=1, descending=True, stable=True).indices[:, : self.k]
+        rows = max(1, _ENCODED // self.num_classes)
+        runs = [slice(start, start + rows) for start in range(0, max(1, len(logits)), rows)]
+        parts = [self._encoded(logits[r], None if labels is None else labels[r]) for r in runs]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _encoded(self, logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        order = _largest(logits, self.k)
         if labels is not None:
             absent = (order != labels[:, None]).all(1)
             order[:, -1] = torch.where(absent, labels, order[:, -1])
@@ -99,3 +106,21 @@ class TopK(Encoding):
 
     def kept(self, arrays: Mapping[str, Tensor]) -> Tensor:
         return arrays["topk_index"].to(torch.int64)
+
+
+def _largest(logits: Tensor, k: int) -> Tensor:
+    """The classes of the k largest logits, int64 (n, k), largest first; of equal ones the first
+    class comes first, as in the stored prediction. A stable sort of whole rows would say the same,
+    and takes many times as long.
+    """
+    if k == logits.shape[1]:
+        return logits.sort(dim=1, descending=True, stable=True).indices
+    values, classes = logits.topk(k + 1)
+    ambiguous = values[:, k - 1] == values[:, k]  # which of them belong to the k
+    classes = classes[:, :k].sort(dim=1).values
+    ranks = logits.gather(1, classes).sort(dim=1, descending=True, stable=True).indices
+    classes = classes.gather(1, ranks)
+    if bool(ambiguous.any()):
+        rows = logits[ambiguous].sort(dim=1, descending=True, stable=True)
+        classes[ambiguous] = rows.indices[:, :k]
+    return classes

@@ -1,0 +1,272 @@
+"""One view of ImageNet-1k's shape, written, read, rectified, trained from and verified in bounds.
+
+    python benchmarks/imagenet.py --work DIR                  all 1,281,167 rows: about 10 minutes
+    python benchmarks/imagenet.py --work DIR --rows 100000    a quick one
+
+1,000 classes, logits and images synthetic (`imagenet_data.py`), in `klt` and in `topk`. Each step
+runs in a process of its own, timed, and its peak of memory is what that process took beyond what
+it held with its libraries and images loaded. No step may take more than --bound (3 GiB). The plan
+for 300 views at the end is arithmetic on what was measured, and --teacher images a second, which
+is yours to give. DIR needs 2 GB; what is written there is removed at the end.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from imagenet_data import CLASSES, SAMPLES, SyntheticTeacher, new_cache, row_order, synthetic_splits
+from torch import Tensor
+
+from pipeline.bench.measure import Figure, Report, new_report, peak_memory, seconds
+from pipeline.console import Console, size
+from stages.cache import LogitCache
+from stages.cache.encoding import (
+    FIT_ROWS,
+    Float16,
+    Float32,
+    Klt,
+    TopK,
+    Uint8,
+    fit_encoding,
+    measure_all,
+)
+from stages.cache.layout import block_grid
+from stages.cache_plan import count_files
+from stages.inputs.counter_hash import permute
+from stages.rectify import RectifyConfig, rectify
+from stages.train_student import StudentConfig, student_trainer
+from stages.training.config import DataSettings, ModelSettings, TrainSettings
+from stages.verify import verify
+
+VIEWS, BATCH = 300, 1024
+WRITTEN = ("klt", "topk")
+SLAB_MEMORY = "1GB"
+Figures = list[Figure]
+
+
+# ---- steps: each in a process of its own ----------------------------------------------------
+
+
+def sizes(rows: int) -> Figures:
+    """Every encoding on the rows that encodings are fitted to; and what rows these are."""
+    splits, teacher = synthetic_splits(rows), SyntheticTeacher()
+    labels = splits.train.labels[row_order(rows)[:FIT_ROWS]]
+    logits = teacher.block(0, 0, labels)
+    with peak_memory() as peak:
+        started = time.perf_counter()
+        measured = measure_all(logits, labels)
+        taken = time.perf_counter() - started
+    return [
+        *_described(logits, labels),
+        Figure(name="fit and measure all encodings", value=taken, unit="s"),
+        _peak("fit and measure all encodings", peak.bytes),
+        *(Figure(name=f"{m.coding.name}: row", value=m.row_bytes, unit="B") for m in measured),
+        *(
+            Figure(name=f"{m.coding.name}: KL at T=1", value=m.fidelity.mean_kl[0], unit="nat")
+            for m in measured
+        ),
+    ]
+
+
+def write(rows: int, folder: str, name: str) -> Figures:
+    """One view: encoded, its fidelity measured, compressed, digested, put down and committed."""
+    splits, teacher = synthetic_splits(rows), SyntheticTeacher()
+    order = row_order(rows)
+    labels = splits.train.labels[order]
+    fitted = teacher.block(0, 0, labels[:FIT_ROWS])
+    cache = new_cache(folder, fit_encoding(name, fitted, labels[:FIT_ROWS]), splits)
+    taken, peaks = 0.0, []
+    for block in range(cache.grid.num_blocks):
+        logits = teacher.block(0, block, labels[cache.grid.rows(block)])
+        predictions = logits.argmax(1)
+        with peak_memory() as peak:
+            started = time.perf_counter()
+            cache.write_block(0, block, logits, predictions, {})
+            taken += time.perf_counter() - started
+        peaks.append(peak.bytes + logits.nbytes)
+    cache.write_eval_logits(teacher.block(1, 0, splits.test.labels), {})
+    cache.write_fidelity()
+    cache.commits.compact_rest()
+    cache.eval_commits.compact_rest()
+    assert cache.fidelity is not None
+    kept = [path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()]
+    return [
+        Figure(name=f"write {name}", value=taken, unit="s"),
+        Figure(name=f"write {name}: speed", value=rows / taken, unit="rows/s"),
+        _peak(f"write {name}", max(peaks)),
+        Figure(
+            name=f"{name}: row of the view", value=cache.commits.bytes_of_view(0) / rows, unit="B"
+        ),
+        Figure(name=f"{name}: whole store", value=sum(kept), unit="B"),
+        Figure(name=f"{name}: objects", value=len(kept), unit=""),
+        Figure(name=f"{name}: KL at T=1, written", value=cache.fidelity.mean_kl[0], unit="nat"),
+    ]
+
+
+def read(rows: int, folder: str, name: str) -> Figures:
+    """The view read as a student reads it, every row decoded in batches in random order."""
+    order = permute(torch.arange(rows), rows, 0)
+    with peak_memory() as peak:
+        started = time.perf_counter()
+        targets = LogitCache.open(folder).read_view(0)
+        loaded = time.perf_counter() - started
+        for batch in order.split(BATCH):
+            targets.rows(batch)
+        taken = time.perf_counter() - started
+    return [
+        Figure(name=f"read {name}: slab", value=loaded, unit="s"),
+        Figure(name=f"read {name}: slab and every row", value=taken, unit="s"),
+        Figure(name=f"read {name}: speed", value=rows / taken, unit="rows/s"),
+        _peak(f"read {name}", peak.bytes),
+    ]
+
+
+def rectified(rows: int, folder: str, name: str) -> Figures:
+    """Stage two, on threads."""
+    return _timed(f"rectify {name}", rows, lambda: rectify(folder, RectifyConfig()))
+
+
+def trained(rows: int, folder: str, name: str) -> Figures:
+    """An epoch of the smallest student, its targets in groups of chunks."""
+    splits = synthetic_splits(rows)
+    config = StudentConfig(
+        cache=folder,
+        data=DataSettings(dataset="synthetic"),
+        model=ModelSettings(architecture="imagenet_data:TinyStudent"),
+        train=TrainSettings(epochs=1, batch_size=BATCH, lr=0.01),
+        slab_memory=SLAB_MEMORY,
+        device="cpu",
+    )
+    summary: dict[str, Any] = {}
+
+    def epoch() -> None:
+        summary.update(student_trainer(config, f"{folder}-run", splits=splits).fit())
+
+    figures = _timed(f"train from {name}", rows, epoch)
+    waiting = 100 * summary["wait_share"]
+    return [*figures, Figure(name=f"train from {name}: waiting", value=waiting, unit="%")]
+
+
+def verified(rows: int, folder: str, name: str) -> Figures:
+    """Every object, every record, and the rectification made again."""
+
+    def look() -> None:
+        if faults := verify(folder).faults:
+            raise SystemExit(f"{name}: {faults[0].where} {faults[0].what}")
+
+    return _timed(f"verify {name}", rows, look)
+
+
+def _timed(name: str, rows: int, work: Callable[[], object]) -> Figures:
+    with peak_memory() as peak:
+        taken = seconds(work)
+    return [
+        Figure(name=name, value=taken, unit="s"),
+        Figure(name=f"{name}: speed", value=rows / taken, unit="rows/s"),
+        _peak(name, peak.bytes),
+    ]
+
+
+def _peak(name: str, peak: int) -> Figure:
+    return Figure(name=f"{name}: peak", value=peak / 2**30, unit="GiB")
+
+
+def _described(logits: Tensor, labels: Tensor) -> Figures:
+    """What would show whether these rows are like a real classifier's."""
+    p = logits.softmax(1)
+    ordered = (logits - logits.mean(1, keepdim=True)).sort(1, descending=True).values.mean(0)
+    entropy = -torch.special.xlogy(p, p).sum(1).mean()
+    best = logits.topk(5).indices == labels[:, None]
+    return [
+        Figure(name="teacher: top-1", value=100 * float(best[:, 0].float().mean()), unit="%"),
+        Figure(name="teacher: top-5", value=100 * float(best.any(1).float().mean()), unit="%"),
+        Figure(name="teacher: confidence", value=100 * float(p.amax(1).mean()), unit="%"),
+        Figure(name="teacher: entropy", value=float(entropy), unit="nat"),
+        *(
+            Figure(name=f"teacher: logit {k} above the mean", value=float(ordered[k - 1]), unit="")
+            for k in (1, 2, 5, 10, 100)
+        ),
+    ]
+
+
+# ---- all of them ----------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--work", required=True, type=Path, help="A folder for caches, removed at the end.")
+@click.option("--rows", default=SAMPLES, show_default=True)
+@click.option("--bound", default=3.0, show_default=True, help="GiB that no step may go beyond.")
+@click.option("--teacher", default=1000.0, show_default=True, help="Its images/s, for the plan.")
+@click.option("--out", default=None, help="JSON file for the figures.")
+def main(work: Path, rows: int, bound: float, teacher: float, out: str | None) -> None:
+    """Run every step, show what it took, and check the bound."""
+    console = Console()
+    report = new_report({"rows": rows, "classes": 1000, "bound_gib": bound}, torch.device("cpu"))
+    console.say(f"{rows:,} rows x 1,000 classes, synthetic; no step may take {bound:g} GiB more")
+    work.mkdir(parents=True)  # another's folder is not removed
+    try:
+        _measure(console, report, sizes, rows)
+        for name in WRITTEN:
+            for step in (write, read, rectified, trained, verified):
+                _measure(console, report, step, rows, str(work / f"{name}.zarr"), name)
+    finally:
+        shutil.rmtree(work)
+    _show_plan(console, report, rows, teacher)
+    peaks = [figure for figure in report.figures if figure.name.endswith(": peak")]
+    worst = max(peaks, key=lambda figure: figure.value)
+    console.say(f"\nlargest peak: {worst.value:.2f} GiB, {worst.name}; the bound is {bound:g} GiB")
+    if out:
+        report.write(out)
+    sys.exit(worst.value > bound)
+
+
+def _measure(
+    console: Console, report: Report, step: Callable[..., Figures], *given: object
+) -> None:
+    """A step in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        figures = pool.submit(step, *given).result()
+    report.add(*figures)
+    console.table(
+        f"{step.__name__} {given[-1]}",
+        ("what", "value", ""),
+        [(figure.name, f"{figure.value:,.4g}", figure.unit) for figure in figures],
+    )
+
+
+def _show_plan(console: Console, report: Report, rows: int, teacher: float) -> None:
+    """What so many views would take: arithmetic on bytes a row and rows a second."""
+    value = {figure.name: figure.value for figure in report.figures}
+    blocks = block_grid(rows, CLASSES).num_blocks
+    passes = rows * VIEWS / 3600
+    table = []
+    for coding in (Float32(), Float16(), Uint8(), Klt(*torch.empty(3, 1)), TopK(CLASSES)):
+        name = coding.name
+        row = value.get(f"{name}: row of the view", value[f"{name}: row"])
+        speed = value.get(f"write {name}: speed")
+        table.append(
+            (
+                name,
+                f"{row:.1f}" + ("" if speed else " (of few rows)"),
+                size(row * rows * VIEWS),
+                f"{count_files(coding, VIEWS, blocks):,}",
+                f"{passes / speed:.1f}" if speed else "",
+            )
+        )
+    columns = ("encoding", "bytes a row, measured", "on disk", "objects", "hours to write")
+    console.table(f"plan for {VIEWS} views of {rows:,} rows: arithmetic", columns, table)
+    console.say(
+        f"a teacher of {teacher:,.0f} images/s takes {passes / teacher:,.1f} hours, "
+        "and blocks are written meanwhile"
+    )
+
+
+if __name__ == "__main__":
+    main()
