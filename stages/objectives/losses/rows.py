@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from stages.errors import ConfigError
 
@@ -95,9 +96,32 @@ def lump(logits: Tensor, kept: Tensor, temperature: float) -> Tensor:
     lumped on both sides is exact in what is kept and blind to how the rest divides; renormalising
     the kept ones instead would pull them up (Sparse Logit Sampling, arXiv 2503.16870).
     """
-    rest = logits.scatter(1, kept, -torch.inf)
-    together = temperature * torch.logsumexp(rest / temperature, dim=1, keepdim=True)
-    return torch.cat([logits.gather(1, kept), together], dim=1)
+    lumped: Tensor = _Lump.apply(logits, kept, temperature)
+    return lumped
+
+
+class _Lump(torch.autograd.Function):
+    """T logsumexp(z / T) of the rest, beside the kept logits. Of rows of many classes, one copy is
+    made and nothing as large is kept for the way back, whose one copy is the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, kept: Tensor, temperature: float) -> Tensor:
+        rest = (logits / temperature).scatter_(1, kept, -torch.inf)
+        largest = rest.amax(1, keepdim=True)
+        weight = rest.sub_(largest).exp_().sum(1, keepdim=True)
+        together = temperature * weight.log_().add_(largest)
+        ctx.save_for_backward(logits, kept, together)
+        ctx.temperature = temperature
+        return torch.cat([logits.gather(1, kept), together], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, kept, together = ctx.saved_tensors
+        shares = (logits - together).div_(ctx.temperature).exp_()
+        whole = shares.mul_(gradient[:, -1:]).scatter_(1, kept, gradient[:, :-1])
+        return whole, None, None
 
 
 def reduced(rows: Tensor, reduction: Reduction) -> Tensor:
