@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline.config import read_config
 from pipeline.console import Console
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, prepare
+from stages.cache.targets import Targets
 from stages.device import autocast
 from stages.inputs.feed import Batch
 from stages.inputs.models import logits_of
@@ -55,19 +56,33 @@ class LiveTask:
 
 
 @dataclass(frozen=True)
-class LiveTargets:
+class LiveTargets(Targets):
     """The teacher's logits (B, C) and the labels (B,) of one batch, asked like cached ones."""
 
     logits: Tensor
     labels: Tensor
 
-    def rows(self, samples: Tensor) -> Tensor:
+    def at(self, samples: Tensor) -> "LiveRows":
+        return LiveRows(self.logits, self.labels)
+
+
+@dataclass(frozen=True)
+class LiveRows:
+    """As `LiveTargets`, once it was asked; see `SampleTargets`."""
+
+    logits: Tensor
+    labels: Tensor
+
+    def rows(self, temperature: float = 1.0) -> Tensor:
         return self.logits
 
-    def wrong(self, samples: Tensor) -> Tensor:
+    def kept(self) -> None:
+        """All are."""
+
+    def wrong(self) -> Tensor:
         return self.logits.argmax(1) != self.labels
 
-    def rectified_rows(self, samples: Tensor) -> Tensor:
+    def rectified_rows(self, temperature: float = 1.0) -> Tensor:
         raise NotImplementedError("the control is plain KD")
 
 

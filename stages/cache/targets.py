@@ -4,14 +4,67 @@ Everything is asked by dataset index and answered on the device where the target
 """
 
 import dataclasses
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from stages.cache.encoding import Encoding
 from stages.errors import CacheError
+
+
+class SampleTargets(Protocol):
+    """What is learned from some samples (n of them), in their order."""
+
+    def rows(self, temperature: float = 1.0) -> Tensor:
+        """The teacher's logits: float32 (n, C).
+
+        temperature: at which the rest of a row weighs what it should, where only part of it is
+        kept (`topk`).
+        """
+
+    def kept(self) -> Tensor | None:
+        """The classes whose logits are known, int64 (n, k); None if all are."""
+
+    def wrong(self) -> Tensor:
+        """bool (n,): whether the teacher's argmax on this view differs from the label."""
+
+    def rectified_rows(self, temperature: float = 1.0) -> Tensor:
+        """As `rows`, with the two replaced entries on wrong rows: float32 (n, C).
+
+        Raises CacheError if the view was read without a rectification.
+        """
+
+
+class Targets(ABC):
+    """What is learned from, asked by dataset index int64 (n,).
+
+    Whoever has several questions about the same samples asks `at` once.
+    """
+
+    @abstractmethod
+    def at(self, samples: Tensor) -> SampleTargets:
+        """The targets of some samples. Raises CacheError for one that was not read."""
+
+    def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
+        """See `SampleTargets.rows`."""
+        return self.at(samples).rows(temperature)
+
+    def kept(self, samples: Tensor) -> Tensor | None:
+        """See `SampleTargets.kept`."""
+        return self.at(samples).kept()
+
+    def wrong(self, samples: Tensor) -> Tensor:
+        """See `SampleTargets.wrong`."""
+        return self.at(samples).wrong()
+
+    def rectified_rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
+        """See `SampleTargets.rectified_rows`."""
+        return self.at(samples).rectified_rows(temperature)
 
 
 @dataclass(frozen=True)
@@ -23,11 +76,27 @@ class RectifiedValues:
 
 
 @dataclass(frozen=True)
-class ViewTargets:
+class SharedTargets:
+    """What all views of a cache have in common, and hold once; fields as in `ViewTargets`."""
+
+    encoding: Encoding
+    labels: Tensor
+    row_of: Tensor
+
+    def to(self, device: torch.device) -> "SharedTargets":
+        """The same on another device."""
+        return SharedTargets(
+            self.encoding.to(device), self.labels.to(device), self.row_of.to(device)
+        )
+
+
+@dataclass(frozen=True)
+class ViewTargets(Targets):
     """A slab: all rows of one view, or some (n of N).
 
-    arrays: what the encoding stored, each (n, ...). predictions, labels: int64 (n,), row order.
-    row_of: int64 (N,), where among these rows each sample is; n for those that were not read.
+    arrays: what the encoding stored, each (n, ...). predictions: int32 or int64 (n,), labels: int64
+    (n,), row order. row_of: int64 (N,), where among these rows each sample is; n for those that
+    were not read.
     """
 
     encoding: Encoding
@@ -37,69 +106,74 @@ class ViewTargets:
     row_of: Tensor
     rectified: RectifiedValues | None = None
 
+    @property
+    def shared(self) -> SharedTargets:
+        return SharedTargets(self.encoding, self.labels, self.row_of)
+
     def to(self, device: torch.device) -> "ViewTargets":
         """The same targets on another device."""
-        moved = self.rectified and RectifiedValues(
-            self.rectified.label_logit.to(device), self.rectified.predicted_logit.to(device)
+        return self.moved(lambda tensor: tensor.to(device), self.shared.to(device))
+
+    def moved(self, move: Callable[[Tensor], Tensor], shared: SharedTargets) -> "ViewTargets":
+        """The same targets where `move` puts a tensor. shared: what is there already."""
+        values = self.rectified and RectifiedValues(
+            move(self.rectified.label_logit), move(self.rectified.predicted_logit)
         )
         return dataclasses.replace(
             self,
-            encoding=self.encoding.to(device),
-            arrays={name: array.to(device) for name, array in self.arrays.items()},
-            predictions=self.predictions.to(device),
-            labels=self.labels.to(device),
-            row_of=self.row_of.to(device),
-            rectified=moved,
+            encoding=shared.encoding,
+            arrays={name: move(array) for name, array in self.arrays.items()},
+            predictions=move(self.predictions),
+            labels=shared.labels,
+            row_of=shared.row_of,
+            rectified=values,
         )
 
-    def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
-        """The teacher's logits for dataset indices int64 (n,): float32 (n, C).
-
-        temperature: at which the rest of a row weighs what it should, where only part of it is
-        kept (`topk`).
+    def at(self, samples: Tensor) -> "ViewRows":
+        """int64 (n,), dataset indices -> their targets. Raises CacheError for a sample that was not
+        read; on a GPU, where asking would cost a wait in every batch, indexing beyond the end stops
+        the device instead.
         """
-        return self.encoding.decode(self._encoded(samples), temperature)
-
-    def kept(self, samples: Tensor) -> Tensor | None:
-        """The classes whose logits are known, int64 (n, k); None if all are."""
-        if self.encoding.keeps_all:
-            return None
-        return self.encoding.kept(self._encoded(samples))
-
-    def _encoded(self, samples: Tensor) -> dict[str, Tensor]:
-        rows = self._rows_of(samples)
-        return {name: array[rows] for name, array in self.arrays.items()}
-
-    def _rows_of(self, samples: Tensor) -> Tensor:
-        """int64 (n,). Raises CacheError for a sample that was not read; on a GPU, where asking
-        would cost a wait in every batch, indexing beyond the end stops the device instead.
-        """
-        rows = self.row_of[samples]
-        if not rows.is_cuda and bool((rows == len(self.labels)).any()):
-            absent = int(samples[rows == len(self.labels)][0])
+        rows, read = self.row_of[samples], len(self.labels)
+        if read < len(self.row_of) and not rows.is_cuda and bool((rows == read).any()):
+            absent = int(samples[rows == read][0])
             raise CacheError(f"sample {absent} is not among the rows that were read")
-        return rows
+        return ViewRows(self, rows)
 
-    def wrong(self, samples: Tensor) -> Tensor:
-        """bool (n,): whether the teacher's argmax on this view differs from the label."""
-        rows = self._rows_of(samples)
-        return self.predictions[rows] != self.labels[rows]
 
-    def rectified_rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
-        """As `rows`, with the two replaced entries on wrong rows: float32 (n, C).
+@dataclass(frozen=True)
+class ViewRows:
+    """Some rows of a slab. index: int64 (n,), where they are in it. See `SampleTargets`."""
 
-        Raises CacheError if the view was read without a rectification.
-        """
-        if self.rectified is None:
+    view: ViewTargets
+    index: Tensor
+
+    @cached_property
+    def _encoded(self) -> dict[str, Tensor]:
+        return {name: array[self.index] for name, array in self.view.arrays.items()}
+
+    @cached_property
+    def _classes(self) -> tuple[Tensor, Tensor]:
+        """The label and the teacher's answer: int64 (n,), and an integer (n,)."""
+        return self.view.labels[self.index], self.view.predictions[self.index]
+
+    def rows(self, temperature: float = 1.0) -> Tensor:
+        return self.view.encoding.decode(self._encoded, temperature)
+
+    def kept(self) -> Tensor | None:
+        coding = self.view.encoding
+        return None if coding.keeps_all else coding.kept(self._encoded)
+
+    def wrong(self) -> Tensor:
+        labels, predictions = self._classes
+        return predictions != labels
+
+    def rectified_rows(self, temperature: float = 1.0) -> Tensor:
+        values = self.view.rectified
+        if values is None:
             raise CacheError("these targets were read without a rectification")
-        logits = self.rows(samples, temperature)
-        rows = self._rows_of(samples)
-        labels, predictions = self.labels[rows, None], self.predictions[rows, None]
-        wrong = labels != predictions
-        for column, values in (
-            (labels, self.rectified.label_logit),
-            (predictions, self.rectified.predicted_logit),
-        ):
-            kept = logits.gather(1, column)
-            logits = logits.scatter(1, column, torch.where(wrong, values[rows, None], kept))
-        return logits
+        logits, columns = self.rows(temperature), torch.stack(self._classes, 1).long()
+        new = torch.stack([values.label_logit[self.index], values.predicted_logit[self.index]], 1)
+        # The two columns of a right row are one, which keeps its value.
+        changed = torch.where(self.wrong()[:, None], new, logits.gather(1, columns))
+        return logits.scatter(1, columns, changed)

@@ -21,32 +21,42 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.identity import differences
-from stages.cache.targets import ViewTargets
+from stages.cache.targets import SampleTargets, Targets, ViewTargets
 from stages.errors import CacheError, ConfigError, IdentityError
 
 
 @dataclass(frozen=True)
-class EnsembleTargets:
+class EnsembleTargets(Targets):
     """The targets of one view from several caches. labels: int64 (N,), in dataset order."""
 
     members: Sequence[ViewTargets]
     labels: Tensor
 
-    def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
-        """Logits whose softmax at `temperature` is the members' mean: float32 (n, C).
+    def at(self, samples: Tensor) -> "EnsembleRows":
+        return EnsembleRows([member.at(samples) for member in self.members], self.labels[samples])
 
-        samples: int64 (n,). Where a member keeps only part of a row, the rest is spread evenly.
+
+@dataclass(frozen=True)
+class EnsembleRows:
+    """The targets of some samples, see `SampleTargets`. labels: int64 (n,), theirs."""
+
+    members: Sequence[SampleTargets]
+    labels: Tensor
+
+    def rows(self, temperature: float = 1.0) -> Tensor:
+        """Logits whose softmax at `temperature` is the members' mean: float32 (n, C). Where a
+        member keeps only part of a row, the rest is spread evenly.
         """
-        return mean_logits([m.rows(samples, temperature) for m in self.members], temperature)
+        return mean_logits([member.rows(temperature) for member in self.members], temperature)
 
-    def wrong(self, samples: Tensor) -> Tensor:
+    def wrong(self) -> Tensor:
         """bool (n,): whether the ensemble's answer at T = 1 differs from the label."""
-        return self.rows(samples).argmax(1) != self.labels[samples]
+        return self.rows().argmax(1) != self.labels
 
-    def kept(self, samples: Tensor) -> None:
+    def kept(self) -> None:
         """Every class: what is lost of one member is known of another, or spread evenly."""
 
-    def rectified_rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
+    def rectified_rows(self, temperature: float = 1.0) -> Tensor:
         """There are none: raises ConfigError."""
         raise ConfigError(*NOT_RECTIFIED)
 

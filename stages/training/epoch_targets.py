@@ -1,28 +1,17 @@
 """What every epoch of a run learns from: the targets of its view, from one cache or several."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
+from stages.cache.targets import SampleTargets, Targets
 from stages.training.budget import SlabPlan
 from stages.training.ensemble import EnsembleTargets
 from stages.training.slabs import SlabReader
 from stages.training.trainer import view_order
-
-Answer = TypeVar("Answer", Tensor, Tensor | None)
-
-
-class Targets(Protocol):
-    """What is learned from, asked by dataset index int64 (n,): see `ViewTargets`."""
-
-    def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor: ...
-    def kept(self, samples: Tensor) -> Tensor | None: ...
-    def wrong(self, samples: Tensor) -> Tensor: ...
-    def rectified_rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -94,34 +83,18 @@ class TargetReader:
 
 
 @dataclass(frozen=True)
-class JoinedTargets:
+class JoinedTargets(Targets):
     """The targets of several views of the same samples, asked view after view in one batch."""
 
     views: Sequence[Targets]
 
-    def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
-        return self._ask(samples, lambda view, some: view.rows(some, temperature))
-
-    def kept(self, samples: Tensor) -> Tensor | None:
-        answers = [v.kept(s) for v, s in self._parts(samples)]
-        found = [answer for answer in answers if answer is not None]
-        return torch.cat(found) if found else None
-
-    def wrong(self, samples: Tensor) -> Tensor:
-        return self._ask(samples, lambda view, some: view.wrong(some))
-
-    def rectified_rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
-        return self._ask(samples, lambda view, some: view.rectified_rows(some, temperature))
-
-    def _parts(self, samples: Tensor) -> Iterator[tuple[Targets, Tensor]]:
-        return zip(self.views, samples.chunk(len(self.views)), strict=True)
-
-    def _ask(self, samples: Tensor, question: Callable[[Targets, Tensor], Tensor]) -> Tensor:
-        return torch.cat([question(view, some) for view, some in self._parts(samples)])
+    def at(self, samples: Tensor) -> SampleTargets:
+        parts = samples.chunk(len(self.views))
+        return JoinedRows([view.at(some) for view, some in zip(self.views, parts, strict=True)])
 
 
 @dataclass(frozen=True)
-class GroupedTargets:
+class GroupedTargets(Targets):
     """The targets of an epoch that is read in groups; samples are asked for group by group.
 
     A batch that lies across two groups is answered from both; only then are both needed at once.
@@ -132,26 +105,40 @@ class GroupedTargets:
     epoch: int
     group_of: Tensor
 
-    def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
-        return self._ask(samples, lambda slab, some: slab.rows(some, temperature))
-
-    def kept(self, samples: Tensor) -> Tensor | None:
-        return self._ask(samples, lambda slab, some: slab.kept(some))
-
-    def wrong(self, samples: Tensor) -> Tensor:
-        return self._ask(samples, lambda slab, some: slab.wrong(some))
-
-    def rectified_rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
-        return self._ask(samples, lambda slab, some: slab.rectified_rows(some, temperature))
-
-    def _ask(self, samples: Tensor, question: Callable[[Targets, Tensor], Answer]) -> Answer:
+    def at(self, samples: Tensor) -> SampleTargets:
         groups = self.group_of[samples]
         first, last = torch.stack(groups.aminmax()).tolist()
         slabs = self.reader.slabs(self.epoch, first, last)
         if first == last:
-            return question(slabs[0], samples)
+            return slabs[0].at(samples)
         order = groups.argsort(stable=True)  # group by group
         parts = samples[order].split((groups - first).bincount().tolist())
-        answers = [question(slab, part) for slab, part in zip(slabs, parts, strict=True)]
-        found = [answer for answer in answers if answer is not None]
-        return torch.cat(found)[order.argsort()] if found else answers[0]
+        found = [slab.at(part) for slab, part in zip(slabs, parts, strict=True)]
+        return JoinedRows(found, order.argsort())
+
+
+@dataclass(frozen=True)
+class JoinedRows:
+    """Several answers as one, see `SampleTargets`. order: int64 (n,), where among all of them, one
+    after another, each sample is; None where that is their order.
+    """
+
+    parts: Sequence[SampleTargets]
+    order: Tensor | None = None
+
+    def rows(self, temperature: float = 1.0) -> Tensor:
+        return self._joined([part.rows(temperature) for part in self.parts])
+
+    def kept(self) -> Tensor | None:
+        found = [kept for part in self.parts if (kept := part.kept()) is not None]
+        return self._joined(found) if found else None
+
+    def wrong(self) -> Tensor:
+        return self._joined([part.wrong() for part in self.parts])
+
+    def rectified_rows(self, temperature: float = 1.0) -> Tensor:
+        return self._joined([part.rectified_rows(temperature) for part in self.parts])
+
+    def _joined(self, answers: Sequence[Tensor]) -> Tensor:
+        joined = torch.cat(list(answers))
+        return joined if self.order is None else joined[self.order]

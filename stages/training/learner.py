@@ -127,10 +127,17 @@ class Learner:
             self._scaler.step(self._optimizer)
         self._scaler.update()
         self._schedule.step()
+        self._add_totals(parts, len(batch.samples))
+        self.position.step += 1
+
+    def _add_totals(self, parts: dict[str, Tensor], shown: int) -> None:
+        """Add the scalars of a batch of so many images to the sums of the epoch."""
         totals = self.position.totals
         for name, value in parts.items():
-            totals[name] = totals.get(name, 0) + value.detach() * len(batch.samples)
-        self.position.step += 1
+            if name not in totals:
+                totals[name] = torch.zeros_like(value)
+        told = [value.detach() for value in parts.values()]
+        torch._foreach_add_([totals[name] for name in parts], told, alpha=shown)
 
     def _average_learned(self) -> None:
         """The gradients of what the loss learns, as those of the model, over all ranks."""

@@ -82,16 +82,17 @@ class Objective:
             self.learned.start_epoch(epoch)
 
     def __call__(
-        self, student: Tensor, teacher: TeacherRows, labels: Tensor, weights: Tensor
+        self, student: Tensor, teacher: TeacherRows, labels: Tensor, weights: Tensor | None = None
     ) -> Tensor:
         """The weighted loss, without `weight`: of every row, float32 (B,), or () where it couples
-        rows. student: float32 (B, C). labels: int64 (B,). weights: float32 (B,).
+        rows. student: float32 (B, C). labels: int64 (B,). weights: float32 (B,), 1 if None.
         """
         if self._standardises:
             student, teacher = standardised(student), changed(teacher, standardised)
         if self.couples_rows:
             return self._loss(student, teacher, labels, weights=weights)
-        return weights * self._loss(student, teacher, labels, reduction="none")
+        rows = self._loss(student, teacher, labels, reduction="none")
+        return rows if weights is None else weights * rows
 
 
 @functools.cache

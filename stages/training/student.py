@@ -14,12 +14,13 @@ ever: the teacher saw the mixed image.
 import torch
 from torch import Tensor
 
+from stages.cache.targets import SampleTargets, Targets
 from stages.inputs.feed import Batch
 from stages.objectives.bias import BiasWeights, bias_weights
 from stages.objectives.losses import TeacherRows, TemperedRows, mixed_ce
 from stages.training.budget import parse_bytes
 from stages.training.config import BiasSettings, LossSettings, RunConfig
-from stages.training.epoch_targets import TargetReader, Targets
+from stages.training.epoch_targets import TargetReader
 from stages.training.objective import Objective
 
 
@@ -74,33 +75,36 @@ class CachedTask:
         return self._reader.views_of(epoch)
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-        samples, labels = batch.samples, self._labels[batch.samples]
-        hard = mixed_ce(logits, *batch.hard_labels(self._labels))
+        labels, *mixed = batch.hard_labels(self._labels)
+        hard = mixed_ce(logits, labels, *mixed)
         if self._objective is None or self.targets is None:
             return {"loss": hard}
-        wrong = self.targets.wrong(samples)
-        teacher, weights = self._teacher_rows(self.targets, samples), self._weights.rows(wrong)
+        targets = self.targets.at(batch.samples)
+        wrong = targets.wrong()
+        weights = None if self._config.bias.mode == "none" else self._weights.rows(wrong)
+        teacher = self._teacher_rows(targets)
         value = self._objective(logits, teacher, labels, weights)  # (B,), or () of coupled rows
-        ce_weight = self._config.loss.ce_weight or 0.0
+        mean, ce_weight = value.mean(), self._config.loss.ce_weight or 0.0
         parts = {
-            "loss": ce_weight * hard + self._objective.weight * value.mean(),
+            "loss": ce_weight * hard + self._objective.weight * mean,
             "loss_ce": hard,
-            "loss_kd": value.mean(),
-            "wrong_rate": wrong.float().mean(),
+            "loss_kd": mean,
         }
+        # What is only reported takes few operations: small students wait for each of them.
+        told = {"wrong_rate": wrong.float()}
         if value.dim():
-            parts["loss_right"] = torch.where(wrong, 0, value).mean()
-            parts["loss_wrong"] = torch.where(wrong, value, 0).mean()
-        return parts
+            of_wrong = value.detach() * told["wrong_rate"]
+            told |= {"loss_right": value.detach() - of_wrong, "loss_wrong": of_wrong}
+        return parts | dict(zip(told, torch.stack([*told.values()]).mean(1), strict=True))
 
-    def _teacher_rows(self, targets: Targets, samples: Tensor) -> TeacherRows:
+    def _teacher_rows(self, targets: SampleTargets) -> TeacherRows:
         """float32 (B, C); as they are at a temperature where that makes a difference."""
         rectified = self._config.bias.rectified is not None
         read = targets.rectified_rows if rectified else targets.rows
-        kept = targets.kept(samples)
+        kept = targets.kept()
         if kept is None and not self._config.also:
-            return read(samples)
-        return TemperedRows(lambda temperature: read(samples, temperature), kept)
+            return read()
+        return TemperedRows(read, kept)
 
     def epoch_metrics(self) -> dict[str, float]:
         return {
