@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test slow check format clean
+.PHONY: demo test slow check format bench clean
 
 demo: $(READY)
 	$(BIN)/pipeline demo --out demo-out --overwrite
@@ -23,6 +23,9 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.suite
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv || python3 -m venv .venv

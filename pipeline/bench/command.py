@@ -84,7 +84,7 @@ def bench_cache(console: Console, out: str | None = None, **given: Any) -> Repor
     # 2) everything that is written goes to a folder of its own
     with tempfile.TemporaryDirectory(prefix="pipeline-bench-") as folder:
         console.say("reading a slab")
-        report.add(*reading_figures(cache, Path(folder), settings.turns, device))
+        report.add(*reading_figures([cache], Path(folder), settings.turns, device))
         console.say("rectifying a copy of a few views")
         try:
             report.add(*rectify_figures(cache, Path(folder), settings.turns))

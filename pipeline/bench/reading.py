@@ -4,7 +4,7 @@ Each is one epoch's worth of a view: read from disk (from the page cache, as all
 before), then handed out as float32 rows, batch by batch, in one random order of the samples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,24 +75,31 @@ def decoded_view(cache: LogitCache) -> NDArray[np.float32]:
 
 
 def reading_figures(
-    cache: LogitCache, folder: Path, turns: int, device: torch.device
+    caches: Sequence[LogitCache],
+    folder: Path,
+    turns: int,
+    device: torch.device,
+    others: Mapping[str, Pass] | None = None,
 ) -> list[Ratio | Figure]:
-    """A slab of this cache, as it is encoded. folder: for the raw array."""
-    logits, rows = decoded_view(cache), excerpt_rows(cache)
+    """Slabs of caches of the same rows in different encodings. folder: for the raw array. others:
+    further ways to read as many rows; the first cache is compared with them.
+    """
+    logits, rows = decoded_view(caches[0]), excerpt_rows(caches[0])
     np.save(folder / "raw.npy", logits)
-    times = in_turns(
-        {
-            "slab": steadily(slab_pass(cache, device), device),
-            "np.load": steadily(raw_pass(folder / "raw.npy", rows, device), device),
-            "memcpy": steadily(copy_pass(logits)),
-        },
-        turns,
-    )
-    slab, note = f"slab read + decode, {cache.encoding.name}", f"{rows:,} x {cache.num_classes}"
+    passes = {
+        **{f"slab, {c.encoding.name}": slab_pass(c, device) for c in caches},
+        "np.load of the raw array": raw_pass(folder / "raw.npy", rows, device),
+        **(others or {}),
+        "memcpy": copy_pass(logits),
+    }
+    times = in_turns({name: steadily(work, device) for name, work in passes.items()}, turns)
+    note = f"{rows:,} x {logits.shape[1]}"
+    slabs, rest = list(passes)[: len(caches)], list(passes)[len(caches) :]
+    pairs = [*((slab, rest[0]) for slab in slabs), *((slabs[0], other) for other in rest[1:])]
     return [
-        Ratio(name=f"{slab} / {other}", ours=times["slab"], yardstick=times[other], note=note)
-        for other in ("np.load", "memcpy")
-    ] + [rows_per_second(slab, rows, times["slab"])]
+        *(Ratio(name=f"{a} / {b}", ours=times[a], yardstick=times[b], note=note) for a, b in pairs),
+        *(rows_per_second(name, rows, taken) for name, taken in times.items()),
+    ]
 
 
 def rows_per_second(name: str, rows: int, times: tuple[float, ...]) -> Figure:

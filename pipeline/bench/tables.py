@@ -53,15 +53,19 @@ def _target(target: float | None, met: bool | None, at_least: bool = False) -> s
     return f"{'>=' if at_least else '<='} {target:g}{'' if met else ' (missed)'}"
 
 
+def machine_text(report: Report) -> str:
+    """The machine in one line."""
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report.machine.items())
+
+
 def show_report(console: Console, title: str, report: Report) -> None:
     """Ratios, figures, the machine, and what is missing."""
-    machine = ", ".join(f"{value} {key}" for key, value in report.machine.items())
     rows: Sequence[tuple[str, ...]] = [ratio_row(ratio) for ratio in report.ratios]
     if rows:
         console.table(f"{title}: ratios", RATIO_COLUMNS, rows)
     if report.figures:
         figures = [figure_row(figure) for figure in report.figures]
         console.table(f"{title}: figures", FIGURE_COLUMNS, figures)
-    console.say(f"\nmeasured on: {machine}")
+    console.say(f"\nmeasured on: {machine_text(report)}")
     for missing in report.missing:
         console.say(f"not measured: {missing}")

@@ -5,8 +5,9 @@ interrupted is; its seconds are those that metrics.jsonl has: training, without 
 """
 
 import itertools
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from pipeline.bench.measure import Figure, Ratio, in_turns
 from pipeline.bench.teacher import TimedForward, forward
 from stages.cache_job import CacheJob
 from stages.errors import ConfigError
-from stages.inputs.feed import Batch
+from stages.inputs.feed import Batch, ViewFeed
 from stages.objectives.losses import mixed_ce
 from stages.reporting import Silent
-from stages.train_student import StudentConfig, student_trainer
+from stages.train_student import StudentConfig, student_trainer, students_trainer
 from stages.training.assemble import Destination, Planned, make_trainer
 from stages.training.config import LossSettings
 from stages.training.objective import Objective, resolved
@@ -32,10 +33,13 @@ CACHED_TARGET, ONLINE_TARGET, WAITING_TARGET = 1.02, 0.95, 0.01
 MANY_EPOCHS = 10_000
 """More than are ever measured: targets are read ahead, and the schedule stays where it is."""
 _TRIED_BATCHES, _EVALUATED = 10, 256
+_LEAST_SECONDS = 1.0
+"""Of one measurement: shorter epochs are done several at a time."""
 
 
 class TimedStudent:
-    """A student that trains for one epoch whenever it is called, and answers with its seconds.
+    """Students of one stream, mostly one, that train for an epoch whenever they are called, and
+    answer with its seconds; of short epochs for several, and with the mean.
 
     Where an epoch takes more than `most_seconds` it shows only some of the samples, and the answer
     is what all of them would take: waiting for targets, once an epoch, is not scaled. Such an epoch
@@ -43,7 +47,7 @@ class TimedStudent:
     """
 
     def __init__(self, trainer: Trainer, most_seconds: float) -> None:
-        self._trainer, self._all = trainer, trainer.samples
+        self._trainer, self._all, self._epochs = trainer, trainer.samples, 1
         self.waits: list[float] = []
         for learner in trainer.learners:
             learner.evaluations = {
@@ -56,7 +60,14 @@ class TimedStudent:
         tried = statistics.median(self() for _ in range(2))
         batches = max(1, int(most_seconds / tried * len(self._all) / batch))
         trainer.samples = self._all[: batches * batch]
+        expected = tried * len(trainer.samples) / len(self._all)
+        self._epochs = max(1, math.ceil(min(_LEAST_SECONDS, most_seconds) / expected))
         self.waits.clear()
+
+    @property
+    def feed(self) -> ViewFeed:
+        """The images that it is shown."""
+        return self._trainer.feeds[0]
 
     @property
     def shown(self) -> str:
@@ -70,16 +81,16 @@ class TimedStudent:
         return statistics.median(self.waits)
 
     def __call__(self) -> float:
-        trainer, learner = self._trainer, self._trainer.learners[0]
-        epochs = learner.position.epoch + 1
+        trainer = self._trainer
+        epochs = trainer.learners[0].position.epoch + self._epochs
         trainer.settings = msgspec.structs.replace(trainer.settings, epochs=epochs)
         trainer.fit_all()
-        lines = [each.history[-1] for each in trainer.learners]
+        lines = [line for each in trainer.learners for line in each.history[-self._epochs :]]
         waited = sum(line.get("wait_seconds", 0.0) for line in lines)
         computed = sum(line["seconds"] for line in lines) - waited
         seconds = computed * len(self._all) / len(trainer.samples) + waited
         self.waits.append(waited / seconds)
-        return float(seconds)
+        return float(seconds) / self._epochs
 
 
 class OnlineTask:
@@ -129,21 +140,26 @@ class Bench:
 
     def student(self, config: StudentConfig) -> TimedStudent:
         """A student of a cache."""
-        return TimedStudent(self._trainer(config), self.most_seconds)
+        trainer = student_trainer(longer(config), self.run(), splits=self.splits)
+        return TimedStudent(trainer, self.most_seconds)
 
-    def online(self, config: StudentConfig, job: CacheJob) -> TimedStudent:
-        """The same student with the teacher of `job` running beside it.
+    def together(self, configs: Sequence[StudentConfig]) -> TimedStudent:
+        """Several students of one stream; the answer is what all of them take."""
+        runs = [(longer(config), self.run()) for config in configs]
+        return TimedStudent(students_trainer(runs, splits=self.splits), self.most_seconds)
+
+    def online(self, config: StudentConfig, job: CacheJob, feed: ViewFeed) -> TimedStudent:
+        """The same student with the teacher of `job` running beside it. feed: of the student.
 
         Raises ConfigError where teacher and student take images of different sizes.
         """
-        like = self._trainer(config).feeds[0]
-        if like.image_size != job.image_size:
+        if feed.image_size != job.image_size:
             raise ConfigError(
                 f"the teacher takes images of {job.image_size} pixels, the student of "
-                f"{like.image_size}",
+                f"{feed.image_size}",
                 "Online distillation is measured where one image serves both.",
             )
-        config = msgspec.structs.replace(config, loss=resolved(config.loss))
+        config = msgspec.structs.replace(longer(config), loss=resolved(config.loss))
         trainer = make_trainer(
             [
                 Planned(
@@ -153,15 +169,11 @@ class Bench:
                 )
             ],
             self.splits,
-            lambda _: like.policy,
+            lambda _: feed.policy,
             Silent(),
             teacher_size=job.image_size,
         )
         return TimedStudent(trainer, self.most_seconds)
-
-    def _trainer(self, config: StudentConfig) -> Trainer:
-        config = longer(config)
-        return student_trainer(config, self.run(), splits=self.splits)
 
 
 def longer(config: StudentConfig) -> StudentConfig:
@@ -186,7 +198,7 @@ def student_figures(
     cached, hard = bench.student(config), bench.student(hard_labels(config))
     works: dict[str, Callable[[], float]] = {"cached": cached, "hard": hard}
     if job is not None:
-        works["online"] = bench.online(config, job)
+        works["online"] = bench.online(config, job, cached.feed)
         works["teacher"] = TimedForward(job, config.train.batch_size, config.train.dtype)
     times = in_turns(works, bench.turns)
     note = f"{cached.shown}, {config.train.dtype}"
