@@ -5,7 +5,7 @@ import platform
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stages.errors import ConfigError
 
@@ -37,6 +37,39 @@ def place(module: nn.Module, device: torch.device, channels_last: bool = True) -
     """The module on the device, with convolution weights channels-last."""
     module = module.to(device)
     return module.to(memory_format=torch.channels_last) if channels_last else module
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. From this machine's memory to a GPU without waiting: what is queued
+    there afterwards finds it. The tensor may be changed or dropped at once.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)  # pinned memory is kept until then
+    return tensor.to(device)
+
+
+class Upload:
+    """Copies to a device for a thread that reads ahead: on a GPU beside what computes there, from
+    pinned memory and on a stream of its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device, complete when this returns."""
+        if self._stream is None:
+            return tensor.to(self.device)
+        pinned = tensor.pin_memory()
+        # Memory of the stream that computes, as what is dropped there is given out again in that
+        # stream's order; so the copy waits for whatever still uses this memory.
+        moved = torch.empty_like(pinned, device=self.device)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            moved.copy_(pinned, non_blocking=True)
+        self._stream.synchronize()
+        return moved
 
 
 def versions() -> dict[str, str]:

@@ -424,7 +424,7 @@ def test_memory_is_bounded(
     )
     train_student(config, tmp_path / "run", splits=my_splits)
     assert len(resident) == 4 * 3
-    one_group = 80 * (LogitCache.open(my_cache).row_bytes - 8) + 8 * SAMPLES
+    one_group = 80 * (LogitCache.open(my_cache).row_bytes - 8) + 8 * (80 + SAMPLES)
     assert max(resident) <= 2 * one_group <= parse_bytes(TIGHT, "")
     assert max(resident) > one_group  # the next group is read ahead
 
@@ -433,10 +433,10 @@ def test_too_little_memory(
     my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path
 ) -> None:
     config = student_config(my_cache, my_folder, slab_memory="7kB")
-    with pytest.raises(ConfigError, match=r"7kB is too small.*\nGive --slab-memory 10.24kB"):
+    with pytest.raises(ConfigError, match=r"7kB is too small.*\nGive --slab-memory 9.6kB"):
         train_student(config, tmp_path / "run", splits=my_splits)
     assert not (tmp_path / "run").exists()
-    offered = student_config(my_cache, my_folder, 0, slab_memory="10.24kB")
+    offered = student_config(my_cache, my_folder, 0, slab_memory="9.6kB")
     assert stage.student_trainer(offered, tmp_path / "run", splits=my_splits)
 
 

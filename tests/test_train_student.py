@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stages.cache import LogitCache
+from stages.cache.encoding.floats import Float32
+from stages.cache.targets import ViewTargets
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.errors import CacheError, ConfigError, IdentityError, PipelineError, RunError
 from stages.inputs.cifar_models import cifar_model
@@ -194,26 +196,6 @@ def test_loss_from_the_cache_is_the_loss_with_the_live_teacher(my_world: World) 
     assert np.mean(live_losses[-10:]) < np.mean(live_losses[:10])  # and it did learn
 
 
-@dataclass
-class LiveTargets:
-    """What a cached view offers, computed by the teacher itself. logits: (N, C), dataset order."""
-
-    logits: Tensor
-    labels: Tensor
-
-    def to(self, device: torch.device) -> "LiveTargets":
-        return self
-
-    def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
-        return self.logits[samples]
-
-    def kept(self, samples: Tensor) -> None:
-        """All of them."""
-
-    def wrong(self, samples: Tensor) -> Tensor:
-        return self.logits[samples].argmax(1) != self.labels[samples]
-
-
 @pytest.mark.parametrize("mode", ["none", "eliminate"])
 def test_runs_are_equal_bit_for_bit_with_the_live_teacher_in_the_caches_batches(
     my_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any
@@ -225,11 +207,13 @@ def test_runs_are_equal_bit_for_bit_with_the_live_teacher_in_the_caches_batches(
     asked: list[int] = []
     labels = my_world.splits.train.labels
 
-    def live_view(cache: LogitCache, view: int, *_: None) -> LiveTargets:
+    def live_view(cache: LogitCache, view: int, *_: None) -> ViewTargets:
         asked.append(view)
         logits = torch.empty(SAMPLES, 10)
         logits[row_order] = my_world.live(row_order, view, CACHE_BATCH)
-        return LiveTargets(logits, labels)
+        in_dataset_order = torch.arange(SAMPLES)
+        arrays = {"logits": logits}
+        return ViewTargets(Float32(), arrays, logits.argmax(1), labels, in_dataset_order)
 
     monkeypatch.setattr(LogitCache, "read_view", live_view)
     train_student(config, tmp_path / "live", splits=my_world.splits)

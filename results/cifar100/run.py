@@ -20,8 +20,8 @@ from torch import Tensor
 
 from pipeline.config import read_config
 from pipeline.console import Console
-from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, prepare
 from stages.cache.targets import Targets
+from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, prepare
 from stages.device import autocast
 from stages.inputs.feed import Batch
 from stages.inputs.models import logits_of

@@ -246,7 +246,7 @@ class LogitCache:
         return ViewTargets(
             encoding=self.encoding,
             arrays=self._encoded(view, *runs),
-            predictions=self._predictions(view, *runs),
+            predictions=arrays.read_rows(self._group, "prediction", view, runs),
             labels=labels,
             row_of=row_of,
             rectified=values,
@@ -254,13 +254,16 @@ class LogitCache:
 
     @property
     def row_bytes(self) -> int:
-        """What one row of a view takes in memory once it is read, a rectification included."""
+        """What one row of a view takes in memory once it is read, a rectification included; without
+        what all views share.
+        """
         sizes = {**self.encoding.sizes, "class": self.num_classes, "view": 1, "sample": 1}
         encoded = sum(
             math.prod(spec.shape(sizes)) * arrays.held_dtype(spec.dtype).itemsize
             for spec in self.encoding.arrays().values()
         )
-        return encoded + 2 * torch.int64.itemsize + 2 * torch.float32.itemsize
+        prediction = arrays.get_array(self._group, "prediction").dtype.name
+        return encoded + arrays.held_dtype(prediction).itemsize + 2 * torch.float32.itemsize
 
     def read_block(self, view: int, block: int, temperature: float = 1.0) -> Block:
         """One committed block, decoded for `temperature` as `Encoding.decode` says.

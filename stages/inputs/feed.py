@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from stages.device import send
 from stages.errors import DatasetError, PipelineError
 from stages.inputs.counter_hash import bounded, counter_hash
 from stages.inputs.datasets import ImageDataset
@@ -155,12 +156,10 @@ class ViewFeed:
 
     def _batch(self, samples: Tensor, shown: Shown) -> Batch:
         assert isinstance(shown.images, Tensor)
-        on_device = (
-            None if t is None else t.to(self.device, non_blocking=True)
-            for t in (shown.partners, shown.shares)
+        mixed = (
+            None if t is None else send(t, self.device) for t in (shown.partners, shown.shares)
         )
-        pixels = shown.images.to(self.device, non_blocking=True)
-        return Batch(samples.to(self.device), pixels, *on_device)
+        return Batch(send(samples, self.device), send(shown.images, self.device), *mixed)
 
 
 def num_batches(samples: int, batch_size: int) -> int:

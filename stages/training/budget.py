@@ -50,14 +50,24 @@ def available_bytes(device: torch.device) -> int:
         return available
 
 
-def slab_bytes(caches: Sequence[LogitCache], rows: int) -> int:
-    """What so many rows of one view take in memory, of all caches together.
+def slab_bytes(caches: Sequence[LogitCache], rows: int, views: int = 1) -> int:
+    """What so many rows of so many views take in memory, of all caches together: the views share
+    where each sample lies and the labels.
 
     Counted with a rectification, whether one is used or not: the order of samples is then the same
     for every student of a cache.
     """
-    index = caches[0].num_samples * torch.int64.itemsize  # which sample lies where
-    return sum(rows * cache.row_bytes + index for cache in caches)
+    index = torch.int64.itemsize * (caches[0].num_samples + rows)
+    return sum(views * rows * cache.row_bytes + index for cache in caches)
+
+
+def resident_bytes(device: torch.device) -> int:
+    """How much the targets of all views may take and be kept. Views are read whole either way, so
+    that no result depends on it.
+    """
+    if device.type != "cuda":
+        return RESIDENT_BYTES
+    return max(RESIDENT_BYTES, available_bytes(device) // 4)
 
 
 @dataclass(frozen=True)
@@ -89,10 +99,10 @@ def plan_slabs(
     the budget is too small, or where none is given and half of the available memory is. An order
     of samples that depended on the machine would not be the seed's: nobody chooses silently.
     """
-    whole = slab_bytes(caches, caches[0].num_samples)
-    held = min(2 * at_once, num_views)
-    needed = held * whole
-    resident = num_views * whole <= min(RESIDENT_BYTES, budget or RESIDENT_BYTES)
+    samples_of_view, held = caches[0].num_samples, min(2 * at_once, num_views)
+    needed = slab_bytes(caches, samples_of_view, held)
+    every, most = slab_bytes(caches, samples_of_view, num_views), resident_bytes(device)
+    resident = every <= (most if budget is None else min(most, budget))
     if budget is None and needed > (half := available_bytes(device) // 2):
         raise ConfigError(
             f"the targets of {held} views take {in_words(needed)}, more than half of "
@@ -124,8 +134,8 @@ def _chunk_groups(
     def holds_a_batch(most: int) -> bool:  # a batch may lie across two groups, never three
         return groups(most).smallest(samples) > batch_size
 
-    per_chunk = chunk_rows * sum(c.row_bytes for c in caches)
-    most = (budget // 2 - slab_bytes(caches, 0)) // per_chunk
+    empty = slab_bytes(caches, 0)
+    most = (budget // 2 - empty) // (slab_bytes(caches, chunk_rows) - empty)
     if most >= 1 and holds_a_batch(most):
         return groups(most)
     chunks = next(filter(holds_a_batch, range(1, groups(1).num_chunks)), groups(1).num_chunks)

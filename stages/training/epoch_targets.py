@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.targets import SampleTargets, Targets
+from stages.cache.targets import SampleTargets, SharedTargets, Targets, ViewTargets
+from stages.device import Upload
 from stages.training.budget import SlabPlan
 from stages.training.ensemble import EnsembleTargets
 from stages.training.slabs import SlabReader
@@ -43,6 +44,7 @@ class TargetReader:
         self._caches, self._rectified, self._labels = caches, rectified, labels
         self._views, self._seed, self._groups, self._share = views, seed, plan.groups, plan.share
         self._students = students
+        self._upload, self._shared = Upload(labels.device), dict[int, SharedTargets]()
         self._slabs = SlabReader(self._read, self._parts_of, epochs, plan.resident)
 
     def views_of(self, epoch: int) -> tuple[int, ...]:
@@ -75,11 +77,17 @@ class TargetReader:
         return views[0] if len(views) == 1 else JoinedTargets(views)
 
     def _read_view(self, view: int, runs: list[slice] | None) -> Targets:
-        members = [
-            cache.read_view(view, self._rectified, runs).to(self._labels.device)
-            for cache in self._caches
-        ]
+        members = [self._read_member(which, view, runs) for which in range(len(self._caches))]
         return members[0] if len(members) == 1 else EnsembleTargets(members, self._labels)
+
+    def _read_member(self, which: int, view: int, runs: list[slice] | None) -> ViewTargets:
+        targets = self._caches[which].read_view(view, self._rectified, runs)
+        shared = self._shared.get(which) if runs is None else None
+        if shared is None:
+            shared = targets.shared.to(self._upload.device)
+            if runs is None:
+                self._shared[which] = shared
+        return targets.moved(self._upload, shared)
 
 
 @dataclass(frozen=True)

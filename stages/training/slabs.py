@@ -16,7 +16,7 @@ What = TypeVar("What")
 Slab = TypeVar("Slab")
 
 RESIDENT_BYTES = 2**30
-"""Slabs of all views are kept where they take no more than this together."""
+"""Slabs of all views are kept where they take no more than this together; on a GPU see `budget`."""
 
 
 class SlabReader(Generic[What, Slab]):

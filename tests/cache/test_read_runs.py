@@ -50,7 +50,8 @@ def test_only_these_rows_are_held(my_cache: LogitCache) -> None:
     assert sizes == {332}
     held = [*some.arrays.values(), some.labels, some.predictions, some.row_of]
     held += [some.rectified.label_logit, some.rectified.predicted_logit]
-    assert sum(t.untyped_storage().nbytes() for t in held) == 332 * my_cache.row_bytes + 8 * 1000
+    index = 8 * (332 + 1000)  # labels, and where each sample is
+    assert sum(t.untyped_storage().nbytes() for t in held) == 332 * my_cache.row_bytes + index
 
 
 @pytest.mark.parametrize("ask", ["rows", "wrong", "rectified_rows"])

@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+from torch import Tensor
 
 from stages.cache import LogitCache
+from stages.cache.encoding.klt import Klt
+from stages.cache.targets import ViewTargets
 from stages.errors import ConfigError
 from stages.training import budget
 from stages.training.budget import (
@@ -17,6 +21,8 @@ from stages.training.budget import (
     plan_slabs,
     slab_bytes,
 )
+from stages.training.epoch_targets import TargetReader
+from stages.training.slabs import RESIDENT_BYTES
 
 CPU = torch.device("cpu")
 
@@ -78,18 +84,56 @@ def plan(cache: LogitCache, wanted: int | None, views: int = 3, **changes: Any) 
 
 def test_slab_bytes_are_those_of_its_tensors(my_cache: LogitCache) -> None:
     targets = my_cache.read_view(0)
-    tensors = [*targets.arrays.values(), targets.predictions, targets.labels, targets.row_of]
-    held = sum(tensor.nbytes for tensor in tensors)
-    rectification = 1000 * 2 * 4  # counted whether it is used or not
-    assert slab_bytes([my_cache], 1000) == held + rectification
-    assert slab_bytes([my_cache] * 3, 1000) == 3 * (held + rectification)
+    of_view = sum(t.nbytes for t in [*targets.arrays.values(), targets.predictions])
+    of_view += 1000 * 2 * 4  # a rectification, counted whether it is used or not
+    of_all_views = targets.labels.nbytes + targets.row_of.nbytes
+    assert slab_bytes([my_cache], 1000) == of_view + of_all_views
+    assert slab_bytes([my_cache] * 3, 1000) == 3 * (of_view + of_all_views)
+    assert slab_bytes([my_cache], 1000, views=7) == 7 * of_view + of_all_views
+
+
+def test_views_share_labels_and_places_once_they_are_read(my_cache: LogitCache) -> None:
+    labels = torch.arange(1000)
+    views = [(view,) for view in range(3)]
+    slab_plan = SlabPlan(resident=True)
+    reader = TargetReader([my_cache], None, views, slab_plan, epochs=3, seed=0, labels=labels)
+    read = [reader.of_epoch(epoch) for epoch in range(3)]
+    tensors: list[Tensor] = []
+    for targets in read:
+        assert isinstance(targets, ViewTargets)
+        tensors += [*targets.arrays.values(), targets.predictions, targets.labels, targets.row_of]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    unused = 3 * 1000 * 2 * 4  # the rectification
+    assert sum(storages.values()) == slab_bytes([my_cache], 1000, views=3) - unused
+
+
+def test_all_views_of_cifar100_stay_resident(tmp_path: Path, my_cache: LogitCache) -> None:
+    """162 views of 50,000 rows of 100 classes in klt: codes, answers and a rectification."""
+    identity = my_cache.identity
+    names = tuple(f"class {n}" for n in range(100))
+    dataset = msgspec.structs.replace(identity.dataset, num_samples=50_000, class_names=names)
+    cache = LogitCache.create(
+        tmp_path / "c.zarr",
+        identity=msgspec.structs.replace(identity, dataset=dataset),
+        coding=Klt(torch.eye(100), torch.zeros(100), torch.ones(100)),
+        num_views=162,
+        dataset_index=torch.arange(50_000),
+        labels=torch.arange(50_000) % 100,
+        eval_labels=torch.arange(100),
+        pixel_probes=[],
+        provenance={},
+    )
+    assert cache.row_bytes == 100 + 4 + 8
+    settings = {"samples": torch.arange(50_000), "batch_size": 64}
+    assert plan(cache, None, views=162, **settings) == SlabPlan(None, resident=True)
+    assert slab_bytes([cache], 50_000, views=162) < RESIDENT_BYTES
 
 
 def test_plans_by_budget(my_cache: LogitCache) -> None:
-    whole = slab_bytes([my_cache], 1000)
-    assert plan(my_cache, None) == plan(my_cache, 3 * whole) == SlabPlan(None, resident=True)
-    assert plan(my_cache, 3 * whole - 1) == plan(my_cache, 2 * whole) == SlabPlan(None)
-    grouped = plan(my_cache, 2 * whole - 1)
+    two, three = (slab_bytes([my_cache], 1000, views) for views in (2, 3))
+    assert plan(my_cache, None) == plan(my_cache, three) == SlabPlan(None, resident=True)
+    assert plan(my_cache, three - 1) == plan(my_cache, two) == SlabPlan(None)
+    grouped = plan(my_cache, two - 1)
     assert grouped.groups is not None
     assert (grouped.groups.most, grouped.groups.num_chunks, grouped.resident) == (2, 3, False)
     two_chunks = 2 * slab_bytes([my_cache], 334)
@@ -105,10 +149,10 @@ def test_one_view_needs_no_room_for_a_second(my_cache: LogitCache) -> None:
 
 
 def test_two_views_at_once_need_four(my_cache: LogitCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = slab_bytes([my_cache], 1000)
-    monkeypatch.setattr(budget, "available_bytes", lambda device: 8 * whole)
+    four = slab_bytes([my_cache], 1000, views=4)
+    monkeypatch.setattr(budget, "available_bytes", lambda device: 2 * four)
     assert plan(my_cache, None, views=10, at_once=2).groups is None
-    monkeypatch.setattr(budget, "available_bytes", lambda device: 8 * whole - 2)
+    monkeypatch.setattr(budget, "available_bytes", lambda device: 2 * four - 2)
     assert plan(my_cache, None, views=2, at_once=2).groups is None
     with pytest.raises(ConfigError, match=r"targets of 4 views take .* more than half") as caught:
         plan(my_cache, None, views=10, at_once=2)
@@ -150,10 +194,10 @@ def test_held_out_samples_do_not_fill_a_group(my_cache: LogitCache) -> None:
 def test_nothing_is_chosen_silently_where_memory_is_short(
     my_cache: LogitCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = slab_bytes([my_cache], 1000)
-    monkeypatch.setattr(budget, "available_bytes", lambda device: 4 * whole)
+    two = slab_bytes([my_cache], 1000, views=2)
+    monkeypatch.setattr(budget, "available_bytes", lambda device: 2 * two)
     assert plan(my_cache, None).groups is None
-    monkeypatch.setattr(budget, "available_bytes", lambda device: 4 * whole - 2)
+    monkeypatch.setattr(budget, "available_bytes", lambda device: 2 * two - 2)
     with pytest.raises(ConfigError, match=r"targets of 2 views take .* more than half") as caught:
         plan(my_cache, None)
     word = caught.value.remedy.split()[2]
