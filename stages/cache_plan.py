@@ -1,30 +1,50 @@
 """How large and how long stage one would be, measured before anything is written."""
 
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
+from torch import Tensor
 
-from stages.cache.encoding import FIT_ROWS, Encoding, Measured, fit_encoding, measure_all
-from stages.cache.layout import block_grid
+from stages.cache import LogitCache
+from stages.cache.encoding import (
+    FIT_ROWS,
+    Encoding,
+    Measured,
+    compare,
+    fit_encoding,
+    measure_all,
+)
+from stages.cache.layout import BlockGrid, block_grid
 from stages.cache.location import location
 from stages.cache_job import CacheJob, check_finite, row_order, teacher_logits
 from stages.cache_teacher import missing_blocks, open_existing
+from stages.device import versions
 from stages.errors import CacheError
 
 MEASURED_SECONDS = 2.0
 MOST_SECONDS = 20.0
 """The teacher is measured on the rows that encodings are fitted to, or on what it does in this."""
+_WRITTEN = 2**23
+"""Logits that writing is timed on."""
+_CHECKED_ROWS = 4096
+"""Of each block: rows whose fidelity is measured while it is written."""
+_RECORD_BYTES, _OBJECT_BYTES = 370, 130
+"""Of a commit record: what it says of its block, and of each of the block's objects."""
 
 
 @dataclass(frozen=True)
 class CachePlan:
     """What a run would do. bytes are on disk; missing_* is what is not there already.
 
-    encodings: every encoding on real rows of this teacher. free_bytes: None where there
-    is no knowing, in an object store. samples_per_second: of one rank; hours: of all together.
+    encodings: every encoding on real rows of this teacher. bytes_per_view: of a row. free_bytes:
+    None where there is no knowing, in an object store. samples_per_second: of one rank, computed
+    and written; hours: of all together. fixed_*: of what does not grow with the views: documents,
+    labels, the test split; their seconds are those that are still to come.
     """
 
     samples: int
@@ -39,6 +59,8 @@ class CachePlan:
     device: str
     encodings: list[Measured]
     ranks: int = 1
+    fixed_bytes: float = 0.0
+    fixed_seconds: float = 0.0
 
     @property
     def missing_share(self) -> float:
@@ -46,16 +68,18 @@ class CachePlan:
 
     @property
     def total_bytes(self) -> float:
-        return self.bytes_per_view * self.samples * self.views
+        return self.bytes_per_view * self.samples * self.views + self.fixed_bytes
 
     @property
     def hours(self) -> float:
         longest_share = -(-self.missing_blocks // self.ranks) / self.blocks
-        return self.samples * self.views * longest_share / self.samples_per_second / 3600
+        seconds = self.samples * self.views * longest_share / self.samples_per_second
+        return (seconds + self.fixed_seconds) / 3600
 
     def check_fits(self, out: str | Path) -> None:
         """Raise CacheError if the disk is too small."""
-        needed = self.total_bytes * self.missing_share
+        fixed = self.fixed_bytes if self.missing_blocks == self.blocks else 0
+        needed = (self.total_bytes - self.fixed_bytes) * self.missing_share + fixed
         if self.free_bytes is not None and needed > self.free_bytes:
             raise CacheError(
                 f"{out} needs {needed / 1e6:,.1f} MB more, "
@@ -69,46 +93,137 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
 
     Raises CacheError if the encoding asked for does not hold the KL asked for.
     """
-    config, train = job.config, job.splits.train
-    feed = job.feed(train, job.policy)
-    order = row_order(job)
-    parts = order[: max(FIT_ROWS, config.batch_size)].split(config.batch_size)
-    teacher_logits(job, feed, parts[0], 0)  # warms up: allocations, kernels, workers
-    measured: list[torch.Tensor] = []
-    started, elapsed = time.perf_counter(), 0.0
-    while elapsed < MEASURED_SECONDS or (len(measured) < len(parts) and elapsed < MOST_SECONDS):
-        # .cpu() waits for the device
-        measured.append(teacher_logits(job, feed, parts[len(measured) % len(parts)], 0).cpu())
-        elapsed = time.perf_counter() - started
-    logits = torch.cat(measured[: len(parts)])[:FIT_ROWS]
+    config, train, order = job.config, job.splits.train, row_order(job)
+    # 1) the teacher, on the rows that encodings are fitted to
+    logits, computed_per_second = measured_teacher(job, order)
     check_finite(logits, order, "view 0")
     labels = train.labels[order[: len(logits)]]
 
+    # 2) the encodings, on its rows
     cache = open_existing(job, out)
+    started = time.perf_counter()
     if cache is not None:
         coding = cache.encoding
     else:
         coding = fit_encoding(config.encoding, logits, labels, config.max_kl)
+    fitted = time.perf_counter() - started
     coding.encode(logits, labels)  # raises where a logit is out of its range
     encodings = measure_all(logits, labels, config.max_kl, more=coding)
     chosen = next(m for m in encodings if m.coding is coding)
+
+    # 3) what a whole run is then
     grid = cache.grid if cache else block_grid(len(train), job.num_classes, config.block_rows)
+    write = _write_seconds(job, coding, logits, labels, grid)
+    # On a GPU blocks are written while others are computed; on CPUs both want the same cores.
+    compute = 1 / computed_per_second
+    per_row = compute + write if job.device.type == "cpu" else max(compute, write)
     blocks = config.views * grid.num_blocks
-    missing = len(missing_blocks(cache, config.views)) if cache else blocks
+    made_bytes, made_seconds = _made_empty(job, coding, order)
+    tested = len(job.splits.test) / computed_per_second
+    eval_there = cache is not None and cache.eval_commits.is_complete(0)
     return CachePlan(
         samples=len(train),
         views=config.views,
         blocks=blocks,
-        missing_blocks=missing,
+        missing_blocks=len(missing_blocks(cache, config.views)) if cache else blocks,
         encoding=coding.name,
         bytes_per_view=chosen.row_bytes,
         files=count_files(coding, config.views, grid.num_blocks),
-        samples_per_second=sum(map(len, measured)) / elapsed,
+        samples_per_second=1 / per_row,
         device=str(job.device),
         free_bytes=_free_bytes(out),
         encodings=encodings,
         ranks=job.ranks.world,
+        fixed_bytes=made_bytes
+        + len(job.splits.test) * _half_row_bytes(encodings, job.num_classes)
+        + blocks * (_RECORD_BYTES + _OBJECT_BYTES * (len(coding.arrays()) + 1)),
+        fixed_seconds=(0 if cache else made_seconds + fitted) + (0 if eval_there else tested),
     )
+
+
+# ---- details --------------------------------------------------------------------------------
+
+
+def measured_teacher(job: CacheJob, order: Tensor) -> tuple[Tensor, float]:
+    """Logits of the first rows of view 0, float32 (n, C), and how many rows a second there are.
+
+    Runs of batches grow: what workers feed shows its pace once several batches are under way.
+    """
+    batch, wanted = min(job.config.batch_size, len(order)), min(FIT_ROWS, len(order))
+    feed = job.feed(job.splits.train, job.policy)
+    teacher_logits(job, feed, order[:batch], 0)  # warms up: allocations, kernels, workers
+    kept: list[Tensor] = []
+    timed: list[tuple[int, float]] = []
+    done, run, began = 0, batch, time.perf_counter()
+    while (spent := time.perf_counter() - began) < MOST_SECONDS:
+        if done >= wanted and spent > MEASURED_SECONDS:
+            break
+        samples = order[torch.arange(done, done + run) % len(order)]
+        started = time.perf_counter()
+        logits = teacher_logits(job, feed, samples, 0).cpu()  # waits for the device
+        timed.append((run, time.perf_counter() - started))
+        if done < wanted:
+            kept.append(logits)
+        done, run = done + run, max(batch, min(2 * run, FIT_ROWS // batch * batch))
+    feed.close()
+    settled = timed[len(timed) // 2 :]
+    pace = sum(rows for rows, _ in settled) / sum(seconds for _, seconds in settled)
+    return torch.cat(kept)[:wanted], pace
+
+
+def _write_seconds(
+    job: CacheJob, coding: Encoding, logits: Tensor, labels: Tensor, grid: BlockGrid
+) -> float:
+    """What it takes to encode, check, write and commit a row: of a block that is thrown away."""
+    rows = min(len(logits), grid.block_rows, max(1, _WRITTEN // job.num_classes))
+    logits, labels = logits[:rows], labels[:rows]
+    with tempfile.TemporaryDirectory() as folder:
+        cache = _empty_cache(folder, job, coding, torch.arange(rows), labels, rows)
+        cache.write_block(0, 0, logits, logits.argmax(1), {})
+        started = time.perf_counter()
+        cache.write_block(0, 0, logits, logits.argmax(1), {})
+        written = time.perf_counter() - started
+    some = slice(_CHECKED_ROWS)
+    arrays = coding.encode(logits[some], labels[some])
+    started = time.perf_counter()
+    compare(coding, logits[some], arrays)
+    checked = time.perf_counter() - started  # as much in a block of more rows
+    return max(0.0, written - checked) / rows + checked / grid.block_rows
+
+
+def _made_empty(job: CacheJob, coding: Encoding, order: Tensor) -> tuple[int, float]:
+    """Bytes and seconds of the cache without any block: it is made, and thrown away."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        labels, block_rows = job.splits.train.labels, job.config.block_rows
+        _empty_cache(folder, job, coding, order, labels, block_rows)
+        files = [path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()]
+        return sum(files), time.perf_counter() - started
+
+
+def _empty_cache(
+    folder: str, job: CacheJob, coding: Encoding, order: Tensor, labels: Tensor, block_rows: int
+) -> LogitCache:
+    """A cache of some rows, in the form that the real one will have."""
+    dataset = msgspec.structs.replace(job.identity.dataset, num_samples=len(order))
+    return LogitCache.create(
+        folder,
+        msgspec.structs.replace(job.identity, dataset=dataset),
+        coding,
+        job.config.views,
+        order,
+        labels,
+        job.splits.test.labels,
+        pixel_probes=[2**32 - 1] * 256,
+        provenance={"config": msgspec.to_builtins(job.config), "versions": versions()},
+        block_rows=block_rows,
+    )
+
+
+def _half_row_bytes(encodings: list[Measured], num_classes: int) -> float:
+    """Of a row of the test split's logits, which are kept in half precision."""
+    halves = (m.row_bytes for m in encodings if m.coding.name == "float16")
+    return next(halves, 2.0 * num_classes)
 
 
 def count_files(coding: Encoding, views: int, blocks_per_view: int) -> int:

@@ -4,10 +4,13 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
+from torch import Tensor
 
 from stages import cache_plan
 from stages.cache import LogitCache
 from stages.cache.encoding import DEFAULT_MAX_KL, ENCODINGS
+from stages.cache_job import CacheJob, row_order, teacher_logits
 from stages.cache_plan import CachePlan, plan_cache
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
 from stages.errors import CacheError, IdentityError
@@ -53,15 +56,17 @@ def test_a_plan_foretells_what_is_written(
     assert plan.missing_share == 1
     assert plan.samples_per_second > 0
     assert plan.device == "cpu"
-    assert plan.hours == pytest.approx(
-        1000 * config.views / plan.samples_per_second / 3600, rel=1e-9
+    assert plan.fixed_seconds > 0  # fitting, making the store, the test split
+    assert plan.hours * 3600 == pytest.approx(
+        1000 * config.views / plan.samples_per_second + plan.fixed_seconds, rel=1e-9
     )
     cache_teacher(job, out)
-    files, _ = files_and_bytes(out)
+    files, everything = files_and_bytes(out)
     assert plan.files == files
+    assert plan.total_bytes == pytest.approx(everything, rel=0.1)
     blocks_of = [*LogitCache.open(out).encoding.arrays(), "prediction"]
     shards = sum(files_and_bytes(out / name / "c")[1] for name in blocks_of)
-    assert plan.total_bytes == pytest.approx(shards, rel=0.25)
+    assert plan.total_bytes - plan.fixed_bytes == pytest.approx(shards, rel=0.25)
 
 
 def test_a_plan_measures_every_encoding(
@@ -142,7 +147,7 @@ def test_bytes_are_those_of_the_whole_store_once_it_is_large(
 
     cache_teacher(job, tmp_path / "c.zarr")
 
-    assert plan.total_bytes == pytest.approx(files_and_bytes(tmp_path / "c.zarr")[1], rel=0.25)
+    assert plan.total_bytes == pytest.approx(files_and_bytes(tmp_path / "c.zarr")[1], rel=0.05)
 
 
 def test_a_plan_counts_what_is_missing(
@@ -155,6 +160,7 @@ def test_a_plan_counts_what_is_missing(
 
     assert (plan.blocks, plan.missing_blocks) == (15, 9)
     assert plan.missing_share == pytest.approx(9 / 15)
+    assert plan.fixed_seconds == 0  # the store is made, and the test split is there
     assert plan.hours == pytest.approx(3 * 1000 / plan.samples_per_second / 3600)
 
 
@@ -200,6 +206,13 @@ PLAN = CachePlan(
         pytest.param({"free_bytes": 100_000}, True, id="just-enough"),
         pytest.param({"free_bytes": 0}, False, id="full"),
         pytest.param({"free_bytes": 0, "missing_blocks": 0}, True, id="nothing-missing"),
+        pytest.param({"free_bytes": 100_000, "fixed_bytes": 10**6}, True, id="rest-is-there"),
+        pytest.param(
+            {"free_bytes": 499_999, "fixed_bytes": 10**5, "missing_blocks": 20}, False, id="all"
+        ),
+        pytest.param(
+            {"free_bytes": 500_000, "fixed_bytes": 10**5, "missing_blocks": 20}, True, id="new"
+        ),
     ],
 )
 def test_only_what_is_missing_must_fit(changes: dict[str, Any], fits: bool) -> None:
@@ -220,6 +233,37 @@ def test_a_finished_cache_needs_nothing(
 
     assert (plan.blocks, plan.missing_blocks, plan.hours) == (9, 0, 0)
     dataclasses.replace(plan, free_bytes=0).check_fits(finished_cache)
+
+
+def test_what_does_not_grow_with_the_views_takes_its_time_once() -> None:
+    plan = dataclasses.replace(PLAN, missing_blocks=20, ranks=4, fixed_seconds=7.0)
+
+    assert plan.hours * 3600 == pytest.approx(1000 * 10 / 4 / 100 + 7)
+
+
+def test_the_teacher_is_measured_on_the_rows_encodings_are_fitted_to(
+    cache_config: CacheConfig, digits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In runs that grow, each in whole batches; the rows that come back are the first ones."""
+    job = prepare(msgspec.structs.replace(cache_config, batch_size=64), digits)
+    order, runs = row_order(job), []
+
+    def spy(job: CacheJob, feed: Any, samples: Tensor, view: int) -> Tensor:
+        runs.append(samples.tolist())
+        return teacher_logits(job, feed, samples, view)
+
+    monkeypatch.setattr(cache_plan, "teacher_logits", spy)
+    logits, pace = cache_plan.measured_teacher(job, order)
+
+    assert pace > 0
+    warm_up, *timed = runs
+    assert warm_up == order[:64].tolist()
+    assert [len(run) for run in timed[:5]] == [64, 128, 256, 512, 1024]
+    asked = [sample for run in timed for sample in run]
+    assert asked[:1000] == order.tolist()
+    assert asked[1000:1984] == order.tolist()[:984]  # and round again
+    feed = job.feed(digits.train, job.policy)
+    torch.testing.assert_close(logits, teacher_logits(job, feed, order, 0))
 
 
 @pytest.mark.parametrize(
