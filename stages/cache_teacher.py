@@ -113,6 +113,7 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         def finish() -> CacheSummary:
             if ranks.world > 1:
                 _see(cache, missing)
+            cache.commits.check_all_objects()
             cache.write_fidelity()
             if not cache.eval_commits.is_complete(0):
                 _cache_test_split(job, cache, record)
@@ -162,8 +163,7 @@ def open_existing(job: CacheJob, out: str | Path) -> LogitCache | None:
 
 def missing_blocks(cache: LogitCache, views: int) -> list[tuple[int, int]]:
     """The (view, block) pairs of the first `views` views that are not committed, in order."""
-    every = ((v, b) for v in range(views) for b in range(cache.grid.num_blocks))
-    return [pair for pair in every if pair not in cache.commits.records]
+    return cache.commits.missing(range(views))
 
 
 # ---- details --------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def _see(cache: LogitCache, blocks: list[tuple[int, int]]) -> None:
     deadline = time.monotonic() + _SHOWN_SECONDS
     while True:
         cache.commits.reread()
-        hidden = [block for block in blocks if block not in cache.commits.records]
+        hidden = {*blocks} & {*cache.commits.missing({view for view, _ in blocks})}
         if not hidden:
             return
         if time.monotonic() > deadline:
@@ -223,10 +223,11 @@ def _see(cache: LogitCache, blocks: list[tuple[int, int]]) -> None:
 
 def _summary(cache: LogitCache, computed_blocks: int) -> CacheSummary:
     logits, labels = cache.eval_logits()
+    top1 = cache.top1_per_view
     return CacheSummary(
         computed_blocks=computed_blocks,
-        views=len(cache.complete_views),
-        train_top1=[cache.top1(view) for view in cache.complete_views],
+        views=len(top1),
+        train_top1=[*top1.values()],
         test_top1=float((logits.argmax(1) == labels).double().mean()),
     )
 

@@ -22,21 +22,23 @@ class, and the result depends on the logits' common offset.
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import dask
 import msgspec
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.cache import LogitCache
+from stages.cache.commits import Record
 from stages.cache.encoding import check_temperature
 from stages.cache.location import Location
 from stages.cache.lock import exclusive, half_written
 from stages.cache.rectified import Rectification, RectificationSettings
-from stages.cache.store import Block
 from stages.dask_client import existing_cluster
 from stages.errors import CacheError, ConfigError
 from stages.inputs.views import check_unmixed
@@ -49,6 +51,8 @@ Space = Literal["probability-T", "probability-1", "logit"]
 
 _NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9][\w.+-]*")
 """What can name a group of the store."""
+_PAIRS_AT_ONCE = 2**20
+"""Of confused classes, before equal ones are counted together."""
 
 
 class RectifyConfig(Settings, frozen=True):
@@ -118,10 +122,9 @@ def rectify(
         for leftover in half_written(cache.path):
             leftover.unlink()
         rectification = cache.create_rectification(name, config.settings)
-        blocks = [(v, b) for v in views for b in range(cache.grid.num_blocks)]
-        missing = [block for block in blocks if block not in rectification.commits.records]
-        if len(missing) < len(blocks):
-            reporter.say(f"{len(blocks) - len(missing)} blocks are there already")
+        missing = rectification.commits.missing(views)
+        if there := len(views) * cache.grid.num_blocks - len(missing):
+            reporter.say(f"{there} blocks are there already")
 
         # 2) one task a block
         run = _run_on_threads if config.scheduler is None else _run_on_cluster
@@ -132,10 +135,11 @@ def rectify(
 
         # 3) what came of it, from every block's record
         rectification = cache.rectification(name)  # reads the records afresh
-        for view in views:
-            rectification.commits.compact(view)
-        records = [record for _, record in sorted(rectification.commits.records.items())]
-        statistics = summarise(records, cache.identity.dataset.class_names)
+        rectification.commits.compact_rest()
+        tally = Tally(cache.num_classes)
+        for _, records in rectification.commits.each_view():
+            tally.add(records)
+        statistics = tally.summary(cache.identity.dataset.class_names)
         rectification.write_statistics(statistics)
     return statistics
 
@@ -218,22 +222,31 @@ def rectified_block(
         RectifyConfig,
     )
     temperature = 1.0 if settings.temperature_free else settings.temperature
-    rows = cache.read_block(view, block, temperature)
+    rows = cache.read_encoded_block(view, block)
     wrong = rows.predictions != rows.labels
-    label_logit, predicted_logit = torch.zeros(2, len(wrong))
     at = wrong.nonzero().squeeze(1)
-    logits = rows.logits[at]
-    new_label, new_predicted = replaced_logits(
-        logits, rows.labels[at], rows.predictions[at], config
-    )
+    labels, predictions = rows.labels[at], rows.predictions[at]
+    # Right rows stay what they are: only a materialised rectification has to know them.
+    whole = rows.logits(temperature) if settings.materialised else None
+    logits = rows.logits(temperature, at) if whole is None else whole[at]
+    new_label, new_predicted = replaced_logits(logits, labels, predictions, config)
+    label_logit, predicted_logit = torch.zeros(2, len(wrong))
     label_logit[at], predicted_logit[at] = new_label, new_predicted
-    rectified = logits.scatter(1, rows.labels[at, None], new_label[:, None])
-    rectified.scatter_(1, rows.predictions[at, None], new_predicted[:, None])
     arrays = {"wrong": wrong, "label_logit": label_logit, "predicted_logit": predicted_logit}
-    if settings.materialised:
-        whole = rows.logits.index_copy(0, at, rectified)
+    rectified = logits.scatter_(1, labels[:, None], new_label[:, None])
+    rectified.scatter_(1, predictions[:, None], new_predicted[:, None])
+    if whole is not None:
+        whole.index_copy_(0, at, rectified)
         arrays["log_distribution"] = torch.log_softmax(whole / temperature, dim=1)
-    return arrays, _block_statistics(rows, at, rectified)
+    pairs, counts = (labels * cache.num_classes + predictions).unique(return_counts=True)
+    confused = torch.stack([pairs // cache.num_classes, pairs % cache.num_classes, counts], dim=1)
+    statistics = {
+        "rows": len(wrong),
+        "wrong": len(at),
+        "label_is_argmax": int((rectified.argmax(1) == labels).sum()),
+        "confused": confused.tolist(),
+    }
+    return arrays, statistics
 
 
 def _rectify_block_at(path: Location, name: str, view: int, block: int) -> None:
@@ -242,41 +255,57 @@ def _rectify_block_at(path: Location, name: str, view: int, block: int) -> None:
     rectify_block(cache, cache.rectification(name), view, block)
 
 
-def _block_statistics(rows: Block, wrong: Tensor, rectified: Tensor) -> dict[str, Any]:
-    labels, predictions = rows.labels[wrong], rows.predictions[wrong]
-    pairs = Counter(zip(labels.tolist(), predictions.tolist(), strict=True))
-    return {
-        "rows": len(rows.labels),
-        "wrong": len(wrong),
-        "label_is_argmax": int((rectified.argmax(1) == labels).sum()),
-        "confused": [[*pair, count] for pair, count in sorted(pairs.items())],
-    }
+class Tally:
+    """Statistics over blocks, counted up view by view."""
 
+    def __init__(self, num_classes: int) -> None:
+        self._num_classes = num_classes
+        self._rows: Counter[int] = Counter()
+        self._wrong: Counter[int] = Counter()
+        self._repaired = 0
+        self._pairs = np.empty((2, 0), dtype=np.int64)  # label * C + predicted, and how often
+        self._to_merge: list[NDArray[np.int64]] = []
 
-def summarise(records: list[dict[str, Any]], class_names: Sequence[str]) -> dict[str, Any]:
-    """Statistics over blocks: accuracy per view, share repaired, the 20 most confused pairs."""
-    rows: Counter[int] = Counter()
-    wrong: Counter[int] = Counter()
-    confused: Counter[tuple[int, int]] = Counter()
-    repaired = 0
-    for record in records:
-        block = record["statistics"]
-        rows[record["view"]] += block["rows"]
-        wrong[record["view"]] += block["wrong"]
-        repaired += block["label_is_argmax"]
-        for label, predicted, count in block["confused"]:
-            confused[label, predicted] += count
-    total = sum(wrong.values())
-    return {
-        "wrong_rows": total,
-        "wrong_rate": total / sum(rows.values()),
-        "top1_per_view": [1 - wrong[view] / rows[view] for view in sorted(rows)],
-        "label_is_argmax": repaired / total if total else 1.0,
-        "most_confused": [
-            {"label": class_names[label], "predicted": class_names[predicted], "count": count}
-            for (label, predicted), count in confused.most_common(20)
-        ],
-    }
+    def add(self, records: Mapping[int, Record]) -> None:
+        """The records of one view's blocks."""
+        for _, record in sorted(records.items()):
+            block = record["statistics"]
+            self._rows[record["view"]] += block["rows"]
+            self._wrong[record["view"]] += block["wrong"]
+            self._repaired += block["label_is_argmax"]
+            label, predicted, count = np.array(block["confused"], np.int64).reshape(-1, 3).T
+            self._to_merge.append(np.stack([label * self._num_classes + predicted, count]))
+        if sum(pairs.shape[1] for pairs in self._to_merge) > _PAIRS_AT_ONCE:
+            self._merge()
+
+    def _merge(self) -> None:
+        """Every pair once, in the order in which they were first seen."""
+        pairs, counts = np.concatenate([self._pairs, *self._to_merge], axis=1)
+        unique, first, which = np.unique(pairs, return_index=True, return_inverse=True)
+        counted = np.zeros_like(unique)
+        np.add.at(counted, which, counts)
+        order = first.argsort()
+        self._pairs, self._to_merge = np.stack([unique, counted])[:, order], []
+
+    def summary(self, class_names: Sequence[str]) -> dict[str, Any]:
+        """Accuracy per view, share repaired, the 20 most confused pairs (the first seen first)."""
+        self._merge()
+        total = sum(self._wrong.values())
+        most = (-self._pairs[1]).argsort(kind="stable")[:20]
+        return {
+            "wrong_rows": total,
+            "wrong_rate": total / sum(self._rows.values()),
+            "top1_per_view": [1 - self._wrong[v] / self._rows[v] for v in sorted(self._rows)],
+            "label_is_argmax": self._repaired / total if total else 1.0,
+            "most_confused": [
+                {
+                    "label": class_names[pair // self._num_classes],
+                    "predicted": class_names[pair % self._num_classes],
+                    "count": count,
+                }
+                for pair, count in self._pairs[:, most].T.tolist()
+            ],
+        }
 
 
 # ---- running --------------------------------------------------------------------------------

@@ -145,8 +145,8 @@ def _mend_metadata(
     coding = _calibrated(where, attributes, job)
     group = open_group(where, writable=True)
     root.write_attributes(group, group.attrs.asdict())  # and their copy
-    committed = CommitLog(group.store, "logits", 1).readable()[0]
-    views = max(job.config.views, *(view + 1 for view, _ in committed), 1)
+    committed = (view for view, found, _ in CommitLog(group.store, "logits", 1).inspect() if found)
+    views = max(job.config.views, *(view + 1 for view in committed), 1)
     with TemporaryDirectory() as folder:
         reference = _reference(Path(folder) / "reference", identity, coding, job, views, attributes)
         settings = _rectification_settings(where)
@@ -212,10 +212,10 @@ def _rectification_settings(where: Location) -> dict[str, RectificationSettings]
     store = open_group(where).store
     found = {}
     for name in {*folders(store, "rectified"), *folders(store, "commits/rectified")}:
-        records, _ = CommitLog(store, f"rectified/{name}", 1).readable()
-        for record in records.values():
-            with contextlib.suppress(KeyError, msgspec.ValidationError):
-                found[name] = msgspec.convert(record["settings"], RectificationSettings)
+        for _, records, _ in CommitLog(store, f"rectified/{name}", 1).inspect():
+            for record in records.values():
+                with contextlib.suppress(KeyError, msgspec.ValidationError):
+                    found[name] = msgspec.convert(record["settings"], RectificationSettings)
         if name not in found and (settings := _settings_by_attributes(store, name)):
             found[name] = settings
     return found
@@ -264,13 +264,13 @@ def _forget(where: Location, faults: list[Fault]) -> dict[str, dict[str, Any]]:
             cache.commits.discard(fault.key)
     logs = {"logits": cache.commits, "eval": cache.eval_commits}
     logs |= {f"rectified/{n}": cache.rectification(n).commits for n in cache.rectifications}
-    views = {part: {view for view, _ in log.records} for part, log in logs.items()}
+    views = {part: log.views for part, log in logs.items()}
     for fault in faults:
         if fault.part is None:
             continue
         made_from = fault.part == "logits"
         for part, log in logs.items():
-            bad = (fault.view, fault.block) in log.records
+            bad = log.has(fault.view, fault.block)
             if bad and (part == fault.part or (made_from and part.startswith("rectified/"))):
                 log.forget(fault.view, fault.block)
     again = {}

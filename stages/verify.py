@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -20,7 +21,7 @@ from zarr.abc.store import Store
 
 from stages.cache import LogitCache, root
 from stages.cache.arrays import get_array, open_group, read_array
-from stages.cache.commits import CommitLog, Record, folders, read_object, unsealed
+from stages.cache.commits import CommitLog, Record, ViewRecords, folders, read_object, unsealed
 from stages.cache.create import all_arrays
 from stages.cache.documents import is_canonical
 from stages.cache.encoding import row_kl
@@ -30,7 +31,7 @@ from stages.cache.rectified import Rectification
 from stages.cache_teacher import CacheJob, teacher_logits
 from stages.errors import CacheError, IdentityError, UnansweredError
 from stages.inputs.datasets.dataset import digest
-from stages.rectify import RectifyConfig, rectified_block, summarise
+from stages.rectify import RectifyConfig, Tally, rectified_block
 from stages.reporting import Reporter, Silent
 from stages.training.setup import Splits
 from stages.training.student_checks import cached_policy, check_dataset
@@ -38,6 +39,8 @@ from stages.training.student_checks import cached_policy, check_dataset
 _NOISE = {"float32": 1e-4}
 """Mean KL at T=1 that a teacher may differ by from itself: other batches, other kernels."""
 _NOISE_HALF = 5e-3
+_VIEWS_AT_ONCE = 16
+"""Whose records are in memory, and whose blocks the threads share."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def verify(path: str | Location, reporter: Reporter | None = None, threads: int 
 
     faults = [*_document_faults(where), *_whole_array_faults(cache)]
     bad: set[tuple[int, int]] = set()
+    intact: dict[int, ViewRecords] = {}
     parts = [_logits_part(cache)]
     for name in _rectification_names(cache, faults):
         try:
@@ -100,13 +104,13 @@ def verify(path: str | Location, reporter: Reporter | None = None, threads: int 
             faults.append(Fault(f"rectified/{name}", error.cause))
     blocks = bytes_read = 0
     for part in parts:
-        checked = _checked(cache, part, reporter, threads)
+        checked = _checked(cache, part, intact, reporter, threads)
         blocks, bytes_read = blocks + checked.blocks, bytes_read + checked.bytes
         faults += checked.faults
         if part is parts[0]:
             bad.update((fault.view, fault.block) for fault in checked.faults)
-        if not checked.faults and not bad:
-            faults += part.whole(part.commits.records)
+        if checked.blocks and not checked.faults and not bad:
+            faults += part.whole()
     faults += _eval_faults(cache)
     return Verified(faults, blocks, bytes_read)
 
@@ -243,32 +247,72 @@ def _eval_faults(cache: LogitCache) -> list[Fault]:
 class _Part:
     """Logits, or one rectification: what its blocks should be.
 
-    consistent: what is wrong between a record and its arrays. missing, whole: what is wrong with
-    the records as a whole.
+    views: those that have to be complete, None for those that have any block. consistent: what is
+    wrong between a record and its arrays. count: takes the records of a view without faults; whole:
+    what is then wrong with all of them together.
     """
 
     commits: CommitLog
     folder: str
     specs: dict[str, ArraySpec]
+    views: range | None
     consistent: Callable[[int, int, Record], Iterator[str]]
-    missing: Callable[[dict[tuple[int, int], Record]], list[Fault]]
-    whole: Callable[[dict[tuple[int, int], Record]], list[Fault]]
+    count: Callable[[ViewRecords], object]
+    whole: Callable[[], list[Fault]]
 
 
-def _checked(cache: LogitCache, part: _Part, reporter: Reporter, threads: int) -> Verified:
-    """Every block of a part, several at a time."""
-    found, damaged = part.commits.readable()
-    part.commits.records = found  # damaged records are faults here, and no reason to stop
-    faults = [Fault(key, "the record is damaged", key=key) for key in damaged]
-    faults += part.missing(found)
-    size = 0
+def _checked(
+    cache: LogitCache,
+    part: _Part,
+    intact: dict[int, ViewRecords],
+    reporter: Reporter,
+    threads: int,
+) -> Verified:
+    """Every block of a part, several at a time; the records of a few views are in memory.
+
+    intact: what is left of the logits' records in views where some are damaged. They are faults
+    here, and no reason to stop.
+    """
+    files = part.commits.files()
+    total, blocks, size = len(files) * cache.grid.num_blocks, 0, 0
+    faults = [
+        fault
+        for view in part.views or ()
+        if view not in files
+        for fault in _missing(cache, part, view, {})
+    ]
+    inspected = part.commits.inspect(files)
     with ThreadPoolExecutor(threads) as pool:
-        blocks = pool.map(lambda item: _block_faults(cache, part, *item), found.items())
-        for done, (read, wrong) in enumerate(blocks, start=1):
-            size += read
-            faults += wrong
-            reporter.progress(f"verify {part.commits.part}", done, len(found), "blocks")
-    return Verified(faults, len(found), size)
+        while some := list(islice(inspected, _VIEWS_AT_ONCE)):
+            for view, found, damaged in some:
+                faults += [Fault(key, "the record is damaged", key=key) for key in damaged]
+                faults += _missing(cache, part, view, found)
+                if damaged and part.commits is cache.commits:
+                    intact[view] = found
+                part.commits.hold(view, found)
+                if view in intact:
+                    cache.commits.hold(view, intact[view])
+            where = [((view, block), r) for view, found, _ in some for block, r in found.items()]
+            for read, wrong in pool.map(lambda item: _block_faults(cache, part, *item), where):
+                size, blocks = size + read, blocks + 1
+                faults += wrong
+                reporter.progress(f"verify {part.commits.part}", blocks, total, "blocks")
+            if not faults:
+                for _, found, _ in some:
+                    part.count(found)
+    return Verified(faults, blocks, size)
+
+
+def _missing(cache: LogitCache, part: _Part, view: int, found: ViewRecords) -> list[Fault]:
+    """The blocks that should have a record and have none."""
+    if not (found if part.views is None else view in part.views):
+        return []
+    name = part.commits.part
+    return [
+        Fault(f"{name}, view {view}, block {block}", "is not there", name, view, block)
+        for block in range(cache.grid.num_blocks)
+        if block not in found
+    ]
 
 
 def _block_faults(
@@ -326,22 +370,15 @@ def _logits_part(cache: LogitCache) -> _Part:
         if int((rows.predictions == rows.labels).sum()) != record.get("right"):
             yield "its predictions are not those its record counted"
 
-    def missing(found: dict[tuple[int, int], Record]) -> list[Fault]:
-        every = ((v, b) for v in range(cache.num_views) for b in range(cache.grid.num_blocks))
-        return [
-            Fault(f"logits, view {v}, block {b}", "is not there", "logits", v, b)
-            for v, b in every
-            if (v, b) not in found
-        ]
-
-    def whole(found: dict[tuple[int, int], Record]) -> list[Fault]:
-        if found and cache.fidelity is None:
+    def whole() -> list[Fault]:
+        if cache.fidelity is None:
             return [Fault("fidelity", "is not declared: stage one has not finished")]
         return []
 
     all_specs = all_arrays(cache.num_classes, cache.encoding).items()
     specs = {name: spec for name, spec in all_specs if spec.by_block}
-    return _Part(cache.commits, "", specs, consistent, missing, whole)
+    views = range(cache.num_views)
+    return _Part(cache.commits, "", specs, views, consistent, lambda _: None, whole)
 
 
 def _rectified_part(
@@ -369,26 +406,20 @@ def _rectified_part(
             if not close:
                 yield f"{array} is not what the rows give"
 
-    def missing(found: dict[tuple[int, int], Record]) -> list[Fault]:
-        views = {view for view, _ in found}
-        every = ((v, b) for v in views for b in range(cache.grid.num_blocks))
-        return [
-            Fault(f"{name}, view {v}, block {b}", "is not there", name, v, b)
-            for v, b in every
-            if (v, b) not in found
-        ]
+    tally = Tally(cache.num_classes)
 
-    def whole(found: dict[tuple[int, int], Record]) -> list[Fault]:
-        records = [found[where] for where in sorted(found)]
-        if not records:
-            return []
-        summary = summarise(records, cache.identity.dataset.class_names)
+    def whole() -> list[Fault]:
+        summary = tally.summary(cache.identity.dataset.class_names)
         if _plain(rectification.statistics) != _plain(summary):
             return [Fault(name, "its statistics are not those of its blocks")]
         return []
 
+    def count(records: ViewRecords) -> None:
+        if not bad:  # else not all have been looked at
+            tally.add(records)
+
     specs = rectification.specs
-    return _Part(rectification.commits, f"{name}/", specs, consistent, missing, whole)
+    return _Part(rectification.commits, f"{name}/", specs, None, consistent, count, whole)
 
 
 def _rectification_names(cache: LogitCache, faults: list[Fault]) -> list[str]:

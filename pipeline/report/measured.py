@@ -163,9 +163,4 @@ def count_mistakes(cache: LogitCache, max_predictions: int = MAX_PREDICTIONS) ->
 
 def top1_per_view(cache: LogitCache) -> list[tuple[int, float]]:
     """(view, the teacher's accuracy on all of its rows), from the records of its blocks."""
-    found = []
-    for view in cache.complete_views:
-        records = [cache.commits.records[view, block] for block in range(cache.grid.num_blocks)]
-        right = sum(int(record["right"]) for record in records)
-        found.append((view, right / cache.num_samples))
-    return found
+    return list(cache.top1_per_view.items())

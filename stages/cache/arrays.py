@@ -1,6 +1,8 @@
 """Zarr, as this store uses it: groups, arrays by spec, reads that say what is damaged."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +96,35 @@ def read_array(group: zarr.Group, name: str, *where: int | slice) -> Tensor:
     return _values(get_array(group, name), *where)
 
 
+_PIECE_BYTES = 8 * 2**20
+"""Of decoded values that are asked of Zarr in one go."""
+
+
 def read_rows(group: zarr.Group, name: str, view: int, runs: Sequence[slice]) -> Tensor:
-    """Some runs of rows of one view, one after another, as `read_array` gives them; beside the
-    result only one run is in memory.
+    """Some runs of rows of one view, one after another, as `read_array` gives them.
+
+    Beside the result a few pieces are in memory: Zarr holds what it is asked for in one go three
+    times over. Much smaller pieces would be slower, as every request has its price.
     """
     array = get_array(group, name)
-    if len(runs) == 1:
-        return _values(array, view, runs[0])
     shape = (sum(run.stop - run.start for run in runs), *array.shape[2:])
     values = torch.empty(shape, dtype=held_dtype(array.dtype.name))
+    chunk_rows, row_bytes = int(array.chunks[1]), array.dtype.itemsize * math.prod(shape[1:])
+    chunks = max(1, _PIECE_BYTES // (chunk_rows * row_bytes))
     start = 0
     for run in runs:
-        part = _values(array, view, run)
-        values[start : start + len(part)] = part
-        start += len(part)
+        for piece in pieces(run, chunks * chunk_rows):
+            stop = start + piece.stop - piece.start
+            values[start:stop] = _values(array, view, piece)
+            start = stop
     return values
+
+
+def pieces(run: slice, rows: int) -> Iterator[slice]:
+    """A run of rows, cut at the multiples of `rows`."""
+    cuts = range((run.start // rows + 1) * rows, run.stop, rows)
+    for start, stop in pairwise([run.start, *cuts, run.stop]):
+        yield slice(start, stop)
 
 
 def held_dtype(stored: str) -> torch.dtype:

@@ -8,13 +8,16 @@ records and the sha256 of their text, so that a record cannot change unnoticed:
     commits/<part>/v00003.json          {"digest": ..., "records": [all of view 3, by block]}
 
 Compaction writes the second before it removes the first, so that a kill in between loses nothing;
-readers take the union.
+readers take the union. Only complete views are compacted, so that names say which views are
+complete: one listing opens a cache of any size, and a view's records are read when it is used.
 """
 
+import asyncio
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -25,13 +28,45 @@ from stages.cache.location import ask
 from stages.errors import CacheError
 
 Record = dict[str, Any]
-_KEY = re.compile(r"v(\d+)(?:/b(\d+))?\.json$")
+ViewRecords = dict[int, Record]
+"""The committed blocks of one view: block -> record."""
+_NUMBER = r"(\d{5}|[1-9]\d{5,})"
+_VIEW = re.compile(rf"v{_NUMBER}(\.json)?")
+_BLOCK = re.compile(rf"v{_NUMBER}/b{_NUMBER}\.json")
+_VIEWS_KEPT = 64
+"""Of so many views the records stay in memory, and so many files are asked for at once."""
 
 
 def read_object(store: Store, key: str) -> bytes | None:
     """An object's bytes, None if there is none."""
     value = ask(store, store.get(key, default_buffer_prototype()))
     return None if value is None else value.to_bytes()
+
+
+def read_objects(store: Store, keys: Sequence[str]) -> list[bytes | None]:
+    """The bytes of several objects, asked for at the same time; None where there is none."""
+    prototype = default_buffer_prototype()
+
+    async def read() -> list[bytes | None]:
+        values = await asyncio.gather(*(store.get(key, prototype) for key in keys))
+        return [None if value is None else value.to_bytes() for value in values]
+
+    return ask(store, read()) if keys else []
+
+
+def sizes_of(store: Store, keys: Sequence[str]) -> list[int]:
+    """The sizes of several objects in bytes, asked for at the same time; 0 where there is none."""
+
+    async def size(key: str) -> int:
+        try:
+            return await store.getsize(key)
+        except FileNotFoundError:
+            return 0
+
+    async def sizes() -> list[int]:
+        return await asyncio.gather(*map(size, keys))
+
+    return ask(store, sizes()) if keys else []
 
 
 def write_object(store: Store, key: str, content: bytes) -> None:
@@ -75,147 +110,259 @@ def described(content: bytes) -> dict[str, Any]:
 
 @dataclass
 class CommitLog:
-    """The records of one part of a cache: `logits`, or `rectified/<name>`."""
+    """The records of one part of a cache: `logits`, or `rectified/<name>`.
+
+    Which views there are is looked up once and kept up by `commit`; see `reread`. Whatever gives
+    the records of a view raises CacheError if a file of them is damaged.
+    """
 
     store: Store
     part: str
     num_blocks: int
+    _known: dict[int, ViewRecords] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def _prefix(self) -> str:
         return f"commits/{self.part}/"
 
     @cached_property
-    def records(self) -> dict[tuple[int, int], Record]:
-        """Every committed block, (view, block) -> record. Read once, kept up by `commit`.
+    def _listed(self) -> dict[int, bool]:
+        """The views that have a file or a folder, and whether they are compacted."""
+        listed: dict[int, bool] = {}
+        for name in folders(self.store, self._prefix.rstrip("/")):
+            if match := _VIEW.fullmatch(name):
+                view, compacted = int(match[1]), match[2] is not None
+                listed[view] = compacted or listed.get(view, False)
+        return listed
 
-        Raises CacheError if a file of records is damaged.
+    @property
+    def views(self) -> list[int]:
+        """The views of which blocks are committed, in order."""
+        return sorted(v for v, compacted in self._listed.items() if compacted or self.of_view(v))
+
+    def is_complete(self, view: int) -> bool:
+        """Whether all blocks of a view are committed. Of a compacted one nothing is read."""
+        if view in self._known or self._listed.get(view) is False:
+            return all(block in self.of_view(view) for block in range(self.num_blocks))
+        return view in self._listed
+
+    def missing(self, views: Iterable[int]) -> list[tuple[int, int]]:
+        """The (view, block) pairs of these views that are not committed, in order."""
+        incomplete = [view for view in views if not self.is_complete(view)]
+        there = {view: self.of_view(view) for view in incomplete if view in self._listed}
+        pairs = ((v, b) for v in incomplete for b in range(self.num_blocks))
+        return [(view, block) for view, block in pairs if block not in there.get(view, {})]
+
+    # ---- records ------------------------------------------------------------------------
+
+    def of_view(self, view: int) -> ViewRecords:
+        """The committed blocks of one view."""
+        if view not in self._known:
+            self.hold(view, self._read(view, read_object(self.store, self._view_key(view))))
+        return self._known[view]
+
+    def has(self, view: int, block: int) -> bool:
+        """Whether one block is committed."""
+        return block in self.of_view(view)
+
+    def hold(self, view: int, records: ViewRecords) -> None:
+        """Take these for the records of a view, until those of other views push them out."""
+        for oldest in list(self._known)[: 1 - _VIEWS_KEPT]:
+            self._known.pop(oldest, None)
+        self._known[view] = records
+
+    def each_view(self, views: Iterable[int] | None = None) -> Iterator[tuple[int, ViewRecords]]:
+        """The records of these views, None for all; those of a few views are in memory at once."""
+        wanted = self.views if views is None else list(views)
+        for start in range(0, len(wanted), _VIEWS_KEPT):
+            some = wanted[start : start + _VIEWS_KEPT]
+            contents = read_objects(self.store, [self._view_key(view) for view in some])
+            for view, content in zip(some, contents, strict=True):
+                known = self._known.get(view)
+                yield view, self._read(view, content) if known is None else known
+
+    @property
+    def records(self) -> dict[tuple[int, int], Record]:
+        """Every committed block, (view, block) -> record. All are in memory: see `each_view`."""
+        each = self.each_view()
+        return {(view, block): found[block] for view, found in each for block in sorted(found)}
+
+    def check_records(self, views: Iterable[int]) -> None:
+        """Raise CacheError if a file of records of these views is damaged."""
+        for _ in self.each_view(views):
+            pass
+
+    def files(self) -> dict[int, list[str]]:
+        """Every file of records there is: of each view that has one the keys of its blocks' files,
+        which are none where only the one of the whole view is left.
         """
-        records, damaged = self.readable()
+        blocks: dict[int, list[str]] = {}
+        for key in sorted(list_objects(self.store, self._prefix)):
+            name = key.removeprefix(self._prefix)
+            if match := _BLOCK.fullmatch(name):
+                blocks.setdefault(int(match[1]), []).append(key)
+            elif (match := _VIEW.fullmatch(name)) and match[2]:
+                blocks.setdefault(int(match[1]), [])
+        return dict(sorted(blocks.items()))
+
+    def inspect(
+        self, files: Mapping[int, list[str]] | None = None
+    ) -> Iterator[tuple[int, ViewRecords, list[str]]]:
+        """Of each view in `files` the records that are intact, and the keys of damaged files."""
+        for view, block_keys in (self.files() if files is None else files).items():
+            found, damaged = self._parsed(view, block_keys)
+            yield view, found, damaged
+
+    def readable(self) -> tuple[dict[tuple[int, int], Record], list[str]]:
+        """All of `inspect` in memory: the intact records, the keys of damaged files."""
+        found: dict[tuple[int, int], Record] = {}
+        damaged: list[str] = []
+        for view, intact, keys in self.inspect():
+            found |= {(view, block): record for block, record in intact.items()}
+            damaged += keys
+        return found, damaged
+
+    def _read(self, view: int, whole: bytes | None) -> ViewRecords:
+        """The records of a view; `whole` is what its one file holds, None if there is none."""
+        if whole is not None:
+            found, damaged = _unpacked(view, {self._view_key(view): whole})
+        else:
+            listed = list_objects(self.store, f"{self._folder(view)}/")
+            blocks = [key for key in listed if _BLOCK.fullmatch(key.removeprefix(self._prefix))]
+            found, damaged = self._parsed(view, blocks)
         if damaged:
             raise CacheError(
                 f"commit record {damaged[0]} is not readable",
                 "Run `pipeline verify --repair`: it computes those blocks again.",
             )
-        return records
+        return found
 
-    def readable(self) -> tuple[dict[tuple[int, int], Record], list[str]]:
-        """The records that are intact, and the keys of the files that are not."""
-        found: dict[tuple[int, int], Record] = {}
-        damaged: list[str] = []
-        # Longer keys first: a view compacted meanwhile is then found under its one file.
-        for key in sorted(list_objects(self.store, self._prefix), key=len, reverse=True):
-            match = _KEY.fullmatch(key.removeprefix(self._prefix))
-            content = None if match is None else read_object(self.store, key)
-            if content is None:  # not ours, or compacted since it was listed
-                continue
-            try:
-                for record in unsealed(content):
-                    found[int(record["view"]), int(record["block"])] = record
-            except (TypeError, KeyError, ValueError):
-                damaged.append(key)
-        return found, damaged
+    def _parsed(self, view: int, block_keys: list[str]) -> tuple[ViewRecords, list[str]]:
+        """The records in these files and in the view's one file; the keys that are damaged."""
+        contents = dict(zip(block_keys, read_objects(self.store, block_keys), strict=True))
+        # Last: a view compacted meanwhile is then found under its one file.
+        contents[self._view_key(view)] = read_object(self.store, self._view_key(view))
+        return _unpacked(view, contents)
+
+    def reread(self) -> None:
+        """Look at the store when records are next asked for: others have written as well."""
+        self.__dict__.pop("_listed", None)
+        self._known.clear()
+
+    # ---- changes ------------------------------------------------------------------------
+
+    def commit(self, view: int, block: int, record: Record) -> None:
+        """Make a block exist. Its objects must lie in the store already."""
+        record = {"view": view, "block": block, **record}
+        write_object(self.store, self._block_key(view, block), seal_records([record]))
+        if "_listed" in self.__dict__:
+            self._listed.setdefault(view, False)
+        if (known := self._known.get(view)) is not None:
+            known[block] = record
+
+    def compact(self, view: int) -> None:
+        """One file for all records of a complete view. Only for the part's single writer."""
+        if not self.is_complete(view):
+            return
+        whole = [self.of_view(view)[block] for block in range(self.num_blocks)]
+        write_object(self.store, self._view_key(view), seal_records(whole))
+        ask(self.store, self.store.delete_dir(self._folder(view)))
+        self._listed[view] = True
+
+    def compact_rest(self) -> None:
+        """Compact the views that a killed writer had completed and not compacted."""
+        for name in folders(self.store, self._prefix.rstrip("/")):
+            if (match := _VIEW.fullmatch(name)) and not match[2]:
+                self.compact(int(match[1]))
+
+    def forget(self, view: int, block: int) -> None:
+        """Unmake a block, so that its stage computes it again. Only for the single writer."""
+        found = self.of_view(view)
+        left = {b: r for b, r in found.items() if b != block and b < self.num_blocks}
+        for other, record in left.items():  # a file a block again, before that of the view goes
+            write_object(self.store, self._block_key(view, other), seal_records([record]))
+        ask(self.store, self.store.delete(self._view_key(view)))
+        ask(self.store, self.store.delete(self._block_key(view, block)))
+        self._listed[view] = False
+        self.hold(view, left)
 
     def discard(self, key: str) -> None:
         """Remove a damaged file of records: its blocks are then not there."""
         ask(self.store, self.store.delete(key))
         self.reread()
 
-    def reread(self) -> None:
-        """Look at the store when records are next asked for: others have written as well."""
-        self.__dict__.pop("records", None)
+    def clear(self) -> None:
+        """Forget every record, of a part that is made anew."""
+        ask(self.store, self.store.delete_dir(self._prefix.rstrip("/")))
+        self.reread()
 
-    def has(self, view: int, block: int) -> bool:
-        """Whether one block is committed, without reading all records."""
-        if "records" in self.__dict__:
-            return (view, block) in self.records
-        keys = (self._block_key(view, block), self._view_key(view))
-        return any(ask(self.store, self.store.exists(key)) for key in keys)
-
-    def commit(self, view: int, block: int, record: Record) -> None:
-        """Make a block exist. Its objects must lie in the store already."""
-        record = {"view": view, "block": block, **record}
-        write_object(self.store, self._block_key(view, block), seal_records([record]))
-        if "records" in self.__dict__:
-            self.records[view, block] = record
-
-    def is_complete(self, view: int) -> bool:
-        return all((view, block) in self.records for block in range(self.num_blocks))
-
-    def compact(self, view: int) -> None:
-        """One file for all records of a complete view. Only for the part's single writer."""
-        if not self.is_complete(view):
-            return
-        whole = [self.records[view, block] for block in range(self.num_blocks)]
-        write_object(self.store, self._view_key(view), seal_records(whole))
-        ask(self.store, self.store.delete_dir(f"{self._prefix}v{view:05d}"))
-
-    def compact_rest(self) -> None:
-        """Compact the views that a killed writer had completed and not compacted."""
-        for name in folders(self.store, self._prefix.rstrip("/")):
-            if re.fullmatch(r"v\d+", name):
-                self.compact(int(name[1:]))
+    # ---- objects ------------------------------------------------------------------------
 
     def check_objects(self, view: int, block: int | None = None) -> None:
         """Raise CacheError if an object of a committed view (or of one block of it) is missing or
         of another size: Zarr would give zeros for a missing one.
         """
         blocks = range(self.num_blocks) if block is None else [block]
-        for key_block in blocks:
-            for key, size in self._sizes(view, key_block).items():
-                try:
-                    found = ask(self.store, self.store.getsize(key))
-                except FileNotFoundError:
-                    found = 0
-                if found != size:
-                    raise CacheError(
-                        f"{self.store}: object {key} has {found} bytes, not {size}",
-                        "Run `pipeline verify --repair`: it computes that block again.",
-                    )
+        self._check_objects(view, self.of_view(view), blocks)
 
-    def _sizes(self, view: int, block: int) -> dict[str, int]:
-        """The objects of a committed block and their sizes."""
-        try:
-            objects = self.records[view, block]["objects"]
-            return {key: described["bytes"] for key, described in objects.items()}
-        except (AttributeError, KeyError, TypeError) as error:
-            raise CacheError(
-                f"the commit record of block {block} of view {view} is not readable: {error!r}",
-                "Run `pipeline verify --repair`: it computes that block again.",
-            ) from error
+    def check_all_objects(self) -> None:
+        """As `check_objects`, of every committed block."""
+        for view, records in self.each_view():
+            self._check_objects(view, records, sorted(records))
 
-    def forget(self, view: int, block: int) -> None:
-        """Unmake a block, so that its stage computes it again. Only for the single writer."""
-        left = [
-            self.records[view, b]
-            for b in range(self.num_blocks)
-            if b != block and (view, b) in self.records
-        ]
-        for record in left:  # one file a block again, before the file of the view goes
-            write_object(self.store, self._block_key(view, record["block"]), seal_records([record]))
-        ask(self.store, self.store.delete(self._view_key(view)))
-        ask(self.store, self.store.delete(self._block_key(view, block)))
-        self.records.pop((view, block), None)
-
-    def clear(self) -> None:
-        """Forget every record, of a part that is made anew."""
-        ask(self.store, self.store.delete_dir(self._prefix.rstrip("/")))
-        self.reread()
-
-    def _view_key(self, view: int) -> str:
-        return f"{self._prefix}v{view:05d}.json"
-
-    def _block_key(self, view: int, block: int) -> str:
-        return f"{self._prefix}v{view:05d}/b{block:05d}.json"
+    def _check_objects(self, view: int, records: ViewRecords, blocks: Sequence[int]) -> None:
+        sizes = {k: size for block in blocks for k, size in _sizes(view, block, records).items()}
+        found = sizes_of(self.store, list(sizes))
+        for (key, size), there in zip(sizes.items(), found, strict=True):
+            if there != size:
+                raise CacheError(
+                    f"{self.store}: object {key} has {there} bytes, not {size}",
+                    "Run `pipeline verify --repair`: it computes that block again.",
+                )
 
     def bytes_of_view(self, view: int) -> int:
         """Size of the committed objects of a view."""
-        return sum(
-            int(described["bytes"])
-            for (v, _), record in self.records.items()
-            if v == view
-            for described in record["objects"].values()
-        )
+        records = self.of_view(view).values()
+        return sum(int(d["bytes"]) for record in records for d in record["objects"].values())
+
+    def _folder(self, view: int) -> str:
+        return f"{self._prefix}v{view:05d}"
+
+    def _view_key(self, view: int) -> str:
+        return f"{self._folder(view)}.json"
+
+    def _block_key(self, view: int, block: int) -> str:
+        return f"{self._folder(view)}/b{block:05d}.json"
+
+
+def _unpacked(view: int, files: Mapping[str, bytes | None]) -> tuple[ViewRecords, list[str]]:
+    """The records of a view in some files, later ones first; the keys of those that are damaged."""
+    found: ViewRecords = {}
+    damaged: list[str] = []
+    for key, content in files.items():
+        if content is None:  # compacted, or removed, since it was listed
+            continue
+        try:
+            records = {int(record["block"]): record for record in unsealed(content)}
+            if any(int(record["view"]) != view for record in records.values()):
+                raise ValueError("these are the records of another view")
+        except (TypeError, KeyError, ValueError):
+            damaged.append(key)
+        else:
+            found |= records
+    return found, damaged
+
+
+def _sizes(view: int, block: int, records: ViewRecords) -> dict[str, int]:
+    """The objects of a committed block and their sizes."""
+    try:
+        objects = records[block]["objects"]
+        return {key: described["bytes"] for key, described in objects.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CacheError(
+            f"the commit record of block {block} of view {view} is not readable: {error!r}",
+            "Run `pipeline verify --repair`: it computes that block again.",
+        ) from error
 
 
 _SEALED = re.compile(rb'\{"digest":"([0-9a-f]{64})","records":(\[.*\])\}', re.DOTALL)

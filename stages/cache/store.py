@@ -51,6 +51,24 @@ class Block:
     predictions: Tensor
 
 
+@dataclass(frozen=True)
+class EncodedBlock:
+    """As `Block`, still encoded. arrays: what the encoding stored, each (n, ...)."""
+
+    encoding: Encoding
+    arrays: Mapping[str, Tensor]
+    labels: Tensor
+    predictions: Tensor
+
+    def logits(self, temperature: float, rows: Tensor | None = None) -> Tensor:
+        """float32 (m, C), decoded as `Encoding.decode` says. rows: int64 (m,), None for all.
+
+        A row decoded among others may differ in its last bit: matrix products round as they like.
+        """
+        some = {n: x if rows is None else x[rows] for n, x in self.arrays.items()}
+        return self.encoding.decode(some, temperature)
+
+
 _CHECKED_ROWS = 4096
 """Of each block: rows that its fidelity is measured on. Rows are in random order."""
 _MAX_SATURATED = 0.01
@@ -149,12 +167,15 @@ class LogitCache:
 
     @property
     def complete_views(self) -> list[int]:
-        """Raises CacheError where views are committed for which the arrays have no room."""
+        """In order; by name, so that a damaged record shows when its view is read.
+
+        Raises CacheError where views are committed for which the arrays have no room.
+        """
         self._check_room()
         return [v for v in range(self.num_views) if self.commits.is_complete(v)]
 
     def _check_room(self) -> None:
-        last = max((view for view, _ in self.commits.records), default=-1)
+        last = max(self.commits.views, default=-1)
         if last >= self.num_views:
             raise CacheError(
                 f"{self.path}: view {last} is committed, the arrays have {self.num_views}",
@@ -214,6 +235,14 @@ class LogitCache:
         """The teacher's accuracy on a complete view, in [0, 1]."""
         return float((self.predictions(view) == self.row_labels).double().mean())
 
+    @property
+    def top1_per_view(self) -> dict[int, float]:
+        """As `top1`, of every complete view; from the records of its blocks, without any array."""
+        return {
+            view: sum(int(record["right"]) for record in records.values()) / self.num_samples
+            for view, records in self.commits.each_view(self.complete_views)
+        }
+
     def predictions(self, view: int, rows: slice | None = None) -> Tensor:
         """int64 (n,): the teacher's argmax on a complete view, taken before any encoding; of a run
         of rows, None for all.
@@ -270,6 +299,11 @@ class LogitCache:
 
         Raises CacheError if it is not committed.
         """
+        encoded = self.read_encoded_block(view, block)
+        return Block(encoded.logits(temperature), encoded.labels, encoded.predictions)
+
+    def read_encoded_block(self, view: int, block: int) -> EncodedBlock:
+        """As `read_block`, for what needs only some of the rows."""
         if not self.commits.has(view, block):
             raise CacheError(
                 f"{self.path}: block {block} of view {view} is not there",
@@ -277,8 +311,9 @@ class LogitCache:
             )
         self.commits.check_objects(view, block)
         rows = self.grid.rows(block)
-        return Block(
-            self.encoding.decode(self._encoded(view, rows), temperature),
+        return EncodedBlock(
+            self.encoding,
+            self._encoded(view, rows),
             self.row_labels[rows],
             self._predictions(view, rows),
         )
@@ -317,7 +352,10 @@ class LogitCache:
         if not 0 <= view < self.num_views:
             raise CacheError(f"{self.path} has views 0 to {self.num_views - 1}, not {view}")
         self._check_room()
-        if not (self.commits.is_complete(view) and commits.is_complete(view)):
+        needed = (self.commits, commits)
+        for log in needed:  # so that records decide what is complete, and not a name
+            log.of_view(view)
+        if not all(log.is_complete(view) for log in needed):
             complete = sum(commits.is_complete(v) for v in range(self.num_views))
             stage = "cache-teacher" if commits is self.commits else "rectify"
             raise CacheError(
@@ -366,8 +404,11 @@ class LogitCache:
 
     def write_fidelity(self) -> None:
         """Put the fidelity of all committed blocks together among the root attributes."""
-        records = [record for _, record in sorted(self.commits.records.items())]
-        parts = [msgspec.convert(record["fidelity"], Fidelity) for record in records]
+        parts = [
+            msgspec.convert(records[block]["fidelity"], Fidelity)
+            for _, records in self.commits.each_view()
+            for block in sorted(records)
+        ]
         if (fidelity := combined(parts)) != self.fidelity:
             self.fidelity = fidelity
             known = self._group.attrs.asdict()

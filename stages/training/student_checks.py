@@ -220,11 +220,11 @@ def usable_views(cache: LogitCache, config: StudentConfig) -> list[int]:
     if not 0 < count <= cache.num_views:
         raise ConfigError(f"{config.views} views were asked for, the cache has {cache.num_views}")
     wanted = range(count)
-    complete = set(cache.complete_views)
+    complete, logs = set(cache.complete_views), [cache.commits]
     stage = "cache-teacher"
     if config.bias.rectified is not None:
-        commits = cache.rectification(config.bias.rectified).commits
-        rectified = {v for v in complete if commits.is_complete(v)}
+        logs.append(cache.rectification(config.bias.rectified).commits)
+        rectified = {v for v in complete if logs[-1].is_complete(v)}
         stage = "cache-teacher" if rectified == complete else "rectify"
         complete = rectified
     if not complete.issuperset(wanted):
@@ -235,6 +235,8 @@ def usable_views(cache: LogitCache, config: StudentConfig) -> list[int]:
             + (" rectified" if stage == "rectify" else ""),
             f"Run `pipeline {stage}` again to finish it{offer}.",
         )
+    for log in logs:  # complete by name: a damaged record of a view shows now, not at its epoch
+        log.check_records(wanted)
     return list(wanted)
 
 
