@@ -32,7 +32,7 @@ from pipeline.bench.teacher import teacher_figures
 from pipeline.bench.training import Bench, student_figures
 from pipeline.console import Console
 from stages.device import choose_device
-from stages.errors import PipelineError
+from stages.errors import CacheError, ConfigError, ViewError
 from stages.training.config import Dtype
 
 PARTS = ("students", "teacher", "reading", "rectify", "views", "sweep", "gpu", "help")
@@ -54,7 +54,7 @@ class Suite:
     @property
     def sweep(self) -> tuple[int, int]:
         """How many students, and the epochs of each."""
-        return (2, 1) if self.quick else (8, 5)
+        return (2, 1) if self.quick else (8, 3)
 
 
 @click.command()
@@ -68,7 +68,7 @@ class Suite:
 @click.option("--dtype", default="bfloat16", show_default=True, help="Of 32-pixel models.")
 @click.option("--batch-size", default=128, show_default=True)
 @click.option("--turns", default=3, show_default=True)
-@click.option("--seconds", default=4.0, show_default=True, help="Longer epochs are cut short.")
+@click.option("--seconds", default=8.0, show_default=True, help="Longer epochs are cut short.")
 @click.option("--threads", default=0, help="CPU threads; torch's choice if 0.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only these.")
 @click.option("--quick", is_flag=True, help="Digits alone, one turn: a smoke run.")
@@ -141,7 +141,7 @@ def run_suite(suite: Suite, parts: Sequence[str], out: str | None) -> Report:
             console.say(f"{time.perf_counter() - started:6.0f} s  {part}  {of}")
             try:
                 report.add(*(named(of, measure()) if of else measure()))
-            except PipelineError as error:
+            except (CacheError, ConfigError, ViewError) as error:
                 report.missing.append(f"{of}, {part}: {error.cause}")
     console.say(f"{time.perf_counter() - started:6.0f} s  done")
     report.missing += _missing(suite)
@@ -161,7 +161,8 @@ _Case = tuple[str, str, Callable[[], cases.Figures]]
 
 def _cases(suite: Suite, parts: Sequence[str], folder: Path) -> Iterator[_Case]:
     """Every case of these parts, world by world. What does not depend on models is measured on the
-    last world; a sweep, which takes long, on the first.
+    last world, what only a GPU shows on the first and the last; a sweep, which takes long, on the
+    first.
     """
     splits, turns = worlds.load(suite.plans), suite.turns
     for number, plan in enumerate(suite.plans):
@@ -169,28 +170,22 @@ def _cases(suite: Suite, parts: Sequence[str], folder: Path) -> Iterator[_Case]:
         here.mkdir()
         world = worlds.make_world(plan, splits[plan.dataset], here, suite.device)
         bench = Bench(here, world.splits, turns, suite.seconds)
-        of_all = {
-            "teacher": partial(teacher_figures, world.job.config, world.splits, here, turns),
-            "gpu": partial(accelerator_figures, world, bench),
+        by_part: dict[str, Callable[[], cases.Figures]] = {
+            "teacher": partial(teacher_figures, world.job.config, world.splits, here, turns)
         }
-        of_last = {
-            "reading": partial(cases.reading, world, here, turns),
-            "rectify": partial(cases.rectifying, world, here, turns),
-            "views": partial(cases.views, world, turns),
-        }
-        of_first = {"sweep": partial(cases.sweep, world, here, turns, *suite.sweep)}
+        if number == len(suite.plans) - 1:
+            by_part["reading"] = partial(cases.reading, world, here, turns)
+            by_part["rectify"] = partial(cases.rectifying, world, here, turns)
+            by_part["views"] = partial(cases.views, world, turns)
+        if number == 0:
+            by_part["sweep"] = partial(cases.sweep, world, here, turns, *suite.sweep)
+        if suite.accelerated and number in (0, len(suite.plans) - 1):
+            by_part["gpu"] = partial(accelerator_figures, world, bench)
         if "students" in parts:
             for name in plan.students:
                 measure = partial(student_figures, bench, world.student(name), world.job)
                 yield "students", f"{plan.name} -> {name}", measure
-        for chosen, wanted in (
-            (of_all, True),
-            (of_last, number == len(suite.plans) - 1),
-            (of_first, number == 0),
-        ):
-            for part, measure in chosen.items():
-                if wanted and part in parts and (part != "gpu" or suite.accelerated):
-                    yield part, plan.name, measure
+        yield from ((part, plan.name, by_part[part]) for part in parts if part in by_part)
     if "help" in parts:
         yield "help", "", partial(cases.answering, turns)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pipeline.bench.measure import Figure, Ratio, Report
 from pipeline.console import Console
 
-RATIO_COLUMNS = ("what", "ratio", "spread", "ours / yardstick", "turns", "target", "of what")
+RATIO_COLUMNS = ("what", "ratio", "spread", "seconds of both", "turns", "target", "of what")
 FIGURE_COLUMNS = ("what", "value", "target", "of what")
 
 
@@ -37,7 +37,7 @@ def figure_row(figure: Figure) -> tuple[str, ...]:
 
 
 def number(value: float) -> str:
-    """Four digits, for people: 1.017, 21.31, 40.5k is 40,500."""
+    """Few digits, for people: 0.0012, 1.017, 21.3, 40,500."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}" if abs(value) < 1e-2 else f"{value:.3f}" if value < 10 else f"{value:.1f}"

@@ -1,23 +1,23 @@
 """Students from the cache, on hard labels alone, and beside a teacher that runs on every batch.
 
-Every epoch is one of the trainer's own, stopped after it and gone on with, as a run that was
-interrupted is; its seconds are those that metrics.jsonl has: training, without evaluation.
+All of them in the same turns, epoch by epoch (`epochs.py`).
 """
 
 import itertools
-import math
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import torch
 from torch import Tensor
 
-from pipeline.bench.measure import Figure, Ratio, in_turns
+from pipeline.bench.epochs import TimedStudent
+from pipeline.bench.measure import Figure, Ratio, in_turns, steadily
 from pipeline.bench.teacher import TimedForward, forward
+from stages.cache import LogitCache
 from stages.cache_job import CacheJob
+from stages.device import choose_device
 from stages.errors import ConfigError
 from stages.inputs.feed import Batch, ViewFeed
 from stages.objectives.losses import mixed_ce
@@ -27,70 +27,12 @@ from stages.training.assemble import Destination, Planned, make_trainer
 from stages.training.config import LossSettings
 from stages.training.objective import Objective, resolved
 from stages.training.setup import Splits
-from stages.training.trainer import Trainer, view_order
+from stages.training.trainer import view_order
 
 CACHED_TARGET, ONLINE_TARGET, WAITING_TARGET = 1.02, 0.95, 0.01
+WAITING = "spent waiting for targets"
 MANY_EPOCHS = 10_000
 """More than are ever measured: targets are read ahead, and the schedule stays where it is."""
-_TRIED_BATCHES, _EVALUATED = 10, 256
-_LEAST_SECONDS = 1.0
-"""Of one measurement: shorter epochs are done several at a time."""
-
-
-class TimedStudent:
-    """Students of one stream, mostly one, that train for an epoch whenever they are called, and
-    answer with its seconds; of short epochs for several, and with the mean.
-
-    Where an epoch takes more than `most_seconds` it shows only some of the samples, and the answer
-    is what all of them would take: waiting for targets, once an epoch, is not scaled. Such an epoch
-    reads its targets whole all the same, so that it makes the cache look slower than it is.
-    """
-
-    def __init__(self, trainer: Trainer, most_seconds: float) -> None:
-        self._trainer, self._all, self._epochs = trainer, trainer.samples, 1
-        self.waits: list[float] = []
-        for learner in trainer.learners:
-            learner.evaluations = {
-                name: replace(each, samples=each.samples[:_EVALUATED])
-                for name, each in learner.evaluations.items()
-            }
-        batch = trainer.settings.batch_size
-        trainer.samples = self._all[: _TRIED_BATCHES * batch]
-        self()  # kernels are chosen, the first targets are read
-        tried = statistics.median(self() for _ in range(2))
-        batches = max(1, int(most_seconds / tried * len(self._all) / batch))
-        trainer.samples = self._all[: batches * batch]
-        expected = tried * len(trainer.samples) / len(self._all)
-        self._epochs = max(1, math.ceil(min(_LEAST_SECONDS, most_seconds) / expected))
-        self.waits.clear()
-
-    @property
-    def feed(self) -> ViewFeed:
-        """The images that it is shown."""
-        return self._trainer.feeds[0]
-
-    @property
-    def shown(self) -> str:
-        """Which part of an epoch is measured, for a note."""
-        some, every = len(self._trainer.samples), len(self._all)
-        return f"{every:,} samples" if some == every else f"{some:,} of {every:,} samples, scaled"
-
-    @property
-    def waiting(self) -> float:
-        """The share of an epoch that went into waiting for targets: median over the epochs."""
-        return statistics.median(self.waits)
-
-    def __call__(self) -> float:
-        trainer = self._trainer
-        epochs = trainer.learners[0].position.epoch + self._epochs
-        trainer.settings = msgspec.structs.replace(trainer.settings, epochs=epochs)
-        trainer.fit_all()
-        lines = [line for each in trainer.learners for line in each.history[-self._epochs :]]
-        waited = sum(line.get("wait_seconds", 0.0) for line in lines)
-        computed = sum(line["seconds"] for line in lines) - waited
-        seconds = computed * len(self._all) / len(trainer.samples) + waited
-        self.waits.append(waited / seconds)
-        return float(seconds) / self._epochs
 
 
 class OnlineTask:
@@ -139,7 +81,20 @@ class Bench:
         return self.folder / f"run-{next(self._runs)}"
 
     def student(self, config: StudentConfig) -> TimedStudent:
-        """A student of a cache."""
+        """A student of a cache. Where its epochs are cut, each of them would read a whole slab for
+        a part of its rows: it stays with one view then, and the reading of a slab is added to the
+        answer as if nothing were read ahead, the worst that it can be.
+        """
+        timed = self._timed(config)
+        if not timed.cut or config.loss.name == "ce":
+            return timed
+        timed = self._timed(msgspec.structs.replace(config, views=1))
+        cache, device = LogitCache.open(config.cache), choose_device(config.device)
+        view = cache.complete_views[0]
+        timed.added = steadily(lambda: cache.read_view(view).to(device), device)()
+        return timed
+
+    def _timed(self, config: StudentConfig) -> TimedStudent:
         trainer = student_trainer(longer(config), self.run(), splits=self.splits)
         return TimedStudent(trainer, self.most_seconds)
 
@@ -211,11 +166,11 @@ def student_figures(
             note=note,
         ),
         Figure(
-            name="share of a cached epoch spent waiting for targets",
-            value=cached.waiting,
+            name=f"share of a cached epoch {'that reading takes' if cached.cut else WAITING}",
+            value=cached.added / min(times["cached"]) if cached.cut else cached.waiting,
             unit="",
             target=WAITING_TARGET,
-            note=note,
+            note=f"{note}; at most, if nothing is read ahead" if cached.cut else note,
         ),
     ]
     if job is not None:

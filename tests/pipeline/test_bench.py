@@ -25,12 +25,13 @@ from benchmarks.baselines import (
 from benchmarks.suite import Suite, run_suite
 from benchmarks.table import README, tables, write_table
 from benchmarks.worlds import Plan
-from pipeline.bench import teacher, training
+from pipeline.bench import epochs, teacher
 from pipeline.bench.command import bench_cache
+from pipeline.bench.epochs import TimedStudent
 from pipeline.bench.excerpt import excerpt
 from pipeline.bench.measure import Figure, Ratio, Report, in_turns
 from pipeline.bench.rectifying import plain_pass, plainly_decoded
-from pipeline.bench.training import OnlineTask, TimedStudent
+from pipeline.bench.training import OnlineTask
 from pipeline.cli import cli
 from pipeline.console import Console
 from stages.cache import LogitCache
@@ -60,7 +61,7 @@ def hundred_classes() -> np.ndarray[Any, np.dtype[np.float32]]:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing depends on how long things are measured."""
     monkeypatch.setattr(teacher, "_LEAST_SECONDS", 0.01)
-    monkeypatch.setattr(training, "_TRIED_BATCHES", 1)
+    monkeypatch.setattr(epochs, "_TRIED_BATCHES", 1)
 
 
 # ---- pipeline bench -------------------------------------------------------------------------
@@ -201,7 +202,9 @@ def test_a_cut_epoch_is_scaled_without_its_waiting(most_seconds: float) -> None:
     assert student() == pytest.approx(1.5)
     assert student.waiting == pytest.approx(1 / 3)
     assert (len(trainer.samples) < 1_000) == (most_seconds < 1.5)
-    assert ("scaled" in student.shown) == (most_seconds < 1.5)
+    assert ("scaled" in student.shown) == student.cut == (most_seconds < 1.5)
+    student.added = 0.25
+    assert student() == pytest.approx(1.75)
 
 
 def test_the_online_student_learns_what_the_cached_one_does(
