@@ -137,13 +137,17 @@ def run_suite(suite: Suite, parts: Sequence[str], out: str | None) -> Report:
     device, console, started = choose_device(suite.device), Console(), time.perf_counter()
     report = new_report({**msgspec.to_builtins(suite), "parts": list(parts)}, device)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        for part, of, measure in _cases(suite, parts, Path(folder)):
+
+        def say(part: str, of: str) -> None:
             console.say(f"{time.perf_counter() - started:6.0f} s  {part}  {of}")
+
+        for part, of, measure in _cases(suite, parts, Path(folder), say):
+            say(part, of)
             try:
                 report.add(*(named(of, measure()) if of else measure()))
             except (CacheError, ConfigError, ViewError) as error:
                 report.missing.append(f"{of}, {part}: {error.cause}")
-    console.say(f"{time.perf_counter() - started:6.0f} s  done")
+        say("done", "")
     report.missing += _missing(suite)
     show_report(console, "benchmarks", report)
     if out is not None:
@@ -159,7 +163,9 @@ _Case = tuple[str, str, Callable[[], cases.Figures]]
 """Which part, of what, and what measures it."""
 
 
-def _cases(suite: Suite, parts: Sequence[str], folder: Path) -> Iterator[_Case]:
+def _cases(
+    suite: Suite, parts: Sequence[str], folder: Path, say: Callable[[str, str], None]
+) -> Iterator[_Case]:
     """Every case of these parts, world by world. What does not depend on models is measured on the
     last world, what only a GPU shows on the first and the last; a sweep, which takes long, on the
     first.
@@ -168,6 +174,7 @@ def _cases(suite: Suite, parts: Sequence[str], folder: Path) -> Iterator[_Case]:
     for number, plan in enumerate(suite.plans):
         here = folder / f"world-{number}"
         here.mkdir()
+        say("teacher and cache for", plan.name)
         world = worlds.make_world(plan, splits[plan.dataset], here, suite.device)
         bench = Bench(here, world.splits, turns, suite.seconds)
         by_part: dict[str, Callable[[], cases.Figures]] = {

@@ -18,7 +18,7 @@ from stages.training.config import (
 )
 from stages.training.setup import Splits, load_data
 
-VIEWS = 4
+VIEWS = 3
 SYNTHETIC = "benchmarks.synthetic:images"
 
 

@@ -20,7 +20,7 @@ from stages.training.config import Dtype
 from stages.training.setup import Splits
 
 PASS_TARGET = 1.05
-_FORWARD_BATCHES = 20
+_FORWARD_BATCHES, _WARM_BATCHES = 20, 4
 _LEAST_SECONDS = 1.0
 """A pass over so small a data set that it takes less appends several views at once."""
 
@@ -59,9 +59,15 @@ def teacher_figures(
     Raises ConfigError where the view policy has too few views to append any.
     """
     job, out = prepare(config, splits), folder / "passes.zarr"
-    feed, order = job.feed(splits.train, job.policy), row_order(prepare(config, splits))
-    logits = teacher_logits(job, feed, order, 0)  # warms up
-    taken = seconds(lambda: teacher_logits(job, feed, order, 0), job.device)
+    feed, order = job.feed(splits.train, job.policy), row_order(job)
+    teacher_logits(job, feed, order[: _WARM_BATCHES * config.batch_size], 0)  # warms up
+    logits = torch.empty(0)
+
+    def first() -> None:
+        nonlocal logits
+        logits = teacher_logits(job, feed, order, 0)
+
+    taken = seconds(first, job.device)
     most = math.inf if job.policy.count is None else (job.policy.count - 1) // (turns + 1)
     if most < 1:
         raise ConfigError(f"'{config.augment}' has too few views to append some in every turn")

@@ -4,6 +4,7 @@ All of them in the same turns, epoch by epoch (`epochs.py`).
 """
 
 import itertools
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +173,17 @@ def student_figures(
             target=WAITING_TARGET,
             note=f"{note}; at most, if nothing is read ahead" if cached.cut else note,
         ),
+    ]
+    speeds = {"cached": "cached student", "teacher": "teacher, forward alone"}
+    found += [
+        Figure(
+            name=f"{what}, training images",
+            value=len(bench.splits.train) / statistics.median(times[which]),
+            unit="images/s",
+            note=note,
+        )
+        for which, what in speeds.items()
+        if which in times
     ]
     if job is not None:
         found += _against_online(times, f"teacher {job.model.architecture}, {config.train.dtype}")
