@@ -23,7 +23,15 @@ from stages.cache import LogitCache, arrays
 from stages.cache.documents import sealed
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
 from stages.errors import CacheError, ConfigError
-from stages.rectify import Method, RectifyConfig, Space, rectify, rectify_rows, replaced_logits
+from stages.rectify import (
+    Method,
+    RectifyConfig,
+    Space,
+    Tally,
+    rectify,
+    rectify_rows,
+    replaced_logits,
+)
 from stages.training.setup import Splits
 
 METHODS: tuple[Method, ...] = ("pairwise", "swap", "blend")
@@ -427,6 +435,38 @@ def test_statistics_are_the_plain_counts(side_by_side: Path, name: str) -> None:
     assert counts == sorted(pairs.values(), reverse=True)[:20]
 
 
+blocks_of_pairs = st.lists(
+    st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 3)), st.integers(1, 4)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(blocks_of_pairs, st.integers(0, 5))
+def test_confused_pairs_are_counted_as_a_counter_does(
+    blocks: list[dict[tuple[int, int], int]], at_once: int
+) -> None:
+    """Two blocks a view; pairs that are as frequent come in the order in which they were seen."""
+    tally, counter = Tally(4), Counter[tuple[int, int]]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.rectify._PAIRS_AT_ONCE", at_once)
+        for number, pairs in enumerate(blocks):
+            confused = [[*pair, count] for pair, count in sorted(pairs.items())]
+            wrong = sum(pairs.values())
+            known = {"rows": 100, "wrong": wrong, "label_is_argmax": 0, "confused": confused}
+            tally.add({number % 2: {"view": number // 2, "statistics": known}})
+            for label, predicted, count in confused:
+                counter[label, predicted] += count
+        found = tally.summary("abcd")
+
+    assert found["most_confused"] == [
+        {"label": "abcd"[label], "predicted": "abcd"[predicted], "count": count}
+        for (label, predicted), count in counter.most_common(20)
+    ]
+    assert found["wrong_rows"] == sum(counter.values())
+    assert len(found["top1_per_view"]) == (len(blocks) + 1) // 2
+
+
 def test_rectify_returns_the_statistics_it_keeps(side_by_side: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in side_by_side.rglob("c/**/*")}
 
@@ -541,6 +581,8 @@ def test_views_that_are_appended_are_rectified_by_running_again(
 ) -> None:
     rectify(cache_copy, RectifyConfig())
     before = numbers(cache_copy, "rectified/pairwise-T4")
+    records = list((cache_copy / "commits/rectified/pairwise-T4").glob("*.json"))
+    written = {path: path.stat().st_mtime_ns for path in records}
     config = msgspec.structs.replace(cache_config, views=4)
 
     cache_teacher(prepare(config, digits), cache_copy)
@@ -552,6 +594,8 @@ def test_views_that_are_appended_are_rectified_by_running_again(
     assert all(np.array_equal(after[name][:3], before[name]) for name in before)
     assert np.array_equal(after["wrong"][3], root["prediction"][3] != root["label"])
     assert len(statistics["top1_per_view"]) == 4
+    assert len(written) == 3
+    assert {path: path.stat().st_mtime_ns for path in records} == written  # none written again
 
 
 def test_a_failing_block_keeps_what_was_done(

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from damage import flip
 from helpers import DIGITS, Words, first, same_weights, weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ from stages.training.config import (
 )
 from stages.training.setup import Splits, held_out, load_data
 from stages.training.student import CachedTask
+from stages.training.student_checks import check_students
 
 SAMPLES, VIEWS, CACHE_BATCH = 400, 6, 90
 POLICY = "pad-crop:pad=2"
@@ -663,6 +665,19 @@ def test_an_incomplete_rectification_offers_what_it_has(
         train_student(student_config(my_cache, bias=bias), tmp_path / "run", splits=my_world.splits)
     assert "pipeline rectify" in refused.value.remedy
     assert "--views 2" in refused.value.remedy
+
+
+@pytest.mark.parametrize("part", ["logits", "rectified/pairwise-T4"])
+def test_a_damaged_record_of_a_view_is_told_before_the_first_step(
+    my_cache: Path, part: str
+) -> None:
+    """Whichever epoch the view comes in; and not where it is not used."""
+    flip(my_cache / "commits" / part / "v00005.json")
+    cache = LogitCache.open(my_cache)
+    with pytest.raises(CacheError, match=rf"commits/{part}/v00005\.json is not readable"):
+        check_students([student_config(my_cache, bias=RECTIFY)], cache)
+    checked = check_students([student_config(my_cache, bias=RECTIFY, views=5)], cache)
+    assert [*checked.views] == [0, 1, 2, 3, 4]
 
 
 @pytest.fixture(scope="module")

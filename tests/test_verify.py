@@ -17,6 +17,7 @@ from damage import (
     edit_attributes,
     edit_record,
     everything,
+    flip,
     flipped,
     harmed,
     refused_or_true,
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from zarr.storage import LocalStore
 
 from stages.cache import LogitCache
-from stages.cache.commits import described
+from stages.cache.commits import described, seal_records, unsealed
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
 from stages.errors import CacheError, IdentityError
 from stages.inputs.datasets import ImageDataset
@@ -253,6 +254,25 @@ def test_a_record_of_a_block_outside_the_arrays_is_found(
     faults = verify(small_copy).faults
 
     assert [fault.what for fault in faults] == (["is outside the arrays"] if min(at) >= 0 else [])
+
+
+def test_a_damaged_record_says_nothing_of_its_neighbours(small_copy: Path) -> None:
+    """Of a view that is not compacted: what was made from its other blocks is in order."""
+    folder = small_copy / "commits/logits"
+    records = unsealed((folder / "v00000.json").read_bytes())
+    (folder / "v00000.json").unlink()
+    for block, record in enumerate(records):
+        file = folder / f"v00000/b{block:05d}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(seal_records([record]))
+    flip(folder / "v00000/b00001.json")
+
+    faults = verify(small_copy).faults
+
+    assert [(f.where, f.what) for f in faults] == [
+        ("commits/logits/v00000/b00001.json", "the record is damaged"),
+        ("logits, view 0, block 1", "is not there"),
+    ]
 
 
 def test_missing_blocks_are_named(small_copy: Path) -> None:

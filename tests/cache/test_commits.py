@@ -326,3 +326,98 @@ def test_records_are_plain_json(tmp_path: Path) -> None:
     assert document["records"] == [{"view": 0, "block": 0, "objects": {"x": {"bytes": 0}}}]
     text = json.dumps(document["records"], sort_keys=True, separators=(",", ":"))
     assert document["digest"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---- what is read, and when ------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The keys of all objects that are read."""
+    keys: list[str] = []
+    get = LocalStore.get
+
+    async def seen(store: LocalStore, key: str, *more: Any, **named: Any) -> Any:
+        keys.append(key.removeprefix("commits/logits/"))
+        return await get(store, key, *more, **named)
+
+    monkeypatch.setattr(LocalStore, "get", seen)
+    return keys
+
+
+def test_names_alone_say_which_views_are_complete(tmp_path: Path, asked: list[str]) -> None:
+    commit(tmp_path, *((view, block) for view in range(5) for block in range(BLOCKS)), (7, 1))
+    for view in range(5):
+        log(tmp_path).compact(view)
+    asked.clear()
+
+    ours = log(tmp_path)
+    assert [view for view in range(9) if ours.is_complete(view)] == [0, 1, 2, 3, 4]
+    assert ours.views == [0, 1, 2, 3, 4, 7]
+    assert ours.missing([3, 7, 8]) == [(7, 0), (7, 2), (8, 0), (8, 1), (8, 2)]
+    assert {key for key in asked if key != "v00007.json"} == {"v00007/b00001.json"}
+
+    asked.clear()
+    assert sorted(ours.of_view(3)) == [0, 1, 2]
+    assert ours.has(3, 2)
+    assert asked == ["v00003.json"]
+
+
+def test_a_damaged_record_concerns_its_view_alone(tmp_path: Path) -> None:
+    commit(tmp_path, *((view, block) for view in range(3) for block in range(BLOCKS)))
+    for view in range(3):
+        log(tmp_path).compact(view)
+    (tmp_path / "commits/logits/v00001.json").write_bytes(b"{")
+
+    ours = log(tmp_path)
+    assert ours.bytes_of_view(2) == 20 + 21 + 22
+    ours.check_records([0, 2])
+    for touch in (ours.of_view, ours.bytes_of_view, lambda view: ours.check_records([0, view])):
+        with pytest.raises(CacheError, match=r"logits/v00001\.json is not readable"):
+            touch(1)
+
+
+def test_records_of_another_view_are_not_taken_for_this_one(tmp_path: Path) -> None:
+    commit(tmp_path, *((view, block) for view in range(2) for block in range(BLOCKS)))
+    for view in range(2):
+        log(tmp_path).compact(view)
+    folder = tmp_path / "commits" / "logits"
+    shutil.copy(folder / "v00000.json", folder / "v00001.json")
+
+    with pytest.raises(CacheError, match=r"logits/v00001\.json is not readable"):
+        log(tmp_path).of_view(1)
+    records, damaged = log(tmp_path).readable()
+    assert set(records) == {(0, 0), (0, 1), (0, 2)}
+    assert damaged == ["commits/logits/v00001.json"]
+
+
+def test_names_that_are_nearly_those_of_views_are_ignored(tmp_path: Path) -> None:
+    folder = tmp_path / "commits" / "logits"
+    folder.mkdir(parents=True)
+    for name in ("v0.json", "v000000.json", "v00000.json.bak", "w00000.json"):
+        (folder / name).write_bytes(WHOLE)
+    (folder / "v00001").mkdir()  # what a killed writer leaves
+
+    ours = log(tmp_path)
+    assert ours.views == []
+    assert not ours.is_complete(0)
+    assert ours.records == {}
+    assert ours.readable() == ({}, [])
+
+
+def test_records_of_more_views_than_are_kept_in_memory(tmp_path: Path) -> None:
+    views = range(2 * commits._VIEWS_KEPT + 1)
+    for view in views:
+        write_object(
+            LocalStore(tmp_path),
+            f"commits/logits/v{view:05d}.json",
+            seal_records([{"view": view, "block": block} for block in range(BLOCKS)]),
+        )
+    ours = log(tmp_path)
+
+    expected = {view: {b: {"view": view, "block": b} for b in range(BLOCKS)} for view in views}
+    assert dict(ours.each_view()) == expected
+    for _ in range(2):
+        assert {view: ours.of_view(view) for view in views} == expected
+    assert len(ours._known) <= commits._VIEWS_KEPT
+    assert [view for view, _ in ours.each_view([70, 0, 99])] == [70, 0, 99]

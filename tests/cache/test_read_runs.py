@@ -3,11 +3,12 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from stages.cache import LogitCache
+from stages.cache import LogitCache, arrays
 from stages.errors import CacheError
 from stages.rectify import RectifyConfig, rectify
 
@@ -40,6 +41,29 @@ def test_the_same_answers(my_cache: LogitCache, runs: Sequence[slice], view: int
     assert torch.equal(some.rows(samples), whole.rows(samples))
     assert torch.equal(some.wrong(samples), whole.wrong(samples))
     assert torch.equal(some.rectified_rows(samples), whole.rectified_rows(samples))
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("runs", CASES.values(), ids=CASES)
+def test_views_are_read_in_pieces(
+    my_cache: LogitCache, monkeypatch: pytest.MonkeyPatch, runs: Sequence[slice], chunks: int
+) -> None:
+    """Pieces of one chunk, of two, and as here a whole view in one go."""
+    array = my_cache.group["prediction"]
+    expected = torch.cat([torch.from_numpy(array[1, run].astype("int32")) for run in runs])  # type: ignore[index, union-attr]
+    asked: list[slice] = []
+
+    def values(array: Any, view: int, piece: slice) -> torch.Tensor:
+        asked.append(piece)
+        return whole(array, view, piece)
+
+    whole = arrays._values
+    monkeypatch.setattr(arrays, "_values", values)
+    monkeypatch.setattr(arrays, "_PIECE_BYTES", chunks * 334 * 2)
+
+    assert torch.equal(arrays.read_rows(my_cache.group, "prediction", 1, runs), expected)
+    assert max(piece.stop - piece.start for piece in asked) <= chunks * 334
+    assert all(piece.start % 334 == 0 or piece.start in {r.start for r in runs} for piece in asked)
 
 
 def test_only_these_rows_are_held(my_cache: LogitCache) -> None:

@@ -93,6 +93,7 @@ def test_everything_comes_back_in_dataset_order(path: Path) -> None:
         ]
         share = sum(int(logits[i].argmax()) == int(LABELS[i]) for i in range(ROWS)) / ROWS
         assert cache.top1(view) == pytest.approx(share)
+        assert cache.top1_per_view[view] == cache.top1(view)
         for temperature in (1.0, 4.0):
             torch.testing.assert_close(
                 cache.distribution(view, temperature=temperature),
