@@ -27,13 +27,12 @@ def ratio_row(ratio: Ratio) -> tuple[str, ...]:
 
 def figure_row(figure: Figure) -> tuple[str, ...]:
     """A figure without a unit is a share."""
-    met = None if figure.target is None else figure.value <= figure.target
-    percent = "" if figure.unit else "%"
-    shown = _shown(figure.value, figure.unit)
-    target = _target(figure.target and figure.target * (100 if percent else 1), met) + (
-        f" {percent or figure.unit}" if figure.target is not None else ""
-    )
-    return (figure.name, shown, target, figure.note)
+    if figure.unit:
+        shown, bound = f"{number(figure.value)} {figure.unit}", figure.target
+    else:
+        shown, bound = f"{figure.value:.2%}", figure.target and figure.target * 100
+    met = figure.target is None or figure.value <= figure.target
+    return (figure.name, shown, _target(bound, met, unit=figure.unit or "%"), figure.note)
 
 
 def number(value: float) -> str:
@@ -43,14 +42,11 @@ def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1e-2 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
-def _shown(value: float, unit: str) -> str:
-    return f"{number(value)} {unit}" if unit else f"{value:.2%}"
-
-
-def _target(target: float | None, met: bool | None, at_least: bool = False) -> str:
+def _target(target: float | None, met: bool | None, at_least: bool = False, unit: str = "") -> str:
     if target is None:
         return ""
-    return f"{'>=' if at_least else '<='} {target:g}{'' if met else ' (missed)'}"
+    bound = f"{'>=' if at_least else '<='} {target:g} {unit}".rstrip()
+    return bound if met else f"{bound} (missed)"
 
 
 def machine_text(report: Report) -> str:

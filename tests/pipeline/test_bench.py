@@ -347,6 +347,8 @@ def test_the_table_is_what_the_results_say(tmp_path: Path) -> None:
         Ratio(name="a / b", ours=(2.0, 3.0, 9.0), yardstick=(2.0, 2.0, 3.0), target=1.02),
         Ratio(name="c / d", ours=(2.0,), yardstick=(1.0,), target=0.95, at_least=True),
         Figure(name="waiting", value=0.004, unit="", target=0.01),
+        Figure(name="help", value=0.5, unit="s", target=0.3),
+        Figure(name="speed", value=40_500.2, unit="rows/s"),
     )
     report.missing.append("the abacus has no GPU")
     report.write(tmp_path / "cpu.json")
@@ -360,6 +362,8 @@ def test_the_table_is_what_the_results_say(tmp_path: Path) -> None:
         assert "| a / b | 1.500 | 1.000 to 3.000 | 3.000 / 2.000 | 3 | <= 1.02 (missed) |" in text
         assert "| c / d | 2.000 | 2.000 to 2.000 | 2.000 / 1.000 | 1 | >= 0.95 |" in text
         assert "| waiting | 0.40% | <= 1 % |" in text
+        assert "| help | 0.500 s | <= 0.3 s (missed) |" in text
+        assert "| speed | 40,500 rows/s |  |" in text
         assert "cpu Abacus 9" in text
         assert "- the abacus has no GPU" in text
         assert "7.77" not in text
