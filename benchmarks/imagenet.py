@@ -2,12 +2,13 @@
 
     python benchmarks/imagenet.py --work DIR                  all 1,281,167 rows: about 10 minutes
     python benchmarks/imagenet.py --work DIR --rows 100000    a quick one
+    python benchmarks/imagenet.py --work DIR --rows 20000 --classes 21841      ImageNet-21k's rows
 
-1,000 classes, logits and images synthetic (`imagenet_data.py`), in `klt` and in `topk`. Each step
-runs in a process of its own, timed, and its peak of memory is what that process took beyond what
-it held with its libraries and images loaded. No step may take more than --bound (3 GiB). The plan
-for 300 views at the end is arithmetic on what was measured, and --teacher images a second, which
-is yours to give. DIR needs 2 GB; what is written there is removed at the end.
+Logits and images are synthetic (`imagenet_data.py`), stored as `klt` and as `topk`; above 4,096
+classes as `topk` alone. Each step runs in a process of its own, timed, and its peak of memory is
+what that process took beyond what it held with its libraries and images loaded. No step may take
+more than --bound (3 GiB). The plan for 300 views at the end is arithmetic on what was measured, and
+--teacher images a second, which is yours to give. DIR needs 2 GB and is removed at the end.
 """
 
 import shutil
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -40,24 +41,32 @@ from stages.cache.encoding import (
 from stages.cache.layout import block_grid
 from stages.cache_plan import count_files
 from stages.inputs.counter_hash import permute
+from stages.objectives.losses import DEFINITIONS, TemperedRows
 from stages.rectify import RectifyConfig, rectify
 from stages.train_student import StudentConfig, student_trainer
 from stages.training.config import DataSettings, ModelSettings, TrainSettings
 from stages.verify import verify
 
-VIEWS, BATCH = 300, 1024
-WRITTEN = ("klt", "topk")
+VIEWS, BATCH, MOST_KLT_CLASSES = 300, 1024, 4096
 SLAB_MEMORY = "1GB"
+LOSSES = ("ce", "kd", "dkd", "nkd", "rld")
 Figures = list[Figure]
+
+
+class Shape(NamedTuple):
+    """Of the logits of one view."""
+
+    rows: int
+    classes: int
 
 
 # ---- steps: each in a process of its own ----------------------------------------------------
 
 
-def sizes(rows: int) -> Figures:
+def sizes(shape: Shape, _: str) -> Figures:
     """Every encoding on the rows that encodings are fitted to; and what rows these are."""
-    splits, teacher = synthetic_splits(rows), SyntheticTeacher()
-    labels = splits.train.labels[row_order(rows)[:FIT_ROWS]]
+    splits, teacher = synthetic_splits(*shape), SyntheticTeacher(shape.classes)
+    labels = splits.train.labels[row_order(shape.rows)[:FIT_ROWS]]
     logits = teacher.block(0, 0, labels)
     with peak_memory() as peak:
         started = time.perf_counter()
@@ -75,10 +84,10 @@ def sizes(rows: int) -> Figures:
     ]
 
 
-def write(rows: int, folder: str, name: str) -> Figures:
+def write(shape: Shape, folder: str, name: str) -> Figures:
     """One view: encoded, its fidelity measured, compressed, digested, put down and committed."""
-    splits, teacher = synthetic_splits(rows), SyntheticTeacher()
-    order = row_order(rows)
+    splits, teacher = synthetic_splits(*shape), SyntheticTeacher(shape.classes)
+    order = row_order(shape.rows)
     labels = splits.train.labels[order]
     fitted = teacher.block(0, 0, labels[:FIT_ROWS])
     cache = new_cache(folder, fit_encoding(name, fitted, labels[:FIT_ROWS]), splits)
@@ -99,10 +108,12 @@ def write(rows: int, folder: str, name: str) -> Figures:
     kept = [path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()]
     return [
         Figure(name=f"write {name}", value=taken, unit="s"),
-        Figure(name=f"write {name}: speed", value=rows / taken, unit="rows/s"),
+        Figure(name=f"write {name}: speed", value=shape.rows / taken, unit="rows/s"),
         _peak(f"write {name}", max(peaks)),
         Figure(
-            name=f"{name}: row of the view", value=cache.commits.bytes_of_view(0) / rows, unit="B"
+            name=f"{name}: row of the view",
+            value=cache.commits.bytes_of_view(0) / shape.rows,
+            unit="B",
         ),
         Figure(name=f"{name}: whole store", value=sum(kept), unit="B"),
         Figure(name=f"{name}: objects", value=len(kept), unit=""),
@@ -110,9 +121,9 @@ def write(rows: int, folder: str, name: str) -> Figures:
     ]
 
 
-def read(rows: int, folder: str, name: str) -> Figures:
+def read(shape: Shape, folder: str, name: str) -> Figures:
     """The view read as a student reads it, every row decoded in batches in random order."""
-    order = permute(torch.arange(rows), rows, 0)
+    order = permute(torch.arange(shape.rows), shape.rows, 0)
     with peak_memory() as peak:
         started = time.perf_counter()
         targets = LogitCache.open(folder).read_view(0)
@@ -123,19 +134,19 @@ def read(rows: int, folder: str, name: str) -> Figures:
     return [
         Figure(name=f"read {name}: slab", value=loaded, unit="s"),
         Figure(name=f"read {name}: slab and every row", value=taken, unit="s"),
-        Figure(name=f"read {name}: speed", value=rows / taken, unit="rows/s"),
+        Figure(name=f"read {name}: speed", value=shape.rows / taken, unit="rows/s"),
         _peak(f"read {name}", peak.bytes),
     ]
 
 
-def rectified(rows: int, folder: str, name: str) -> Figures:
+def rectified(shape: Shape, folder: str, name: str) -> Figures:
     """Stage two, on threads."""
-    return _timed(f"rectify {name}", rows, lambda: rectify(folder, RectifyConfig()))
+    return _timed(f"rectify {name}", shape, lambda: rectify(folder, RectifyConfig()))
 
 
-def trained(rows: int, folder: str, name: str) -> Figures:
+def trained(shape: Shape, folder: str, name: str) -> Figures:
     """An epoch of the smallest student, its targets in groups of chunks."""
-    splits = synthetic_splits(rows)
+    splits = synthetic_splits(*shape)
     config = StudentConfig(
         cache=folder,
         data=DataSettings(dataset="synthetic"),
@@ -149,27 +160,48 @@ def trained(rows: int, folder: str, name: str) -> Figures:
     def epoch() -> None:
         summary.update(student_trainer(config, f"{folder}-run", splits=splits).fit())
 
-    figures = _timed(f"train from {name}", rows, epoch)
+    figures = _timed(f"train from {name}", shape, epoch)
     waiting = 100 * summary["wait_share"]
     return [*figures, Figure(name=f"train from {name}: waiting", value=waiting, unit="%")]
 
 
-def verified(rows: int, folder: str, name: str) -> Figures:
+def verified(shape: Shape, folder: str, name: str) -> Figures:
     """Every object, every record, and the rectification made again."""
 
     def look() -> None:
         if faults := verify(folder).faults:
             raise SystemExit(f"{name}: {faults[0].where} {faults[0].what}")
 
-    return _timed(f"verify {name}", rows, look)
+    return _timed(f"verify {name}", shape, look)
 
 
-def _timed(name: str, rows: int, work: Callable[[], object]) -> Figures:
+def losses(shape: Shape, _: str) -> Figures:
+    """What a step takes beyond the student's logits, as a multiple of them: forward, backward."""
+    labels = torch.arange(BATCH) * shape.classes // BATCH
+    rows = SyntheticTeacher(shape.classes).block(0, 0, labels)
+    coding = TopK(shape.classes)
+    arrays = coding.encode(rows, labels)
+    figures = []
+    for name in LOSSES:
+        partial = TemperedRows(lambda t: coding.decode(arrays, t), coding.kept(arrays))
+        for part, teacher in (("topk rows", partial), ("whole rows", rows)):
+            student = rows.flip(1).requires_grad_()
+            with peak_memory() as peak:
+                loss = DEFINITIONS[name].loss(student, teacher, labels)
+                loss.backward()
+            multiple = peak.bytes / student.nbytes
+            figures.append(
+                Figure(name=f"{name} from {part}: peak", value=multiple, unit="x logits")
+            )
+    return figures
+
+
+def _timed(name: str, shape: Shape, work: Callable[[], object]) -> Figures:
     with peak_memory() as peak:
         taken = seconds(work)
     return [
         Figure(name=name, value=taken, unit="s"),
-        Figure(name=f"{name}: speed", value=rows / taken, unit="rows/s"),
+        Figure(name=f"{name}: speed", value=shape.rows / taken, unit="rows/s"),
         _peak(name, peak.bytes),
     ]
 
@@ -202,24 +234,29 @@ def _described(logits: Tensor, labels: Tensor) -> Figures:
 @click.command()
 @click.option("--work", required=True, type=Path, help="A folder for caches, removed at the end.")
 @click.option("--rows", default=SAMPLES, show_default=True)
+@click.option("--classes", default=CLASSES, show_default=True)
 @click.option("--bound", default=3.0, show_default=True, help="GiB that no step may go beyond.")
 @click.option("--teacher", default=1000.0, show_default=True, help="Its images/s, for the plan.")
 @click.option("--out", default=None, help="JSON file for the figures.")
-def main(work: Path, rows: int, bound: float, teacher: float, out: str | None) -> None:
+def main(
+    work: Path, rows: int, classes: int, bound: float, teacher: float, out: str | None
+) -> None:
     """Run every step, show what it took, and check the bound."""
     console = Console()
-    report = new_report({"rows": rows, "classes": 1000, "bound_gib": bound}, torch.device("cpu"))
-    console.say(f"{rows:,} rows x 1,000 classes, synthetic; no step may take {bound:g} GiB more")
+    shape, device = Shape(rows, classes), torch.device("cpu")
+    report = new_report({**shape._asdict(), "bound_gib": bound}, device)
+    console.say(f"{rows:,} rows x {classes:,} classes, synthetic; at most {bound:g} GiB a step")
     work.mkdir(parents=True)  # another's folder is not removed
     try:
-        _measure(console, report, sizes, rows)
-        for name in WRITTEN:
+        _measure(console, report, sizes, shape, "of all encodings")
+        for name in ("klt", "topk") if classes <= MOST_KLT_CLASSES else ("topk",):
             for step in (write, read, rectified, trained, verified):
-                _measure(console, report, step, rows, str(work / f"{name}.zarr"), name)
+                _measure(console, report, step, shape, str(work / f"{name}.zarr"), name)
+        _measure(console, report, losses, shape, "of topk rows")
     finally:
         shutil.rmtree(work)
-    _show_plan(console, report, rows, teacher)
-    peaks = [figure for figure in report.figures if figure.name.endswith(": peak")]
+    _show_plan(console, report, shape, teacher)
+    peaks = [figure for figure in report.figures if figure.unit == "GiB"]
     worst = max(peaks, key=lambda figure: figure.value)
     console.say(f"\nlargest peak: {worst.value:.2f} GiB, {worst.name}; the bound is {bound:g} GiB")
     if out:
@@ -241,14 +278,17 @@ def _measure(
     )
 
 
-def _show_plan(console: Console, report: Report, rows: int, teacher: float) -> None:
+def _show_plan(console: Console, report: Report, shape: Shape, teacher: float) -> None:
     """What so many views would take: arithmetic on bytes a row and rows a second."""
     value = {figure.name: figure.value for figure in report.figures}
-    blocks = block_grid(rows, CLASSES).num_blocks
+    rows, classes = shape
+    blocks = block_grid(rows, classes).num_blocks
     passes = rows * VIEWS / 3600
     table = []
-    for coding in (Float32(), Float16(), Uint8(), Klt(*torch.empty(3, 1)), TopK(CLASSES)):
+    for coding in (Float32(), Float16(), Uint8(), Klt(*torch.empty(3, 1)), TopK(classes)):
         name = coding.name
+        if f"{name}: row" not in value:
+            continue  # klt, of many classes
         row = value.get(f"{name}: row of the view", value[f"{name}: row"])
         speed = value.get(f"write {name}: speed")
         table.append(

@@ -123,7 +123,10 @@ def show_plan(console: Console, out: str, plan: CachePlan) -> None:
             ("encoding", plan.encoding),
             ("on disk", f"{size(plan.total_bytes)}, {plan.bytes_per_view:.1f} bytes a view"),
             ("files", f"{plan.files:,}"),
-            ("measured speed", f"{plan.samples_per_second:,.0f} samples/s on {plan.device}, written"),
+            (
+                "measured speed",
+                f"{plan.samples_per_second:,.0f} samples/s on {plan.device}, written",
+            ),
             (
                 "estimated time",
                 f"{duration(plan.hours * 3600)} ({plan.hours:.2f} hours)"
