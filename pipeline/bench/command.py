@@ -83,6 +83,9 @@ def bench_cache(console: Console, out: str | None = None, **given: Any) -> Repor
 
     # 2) everything that is written goes to a folder of its own
     with tempfile.TemporaryDirectory(prefix="pipeline-bench-") as folder:
+        # Students first: a dataset or a teacher that does not belong to the cache is told at once.
+        for figures in _student_figures(settings, Path(folder), console):
+            report.add(*figures)
         console.say("reading a slab")
         report.add(*reading_figures([cache], Path(folder), settings.turns, device))
         console.say("rectifying a copy of a few views")
@@ -90,8 +93,6 @@ def bench_cache(console: Console, out: str | None = None, **given: Any) -> Repor
             report.add(*rectify_figures(cache, Path(folder), settings.turns))
         except ViewError as error:  # views that mix samples
             report.missing.append(f"rectify: {error.cause}")
-        for figures in _student_figures(settings, Path(folder), console):
-            report.add(*figures)
 
     # 3) what came of it, and what would show more
     report.missing += _lacking(settings)
