@@ -84,6 +84,11 @@ train_options = options(
         default=None,
         help="Only algorithms that give the same bits again.",
     ),
+    click.option(
+        "--compile/--no-compile",
+        default=None,
+        help="Compile the model's forward pass: faster steps of small models, after a minute.",
+    ),
 )
 compute_options = options(
     click.option("--device", help="cpu, cuda, cuda:N; a GPU where there is one if left out."),
@@ -121,7 +126,7 @@ def data_flags(given: dict[str, Any]) -> dict[str, Any]:
 
 def train_flags(given: dict[str, Any]) -> dict[str, Any]:
     """What train-teacher and train-student share, from what was given on the command line."""
-    names = ("epochs", "batch_size", "lr", "deterministic", "dtype")
+    names = ("epochs", "batch_size", "lr", "deterministic", "compile", "dtype")
     seeds = {f"seed.{name}": given["seed"] for name in ("data", "init")}
     model = {f"model.{name}": given[name] for name in ("mean", "std")}
     train = {f"train.{name}": given[name] for name in names}

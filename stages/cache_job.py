@@ -132,6 +132,8 @@ def prepare(config: CacheConfig, splits: Splits | None = None, ranks: Ranks = AL
         ViewFeed(train, policy, cpu, image_size, workers=0),
         classes,
     )
+    # A block must not depend on who computes it: cuDNN chooses by rule, not by timing.
+    torch.backends.cudnn.benchmark = False
     place(model.module, device, config.channels_last).eval()
     normalise = Normalise(mean, std, model.channels, device, config.channels_last)
     return CacheJob(config, splits, policy, image_size, model, normalise, identity, device, ranks)
@@ -169,15 +171,21 @@ def teacher_logits(
     view: int,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Tensor:
-    """The teacher's float32 logits (n, C) for one view of some samples, on its device."""
-    logits = torch.empty((len(samples), job.num_classes), device=job.device)
+    """The teacher's float32 logits (n, C) for one view of some samples, on the CPU.
+
+    From a GPU they are copied batch by batch while it goes on computing.
+    """
+    on_gpu = job.device.type == "cuda"
+    logits = torch.empty((len(samples), job.num_classes), pin_memory=on_gpu)
     start = 0
     for batch in feed.batches(samples, view, job.config.batch_size):
         with autocast(job.device, job.config.dtype):
             output = logits_of(job.model.module(job.normalise(batch.pixels)))
-        logits[start : start + len(output)] = output.float()
+        logits[start : start + len(output)].copy_(output.float(), non_blocking=True)
         start += len(output)
         progress(len(output))
+    if on_gpu:
+        torch.cuda.current_stream(job.device).synchronize()
     return logits
 
 
@@ -188,8 +196,8 @@ def checked_logits(
     view: int,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Tensor:
-    """As `teacher_logits`, on the CPU. Raises ModelError unless all are finite."""
-    logits = teacher_logits(job, feed, samples, view, progress).cpu()
+    """As `teacher_logits`. Raises ModelError unless all are finite."""
+    logits = teacher_logits(job, feed, samples, view, progress)
     check_finite(logits, samples, f"view {view}")
     return logits
 

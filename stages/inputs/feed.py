@@ -6,6 +6,7 @@ rendered by DataLoader workers. Both give the same bytes; so does any batch size
 workers, as a sample's partner in a mixed view does not depend on its batch.
 """
 
+import copy
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,12 @@ class ViewFeed:
         self._images: Tensor | None = None
         if dataset.images is not None and policy.batched and self._at_own_size(dataset.images):
             self._images = _on_device(dataset.images, device)
+
+    def another(self) -> "ViewFeed":
+        """A feed of the same views that is read at the same time; images in memory are shared."""
+        feed = copy.copy(self)
+        feed._loader, feed._plan, feed._passes = None, _Plan(), 0
+        return feed
 
     def _at_own_size(self, images: Tensor) -> bool:
         return self.image_size is None or tuple(images.shape[-2:]) == (self.image_size,) * 2

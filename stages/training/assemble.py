@@ -15,6 +15,7 @@ from stages.inputs.feed import Normalise, ViewFeed
 from stages.inputs.models import Model
 from stages.inputs.views import ViewPolicy
 from stages.reporting import Reporter
+from stages.training.compiled import check_compiler
 from stages.training.config import ModelSettings, RunConfig
 from stages.training.learner import Learner, RandomState, Task
 from stages.training.run_directory import RunDirectory
@@ -71,14 +72,15 @@ def make_trainer(
     train, data, settings = splits.train, config.data, config.train
     _check_divisible(planned[0], ranks)
     device = device_of_rank(ranks, config.device)
+    if any(run.config.train.compile for run in planned):
+        check_compiler(device)
     models = [
         _model(run.config, splits, data.image_size or teacher_size, device) for run in planned
     ]
     image_size = _one_image_size(models)
     policy = choose_policy(image_size)
-    feeds = [
-        ViewFeed(train, policy, device, image_size, data.workers) for _ in range(planned[0].views)
-    ]
+    feed = ViewFeed(train, policy, device, image_size, data.workers)
+    feeds = [feed, *(feed.another() for _ in range(planned[0].views - 1))]
     for model in models:
         check_output(model.model, model.normalise("cpu"), feeds[0], len(train.class_names))
     samples, validation = held_out(len(train), data.val_fraction, config.seed.data)
@@ -102,6 +104,7 @@ def make_trainer(
             steps=steps,
             random_state=model.random_state if len(planned) > 1 else None,
             ranks=ranks,
+            views=run.views,
         )
         for run, model in zip(planned, models, strict=True)
     ]

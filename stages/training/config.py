@@ -23,7 +23,8 @@ class TrainSettings(Settings, frozen=True):
 
     lr: the peak. momentum: of SGD (Adam keeps its own betas). milestones: epochs after which
     the rate is multiplied by gamma. warmup: share of the steps that `onecycle` climbs.
-    dtype: of the forward pass (autocast); weights stay float32.
+    dtype: of the forward pass (autocast); weights stay float32. compile: the forward pass, see
+    `stages.training.compiled`; weights differ in their last bits.
     """
 
     epochs: int = 30
@@ -40,6 +41,7 @@ class TrainSettings(Settings, frozen=True):
     dtype: Dtype = "float32"
     channels_last: bool = True
     deterministic: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         positive("train.epochs", self.epochs)

@@ -16,6 +16,7 @@ from stages.distributed import Ranks, summed, take_from_first
 from stages.errors import PipelineError, RunError
 from stages.inputs.feed import Batch, Normalise, ViewFeed
 from stages.inputs.models import logits_of
+from stages.training.compiled import CompiledForward
 from stages.training.config import TrainSettings
 from stages.training.history import said, selected_epoch, summarise
 from stages.training.optimise import make_optimizer, make_schedule
@@ -71,7 +72,7 @@ class Learner:
 
     random_state: of the generators, for one of several learners in a process: each then draws as
     if it were alone. error: why it was given up. ranks: of a launch that trains it on several
-    processes; the first of them writes.
+    processes; the first of them writes. views: of a sample that are seen at once.
     """
 
     module: nn.Module
@@ -84,6 +85,7 @@ class Learner:
     steps: int
     random_state: "RandomState | None" = None
     ranks: Ranks = field(default_factory=Ranks.alone)
+    views: int = 1
 
     def __post_init__(self) -> None:
         place(self.module, self.device, self.settings.channels_last)
@@ -94,13 +96,19 @@ class Learner:
         self._schedule = make_schedule(self._optimizer, self.settings, self.steps)
         half = self.settings.dtype == "float16"
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=half)
-        self._forward: Callable[[Tensor], Any] = self.module
+        self._forward: nn.Module = self.module
         if self.ranks.world > 1:
             ids = None if self.device.type == "cpu" else [self.device]
             self._forward = DistributedDataParallel(self.module, device_ids=ids)
+        self._compiled = self._compile() if self.settings.compile else None
         self.position = Position()
         self.history: list[dict[str, Any]] = []
         self.error: PipelineError | None = None
+
+    def _compile(self) -> CompiledForward:
+        alone = self.ranks.world == 1 and self.views == 1
+        size = self.settings.batch_size // self.ranks.world
+        return CompiledForward(self._forward, size, self.device, graphs=alone)
 
     # ---- an epoch -----------------------------------------------------------------------
 
@@ -114,17 +122,21 @@ class Learner:
 
     def step(self, batch: Batch, views: int = 1) -> None:
         """Learn from a batch. views: of how many views it is, one after the other."""
+        forward: Callable[[Tensor], Any] = self._compiled or self._forward
+        if self._compiled is not None:
+            self._compiled.start_step()
         with self._drawing():
             outputs = []
             for pixels in batch.pixels.chunk(views):
                 images = self.normalise(pixels)
                 with autocast(self.device, self.settings.dtype):
-                    outputs.append(logits_of(self._forward(images)).float())
+                    outputs.append(logits_of(forward(images)).float())
             parts = self.task.loss_parts(torch.cat(outputs) if views > 1 else outputs[0], batch)
-            self._optimizer.zero_grad(set_to_none=True)
             self._scaler.scale(parts["loss"]).backward()
             self._average_learned()
             self._scaler.step(self._optimizer)
+            # Now, and not before the next: nobody holds gradients while another learner steps.
+            self._optimizer.zero_grad(set_to_none=True)
         self._scaler.update()
         self._schedule.step()
         self._add_totals(parts, len(batch.samples))

@@ -13,13 +13,20 @@ from torch.optim.lr_scheduler import (
 
 from stages.training.config import TrainSettings
 
+_FUSED = ("cpu", "cuda")
+
 
 def make_optimizer(
     module: nn.Module, settings: TrainSettings, learned: nn.Module | None = None
 ) -> Optimizer:
-    """SGD with momentum, Adam or AdamW over all parameters, and those that the loss has itself."""
+    """SGD with momentum, Adam or AdamW over all parameters, and those that the loss has itself.
+
+    All parameters are stepped by one kernel (`fused`) where there is one. A checkpoint of a run
+    that was stepped otherwise says so, and the run goes on as it began.
+    """
     every = [*module.parameters(), *(learned.parameters() if learned is not None else ())]
     parameters = [p for p in every if p.requires_grad]
+    fused = all(p.device.type in _FUSED and p.is_floating_point() for p in parameters)
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -27,9 +34,10 @@ def make_optimizer(
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             nesterov=settings.nesterov,
+            fused=fused,
         )
     kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    return kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
 
 
 def make_schedule(

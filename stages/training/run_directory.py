@@ -94,6 +94,7 @@ class RunDirectory:
         now = json.loads(json.dumps(config))  # tuples become lists, as YAML has them
         for settings in (before, now):
             settings.pop("tensorboard", None)  # no weight depends on it
+            settings.get("train", {}).pop("compile", None)  # nor, but for rounding, on this
         if differing := differences(now, before):
             raise RunError(
                 f"{self.path} was started with other settings: {'; '.join(differing[:3])}",

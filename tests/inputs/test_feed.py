@@ -407,3 +407,16 @@ def test_channels_last() -> None:
     assert last.is_contiguous(memory_format=torch.channels_last)
     assert first.is_contiguous()
     assert torch.equal(last, first)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_two_feeds_of_the_same_views_are_read_side_by_side(streamed: bool) -> None:
+    """As a loss that sees two views reads them: each is what it would be alone."""
+    policy, order = view_policy("pad-crop-flip", seed=1), torch.arange(21).flip(0)
+    feed = ViewFeed(dataset(streamed=streamed), policy, CPU, workers=0)
+    pairs = zip(feed.batches(order, 3, 5), feed.another().batches(order, 8, 5), strict=True)
+    for view, mine in zip((3, 8), zip(*pairs, strict=True), strict=True):
+        alone = ViewFeed(dataset(streamed=streamed), policy, CPU, workers=0)
+        for left, right in zip(mine, alone.batches(order, view, 5), strict=True):
+            assert torch.equal(left.samples, right.samples)
+            assert torch.equal(left.pixels, right.pixels)

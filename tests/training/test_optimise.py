@@ -1,5 +1,6 @@
 """Learning rates at given steps against values worked out by hand."""
 
+import copy
 import math
 from typing import Any
 
@@ -135,3 +136,28 @@ def test_sgd_step_is_the_formula() -> None:
         velocity = 0.5 * velocity + weight + 0.2 * weight
         weight -= 0.1 * velocity
     assert module.weight.item() == pytest.approx(weight, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_a_run_that_began_with_other_kernels_goes_on_with_them(name: Any) -> None:
+    """Checkpoints from before `fused`: the same bits as if nothing had changed."""
+    settings = TrainSettings(optimizer=name, lr=0.1)
+    modules = [nn.Linear(7, 5) for _ in range(2)]
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    given = {"momentum": 0.9} if name == "sgd" else {}
+    before: Any = kinds[name](modules[0].parameters(), lr=0.1, weight_decay=5e-4, **given)
+    now = make_optimizer(modules[1], settings)
+    assert now.param_groups[0]["fused"]
+    modules[1].load_state_dict(modules[0].state_dict())
+    draw = torch.Generator().manual_seed(0)
+    for step in range(6):
+        if step == 3:
+            modules[1].load_state_dict(modules[0].state_dict())
+            now.load_state_dict(copy.deepcopy(before.state_dict()))
+        for one, other in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+            one.grad = torch.randn(one.shape, generator=draw)
+            other.grad = one.grad.clone()
+        before.step()
+        now.step()
+    for one, other in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        assert torch.equal(one, other)

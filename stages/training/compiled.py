@@ -1,0 +1,60 @@
+"""A model's forward pass, compiled: fewer and larger kernels, and on a GPU one CUDA graph a pass.
+
+It pays where a model is small and a step spends its time starting kernels. The model itself stays
+as it is: what is saved, resumed and evaluated does not know that it was compiled.
+"""
+
+import os
+import shlex
+import shutil
+
+import torch
+from torch import Tensor, nn
+
+from stages.errors import ConfigError
+
+_REMEDY = "Leave --compile out."
+_CPP = ("CXX", ("g++", "clang++"))
+_C = ("CC", ("gcc", "clang"))
+"""Where an environment names a compiler, and the usual ones."""
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ConfigError where there is no compiler: C++ for a CPU, C for a GPU (Triton's)."""
+    variable, usual = _C if device.type == "cuda" else _CPP
+    chosen = shlex.split(os.environ.get(variable, ""))[:1]
+    if not any(shutil.which(name) for name in (*chosen, *usual)):
+        raise ConfigError(f"--compile needs a compiler: {' or '.join(usual)}", _REMEDY)
+
+
+class CompiledForward:
+    """The forward pass for batches of one size; the last, shorter one of an epoch goes through the
+    plain model, as every further size would be compiled anew.
+    """
+
+    def __init__(
+        self, forward: nn.Module, batch_size: int, device: torch.device, graphs: bool
+    ) -> None:
+        """graphs: record CUDA graphs; only where a step has one forward pass in one process."""
+        from torch._dynamo.exc import TorchDynamoException  # takes seconds to import
+
+        self._failure = TorchDynamoException
+        self._plain, self._batch_size = forward, batch_size
+        self._graphs = graphs and device.type == "cuda"
+        mode = "reduce-overhead" if self._graphs else "default"
+        self._compiled = torch.compile(forward, mode=mode, dynamic=False)
+
+    def start_step(self) -> None:
+        """What the step before computed is no longer needed: graphs may use its memory again."""
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+
+    def __call__(self, images: Tensor) -> object:
+        """What the model returns. Raises ConfigError where it cannot be compiled."""
+        if len(images) != self._batch_size:
+            return self._plain(images)
+        try:
+            return self._compiled(images)
+        except self._failure as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"the model cannot be compiled: {reason}", _REMEDY) from error
