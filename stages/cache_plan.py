@@ -15,6 +15,7 @@ from stages.cache.encoding import (
     FIT_ROWS,
     Encoding,
     Measured,
+    checked_rows,
     compare,
     fit_encoding,
     measure_all,
@@ -31,8 +32,6 @@ MOST_SECONDS = 20.0
 """The teacher is measured on the rows that encodings are fitted to, or on what it does in this."""
 _WRITTEN = 2**23
 """Logits that writing is timed on."""
-_CHECKED_ROWS = 4096
-"""Of each block: rows whose fidelity is measured while it is written."""
 _RECORD_BYTES, _OBJECT_BYTES = 370, 130
 """Of a commit record: what it says of its block, and of each of the block's objects."""
 
@@ -183,7 +182,7 @@ def _write_seconds(
         started = time.perf_counter()
         cache.write_block(0, 0, logits, logits.argmax(1), {})
         written = time.perf_counter() - started
-    some = slice(_CHECKED_ROWS)
+    some = slice(checked_rows(job.num_classes))
     arrays = coding.encode(logits[some], labels[some])
     started = time.perf_counter()
     compare(coding, logits[some], arrays)

@@ -27,6 +27,7 @@ from stages.cache.documents import array_fault
 from stages.cache.encoding import (
     Encoding,
     Fidelity,
+    checked_rows,
     combined,
     compare,
     restored,
@@ -69,8 +70,6 @@ class EncodedBlock:
         return self.encoding.decode(some, temperature)
 
 
-_CHECKED_ROWS = 4096
-"""Of each block: rows that its fidelity is measured on. Rows are in random order."""
 _MAX_SATURATED = 0.01
 
 
@@ -373,7 +372,7 @@ class LogitCache:
         """Encode, write and commit a block. logits: float32 (n, C); predictions: int64 (n,)."""
         labels = self.row_labels[self.grid.rows(block)]
         encoded = self.encoding.encode(logits, labels)
-        checked = slice(_CHECKED_ROWS)
+        checked = slice(checked_rows(self.num_classes))
         some = {name: array[checked] for name, array in encoded.items()}
         fidelity = compare(self.encoding, logits[checked], some)
         self._check_calibration(fidelity)

@@ -29,6 +29,7 @@ from stages.cache.encoding import (
     Klt,
     TopK,
     Uint8,
+    checked_rows,
     combined,
     encoding_attributes,
     fit_encoding,
@@ -938,3 +939,10 @@ def test_a_byte_a_logit_and_ten_logits_on_cifar100(cifar100: tuple[Tensor, Tenso
     assert uint8.mean_kl[0] < 1e-3
     assert topk.mean_kl[0] < 0.1
     assert topk.top1_agreement > 0.999
+
+
+@pytest.mark.parametrize(
+    ("classes", "rows"), [(10, 4096), (1000, 4096), (2048, 2048), (21_841, 256), (10**6, 256)]
+)
+def test_fidelity_is_measured_on_fewer_rows_of_many_classes(classes: int, rows: int) -> None:
+    assert checked_rows(classes) == rows

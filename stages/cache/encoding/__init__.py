@@ -19,7 +19,15 @@ from stages.cache.encoding.choose import (
     is_encoding,
     measure_all,
 )
-from stages.cache.encoding.fidelity import Fidelity, combined, compare, mean_kl, measure, row_kl
+from stages.cache.encoding.fidelity import (
+    Fidelity,
+    checked_rows,
+    combined,
+    compare,
+    mean_kl,
+    measure,
+    row_kl,
+)
 from stages.cache.encoding.floats import Float16, Float32
 from stages.cache.encoding.klt import DEFAULT_MAX_KL, Klt, fit_klt
 from stages.cache.encoding.restore import EncodingAttributes, encoding_attributes, restored
@@ -41,6 +49,7 @@ __all__ = [
     "Uint8",
     "check_encoding",
     "check_temperature",
+    "checked_rows",
     "combined",
     "compare",
     "encoding_attributes",

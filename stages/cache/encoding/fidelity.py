@@ -9,6 +9,14 @@ from torch import Tensor
 from stages.cache.encoding.base import Encoding
 
 TEMPERATURES = (1.0, 2.0, 4.0)
+_CHECKED, _LEAST_ROWS, _MOST_ROWS = 2**22, 256, 4096
+
+
+def checked_rows(num_classes: int) -> int:
+    """How many rows of a block its fidelity is measured on: 4,096, of more than 1,024 classes fewer
+    (256 at the least), so that double precision takes no more than the block itself.
+    """
+    return max(_LEAST_ROWS, min(_MOST_ROWS, _CHECKED // num_classes))
 
 
 class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
