@@ -9,7 +9,7 @@ import zarr
 from numpy.typing import NDArray
 
 from pipeline.bench.excerpt import decoded_at, excerpt
-from pipeline.bench.measure import Figure, Ratio, alternately, peak_memory, seconds
+from pipeline.bench.measure import Figure, Ratio, alternately, seconds
 from stages.cache import LogitCache
 from stages.rectify import RectifyConfig, rectify
 
@@ -21,36 +21,24 @@ def rectify_figures(cache: LogitCache, folder: Path, turns: int) -> list[Ratio |
     """All of stage two, its bookkeeping included, against reading and decoding. Four views of the
     cache are copied to `folder` first; the cache is only read.
     """
-    small, large = (excerpt(cache, folder / f"rectified-{n}.zarr", n) for n in (1, VIEWS))
-    where = Path(str(large.path))
-    runs = itertools.count()
+    where, runs = folder / "rectified.zarr", itertools.count()
+    copy = excerpt(cache, where, VIEWS)
 
     def ours() -> float:
         return seconds(lambda: rectify(where, _config(cache, next(runs))))
 
     ours()  # Dask is imported, files are in the page cache
-    ratio = alternately(
-        "rectify / plain NumPy pass",
-        ours,
-        lambda: seconds(lambda: plain_pass(where)),
-        turns,
-        target=TARGET,
-        note=f"{VIEWS} views of {large.num_samples:,} x {large.num_classes}, {large.encoding.name}",
-    )
-    figures: list[Ratio | Figure] = [ratio]
-    for made in (small, large):
-        with peak_memory() as peak:
-            rectify(Path(str(made.path)), _config(cache, next(runs)))
-        decoded = made.num_views * made.num_samples * made.num_classes * 4 / 2**20
-        figures.append(
-            Figure(
-                name=f"peak memory of rectify, {made.num_views} view(s)",
-                value=peak.bytes / 2**20,
-                unit="MiB",
-                note=f"decoded rows: {decoded:,.0f} MiB",
-            )
+    return [
+        alternately(
+            "rectify / plain NumPy pass",
+            ours,
+            lambda: seconds(lambda: plain_pass(where)),
+            turns,
+            target=TARGET,
+            note=f"{VIEWS} views of {copy.num_samples:,} x {copy.num_classes}, "
+            f"{copy.encoding.name}",
         )
-    return figures
+    ]
 
 
 def _config(cache: LogitCache, run: int) -> RectifyConfig:
