@@ -265,6 +265,7 @@ class Tally:
         self._repaired = 0
         self._pairs = np.empty((2, 0), dtype=np.int64)  # label * C + predicted, and how often
         self._to_merge: list[NDArray[np.int64]] = []
+        self._waiting = 0
 
     def add(self, records: Mapping[int, Record]) -> None:
         """The records of one view's blocks."""
@@ -275,7 +276,8 @@ class Tally:
             self._repaired += block["label_is_argmax"]
             label, predicted, count = np.array(block["confused"], np.int64).reshape(-1, 3).T
             self._to_merge.append(np.stack([label * self._num_classes + predicted, count]))
-        if sum(pairs.shape[1] for pairs in self._to_merge) > _PAIRS_AT_ONCE:
+            self._waiting += len(label)
+        if self._waiting > _PAIRS_AT_ONCE:
             self._merge()
 
     def _merge(self) -> None:
@@ -285,7 +287,8 @@ class Tally:
         counted = np.zeros_like(unique)
         np.add.at(counted, which, counts)
         order = first.argsort()
-        self._pairs, self._to_merge = np.stack([unique, counted])[:, order], []
+        self._pairs = np.stack([unique, counted])[:, order]
+        self._to_merge, self._waiting = [], 0
 
     def summary(self, class_names: Sequence[str]) -> dict[str, Any]:
         """Accuracy per view, share repaired, the 20 most confused pairs (the first seen first)."""

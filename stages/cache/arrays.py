@@ -103,8 +103,8 @@ _PIECE_BYTES = 8 * 2**20
 def read_rows(group: zarr.Group, name: str, view: int, runs: Sequence[slice]) -> Tensor:
     """Some runs of rows of one view, one after another, as `read_array` gives them.
 
-    Beside the result a few pieces are in memory: Zarr holds what it is asked for in one go three
-    times over. Much smaller pieces would be slower, as every request has its price.
+    Beside the result a few pieces are in memory: Zarr takes several times what it is asked for in
+    one go. Much smaller pieces would be slower, as every request has its price.
     """
     array = get_array(group, name)
     shape = (sum(run.stop - run.start for run in runs), *array.shape[2:])

@@ -35,6 +35,8 @@ _VIEW = re.compile(rf"v{_NUMBER}(\.json)?")
 _BLOCK = re.compile(rf"v{_NUMBER}/b{_NUMBER}\.json")
 _VIEWS_KEPT = 64
 """Of so many views the records stay in memory, and so many files are asked for at once."""
+_OBJECTS_AT_ONCE = 256
+"""Whose sizes are asked for."""
 
 
 def read_object(store: Store, key: str) -> bytes | None:
@@ -303,15 +305,19 @@ class CommitLog:
         of another size: Zarr would give zeros for a missing one.
         """
         blocks = range(self.num_blocks) if block is None else [block]
-        self._check_objects(view, self.of_view(view), blocks)
+        self._check_sizes(_sizes(view, blocks, self.of_view(view)))
 
     def check_all_objects(self) -> None:
         """As `check_objects`, of every committed block."""
+        sizes: dict[str, int] = {}
         for view, records in self.each_view():
-            self._check_objects(view, records, sorted(records))
+            sizes |= _sizes(view, sorted(records), records)
+            if len(sizes) >= _OBJECTS_AT_ONCE:
+                self._check_sizes(sizes)
+                sizes = {}
+        self._check_sizes(sizes)
 
-    def _check_objects(self, view: int, records: ViewRecords, blocks: Sequence[int]) -> None:
-        sizes = {k: size for block in blocks for k, size in _sizes(view, block, records).items()}
+    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
         found = sizes_of(self.store, list(sizes))
         for (key, size), there in zip(sizes.items(), found, strict=True):
             if there != size:
@@ -353,16 +359,19 @@ def _unpacked(view: int, files: Mapping[str, bytes | None]) -> tuple[ViewRecords
     return found, damaged
 
 
-def _sizes(view: int, block: int, records: ViewRecords) -> dict[str, int]:
-    """The objects of a committed block and their sizes."""
-    try:
-        objects = records[block]["objects"]
-        return {key: described["bytes"] for key, described in objects.items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CacheError(
-            f"the commit record of block {block} of view {view} is not readable: {error!r}",
-            "Run `pipeline verify --repair`: it computes that block again.",
-        ) from error
+def _sizes(view: int, blocks: Iterable[int], records: ViewRecords) -> dict[str, int]:
+    """The objects of committed blocks and their sizes."""
+    sizes: dict[str, int] = {}
+    for block in blocks:
+        try:
+            objects = records[block]["objects"]
+            sizes |= {key: described["bytes"] for key, described in objects.items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CacheError(
+                f"the commit record of block {block} of view {view} is not readable: {error!r}",
+                "Run `pipeline verify --repair`: it computes that block again.",
+            ) from error
+    return sizes
 
 
 _SEALED = re.compile(rb'\{"digest":"([0-9a-f]{64})","records":(\[.*\])\}', re.DOTALL)
