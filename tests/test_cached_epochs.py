@@ -86,7 +86,9 @@ def test_a_loop_of_ones_own_ends_where_train_student_ends(
 
     torch.manual_seed(0)
     student = place(build_model("resnet8", 10, 1).module, torch.device("cpu"))
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(
+        student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True
+    )
     epochs = CachedEpochs(finished_cache, DIGITS, batch_size=100, device="cpu")
     for epoch in range(4):
         student.train()
