@@ -170,7 +170,7 @@ def verified(shape: Shape, folder: str, name: str) -> Figures:
 
     def look() -> None:
         if faults := verify(folder).faults:
-            raise SystemExit(f"{name}: {faults[0].where} {faults[0].what}")
+            raise RuntimeError(f"{name}: {faults[0].where} {faults[0].what}")
 
     return _timed(f"verify {name}", shape, look)
 
