@@ -44,9 +44,10 @@ from torch import Tensor
 from pipeline.bench.measure import Figure, new_report, peak_memory, seconds
 from pipeline.console import Console
 from stages.cache import LogitCache
-from stages.cache.commits import seal_records, write_object
 from stages.cache.encoding import FIT_ROWS, fit_encoding
 from stages.cache.identity import DatasetIdentity, Identity, TeacherIdentity, ViewsIdentity
+from stages.cache.objects import write_object
+from stages.cache.records import seal_records
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets.dataset import digest
 from stages.rectify import RectifyConfig, rectify

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.commits import Record
 from stages.cache.encoding import Encoding, is_encoding
 from stages.cache.identity import differences
 from stages.cache.location import Location, location
 from stages.cache.lock import exclusive, half_written, joined
+from stages.cache.records import Record
 from stages.cache.writer import BackgroundWriter
 from stages.cache_job import (
     CacheConfig,

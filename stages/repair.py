@@ -17,12 +17,13 @@ from zarr.abc.store import Store
 
 from stages.cache import LogitCache, root
 from stages.cache.arrays import open_group, read_array
-from stages.cache.commits import CommitLog, folders, read_object, write_object
+from stages.cache.commits import CommitLog
 from stages.cache.documents import check_seal
 from stages.cache.encoding import Encoding, restored
 from stages.cache.identity import Identity, differences, identity_from_json
 from stages.cache.location import Location, location
 from stages.cache.lock import exclusive
+from stages.cache.objects import folders, read_object, write_object
 from stages.cache.rectified import RectificationSettings
 from stages.cache.root import RootAttributes
 from stages.cache_teacher import (

@@ -21,18 +21,21 @@ from zarr.abc.store import Store
 
 from stages.cache import LogitCache, root
 from stages.cache.arrays import get_array, open_group, read_array
-from stages.cache.commits import CommitLog, Record, ViewRecords, folders, read_object, unsealed
+from stages.cache.commits import CommitLog
 from stages.cache.create import all_arrays
 from stages.cache.documents import is_canonical
 from stages.cache.encoding import row_kl
 from stages.cache.layout import ArraySpec, block_key
 from stages.cache.location import Location, location
+from stages.cache.objects import folders, read_object
+from stages.cache.records import Record, ViewRecords, unsealed
 from stages.cache.rectified import Rectification
 from stages.cache_teacher import CacheJob, teacher_logits
 from stages.errors import CacheError, IdentityError, UnansweredError
 from stages.inputs.datasets.dataset import digest
-from stages.rectify import RectifyConfig, Tally, rectified_block
+from stages.rectify import RectifyConfig, rectified_block
 from stages.reporting import Reporter, Silent
+from stages.tally import Tally
 from stages.training.setup import Splits
 from stages.training.student_checks import cached_policy, check_dataset
 

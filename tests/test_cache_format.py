@@ -21,17 +21,18 @@ from helpers import DIGITS, first
 from numpy.typing import NDArray
 
 from stages.cache import LogitCache, layout
-from stages.cache.commits import seal_records, unsealed
 from stages.cache.create import all_arrays
 from stages.cache.documents import sealed
 from stages.cache.encoding import ENCODINGS, EncodingAttributes, Fidelity, TopK
 from stages.cache.identity import Identity, weights_digest
+from stages.cache.records import seal_records, unsealed
 from stages.cache.rectified import RectificationSettings
 from stages.cache.root import RootAttributes
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.inputs.feed import pixel_probes
 from stages.inputs.views import view_policy
-from stages.rectify import RectifyConfig, rectify, replaced_logits
+from stages.objectives.rectification import replaced_logits
+from stages.rectify import RectifyConfig, rectify
 from stages.training.setup import Splits
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "cache-format.md").read_text()
@@ -695,7 +696,9 @@ def test_the_values_of_a_rectification(config: RectifyConfig) -> None:
     labels = (predictions + 1) % 5
     replaced: Callable[..., tuple[float, float]] = program("rectify")["replaced"]
 
-    expected = replaced_logits(logits, labels, predictions, config)
+    expected = replaced_logits(
+        logits, labels, predictions, config.method, config.space, config.temperature
+    )
 
     told = [
         replaced(z, label, prediction, config.method, config.space, config.temperature)

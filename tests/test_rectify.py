@@ -23,15 +23,9 @@ from stages.cache import LogitCache, arrays
 from stages.cache.documents import sealed
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
 from stages.errors import CacheError, ConfigError
-from stages.rectify import (
-    Method,
-    RectifyConfig,
-    Space,
-    Tally,
-    rectify,
-    rectify_rows,
-    replaced_logits,
-)
+from stages.objectives.rectification import replaced_logits
+from stages.rectify import Method, RectifyConfig, Space, rectify, rectify_rows
+from stages.tally import Tally
 from stages.training.setup import Splits
 
 METHODS: tuple[Method, ...] = ("pairwise", "swap", "blend")
@@ -187,7 +181,9 @@ def wrong_rows(case: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 def put_in(logits: Tensor, labels: Tensor, predictions: Tensor, config: RectifyConfig) -> Tensor:
     """The rows with the two replaced logits in their places, float64."""
-    new_label, new_predicted = replaced_logits(logits, labels, predictions, config)
+    new_label, new_predicted = replaced_logits(
+        logits, labels, predictions, config.method, config.space, config.temperature
+    )
     assert new_label.dtype == new_predicted.dtype == torch.float32
     rows = logits.double().clone()
     for i, (label, predicted) in enumerate(zip(labels, predictions, strict=True)):
@@ -239,7 +235,9 @@ def test_swapping_logits_is_swapping_probabilities(
     config = RectifyConfig(method="swap", space=space, temperature=temperature)
     logits, labels, predictions = wrong_rows(case)
 
-    new_label, new_predicted = replaced_logits(logits, labels, predictions, config)
+    new_label, new_predicted = replaced_logits(
+        logits, labels, predictions, config.method, config.space, config.temperature
+    )
 
     every = range(len(logits))
     assert new_label.tolist() == [float(logits[i, predictions[i]]) for i in every]
@@ -256,7 +254,9 @@ def test_the_logit_space_is_the_released_formula(case: tuple[Tensor, Tensor]) ->
     config = RectifyConfig(space="logit")
     logits, labels, predictions = wrong_rows(case)
 
-    new_label, new_predicted = replaced_logits(logits, labels, predictions, config)
+    new_label, new_predicted = replaced_logits(
+        logits, labels, predictions, config.method, config.space, config.temperature
+    )
 
     for i, row in enumerate(logits.double().tolist()):
         label, predicted = int(labels[i]), int(predictions[i])
@@ -449,7 +449,7 @@ def test_confused_pairs_are_counted_as_a_counter_does(
     """Two blocks a view; pairs that are as frequent come in the order in which they were seen."""
     tally, counter = Tally(4), Counter[tuple[int, int]]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.rectify._PAIRS_AT_ONCE", at_once)
+        patch.setattr("stages.tally._PAIRS_AT_ONCE", at_once)
         for number, pairs in enumerate(blocks):
             confused = [[*pair, count] for pair, count in sorted(pairs.items())]
             wrong = sum(pairs.values())

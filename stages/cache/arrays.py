@@ -14,9 +14,11 @@ from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from stages.cache.commits import CommitLog, Record, described, write_object
+from stages.cache.commits import CommitLog
 from stages.cache.layout import ArraySpec, BlockGrid, block_key
 from stages.cache.location import Location, answered, ask, open_store
+from stages.cache.objects import described, write_object
+from stages.cache.records import Record
 from stages.errors import CacheError, UnansweredError
 
 

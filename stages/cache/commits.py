@@ -12,24 +12,25 @@ readers take the union. Only complete views are compacted, so that names say whi
 complete: one listing opens a cache of any size, and a view's records are read when it is used.
 """
 
-import asyncio
-import hashlib
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from zarr.abc.store import Store
-from zarr.core.buffer import default_buffer_prototype
 
 from stages.cache.location import ask
+from stages.cache.objects import (
+    folders,
+    list_objects,
+    read_object,
+    read_objects,
+    sizes_of,
+    write_object,
+)
+from stages.cache.records import Record, ViewRecords, object_sizes, seal_records, unpacked
 from stages.errors import CacheError
 
-Record = dict[str, Any]
-ViewRecords = dict[int, Record]
-"""The committed blocks of one view: block -> record."""
 _NUMBER = r"(\d{5}|[1-9]\d{5,})"
 _VIEW = re.compile(rf"v{_NUMBER}(\.json)?")
 _BLOCK = re.compile(rf"v{_NUMBER}/b{_NUMBER}\.json")
@@ -37,77 +38,6 @@ _VIEWS_KEPT = 64
 """Of so many views the records stay in memory, and so many files are asked for at once."""
 _OBJECTS_AT_ONCE = 256
 """Whose sizes are asked for."""
-
-
-def read_object(store: Store, key: str) -> bytes | None:
-    """An object's bytes, None if there is none."""
-    value = ask(store, store.get(key, default_buffer_prototype()))
-    return None if value is None else value.to_bytes()
-
-
-def read_objects(store: Store, keys: Sequence[str]) -> list[bytes | None]:
-    """The bytes of several objects, asked for at the same time; None where there is none."""
-    prototype = default_buffer_prototype()
-
-    async def read() -> list[bytes | None]:
-        values = await asyncio.gather(*(store.get(key, prototype) for key in keys))
-        return [None if value is None else value.to_bytes() for value in values]
-
-    return ask(store, read()) if keys else []
-
-
-def sizes_of(store: Store, keys: Sequence[str]) -> list[int]:
-    """The sizes of several objects in bytes, asked for at the same time; 0 where there is none."""
-
-    async def size(key: str) -> int:
-        try:
-            return await store.getsize(key)
-        except FileNotFoundError:
-            return 0
-
-    async def sizes() -> list[int]:
-        return await asyncio.gather(*map(size, keys))
-
-    return ask(store, sizes()) if keys else []
-
-
-def write_object(store: Store, key: str, content: bytes) -> None:
-    """Write an object whole: temporary file and rename on disk, one PUT in an object store."""
-    ask(store, store.set(key, default_buffer_prototype().buffer.from_bytes(content)))
-
-
-def list_objects(store: Store, prefix: str) -> list[str]:
-    """The keys under a prefix that ends in a slash."""
-
-    async def collect() -> list[str]:
-        return [key async for key in store.list_prefix(prefix)]
-
-    return ask(store, collect())
-
-
-def first_object(store: Store) -> str | None:
-    """The key of some object, None if there is none at all."""
-
-    async def first() -> str | None:
-        async for key in store.list_prefix(""):
-            return key
-        return None
-
-    return ask(store, first())
-
-
-def folders(store: Store, folder: str) -> list[str]:
-    """The names right under a folder, but for documents and what a killed writer left."""
-
-    async def collect() -> list[str]:
-        return [name async for name in store.list_dir(folder)]
-
-    return sorted(n for n in ask(store, collect()) if not n.endswith(("zarr.json", ".partial")))
-
-
-def described(content: bytes) -> dict[str, Any]:
-    """Size and sha256 of an object, as a record keeps them."""
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 @dataclass
@@ -159,9 +89,11 @@ class CommitLog:
 
     def of_view(self, view: int) -> ViewRecords:
         """The committed blocks of one view."""
-        if view not in self._known:
-            self.hold(view, self._read(view, read_object(self.store, self._view_key(view))))
-        return self._known[view]
+        records = self._known.get(view)
+        if records is None:
+            records = self._read(view, read_object(self.store, self._view_key(view)))
+            self.hold(view, records)
+        return records
 
     def has(self, view: int, block: int) -> bool:
         """Whether one block is committed."""
@@ -227,7 +159,7 @@ class CommitLog:
     def _read(self, view: int, whole: bytes | None) -> ViewRecords:
         """The records of a view; `whole` is what its one file holds, None if there is none."""
         if whole is not None:
-            found, damaged = _unpacked(view, {self._view_key(view): whole})
+            found, damaged = unpacked(view, {self._view_key(view): whole})
         else:
             listed = list_objects(self.store, f"{self._folder(view)}/")
             blocks = [key for key in listed if _BLOCK.fullmatch(key.removeprefix(self._prefix))]
@@ -244,7 +176,7 @@ class CommitLog:
         contents = dict(zip(block_keys, read_objects(self.store, block_keys), strict=True))
         # Last: a view compacted meanwhile is then found under its one file.
         contents[self._view_key(view)] = read_object(self.store, self._view_key(view))
-        return _unpacked(view, contents)
+        return unpacked(view, contents)
 
     def reread(self) -> None:
         """Look at the store when records are next asked for: others have written as well."""
@@ -305,13 +237,13 @@ class CommitLog:
         of another size: Zarr would give zeros for a missing one.
         """
         blocks = range(self.num_blocks) if block is None else [block]
-        self._check_sizes(_sizes(view, blocks, self.of_view(view)))
+        self._check_sizes(object_sizes(view, blocks, self.of_view(view)))
 
     def check_all_objects(self) -> None:
         """As `check_objects`, of every committed block."""
         sizes: dict[str, int] = {}
         for view, records in self.each_view():
-            sizes |= _sizes(view, sorted(records), records)
+            sizes |= object_sizes(view, sorted(records), records)
             if len(sizes) >= _OBJECTS_AT_ONCE:
                 self._check_sizes(sizes)
                 sizes = {}
@@ -339,55 +271,3 @@ class CommitLog:
 
     def _block_key(self, view: int, block: int) -> str:
         return f"{self._folder(view)}/b{block:05d}.json"
-
-
-def _unpacked(view: int, files: Mapping[str, bytes | None]) -> tuple[ViewRecords, list[str]]:
-    """The records of a view in some files, later ones first; the keys of those that are damaged."""
-    found: ViewRecords = {}
-    damaged: list[str] = []
-    for key, content in files.items():
-        if content is None:  # compacted, or removed, since it was listed
-            continue
-        try:
-            records = {int(record["block"]): record for record in unsealed(content)}
-            if any(int(record["view"]) != view for record in records.values()):
-                raise ValueError("these are the records of another view")
-        except (TypeError, KeyError, ValueError):
-            damaged.append(key)
-        else:
-            found |= records
-    return found, damaged
-
-
-def _sizes(view: int, blocks: Iterable[int], records: ViewRecords) -> dict[str, int]:
-    """The objects of committed blocks and their sizes."""
-    sizes: dict[str, int] = {}
-    for block in blocks:
-        try:
-            objects = records[block]["objects"]
-            sizes |= {key: described["bytes"] for key, described in objects.items()}
-        except (AttributeError, KeyError, TypeError) as error:
-            raise CacheError(
-                f"the commit record of block {block} of view {view} is not readable: {error!r}",
-                "Run `pipeline verify --repair`: it computes that block again.",
-            ) from error
-    return sizes
-
-
-_SEALED = re.compile(rb'\{"digest":"([0-9a-f]{64})","records":(\[.*\])\}', re.DOTALL)
-
-
-def seal_records(records: list[Record]) -> bytes:
-    """The bytes of a file of records."""
-    text = json.dumps(records, sort_keys=True, separators=(",", ":")).encode()
-    digest = hashlib.sha256(text).hexdigest().encode()
-    return b'{"digest":"%s","records":%s}' % (digest, text)
-
-
-def unsealed(content: bytes) -> list[Record]:
-    """The records in a file. Raises ValueError unless it is what was written."""
-    match = _SEALED.fullmatch(content)
-    if match is None or hashlib.sha256(match[2]).hexdigest().encode() != match[1]:
-        raise ValueError("its digest does not match")
-    records: list[Record] = json.loads(match[2])
-    return records

@@ -10,9 +10,10 @@ import zarr
 from torch import Tensor
 
 from stages.cache import arrays, layout
-from stages.cache.commits import CommitLog, Record
+from stages.cache.commits import CommitLog
 from stages.cache.documents import array_fault, check_seal, sealed
 from stages.cache.layout import ArraySpec, BlockGrid
+from stages.cache.records import Record
 from stages.cache.targets import RectifiedValues
 from stages.errors import CacheError
 

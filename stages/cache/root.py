@@ -10,18 +10,12 @@ import zarr
 
 from stages.cache import layout
 from stages.cache.arrays import open_group
-from stages.cache.commits import (
-    first_object,
-    list_objects,
-    read_object,
-    seal_records,
-    unsealed,
-    write_object,
-)
 from stages.cache.documents import check_seal, sealed
 from stages.cache.encoding import EncodingAttributes, Fidelity
 from stages.cache.location import Location, ask, open_store
 from stages.cache.lock import half_written
+from stages.cache.objects import first_object, list_objects, read_object, write_object
+from stages.cache.records import seal_records, unsealed
 from stages.errors import CacheError
 
 UNFINISHED = {"format": layout.FORMAT, "unfinished": True}

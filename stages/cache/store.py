@@ -21,7 +21,7 @@ import zarr
 from torch import Tensor
 
 from stages.cache import arrays, layout, root
-from stages.cache.commits import CommitLog, Record, described, folders, read_object
+from stages.cache.commits import CommitLog
 from stages.cache.create import all_arrays, create_store
 from stages.cache.documents import array_fault
 from stages.cache.encoding import (
@@ -35,6 +35,8 @@ from stages.cache.encoding import (
 from stages.cache.identity import Identity, identity_from_json
 from stages.cache.layout import BlockGrid
 from stages.cache.location import Location, location
+from stages.cache.objects import described, folders, read_object
+from stages.cache.records import Record
 from stages.cache.rectified import Rectification, RectificationSettings
 from stages.cache.targets import ViewTargets
 from stages.errors import CacheError

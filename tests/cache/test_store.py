@@ -332,7 +332,7 @@ def test_room_for_more_views_than_are_committed_is_no_damage(path: Path) -> None
 
 def test_the_root_attributes_have_an_equal_copy(path: Path) -> None:
     def copied() -> Any:
-        (copy,) = commits.unsealed((path / "commits/attributes.json").read_bytes())
+        (copy,) = unsealed((path / "commits/attributes.json").read_bytes())
         return copy
 
     assert copied() == json.loads((path / "zarr.json").read_text())["attributes"]
