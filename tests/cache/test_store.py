@@ -16,6 +16,7 @@ from stages.cache import LogitCache, arrays, commits
 from stages.cache.documents import sealed
 from stages.cache.encoding import Float32
 from stages.cache.identity import DatasetIdentity, Identity, TeacherIdentity, ViewsIdentity
+from stages.cache.records import unsealed
 from stages.cache.rectified import RectificationSettings
 from stages.errors import CacheError
 
