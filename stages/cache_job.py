@@ -158,7 +158,7 @@ def fitted_encoding(
         (0, block): checked_logits(job, feed, order[grid.rows(block)], 0, progress)
         for block in range(needed)
     }
-    rows = torch.cat(list(blocks.values()))[:FIT_ROWS]
+    rows = torch.cat([block[:FIT_ROWS] for block in blocks.values()])[:FIT_ROWS]
     coding = fit_encoding(job.config.encoding, rows, labels[order[: len(rows)]], job.config.max_kl)
     return blocks, coding
 

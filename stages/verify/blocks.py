@@ -1,0 +1,144 @@
+"""Every block against its record: its objects by their sha256, its arrays by what they say."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from zarr.abc.store import Store
+
+from stages.cache import LogitCache
+from stages.cache.commits import CommitLog
+from stages.cache.layout import ArraySpec, block_key
+from stages.cache.objects import read_object
+from stages.cache.records import Record, ViewRecords
+from stages.errors import CacheError, UnansweredError
+from stages.reporting import Reporter
+from stages.verify.faults import Fault, Verified
+
+_VIEWS_AT_ONCE = 16
+"""Whose records are in memory, and whose blocks the threads share."""
+_DECODED_BYTES = 2**30
+"""Of rows that all threads together may have decoded."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Logits, or one rectification: what its blocks should be.
+
+    views: those that have to be complete, None for those that have any block. consistent: what is
+    wrong between a record and its arrays. count: takes the records of a view without faults; whole:
+    what is then wrong with all of them together.
+    """
+
+    commits: CommitLog
+    folder: str
+    specs: dict[str, ArraySpec]
+    views: range | None
+    consistent: Callable[[int, int, Record], Iterator[str]]
+    count: Callable[[ViewRecords], object]
+    whole: Callable[[], list[Fault]]
+
+
+def check_blocks(
+    cache: LogitCache,
+    part: Part,
+    intact: dict[int, ViewRecords],
+    reporter: Reporter,
+    threads: int,
+) -> Verified:
+    """Every block of a part, several at a time; the records of a few views are in memory.
+
+    threads: at the most; fewer where blocks are large. intact: what is left of the logits' records
+    in views where some are damaged. They are faults here, and no reason to stop.
+    """
+    files = part.commits.files()
+    total, blocks, size = len(files) * cache.grid.num_blocks, 0, 0
+    faults = [
+        fault
+        for view in part.views or ()
+        if view not in files
+        for fault in _missing(cache, part, view, {})
+    ]
+    inspected = part.commits.inspect(files)
+    block_bytes = torch.float32.itemsize * cache.num_classes * cache.grid.block_rows
+    with ThreadPoolExecutor(max(1, min(threads, _DECODED_BYTES // block_bytes))) as pool:
+        while some := list(islice(inspected, _VIEWS_AT_ONCE)):
+            for view, found, damaged in some:
+                faults += [Fault(key, "the record is damaged", key=key) for key in damaged]
+                faults += _missing(cache, part, view, found)
+                if damaged and part.commits is cache.commits:
+                    intact[view] = found
+                part.commits.hold(view, found)
+                if view in intact:
+                    cache.commits.hold(view, intact[view])
+            where = [((view, block), r) for view, found, _ in some for block, r in found.items()]
+            for read, wrong in pool.map(lambda item: _block_faults(cache, part, *item), where):
+                size, blocks = size + read, blocks + 1
+                faults += wrong
+                reporter.progress(f"verify {part.commits.part}", blocks, total, "blocks")
+            if not faults:
+                for _, found, _ in some:
+                    part.count(found)
+    return Verified(faults, blocks, size)
+
+
+def _missing(cache: LogitCache, part: Part, view: int, found: ViewRecords) -> list[Fault]:
+    """The blocks that should have a record and have none."""
+    if not (found if part.views is None else view in part.views):
+        return []
+    name = part.commits.part
+    return [
+        Fault(f"{name}, view {view}, block {block}", "is not there", name, view, block)
+        for block in range(cache.grid.num_blocks)
+        if block not in found
+    ]
+
+
+def _block_faults(
+    cache: LogitCache, part: Part, where: tuple[int, int], record: Record
+) -> tuple[int, list[Fault]]:
+    """Bytes read, and the faults of one block."""
+    view, block = where
+    name = f"{part.commits.part}, view {view}, block {block}"
+
+    def faults(whats: list[str]) -> list[Fault]:
+        return [Fault(name, what, part.commits.part, view, block) for what in whats]
+
+    if not (0 <= view < cache.num_views and 0 <= block < cache.grid.num_blocks):
+        return 0, faults(["is outside the arrays"])
+    keys = {block_key(f"{part.folder}{n}", spec, view, block) for n, spec in part.specs.items()}
+    rows, size = cache.grid.rows(block), 0
+    try:
+        size, whats = object_faults(cache.group.store, record, keys)
+        if record.get("rows") != [rows.start, rows.stop]:
+            whats.append("its record speaks of other rows")
+        whats = whats or list(part.consistent(view, block, record))
+    except UnansweredError:
+        raise
+    except CacheError as error:
+        whats = [error.cause]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        whats = [f"its record cannot be read: {error!r}"]
+    return size, faults(whats)
+
+
+def object_faults(store: Store, record: Record, keys: set[str]) -> tuple[int, list[str]]:
+    """Bytes read, and which objects are not what the record says."""
+    objects = record.get("objects", {})
+    if set(objects) != keys:
+        return 0, ["its record speaks of other objects"]
+    size, faults = 0, []
+    for key, known in objects.items():
+        content = read_object(store, key)
+        if content is None:
+            faults.append(f"{key} is missing")
+            continue
+        size += len(content)
+        if len(content) != known["bytes"]:
+            faults.append(f"{key} has {len(content)} bytes, not {known['bytes']}")
+        elif hashlib.sha256(content).hexdigest() != known["sha256"]:
+            faults.append(f"{key} has another sha256")
+    return size, faults

@@ -1,0 +1,111 @@
+"""Faults of what is not a block: metadata, arrays that do not grow, the test split."""
+
+from collections.abc import Iterator
+
+import torch
+from zarr.abc.store import Store
+
+from stages.cache import LogitCache, root
+from stages.cache.arrays import get_array, open_group, read_array
+from stages.cache.create import all_arrays
+from stages.cache.documents import is_canonical
+from stages.cache.location import Location
+from stages.cache.objects import folders, read_object
+from stages.cache.records import unsealed
+from stages.errors import CacheError, UnansweredError
+from stages.inputs.datasets.dataset import digest
+from stages.verify.blocks import object_faults
+from stages.verify.faults import Fault
+
+
+def root_faults(where: Location) -> Iterator[Fault]:
+    """Of the root's attributes, without which nothing else can be judged; and of their copy."""
+    try:
+        group = open_group(where)
+        root.read_attributes(where, group.attrs.asdict())
+    except UnansweredError:
+        raise
+    except CacheError as error:
+        yield Fault("root attributes", error.cause)
+        return
+    try:
+        (copy,) = unsealed(read_object(group.store, root.COPY) or b"")
+        if copy != group.attrs.asdict():
+            yield Fault(root.COPY, "is not a copy of the root's attributes")
+    except ValueError:
+        yield Fault(root.COPY, "is damaged")
+
+
+def document_faults(where: Location) -> list[Fault]:
+    """Documents that Zarr would not have written so."""
+    store = open_group(where).store
+    faults = [
+        Fault(key, "the document is damaged")
+        for key in _document_keys(store)
+        if not is_canonical(read_object(store, key) or b"")
+    ]
+    faults += [
+        Fault(f"{folder}/zarr.json", "the document is not what was written")
+        for folder in ("commits", "rectified")
+        if read_object(store, f"{folder}/zarr.json") != _EMPTY_GROUP
+    ]
+    return faults
+
+
+def _document_keys(store: Store) -> Iterator[str]:
+    yield "zarr.json"
+    rectified = [f"rectified/{name}" for name in folders(store, "rectified")]
+    for folder in [*folders(store, ""), *rectified]:
+        yield f"{folder}/zarr.json"
+    for folder in rectified:
+        for name in folders(store, folder):
+            yield f"{folder}/{name}/zarr.json"
+
+
+_EMPTY_GROUP = b'{\n  "attributes": {},\n  "zarr_format": 3,\n  "node_type": "group"\n}'
+
+
+def whole_array_faults(cache: LogitCache) -> Iterator[Fault]:
+    """Of the arrays that do not grow with the views, and of how many views the others have."""
+    identity = cache.identity.dataset
+    for name, spec in all_arrays(cache.num_classes, cache.encoding).items():
+        room = get_array(cache.group, name).shape[0]
+        if spec.by_block and room != cache.num_views:
+            yield Fault(name, f"has room for {room} views, not {cache.num_views}")
+    try:
+        if not torch.equal(cache.dataset_index.sort().values, torch.arange(cache.num_samples)):
+            yield Fault("dataset_index", "is not a permutation of the samples")
+        elif digest([cache.labels.to(torch.int32).numpy().tobytes()]) != identity.labels:
+            yield Fault("label", "the labels are not those of the identity")
+        read_array(cache.group, "eval_label")
+    except UnansweredError:
+        raise
+    except CacheError as error:
+        yield Fault("whole arrays", error.cause)
+
+
+def eval_faults(cache: LogitCache) -> list[Fault]:
+    part = cache.eval_commits
+    found, damaged = part.readable()
+    if damaged:
+        return [Fault(key, "the record is damaged", key=key) for key in damaged]
+    if not found:
+        return [Fault("eval_logits", "the test split is not there yet")]
+    return [
+        Fault("eval_logits", what, "eval", 0, 0)
+        for record in found.values()
+        for what in object_faults(cache.group.store, record, {"eval_logits/c/0/0"})[1]
+    ]
+
+
+def rectification_names(cache: LogitCache, faults: list[Fault]) -> list[str]:
+    """The rectifications, by their folders and their records: also damaged or deleted ones."""
+    try:
+        known = set(cache.rectifications)
+    except UnansweredError:
+        raise
+    except CacheError as error:
+        faults.append(Fault("rectified", error.cause))
+        known = set()
+    store = cache.group.store
+    return sorted(known | {*folders(store, "rectified"), *folders(store, "commits/rectified")})

@@ -1,0 +1,58 @@
+"""Does the teacher still say what the cache says, of the pixels that it saw?"""
+
+import torch
+
+from stages.cache import LogitCache
+from stages.cache.encoding import row_kl
+from stages.cache_teacher import CacheJob, teacher_logits
+from stages.errors import IdentityError
+from stages.reporting import Silent
+from stages.training.setup import Splits
+from stages.training.student_checks import cached_policy, check_dataset
+from stages.verify.faults import Fault
+
+_NOISE = {"float32": 1e-4}
+"""Mean KL at T=1 that a teacher may differ by from itself: other batches, other kernels."""
+_NOISE_HALF = 5e-3
+
+
+def verify_live(cache: LogitCache, job: CacheJob, pairs: int, seed: int = 0) -> list[Fault]:
+    """Run the teacher on random (view, sample) pairs: does it say what the cache says?
+
+    The mean KL at T=1 between its rows and the decoded ones may be twice what `fidelity` declares,
+    and the noise of another batch or device on top.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    views = cache.complete_views
+    pairs = min(pairs, len(views) * cache.num_samples)
+    if cache.fidelity is None or not views:
+        return [Fault("fidelity", "nothing is declared: the cache is not finished")]
+    which = torch.randint(len(views), (pairs,), generator=generator)
+    samples = torch.randint(cache.num_samples, (pairs,), generator=generator)
+    feed = job.feed(job.splits.train, job.policy)
+    divergences = []
+    for position in which.unique().tolist():
+        asked = samples[which == position]
+        live = teacher_logits(job, feed, asked, views[position])
+        stored = cache.read_view(views[position]).rows(asked)
+        divergences.append(row_kl(live, stored, 1.0))
+    found = float(torch.cat(divergences).mean())
+    noise = _NOISE.get(cache.identity.compute_dtype, _NOISE_HALF)
+    allowed = 2 * (cache.fidelity.known_kl(1.0) or 0.0) + noise
+    if found <= allowed:
+        return []
+    return [
+        Fault(
+            "live teacher",
+            f"mean KL {found:.2g} to the cached rows over {pairs} pairs, {allowed:.2g} is allowed",
+        )
+    ]
+
+
+def verify_pixels(cache: LogitCache, splits: Splits) -> list[Fault]:
+    """Are these the samples and the pixels that the teacher saw?"""
+    try:
+        check_dataset(cache, splits, cached_policy(cache), accept_drift=False, reporter=Silent())
+    except IdentityError as error:
+        return [Fault("pixels", error.cause)]
+    return []
