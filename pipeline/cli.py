@@ -344,8 +344,7 @@ def verify_command(cache: str, **given: Any) -> None:
         job = recorded_job(cache, **moved)
         if given["repair"] and faults:
             show_verified(console, cache, verified, faults)
-            repair(cache, job, faults, console)
-            verified = verify(cache, console)
+            verified = repair(cache, job, faults, console)
             faults = verified.faults
         if not faults and given["live"]:
             faults = verify_live(LogitCache.open(cache), job, given["live"])

@@ -24,7 +24,7 @@ from stages.cache import LogitCache
 from stages.cache.encoding import Encoding, is_encoding
 from stages.cache.identity import differences
 from stages.cache.location import Location, location
-from stages.cache.lock import exclusive, half_written, joined
+from stages.cache.lock import exclusive, joined, remove_half_written
 from stages.cache.records import Record
 from stages.cache.writer import BackgroundWriter
 from stages.cache_job import (
@@ -199,8 +199,7 @@ def _ready(
         fitted, coding = fitted_encoding(job, feed, progress)
         cache = _create(job, out, coding)
     if job.ranks.first:
-        for leftover in half_written(cache.path):
-            leftover.unlink()
+        remove_half_written(cache.path)
         cache.grow(job.config.views)
     return cache, fitted
 
@@ -284,7 +283,7 @@ def _write_block(cache: LogitCache, record: Record, computed: tuple[int, int, Te
 def _cache_test_split(job: CacheJob, cache: LogitCache, record: Record) -> None:
     feed = job.feed(job.splits.test, plain_view(job.image_size, job.config.data.resize))
     samples = torch.arange(len(job.splits.test))
-    logits = teacher_logits(job, feed, samples, 0).cpu()
+    logits = teacher_logits(job, feed, samples, 0)
     feed.close()
     check_finite(logits, samples, "the test split")
     cache.write_eval_logits(logits, record)

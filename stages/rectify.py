@@ -22,7 +22,7 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache.encoding import check_temperature
 from stages.cache.location import Location
-from stages.cache.lock import exclusive, half_written
+from stages.cache.lock import exclusive, remove_half_written
 from stages.cache.rectified import Rectification, RectificationSettings
 from stages.dask_client import existing_cluster
 from stages.errors import CacheError, ConfigError
@@ -76,6 +76,16 @@ class RectifyConfig(Settings, frozen=True):
                 "Use --method pairwise (as released), or --space probability-T.",
             )
 
+    @staticmethod
+    def of(settings: RectificationSettings, **more: Any) -> "RectifyConfig":
+        """What makes a rectification of these settings. Raises CacheError if nothing can."""
+        asked = {n: getattr(settings, n) for n in ("method", "space", "temperature")}
+        try:
+            made = {**asked, "materialise": settings.materialised, **more}
+            return msgspec.convert(made, RectifyConfig)
+        except ValueError as error:  # of msgspec, or a ConfigError
+            raise CacheError(f"its settings cannot be: {error}") from error
+
     @property
     def chosen_name(self) -> str:
         space = "" if self.space == "probability-T" else f"-{self.space}"
@@ -110,18 +120,19 @@ def rectify(
     name, views = config.chosen_name, _views(cache, config.views)
     with exclusive(cache.path):
         # 1) what is missing
-        for leftover in half_written(cache.path):
-            leftover.unlink()
-        rectification = cache.create_rectification(name, config.settings)
+        remove_half_written(cache.path)
+        rectification = cache.create_rectification(name, settings)
         missing = rectification.commits.missing(views)
         if there := len(views) * cache.grid.num_blocks - len(missing):
             reporter.say(f"{there} blocks are there already")
 
         # 2) one task a block
-        run = _run_on_threads if config.scheduler is None else _run_on_cluster
-        for done, _ in enumerate(
-            run(cache, rectification, missing, config.scheduler or ""), start=1
-        ):
+        tasks = (
+            _run_on_threads(cache, rectification, missing)
+            if config.scheduler is None
+            else _run_on_cluster(cache, rectification, missing, config.scheduler)
+        )
+        for done, _ in enumerate(tasks, start=1):
             reporter.progress("rectify", done, len(missing), "blocks")
 
         # 3) what came of it, from every block's record
@@ -149,10 +160,7 @@ def rectified_block(
     cache: LogitCache, settings: RectificationSettings, view: int, block: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The arrays of one rectified block, each (n, ...) as layout.py names them; its statistics."""
-    config = msgspec.convert(
-        {"method": settings.method, "space": settings.space, "temperature": settings.temperature},
-        RectifyConfig,
-    )
+    config = RectifyConfig.of(settings)
     temperature = 1.0 if settings.temperature_free else settings.temperature
     rows = cache.read_encoded_block(view, block)
     wrong = rows.predictions != rows.labels
@@ -211,7 +219,7 @@ def _views(cache: LogitCache, wanted: int | None) -> range:
 
 
 def _run_on_threads(
-    cache: LogitCache, rectification: Rectification, blocks: list[tuple[int, int]], _: str
+    cache: LogitCache, rectification: Rectification, blocks: list[tuple[int, int]]
 ) -> Iterator[None]:
     """One task a block on this machine's cores, so many blocks at a time; yields after each."""
     threads = max(1, torch.get_num_threads())

@@ -37,7 +37,7 @@ from stages.cache_teacher import (
 from stages.errors import CacheError, IdentityError, UnansweredError
 from stages.rectify import RectifyConfig, rectify
 from stages.reporting import Reporter, Silent
-from stages.verify import Fault, verify
+from stages.verify import Fault, Verified, verify
 
 
 def recorded_job(
@@ -86,8 +86,8 @@ def check_teacher(path: str | Location, job: CacheJob) -> None:
 
 def repair(
     path: str | Location, job: CacheJob, faults: list[Fault], reporter: Reporter | None = None
-) -> list[Fault]:
-    """Mend these faults; return those that are left.
+) -> Verified:
+    """Mend these faults; return what verifying it all then finds.
 
     Raises IdentityError if `job` is not what the cache was made from.
     """
@@ -98,20 +98,12 @@ def repair(
         views = _mend_metadata(where, attributes, job, reporter)
         # Metadata that was damaged may have hidden damaged blocks.
         faults = [*faults, *verify(where, Silent()).faults]
-        rectifications = _forget(where, faults)
+        again = _forget(where, faults)
     job = _with_config(job, views=views, encoding="auto")
     cache_teacher(job, path, reporter)
-    for name, settings in rectifications.items():
-        config = RectifyConfig(
-            method=settings["method"],
-            space=settings["space"],
-            temperature=settings["temperature"],
-            materialise=settings["materialised"],
-            views=settings["views"],
-            name=name,
-        )
+    for config in again:
         rectify(path, config, reporter)
-    return verify(where, reporter).faults
+    return verify(where, reporter)
 
 
 def _trusted_attributes(where: Location, mend: bool = False) -> RootAttributes:
@@ -230,8 +222,7 @@ def _settings_by_attributes(store: Store, name: str) -> RectificationSettings | 
         if not attributes and not folders(store, f"commits/rectified/{name}"):
             return None
         check_seal(attributes, name)
-        known = {f: attributes.get(f) for f in RectificationSettings.__struct_fields__}
-        return msgspec.convert(known, RectificationSettings)
+        return RectificationSettings.of_attributes(attributes)
     except UnansweredError:
         raise
     except (AttributeError, ValueError, CacheError) as error:
@@ -254,10 +245,10 @@ def _intact(where: Location, key: str) -> bool:
     return True
 
 
-def _forget(where: Location, faults: list[Fault]) -> dict[str, dict[str, Any]]:
+def _forget(where: Location, faults: list[Fault]) -> list[RectifyConfig]:
     """Unmake bad blocks, and the rectified blocks that were made from them.
 
-    Returns the rectifications that have to be run again: name -> settings, and how many views.
+    Returns the rectifications that have to be run again.
     """
     cache = LogitCache.open(where, writable=True)
     for fault in faults:
@@ -274,14 +265,14 @@ def _forget(where: Location, faults: list[Fault]) -> dict[str, dict[str, Any]]:
             bad = log.has(fault.view, fault.block)
             if bad and (part == fault.part or (made_from and part.startswith("rectified/"))):
                 log.forget(fault.view, fault.block)
-    again = {}
+    again = []
     for name in cache.rectifications:
         rectification = cache.rectification(name)
         # A repair that was stopped may have unmade whole views: the statistics know of them.
         known = len(rectification.statistics.get("top1_per_view", ()))
         covered = max(known, *(view + 1 for view in views[f"rectified/{name}"]), 0)
         if covered:
-            again[name] = {**msgspec.to_builtins(rectification.settings), "views": covered}
+            again.append(RectifyConfig.of(rectification.settings, name=name, views=covered))
     return again
 
 

@@ -242,7 +242,7 @@ def mend(config: CacheConfig, out: Path, splits: Splits, repaired: int) -> None:
     """What `pipeline verify --repair` does; so many objects were damaged."""
     faults = verify(out).faults
     assert len(faults) == repaired
-    assert repair(out, prepare(config, splits), faults) == []
+    assert repair(out, prepare(config, splits), faults).faults == []
 
 
 @pytest.mark.parametrize("block", [0, 2], ids=["whole-block", "last-block"])

@@ -101,7 +101,7 @@ def check_repaired(
         shutil.rmtree(store, ignore_errors=True)
         shutil.copytree(tiny_cache, store)
         damage(store, key, CUTS[how], draw)
-        left = repair(store, tiny_job, faults_of(store))
+        left = repair(store, tiny_job, faults_of(store)).faults
         if left or (others := differing(store, truth)):
             wrong.append((how, key, left or others))
 
@@ -136,7 +136,7 @@ def test_many_things_damaged_at_once_are_as_they_were(
     for key in sorted(truth.keys() - spared):
         damage(store, key, CUTS[draw.choice(list(CUTS))], draw)
 
-    assert repair(store, tiny_job, faults_of(store)) == []
+    assert repair(store, tiny_job, faults_of(store)).faults == []
     assert differing(store, truth) == []
 
 
@@ -147,7 +147,7 @@ def test_a_rectification_of_which_only_attributes_are_left_is_made_again(
     shutil.rmtree(store / "commits/rectified/pairwise-T4")
     flip(store / "rectified/pairwise-T4/wrong/zarr.json")
 
-    assert repair(store, tiny_job, faults_of(store)) == []
+    assert repair(store, tiny_job, faults_of(store)).faults == []
     assert differing(store, tree(tiny_cache)) == []
 
 
@@ -164,7 +164,7 @@ def test_a_rectification_that_nothing_speaks_of_any_more_is_told(
     assert "rectify again" in caught.value.remedy
     for folder in ("rectified", "commits/rectified"):  # what the remedy says
         shutil.rmtree(store / folder / "pairwise-T4")
-    assert repair(store, tiny_job, []) == []
+    assert repair(store, tiny_job, []).faults == []
     rectify(store, RectifyConfig())
     assert differing(store, tree(tiny_cache)) == []
 
@@ -174,7 +174,7 @@ def test_a_cache_in_order_stays_as_it_is(
 ) -> None:
     store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
 
-    assert repair(store, tiny_job, []) == []
+    assert repair(store, tiny_job, []).faults == []
     assert differing(store, tree(tiny_cache)) == []
 
 
@@ -208,7 +208,7 @@ def test_a_block_made_from_a_damaged_one_is_made_again(
     rectify(store, RectifyConfig())
     flip(store / "logits_code/c/0/0/0")
 
-    assert repair(store, tiny_job, faults_of(store)) == []
+    assert repair(store, tiny_job, faults_of(store)).faults == []
     assert same(everything(store), everything(tiny_cache))
 
 
@@ -227,7 +227,7 @@ def test_a_record_that_is_sealed_and_untrue_is_mended(
     store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
     edit_record(store, 1, lambda record: record.update(change), 0, part)
 
-    assert repair(store, tiny_job, faults_of(store)) == []
+    assert repair(store, tiny_job, faults_of(store)).faults == []
     assert differing(store, tree(tiny_cache)) == []
 
 
@@ -242,7 +242,7 @@ def test_a_cache_with_more_views_than_its_record_of_settings_is_mended(
     flip(store / "logits_code/c/2/1/0")
     flip(store / "prediction/zarr.json")
 
-    assert repair(store, tiny_job, faults_of(store)) == []
+    assert repair(store, tiny_job, faults_of(store)).faults == []
     assert differing(store, truth) == []
 
 
@@ -261,7 +261,7 @@ def test_several_rectifications_are_mended(
     ):
         flip(store / key)
 
-    assert repair(store, tiny_job, faults_of(store)) == []
+    assert repair(store, tiny_job, faults_of(store)).faults == []
     assert differing(store, truth) == []
 
 
@@ -273,7 +273,7 @@ def test_an_append_that_stopped_is_completed(
     assert isinstance(found, zarr.Array)
     found.resize((5, *found.shape[1:]))
 
-    assert repair(store, tiny_job, faults_of(store)) == []
+    assert repair(store, tiny_job, faults_of(store)).faults == []
     assert differing(store, tree(tiny_cache)) == []
 
 
@@ -319,7 +319,7 @@ def test_weights_that_have_moved_are_asked_for(
     with pytest.raises(ModelError, match=re.escape(str(run))):
         recorded_job(tmp_path / "c.zarr")
     job = recorded_job(tmp_path / "c.zarr", weights=str(tmp_path / "moved"), device="cpu")
-    assert repair(tmp_path / "c.zarr", job, faults_of(tmp_path / "c.zarr")) == []
+    assert repair(tmp_path / "c.zarr", job, faults_of(tmp_path / "c.zarr")).faults == []
     assert differing(tmp_path / "c.zarr", truth) == []
 
 
@@ -411,5 +411,5 @@ def test_a_rectification_that_was_deleted_is_noticed_and_made_again(
     faults = verify(small_copy).faults
 
     assert any("pairwise-T4" in fault.where for fault in faults)
-    assert repair(small_copy, small_job, faults) == []
+    assert repair(small_copy, small_job, faults).faults == []
     assert tree(small_copy) == tree(small_cache)

@@ -85,3 +85,9 @@ def half_written(where: Location) -> list[Path]:
     if isinstance(where, str):
         return []
     return [p for p in where.rglob("*.partial") if _TEMPORARY.search(p.name)]
+
+
+def remove_half_written(where: Location) -> None:
+    """Delete what a killed writer left; only who holds the store knows that it was killed."""
+    for leftover in half_written(where):
+        leftover.unlink()

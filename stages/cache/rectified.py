@@ -30,6 +30,12 @@ class RectificationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     temperature_free: bool
     materialised: bool = False
 
+    @staticmethod
+    def of_attributes(attributes: Mapping[str, Any]) -> "RectificationSettings":
+        """Those among a group's attributes. Raises msgspec.ValidationError for any others."""
+        known = {f: attributes.get(f) for f in RectificationSettings.__struct_fields__}
+        return msgspec.convert(known, RectificationSettings)
+
 
 @dataclass(frozen=True)
 class Rectification:
@@ -70,9 +76,8 @@ class Rectification:
                 f"rectification '{name}' belongs to another cache than the one it lies in",
                 f"Remove rectified/{name} and run `pipeline rectify` again.",
             )
-        known = {f: attributes.get(f) for f in RectificationSettings.__struct_fields__}
         try:
-            settings = msgspec.convert(known, RectificationSettings)
+            settings = RectificationSettings.of_attributes(attributes)
         except msgspec.ValidationError as error:
             raise CacheError(f"rectification '{name}' is not readable: {error}") from error
         rectification = Rectification(name, group, grid, settings)

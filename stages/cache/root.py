@@ -13,7 +13,7 @@ from stages.cache.arrays import open_group
 from stages.cache.documents import check_seal, sealed
 from stages.cache.encoding import EncodingAttributes, Fidelity
 from stages.cache.location import Location, ask, open_store
-from stages.cache.lock import half_written
+from stages.cache.lock import half_written, remove_half_written
 from stages.cache.objects import first_object, list_objects, read_object, write_object
 from stages.cache.records import seal_records, unsealed
 from stages.errors import CacheError
@@ -66,8 +66,7 @@ def unfinished_group(where: Location) -> zarr.Group:
     store = open_store(where, read_only=False)
     if isinstance(where, Path):
         where.mkdir(parents=True, exist_ok=True)
-        for leftover in half_written(where):
-            leftover.unlink()
+        remove_half_written(where)
     if read_object(store, "zarr.json") is None:
         # A copy: zarr keeps the dict and changes it with the attributes.
         return zarr.create_group(store, zarr_format=3, attributes=dict(UNFINISHED))

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import torch
 
 from stages.cache import LogitCache
@@ -42,18 +41,13 @@ def rectified_part(
 ) -> Part:
     """bad: blocks whose logits are damaged, which say nothing about what was made from them."""
     name, settings = f"rectified/{rectification.name}", rectification.settings
-    asked = {n: getattr(settings, n) for n in ("method", "space", "temperature")}
-    try:
-        known = msgspec.convert({**asked, "materialise": settings.materialised}, RectifyConfig)
-    except ValueError as error:  # of msgspec, or a ConfigError
-        raise CacheError(f"its settings cannot be: {error}") from error
-    if known.settings != settings:
+    if RectifyConfig.of(settings).settings != settings:
         raise CacheError("its settings contradict each other")
 
     def consistent(view: int, block: int, record: Record) -> Iterator[str]:
         if (view, block) in bad:
             return
-        made, statistics = rectified_block(cache, rectification.settings, view, block)
+        made, statistics = rectified_block(cache, settings, view, block)
         if _plain(statistics) != _plain(record.get("statistics")):
             yield "its statistics are not those of its rows"
         for array, values in made.items():
