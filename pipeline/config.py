@@ -155,11 +155,6 @@ def field_type(kind: Any, key: str) -> Any:
     return kind
 
 
-def section_of(kind: type[msgspec.Struct], key: str) -> type[msgspec.Struct] | None:
-    """The struct that a dotted key holds, None where it holds a value."""
-    return section(field_type(kind, key))
-
-
 def section(kind: Any) -> type[msgspec.Struct] | None:
     """The struct type inside a field type, if it is one."""
     found = (t for t in alternatives(kind) if isinstance(t, type) and issubclass(t, msgspec.Struct))

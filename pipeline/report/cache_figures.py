@@ -1,6 +1,7 @@
 """The figures about one cache."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -81,9 +82,9 @@ def rectified_entropies(name: str, draw: Draw) -> Html:
     return captioned(svg, "Wrong rows, before and after", note, shown)
 
 
-def accuracy_by_view(name: str, top1: list[tuple[int, float]]) -> Html:
+def accuracy_by_view(name: str, top1: Mapping[int, float]) -> Html:
     """The teacher's accuracy on each view."""
-    views, values = [view for view, _ in top1], [100 * value for _, value in top1]
+    views, values = [*top1], [100 * value for value in top1.values()]
     told = "The teacher's accuracy on each cached view"
     with drawing(name, told, "view", "top-1, %") as drawn:
         mean = sum(values) / len(values)

@@ -19,9 +19,9 @@ from pipeline.report.measured import (
     count_mistakes,
     draw_rows,
     entropy,
-    top1_per_view,
 )
 from stages.cache import LogitCache
+from stages.inputs.views import mixes
 from stages.scores import BINS, Calibration
 
 MOST_CLASSES = 1000
@@ -52,7 +52,7 @@ def cache_part(cache: LogitCache, key: str, options: Options) -> Html:
     found = calibration_of(draw.logits, ~draw.wrong)
     chosen = choose_samples(draw)
     images = load_images(cache, chosen, options.dataset, options.root) if chosen else Images({})
-    top1 = top1_per_view(cache)
+    top1 = cache.top1_per_view
     shown = [figures.reliability(f"{key}-reliability", found)]
     shown.append(figures.confidences(f"{key}-confidence", draw))
     shown.append(figures.entropies(f"{key}-entropy", draw))
@@ -63,7 +63,7 @@ def cache_part(cache: LogitCache, key: str, options: Options) -> Html:
         "section",
         title,
         _in_words(cache),
-        _key_numbers(cache, mistakes, found, draw, [value for _, value in top1]),
+        _key_numbers(cache, mistakes, found, draw, [*top1.values()]),
         tag("div", shown, class_="figures"),
         tag("p", _rows_used(draw, mistakes), class_="note"),
         tag("h4", "Where it is wrong"),
@@ -78,8 +78,8 @@ def _in_words(cache: LogitCache) -> Html:
     views, dataset = identity.views, identity.dataset
     settings = ", ".join(f"{k} {v}" for k, v in views.parameters.items())
     spec = cache.provenance.get("config", {}).get("data", {}).get("dataset") or dataset.name
-    done = f"all {complete:,}" if complete == cache.num_views else f"{complete} of "
-    done += "" if complete == cache.num_views else f"{cache.num_views:,}"
+    whole = complete == cache.num_views
+    done = f"all {complete:,}" if whole else f"{complete} of {cache.num_views:,}"
     first = fragment(
         "The teacher, a ",
         tag("strong", identity.teacher.architecture),
@@ -100,10 +100,10 @@ def _in_words(cache: LogitCache) -> Html:
         kl = fidelity.mean_kl[0]
         exact = "exactly" if kl == 0 else f"with a mean KL of {kl:.1e} to the exact rows at T = 1"
         second += f", {exact}"
-    mixed = "+mixup" in views.policy or "+cutmix" in views.policy
     third = " Its views mix two samples; a row counts as right by the larger one's label."
     digest = identity.digest()[:16]
-    return tag("p", first, second + ".", third if mixed else "", f" Identity {digest}.")
+    mixed = third if mixes(views.policy) else ""
+    return tag("p", first, second + ".", mixed, f" Identity {digest}.")
 
 
 def _key_numbers(

@@ -159,8 +159,3 @@ def count_mistakes(cache: LogitCache, max_predictions: int = MAX_PREDICTIONS) ->
         used=each * len(views),
         total=cache.num_samples * len(views),
     )
-
-
-def top1_per_view(cache: LogitCache) -> list[tuple[int, float]]:
-    """(view, the teacher's accuracy on all of its rows), from the records of its blocks."""
-    return list(cache.top1_per_view.items())

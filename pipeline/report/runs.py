@@ -1,7 +1,7 @@
 """What a run directory or a line of a sweep's results.jsonl says about a student or a teacher."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ class Run:
     history: tuple[Mapping[str, float], ...]
     summary: Summary
     group: tuple[str, str] | None = None
-    keys: Mapping[str, Any] = field(default_factory=dict)
     teacher_top1: float | None = None
 
     @property
@@ -156,7 +155,6 @@ def _run_of(line: Line, folder: Path, sweep: str) -> Run | LeftOut:
         history=history,
         summary=line.summary,
         group=(sweep, line.label),
-        keys=line.keys,
         teacher_top1=line.teacher_top1,
     )
 

@@ -92,7 +92,7 @@ class SweepDirectory:
 
     def _recorded(self) -> dict[str, Any] | None:
         """What every run was asked to be; None for a new or empty folder."""
-        occupied = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        occupied = _holds_something(self.path)
         try:
             found = json.loads((self.path / "sweep.json").read_bytes())
             if found["format"] == _FORMAT:

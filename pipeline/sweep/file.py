@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.config import check_key, convert, read_yaml, section_of
+from pipeline.config import check_key, convert, field_type, read_yaml, section
 from stages.errors import ConfigError
 from stages.train_student import StudentConfig
 from stages.training.config import Settings, positive
@@ -88,7 +88,7 @@ def dotted(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         key = f"{prefix}{name}"
         check_key(StudentConfig, key)
-        inner = section_of(StudentConfig, key) is not None
+        inner = section(field_type(StudentConfig, key)) is not None
         if inner and value is not None and not isinstance(value, Mapping):
             raise ConfigError(
                 f"'{key}' holds keys, not the value {value!r}", f"Write {key}.NAME, one by one."

@@ -1,8 +1,8 @@
 """Which runs can be trained in one process, from one stream of batches.
 
 Images are cropped and targets are read once for all students of a group. Which settings they must
-share is known to `stages.train_student.check_one_stream`; model, loss, bias, optimiser and the seed
-of first weights may differ.
+share is known to `check_one_stream`; model, loss, bias, optimiser and the seed of first weights may
+differ.
 """
 
 from collections.abc import Sequence

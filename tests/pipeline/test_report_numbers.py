@@ -19,7 +19,6 @@ from pipeline.report.measured import (
     count_mistakes,
     draw_rows,
     entropy,
-    top1_per_view,
 )
 from stages.cache import LogitCache
 from stages.inputs.views import view_policy
@@ -116,8 +115,7 @@ def test_confused_pairs_are_those_of_the_rectification(small_cache: Path) -> Non
     for pair in statistics["most_confused"]:
         assert counts[pair["label"], pair["predicted"]] == pair["count"]
     assert mistakes.rate == statistics["wrong_rate"]
-    top1 = [value for _, value in top1_per_view(cache)]
-    assert top1 == pytest.approx(statistics["top1_per_view"])
+    assert [*cache.top1_per_view.values()] == pytest.approx(statistics["top1_per_view"])
 
 
 def test_entropy_of_right_and_wrong_rows(page: Element, finished_cache: Path) -> None:
