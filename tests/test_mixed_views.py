@@ -16,7 +16,7 @@ from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_t
 from stages.errors import ViewError
 from stages.inputs.feed import Batch, ViewFeed
 from stages.inputs.models import logits_of
-from stages.inputs.views import Mixed
+from stages.inputs.views import Mixed, Paired
 from stages.objectives.losses import ce, kd, mixed_ce
 from stages.rectify import RectifyConfig, rectify
 from stages.train_student import StudentConfig, student_trainer, train_student
@@ -189,6 +189,7 @@ def test_weak_and_strong_rows_lie_side_by_side(
     cache_teacher(job, tmp_path / "pairs.zarr")
     cache = LogitCache.open(tmp_path / "pairs.zarr")
     policy = cached_policy(cache)
+    assert isinstance(policy, Paired)
     weak_and_strong = policy.paired_views(2)
     assert weak_and_strong == (2, 3)
     feed, samples = ViewFeed(my_splits.train, policy, CPU, workers=0), torch.arange(120)

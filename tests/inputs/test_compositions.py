@@ -286,9 +286,8 @@ def test_the_strong_view_is_of_the_weak_views_crop() -> None:
 
 def test_partner_views() -> None:
     pair = view_policy("none|none+erasing")
+    assert isinstance(pair, Paired)
     assert [pair.paired_views(view) for view in (0, 1, 6, 7)] == [(0, 1), (0, 1), (6, 7), (6, 7)]
-    assert view_policy("none").paired_views(0) is None
-    assert view_policy("none+mixup").paired_views(0) is None
 
 
 def test_a_pair_applied_with_a_view_for_each_sample() -> None:

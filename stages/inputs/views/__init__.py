@@ -8,7 +8,6 @@ on top of them (`layers.py`), `mixers.py` mixup and cutmix, `mixing.py` who is m
 from stages.inputs.views.augment import RandAugment, TrivialAugment
 from stages.inputs.views.crops import (
     Boxes,
-    CropPolicy,
     PadCrop,
     PadCropFlip,
     Plain,
@@ -17,20 +16,17 @@ from stages.inputs.views.crops import (
 )
 from stages.inputs.views.erasing import Erasing
 from stages.inputs.views.layers import Composed, Layer
-from stages.inputs.views.mixers import MIXERS, Cutmix, Mixer, Mixup
+from stages.inputs.views.mixers import Cutmix, Mixer, Mixup
 from stages.inputs.views.mixing import Mixed, check_unmixed, mixes
 from stages.inputs.views.pairs import Paired
-from stages.inputs.views.policy import Plan, Shown, ViewPolicy, check_view
-from stages.inputs.views.spec import LAYERS, POLICIES, known_policy, view_policy
+from stages.inputs.views.policy import Shown, ViewPolicy, check_view
+from stages.inputs.views.spec import POLICIES, known_policy, view_policy
 from stages.inputs.views.transforms import Transform
 
 __all__ = [
-    "LAYERS",
-    "MIXERS",
     "POLICIES",
     "Boxes",
     "Composed",
-    "CropPolicy",
     "Cutmix",
     "Erasing",
     "Layer",
@@ -41,7 +37,6 @@ __all__ = [
     "PadCropFlip",
     "Paired",
     "Plain",
-    "Plan",
     "RandAugment",
     "ResizedCropFlip",
     "Shown",

@@ -46,7 +46,7 @@ class Mixed(OnTop):
     def mixes(self) -> bool:
         return True
 
-    def partners(self, samples: Tensor, view: int, num_samples: int) -> Tensor:
+    def partners(self, samples: Tensor, view: int | Tensor, num_samples: int) -> Tensor:
         """Whom each sample is mixed with in a view: int64 (B,), a permutation over all samples."""
         return permute(samples, num_samples, self.seed, Stream.PARTNER, view)
 
@@ -77,7 +77,7 @@ class Mixed(OnTop):
     ) -> Shown:
         check_view(self, view)
         views = views_of(view, samples)
-        partners = permute(samples, num_samples, self.seed, Stream.PARTNER, views)
+        partners = self.partners(samples, views, num_samples)
         both, of_both = torch.cat([samples, partners]), self._base_view(torch.cat([views, views]))
         rendered = self.base.render_each(load(both), both, of_both, size)
         own, others = rendered[: len(samples)], rendered[len(samples) :]

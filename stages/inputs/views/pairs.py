@@ -90,6 +90,7 @@ class Paired(ViewPolicy):
         return policy, int(within_count(policy, view // 2))
 
     def paired_views(self, view: int) -> tuple[int, int]:
+        """The weak and the strong view that belong together, of which `view` is one."""
         return view - view % 2, view - view % 2 + 1
 
     def plan(self, samples: Tensor, view: int, num_samples: int, size: Sequence[int]) -> Plan:

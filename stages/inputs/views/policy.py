@@ -127,10 +127,6 @@ class ViewPolicy(ABC):
         """Which policy shows a view, and as which view of its own: itself, unless it is a pair."""
         return self, view
 
-    def paired_views(self, view: int) -> tuple[int, int] | None:
-        """The weak and the strong view that belong together with `view`, None without pairs."""
-        return None
-
     # ---- rendered one by one ------------------------------------------------------------
 
     @abstractmethod

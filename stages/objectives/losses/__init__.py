@@ -36,7 +36,6 @@ __all__ = [
     "LSKD_LOSSES",
     "LSKD_TEMPERATURE",
     "LSKD_WEIGHT",
-    "Definition",
     "TeacherRows",
     "TemperedRows",
     "ce",
