@@ -26,6 +26,7 @@ from stages.cache_job import CacheJob, check_finite, row_order, teacher_logits
 from stages.cache_teacher import missing_blocks, open_existing
 from stages.device import versions
 from stages.errors import CacheError
+from stages.inputs.feed import PROBES
 
 MEASURED_SECONDS = 2.0
 MOST_SECONDS = 20.0
@@ -159,7 +160,7 @@ def measured_teacher(job: CacheJob, order: Tensor) -> tuple[Tensor, float]:
             break
         samples = order[torch.arange(done, done + run) % len(order)]
         started = time.perf_counter()
-        logits = teacher_logits(job, feed, samples, 0).cpu()  # waits for the device
+        logits = teacher_logits(job, feed, samples, 0)  # waits for the device
         timed.append((run, time.perf_counter() - started))
         if done < wanted:
             kept.append(logits)
@@ -213,7 +214,7 @@ def _empty_cache(
         order,
         labels,
         job.splits.test.labels,
-        pixel_probes=[2**32 - 1] * 256,
+        pixel_probes=[2**32 - 1] * PROBES,
         provenance={"config": msgspec.to_builtins(job.config), "versions": versions()},
         block_rows=block_rows,
     )

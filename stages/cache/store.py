@@ -429,7 +429,7 @@ class LogitCache:
 
     @property
     def group(self) -> zarr.Group:
-        """The Zarr group, for what only `verify` looks at."""
+        """The Zarr group, for what looks at the store itself: verifying and mending."""
         return self._group
 
     @property

@@ -13,8 +13,9 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.errors import ConfigError
 from stages.training.groups import ChunkGroups
-from stages.training.slabs import RESIDENT_BYTES
 
+RESIDENT_BYTES = 2**30
+"""Slabs of all views are kept where they take no more together; on a GPU see `resident_bytes`."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)

@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from stages.errors import ConfigError
+from stages.inputs.datasets import Feeding
 from stages.objectives.bias import BiasMode, Reduction, Schedule
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -125,7 +126,7 @@ class DataSettings(Settings, frozen=True):
     root: str | None = None
     download: bool = False
     rescan: bool = False
-    feeding: Literal["auto", "memory", "stream"] = "auto"
+    feeding: Feeding = "auto"
     image_size: int | None = None
     resize: int | None = None
     workers: int = 2

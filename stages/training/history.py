@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 
-class Picked(msgspec.Struct, frozen=True):
+class Picked(msgspec.Struct, frozen=True, omit_defaults=True):
     """One epoch of a summary. epoch: from 0. test_top1, test_top5, val_top1: in [0, 1]."""
 
     epoch: int
@@ -47,18 +47,17 @@ def selected_epoch(history: list[dict[str, Any]]) -> int:
 
 def summarise(history: list[dict[str, Any]], parameters: int) -> dict[str, Any]:
     """Last, best and selected epoch. `best` is by test top-1, as the literature reports it."""
-    picked = ("epoch", "test_top1", "test_top5", "val_top1", "loss")
-    best = max(range(len(history)), key=lambda e: history[e]["test_top1"])
-    chosen = {"last": len(history) - 1, "best": best, "selected": selected_epoch(history)}
+    picked = msgspec.convert(history, list[Picked])
     seconds = sum(line["seconds"] for line in history)
     waited = sum(line.get("wait_seconds", 0.0) for line in history)
-    return {
-        **{
-            name: {key: history[epoch][key] for key in picked if key in history[epoch]}
-            for name, epoch in chosen.items()
-        },
-        "epochs": len(history),
-        "parameters": parameters,
-        "train_seconds": seconds,
-        "wait_share": waited / seconds,
-    }
+    summary = Summary(
+        last=picked[-1],
+        best=max(picked, key=lambda line: line.test_top1),
+        selected=picked[selected_epoch(history)],
+        epochs=len(history),
+        parameters=parameters,
+        train_seconds=seconds,
+        wait_share=waited / seconds,
+    )
+    plain: dict[str, Any] = msgspec.to_builtins(summary)
+    return plain

@@ -158,9 +158,8 @@ class RunDirectory:
     def save_model(self, module: nn.Module) -> None:
         """model.safetensors: the module's state dict; tied weights under each of their names."""
         state = {n: t.detach().cpu().contiguous().clone() for n, t in module.state_dict().items()}
-        temporary = self.path / "model.safetensors.partial"
-        temporary.write_bytes(save(state))  # save_file would make it readable by its owner only
-        os.replace(temporary, self.path / "model.safetensors")
+        # save_file would make it readable by its owner only
+        self._replace("model.safetensors", save(state))
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
         self._replace("summary.json", json.dumps(summary, indent=2).encode() + b"\n")

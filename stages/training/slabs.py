@@ -15,9 +15,6 @@ from typing import Generic, TypeVar
 What = TypeVar("What")
 Slab = TypeVar("Slab")
 
-RESIDENT_BYTES = 2**30
-"""Slabs of all views are kept where they take no more than this together; on a GPU see `budget`."""
-
 
 class SlabReader(Generic[What, Slab]):
     """Slabs in the order of the epochs. `waited`: seconds spent waiting for those of each epoch.

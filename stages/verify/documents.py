@@ -13,7 +13,7 @@ from stages.cache.location import Location
 from stages.cache.objects import folders, read_object
 from stages.cache.records import unsealed
 from stages.errors import CacheError, UnansweredError
-from stages.inputs.datasets.dataset import digest
+from stages.inputs.datasets.dataset import labels_digest
 from stages.verify.blocks import object_faults
 from stages.verify.faults import Fault
 
@@ -75,7 +75,7 @@ def whole_array_faults(cache: LogitCache) -> Iterator[Fault]:
     try:
         if not torch.equal(cache.dataset_index.sort().values, torch.arange(cache.num_samples)):
             yield Fault("dataset_index", "is not a permutation of the samples")
-        elif digest([cache.labels.to(torch.int32).numpy().tobytes()]) != identity.labels:
+        elif labels_digest(cache.labels) != identity.labels:
             yield Fault("label", "the labels are not those of the identity")
         read_array(cache.group, "eval_label")
     except UnansweredError:

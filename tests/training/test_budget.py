@@ -14,6 +14,7 @@ from stages.cache.targets import ViewTargets
 from stages.errors import ConfigError
 from stages.training import budget
 from stages.training.budget import (
+    RESIDENT_BYTES,
     SlabPlan,
     available_bytes,
     in_words,
@@ -22,7 +23,6 @@ from stages.training.budget import (
     slab_bytes,
 )
 from stages.training.epoch_targets import TargetReader
-from stages.training.slabs import RESIDENT_BYTES
 
 CPU = torch.device("cpu")
 

@@ -59,7 +59,7 @@ class ImageDataset:
 
     @property
     def labels_digest(self) -> str:
-        return digest([self.labels.to(torch.int32).numpy().tobytes()])
+        return labels_digest(self.labels)
 
     def statistics(self) -> Statistics:
         """Mean and standard deviation of each channel, on the scale of 0 to 1.
@@ -123,6 +123,11 @@ def digest(parts: Iterable[bytes]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()[:32]
+
+
+def labels_digest(labels: Tensor) -> str:
+    """Hex, of int64 labels (N,) in dataset order."""
+    return digest([labels.to(torch.int32).numpy().tobytes()])
 
 
 def _rounded(values: Tensor) -> tuple[float, ...]:
