@@ -1,6 +1,6 @@
 """Does a cache get slower, or need more memory, as it grows? Synthetic logits, no images.
 
-    python benchmarks/growth.py --out growth.json --plot growth.svg
+    python -m benchmarks.growth --out growth.json --plot growth.svg
 
 The base is a cache of 2 views of 16,384 samples: 100 classes, encoding klt, blocks of 16,384 rows.
 It is grown to 4 and 16 times as many views, and to 4 and 16 times as many samples, with blocks of
@@ -38,22 +38,18 @@ from typing import Any
 
 import click
 import torch
-from imagenet_data import SyntheticTeacher
-from torch import Tensor
 
+from benchmarks.imagenet_data import SyntheticTeacher
+from benchmarks.synthetic_cache import CLASSES, TEST_SAMPLES, labels_of, new_cache
 from pipeline.bench.measure import Figure, new_report, peak_memory, seconds
 from pipeline.console import Console
 from stages.cache import LogitCache
-from stages.cache.encoding import FIT_ROWS, fit_encoding
-from stages.cache.identity import DatasetIdentity, Identity, TeacherIdentity, ViewsIdentity
 from stages.cache.objects import write_object
 from stages.cache.records import seal_records
-from stages.inputs.counter_hash import permute
-from stages.inputs.datasets.dataset import digest
 from stages.rectify import RectifyConfig, rectify
 from stages.verify import verify
 
-CLASSES, VIEWS, SAMPLES, TEST_SAMPLES = 100, 2, 16_384, 100
+VIEWS, SAMPLES = 2, 16_384
 FACTORS, BATCH = (1, 4, 16), 1024
 OPERATIONS = (
     "write",
@@ -69,36 +65,6 @@ TURNS = {1: 3, 4: 1, 16: 1}
 MANY_VIEWS, MANY_BLOCKS = 5_000, 20
 Growth = dict[str, dict[int, dict[str, tuple[float, int]]]]
 """views or samples -> factor -> operation -> seconds per million rows, bytes."""
-
-
-def labels_of(samples: int) -> Tensor:
-    """int64 (samples,), sorted by class as folders are."""
-    return torch.arange(samples) * CLASSES // samples
-
-
-def new_cache(path: Path, views: int, samples: int, block_rows: int) -> LogitCache:
-    """A cache without any block, of samples that have an index and a label and no image."""
-    order, labels = permute(torch.arange(samples), samples, 0), labels_of(samples)
-    fitted, known = labels[order[:FIT_ROWS]], labels.to(torch.int32).numpy().tobytes()
-    names = tuple(f"class {i}" for i in range(CLASSES))
-    coding = fit_encoding("klt", SyntheticTeacher(CLASSES).block(0, 0, fitted), fitted)
-    return LogitCache.create(
-        path,
-        Identity(
-            TeacherIdentity("synthetic", "synthetic", (0.5,), (0.5,), None),
-            DatasetIdentity("synthetic", "train", samples, names, digest([known]), "none"),
-            ViewsIdentity("none", {}, 1, 0),
-            "float32",
-        ),
-        coding,
-        views,
-        order,
-        labels,
-        labels_of(TEST_SAMPLES),
-        pixel_probes=[],
-        provenance={"teacher": "synthetic logits, see benchmarks/growth.py"},
-        block_rows=block_rows,
-    )
 
 
 def measured(
@@ -192,8 +158,8 @@ def opened(path: Path) -> float:
     """Seconds until a cache of 100,000 blocks can be read from."""
     samples = 10 * MANY_BLOCKS
     small = new_cache(path, MANY_VIEWS, samples, block_rows=10)
-    write_block = SyntheticTeacher(CLASSES).block(0, 0, small.row_labels[:10])
-    small.write_block(0, 0, write_block, write_block.argmax(1), {})
+    logits = SyntheticTeacher(CLASSES).block(0, 0, small.row_labels[:10])
+    small.write_block(0, 0, logits, logits.argmax(1), {})
     record = small.commits.of_view(0)[0]
     for view in range(MANY_VIEWS):
         records = [{**record, "view": view, "block": b} for b in range(MANY_BLOCKS)]

@@ -1,8 +1,8 @@
 """One view of ImageNet-1k's shape, written, read, rectified, trained from and verified in bounds.
 
-    python benchmarks/imagenet.py --work DIR                  all 1,281,167 rows: about 8 minutes
-    python benchmarks/imagenet.py --work DIR --rows 100000    a quick one
-    python benchmarks/imagenet.py --work DIR --rows 20000 --classes 21841      ImageNet-21k's rows
+    python -m benchmarks.imagenet --work DIR                  all 1,281,167 rows: about 8 minutes
+    python -m benchmarks.imagenet --work DIR --rows 100000    a quick one
+    python -m benchmarks.imagenet --work DIR --rows 20000 --classes 21841      ImageNet-21k's rows
 
 Logits and images are synthetic (`imagenet_data.py`), stored as `klt` and as `topk`; above 4,096
 classes as `topk` alone. Each step runs in a process of its own, timed, and its peak of memory is
@@ -22,9 +22,16 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from imagenet_data import CLASSES, SAMPLES, SyntheticTeacher, new_cache, row_order, synthetic_splits
 from torch import Tensor
 
+from benchmarks.imagenet_data import (
+    CLASSES,
+    SAMPLES,
+    SyntheticTeacher,
+    new_cache,
+    row_order,
+    synthetic_splits,
+)
 from pipeline.bench.measure import Figure, Report, new_report, peak_memory, seconds
 from pipeline.console import Console, size
 from stages.cache import LogitCache
@@ -150,7 +157,7 @@ def trained(shape: Shape, folder: str, name: str) -> Figures:
     config = StudentConfig(
         cache=folder,
         data=DataSettings(dataset="synthetic"),
-        model=ModelSettings(architecture="imagenet_data:TinyStudent"),
+        model=ModelSettings(architecture="benchmarks.imagenet_data:TinyStudent"),
         train=TrainSettings(epochs=1, batch_size=BATCH, lr=0.01),
         slab_memory=SLAB_MEMORY,
         device="cpu",
