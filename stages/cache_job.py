@@ -13,13 +13,13 @@ from torch import Tensor
 from stages.cache.encoding import FIT_ROWS, Encoding, check_encoding, fit_encoding
 from stages.cache.identity import Identity, TeacherIdentity, ViewsIdentity, weights_digest
 from stages.cache.layout import MAX_BLOCK_ROWS, block_grid
-from stages.device import autocast, place
+from stages.device import place
 from stages.distributed import ALONE, Ranks, device_of_rank
 from stages.errors import ModelError, ViewError
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Normalise, ViewFeed
-from stages.inputs.models import Model, load_model, logits_of
+from stages.inputs.models import Model, forward, load_model
 from stages.inputs.views import ViewPolicy
 from stages.training.config import DataSettings, Dtype, Settings, positive, within
 from stages.training.setup import (
@@ -179,9 +179,8 @@ def teacher_logits(
     logits = torch.empty((len(samples), job.num_classes), pin_memory=on_gpu)
     start = 0
     for batch in feed.batches(samples, view, job.config.batch_size):
-        with autocast(job.device, job.config.dtype):
-            output = logits_of(job.model.module(job.normalise(batch.pixels)))
-        logits[start : start + len(output)].copy_(output.float(), non_blocking=True)
+        output = forward(job.model.module, job.normalise(batch.pixels), job.config.dtype)
+        logits[start : start + len(output)].copy_(output, non_blocking=True)
         start += len(output)
         progress(len(output))
     if on_gpu:

@@ -25,11 +25,10 @@ from stages.device import choose_device
 from stages.inputs.datasets import Statistics
 from stages.inputs.feed import Normalise, ViewFeed, num_batches, plain_view
 from stages.reporting import Silent
-from stages.train_student import StudentConfig
-from stages.training.config import BiasSettings, DataSettings, ModelSettings
+from stages.training.config import DataSettings
+from stages.training.order import sample_order, view_order
 from stages.training.setup import held_out, load_data
 from stages.training.student_checks import cached_policy, check_dataset, usable_views
-from stages.training.trainer import sample_order, view_order
 
 Item = TypeVar("Item")
 
@@ -93,7 +92,10 @@ class CachedEpochs:
         self.cache, self.batch_size = LogitCache.open(cache), batch_size
         data = DataSettings(dataset=data) if isinstance(data, str) else data
         self._rectified, self._temperature, self._seed = rectified, temperature, seed
-        self._views = self._usable(data, views)
+        check_temperature(self.cache.encoding, temperature)
+        if rectified is not None:
+            self.cache.rectification(rectified).check_temperature(temperature)
+        self._views = usable_views(self.cache, views, rectified)
 
         self.splits, policy = load_data(data), cached_policy(self.cache)
         check_dataset(self.cache, self.splits, policy, False, Silent())
@@ -149,13 +151,3 @@ class CachedEpochs:
         labels = self.splits.test.labels.to(self.device)
         for batch in self._test_feed.batches(torch.arange(len(labels)), 0, self.batch_size):
             yield self.normalise(batch.pixels), labels[batch.samples]
-
-    def _usable(self, data: DataSettings, views: int | None) -> list[int]:
-        check_temperature(self.cache.encoding, self._temperature)
-        bias = BiasSettings()
-        if self._rectified is not None:
-            self.cache.rectification(self._rectified).check_temperature(self._temperature)
-            bias = BiasSettings(mode="rectify", rectified=self._rectified)
-        model = ModelSettings(architecture="")  # only the views are asked about
-        config = StudentConfig(cache="", data=data, model=model, views=views, bias=bias)
-        return usable_views(self.cache, config)

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=8 -m pipeline cache-teacher ...
 
-    ranks = launched_ranks()  # Ranks.alone() where torchrun did not start this
+    ranks = launched_ranks()  # ALONE where torchrun did not start this
     with process_group(ranks, device):
         plan = first_rank_does(ranks, make_plan)  # one works; all have its result, or its error
         barrier(ranks)
@@ -47,11 +47,6 @@ class Ranks:
     world: int = 1
     local_rank: int = 0
 
-    @staticmethod
-    def alone() -> "Ranks":
-        """The one process of an ordinary run."""
-        return ALONE
-
     @property
     def first(self) -> bool:
         """Whether this is the rank that does what must be done once."""
@@ -64,13 +59,14 @@ class Ranks:
 
 
 ALONE = Ranks()
+"""The one process of an ordinary run."""
 
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     """The rank that torchrun gave this process. Raises ConfigError where it makes no sense."""
     given = {name: environment[name] for name in _NAMES if name in environment}
     if not given:
-        return Ranks.alone()
+        return ALONE
     told = ", ".join(f"{name}={value}" for name, value in given.items())
     remedy = f"Start with torchrun, which sets {', '.join(_NAMES)}, or unset them all."
     if missing := [name for name in _NAMES if name not in given]:
@@ -256,7 +252,7 @@ def told_once() -> Iterator[bool]:
     try:
         ranks = launched_ranks()
     except ConfigError:
-        ranks = Ranks.alone()
+        ranks = ALONE
     mine = _tells(ranks)
     try:
         yield mine

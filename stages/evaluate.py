@@ -20,11 +20,11 @@ import yaml
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.device import autocast, choose_device, place
+from stages.device import choose_device, place
 from stages.errors import CacheError, IdentityError, ModelError, RunError
 from stages.inputs.datasets import ImageDataset, load_dataset
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
-from stages.inputs.models import Model, load_model, logits_of
+from stages.inputs.models import Model, forward, load_model
 from stages.reporting import Reporter, Silent
 from stages.scores import ClassScore, Comparison, Scores, class_scores, compare, score
 from stages.training.config import DataSettings, TrainSettings
@@ -158,8 +158,7 @@ def _test_logits(
     parts, done = [], 0
     try:
         for batch in feed.batches(torch.arange(len(images)), 0, batch_size):
-            with autocast(device, run.train.dtype):
-                parts.append(logits_of(module(normalise(batch.pixels))).float().cpu())
+            parts.append(forward(module, normalise(batch.pixels), run.train.dtype).cpu())
             done += len(batch.samples)
             reporter.progress("test split", done, len(images), "images")
     finally:

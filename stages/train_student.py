@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.distributed import (
+    ALONE,
     Ranks,
     device_of_rank,
     first_rank_before_others,
@@ -82,7 +83,7 @@ def student_trainer(
     overwrite: bool = False,
     splits: Splits | None = None,
     reporter: Reporter | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> Trainer:
     """As `students_trainer`, for one student."""
     return students_trainer([(config, Path(out))], resume, overwrite, splits, reporter, ranks)
@@ -94,14 +95,14 @@ def students_trainer(
     overwrite: bool = False,
     splits: Splits | None = None,
     reporter: Reporter | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> Trainer:
     """Everything checked and loaded, ready for `fit`. `splits`: the dataset, if it is loaded.
 
     Raises IdentityError if the dataset is not the one the cache was made from, CacheError if the
     cache or the rectification is missing or incomplete, ConfigError for settings that cannot be.
     """
-    reporter, ranks = reporter or Silent(), ranks or Ranks.alone()
+    reporter = reporter or Silent()
     # 1) the cache, and what is to be learned from it
     cache = LogitCache.open(students[0][0].cache)
     checked = check_students([config for config, _ in students], cache)

@@ -14,8 +14,8 @@ from stages.objectives.losses import mixed_ce
 from stages.reporting import Reporter, Silent
 from stages.training.assemble import Destination, Planned, make_trainer
 from stages.training.config import RunConfig
+from stages.training.order import view_order
 from stages.training.setup import Splits, chosen_policy, load_data
-from stages.training.trainer import view_order
 
 
 class TeacherConfig(RunConfig, frozen=True, kw_only=True):

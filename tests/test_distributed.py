@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from stages.distributed import (
+    ALONE,
     Ranks,
     SharedCount,
     barrier,
@@ -30,7 +31,7 @@ from stages.errors import ConfigError
 @pytest.mark.parametrize(
     ("environment", "ranks"),
     [
-        pytest.param({"PATH": "/bin"}, Ranks.alone(), id="nothing"),
+        pytest.param({"PATH": "/bin"}, ALONE, id="nothing"),
         pytest.param({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, Ranks(), id="one"),
         pytest.param(
             {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3"}, Ranks(11, 16, 3), id="two-nodes"
@@ -83,14 +84,14 @@ def test_each_rank_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) ->
     assert device_of_rank(second) == device_of_rank(second, "cuda") == torch.device("cuda:1")
     assert chosen == [torch.device("cuda:1")] * 2
     assert device_of_rank(second, "cpu") == torch.device("cpu")
-    assert device_of_rank(Ranks.alone(), "auto") == torch.device("cuda")
+    assert device_of_rank(ALONE, "auto") == torch.device("cuda")
     with pytest.raises(ConfigError, match="GPU 2, this machine has 2") as caught:
         device_of_rank(Ranks(2, 3, 2))
     assert "--nproc-per-node=2" in caught.value.remedy
 
 
 def test_alone_everything_is_a_plain_call() -> None:
-    alone, count = Ranks.alone(), SharedCount(Ranks.alone())
+    alone, count = ALONE, SharedCount(ALONE)
 
     with process_group(alone), told_once() as mine:
         assert mine

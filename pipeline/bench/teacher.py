@@ -13,9 +13,8 @@ from pipeline.bench.measure import Figure, Ratio, alternately, seconds, steadily
 from stages.cache import LogitCache
 from stages.cache_job import CacheConfig, CacheJob, prepare, row_order, teacher_logits
 from stages.cache_teacher import cache_teacher
-from stages.device import autocast
 from stages.errors import ConfigError
-from stages.inputs.models import logits_of
+from stages.inputs import models
 from stages.training.config import Dtype
 from stages.training.setup import Splits
 
@@ -28,9 +27,7 @@ _LEAST_SECONDS = 1.0
 @torch.inference_mode()
 def forward(job: CacheJob, pixels: Tensor, dtype: Dtype) -> Tensor:
     """The teacher's float32 logits (B, C) of uint8 pixels (B, C, H, W), on its device."""
-    with autocast(job.device, dtype):
-        output = logits_of(job.model.module(job.normalise(pixels)))
-    return output.float()
+    return models.forward(job.model.module, job.normalise(pixels), dtype)
 
 
 class TimedForward:

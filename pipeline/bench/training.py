@@ -27,8 +27,8 @@ from stages.train_student import StudentConfig, student_trainer, students_traine
 from stages.training.assemble import Destination, Planned, make_trainer
 from stages.training.config import LossSettings
 from stages.training.objective import Objective, resolved
+from stages.training.order import view_order
 from stages.training.setup import Splits
-from stages.training.trainer import view_order
 
 CACHED_TARGET, ONLINE_TARGET, WAITING_TARGET = 1.02, 0.95, 0.01
 WAITING = "spent waiting for targets"

@@ -22,9 +22,8 @@ from pipeline.config import read_config
 from pipeline.console import Console
 from stages.cache.targets import Targets
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, prepare
-from stages.device import autocast
 from stages.inputs.feed import Batch
-from stages.inputs.models import logits_of
+from stages.inputs.models import forward
 from stages.train_student import StudentConfig, student_trainer
 from stages.training.config import DataSettings
 from stages.training.setup import Splits, load_data
@@ -46,8 +45,8 @@ class LiveTask:
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         job = self._job
-        with torch.no_grad(), autocast(job.device, job.config.dtype):
-            live = logits_of(job.model.module(job.normalise(batch.pixels))).float()
+        with torch.no_grad():
+            live = forward(job.model.module, job.normalise(batch.pixels), job.config.dtype)
         self._cached.targets = LiveTargets(live, self._labels[batch.samples])
         return self._cached.loss_parts(logits, batch)
 

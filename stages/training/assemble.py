@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from stages.distributed import Ranks, device_of_rank, first_rank_does
+from stages.distributed import ALONE, Ranks, device_of_rank, first_rank_does
 from stages.errors import ConfigError
 from stages.inputs.feed import Normalise, ViewFeed
 from stages.inputs.models import Model
@@ -18,9 +18,10 @@ from stages.reporting import Reporter
 from stages.training.compiled import check_compiler
 from stages.training.config import ModelSettings, RunConfig
 from stages.training.learner import Learner, RandomState, Task
+from stages.training.order import SampleOrder, sample_order
 from stages.training.run_directory import RunDirectory
 from stages.training.setup import Splits, check_output, held_out, make_evaluations, make_model
-from stages.training.trainer import SampleOrder, Trainer, sample_order, steps_per_epoch
+from stages.training.trainer import Trainer, steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def make_trainer(
     reporter: Reporter,
     teacher_size: int | None = None,
     order: Order | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> Trainer:
     """Everything ready for `fit`; nothing is written before all of it is checked.
 
@@ -68,7 +69,7 @@ def make_trainer(
     first. choose_policy: input size -> the views to show. teacher_size: the input size where
     nothing else gives one. ranks: of a launch on several processes.
     """
-    ranks, order, config = ranks or Ranks.alone(), order or Order(), planned[0].config
+    order, config = order or Order(), planned[0].config
     train, data, settings = splits.train, config.data, config.train
     _check_divisible(planned[0], ranks)
     device = device_of_rank(ranks, config.device)

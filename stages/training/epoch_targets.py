@@ -11,8 +11,8 @@ from stages.cache.targets import SampleTargets, SharedTargets, Targets, ViewTarg
 from stages.device import Upload
 from stages.training.budget import SlabPlan
 from stages.training.ensemble import EnsembleTargets
+from stages.training.order import view_order
 from stages.training.slabs import SlabReader
-from stages.training.trainer import view_order
 
 
 @dataclass(frozen=True)

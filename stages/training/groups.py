@@ -15,9 +15,7 @@ from torch import Tensor
 
 from stages.errors import ConfigError
 from stages.inputs.counter_hash import permute
-from stages.training.trainer import SampleOrder, sample_order
-
-_CHUNK_ORDER = 5  # a stream of seed.data, apart from those of the trainer
+from stages.training.order import SampleOrder, Stream, sample_order
 
 
 def groups_of_ranks(row_of: Tensor, chunk_rows: int, world: int) -> "ChunkGroups":
@@ -62,7 +60,7 @@ class ChunkGroups:
     def chunks(self, seed: int, epoch: int) -> list[tuple[int, ...]]:
         """The chunks of every group of an epoch, ascending, so that files are read forwards."""
         every = torch.arange(self.num_chunks)
-        drawn = permute(every, self.num_chunks, seed, epoch, _CHUNK_ORDER)
+        drawn = permute(every, self.num_chunks, seed, epoch, Stream.CHUNKS)
         return [tuple(sorted(group.tolist())) for group in drawn.tensor_split(self.num_groups)]
 
     def runs(self, chunks: Sequence[int]) -> list[slice]:

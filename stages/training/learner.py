@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stages.device import autocast, place
-from stages.distributed import Ranks, summed, take_from_first
+from stages.device import place
+from stages.distributed import ALONE, Ranks, summed, take_from_first
 from stages.errors import PipelineError, RunError
 from stages.inputs.feed import Batch, Normalise, ViewFeed
-from stages.inputs.models import logits_of
+from stages.inputs.models import forward
 from stages.training.compiled import CompiledForward
 from stages.training.config import TrainSettings
 from stages.training.history import said, selected_epoch, summarise
@@ -84,7 +84,7 @@ class Learner:
     device: torch.device
     steps: int
     random_state: "RandomState | None" = None
-    ranks: Ranks = field(default_factory=Ranks.alone)
+    ranks: Ranks = ALONE
     views: int = 1
 
     def __post_init__(self) -> None:
@@ -120,18 +120,18 @@ class Learner:
         self.module.train()
         return views
 
-    def step(self, batch: Batch, views: int = 1) -> None:
-        """Learn from a batch. views: of how many views it is, one after the other."""
-        forward: Callable[[Tensor], Any] = self._compiled or self._forward
+    def step(self, batch: Batch) -> None:
+        """Learn from a batch: of several views, one after the other."""
+        model: Callable[[Tensor], Any] = self._compiled or self._forward
         if self._compiled is not None:
             self._compiled.start_step()
         with self._drawing():
-            outputs = []
-            for pixels in batch.pixels.chunk(views):
-                images = self.normalise(pixels)
-                with autocast(self.device, self.settings.dtype):
-                    outputs.append(logits_of(forward(images)).float())
-            parts = self.task.loss_parts(torch.cat(outputs) if views > 1 else outputs[0], batch)
+            outputs = [
+                forward(model, self.normalise(pixels), self.settings.dtype)
+                for pixels in batch.pixels.chunk(self.views)
+            ]
+            logits = torch.cat(outputs) if self.views > 1 else outputs[0]
+            parts = self.task.loss_parts(logits, batch)
             self._scaler.scale(parts["loss"]).backward()
             self._average_learned()
             self._scaler.step(self._optimizer)
@@ -302,9 +302,7 @@ def correct(
     hits = torch.zeros(2, dtype=torch.int64, device=device)
     labels = evaluation.labels.to(device)
     for batch in evaluation.feed.batches(samples, 0, max(256, settings.batch_size)):
-        images = normalise(batch.pixels)
-        with autocast(device, settings.dtype):
-            logits = logits_of(module(images)).float()
+        logits = forward(module, normalise(batch.pixels), settings.dtype)
         best = logits.topk(min(5, logits.shape[1])).indices == labels[batch.samples, None]
         hits += torch.stack([best[:, 0].sum(), best.any(1).sum()])
     return hits

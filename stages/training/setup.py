@@ -21,8 +21,7 @@ from stages.training.config import (
     positive,
 )
 from stages.training.learner import Evaluation
-
-_HELD_OUT = 3  # a stream of seed.data, apart from those of the trainer
+from stages.training.order import Stream
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def held_out(num_samples: int, fraction: float, seed: int) -> tuple[Tensor, Tens
 
     Raises ConfigError if there is nothing to hold out, or nothing left to train on.
     """
-    shuffled = permute(torch.arange(num_samples), num_samples, seed, _HELD_OUT)
+    shuffled = permute(torch.arange(num_samples), num_samples, seed, Stream.HELD_OUT)
     out = round(num_samples * fraction)
     if num_samples - out < 2 or (fraction > 0 and out == 0):
         raise ConfigError(

@@ -11,7 +11,7 @@ from stages.cache import LogitCache
 from stages.cache.encoding import check_temperature
 from stages.cache.identity import differences
 from stages.device import choose_device
-from stages.distributed import Ranks
+from stages.distributed import ALONE, Ranks
 from stages.errors import CacheError, ConfigError, IdentityError
 from stages.inputs.feed import pixel_probes
 from stages.inputs.views import Paired, ViewPolicy, check_unmixed, known_policy
@@ -115,7 +115,7 @@ def slab_plan(
     caches: Sequence[LogitCache],
     config: StudentConfig,
     num_views: int,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[SlabPlan, Order]:
     """How targets are read, and the order of samples that goes with it.
 
@@ -124,7 +124,7 @@ def slab_plan(
     text, cache = config.slab_memory, caches[0]
     total, batch_size = cache.num_samples, config.train.batch_size
     samples, _ = held_out(total, config.data.val_fraction, config.seed.data)
-    if ranks is not None and ranks.world > 1:
+    if ranks.world > 1:
         if text is not None:
             raise ConfigError(
                 "several processes read their parts of a view, and no groups of them",
@@ -210,23 +210,25 @@ def shared_views(caches: Sequence[LogitCache], config: StudentConfig) -> list[in
             f"the caches have {' and '.join(map(str, sorted(counts)))} views",
             f"Train from those that all have with --views {min(counts)}.",
         )
-    views, *_ = [usable_views(cache, config) for cache in caches]
+    views, *_ = [usable_views(c, config.views, config.bias.rectified) for c in caches]
     return views
 
 
-def usable_views(cache: LogitCache, config: StudentConfig) -> list[int]:
-    """The views to train from. Raises CacheError unless all of them are complete."""
-    count = cache.num_views if config.views is None else config.views
+def usable_views(cache: LogitCache, views: int | None, rectified: str | None) -> list[int]:
+    """The views to train from, of the first `views` (None for all). Raises ConfigError if there are
+    fewer, CacheError unless all are complete, and rectified where that is wanted.
+    """
+    count = cache.num_views if views is None else views
     if not 0 < count <= cache.num_views:
-        raise ConfigError(f"{config.views} views were asked for, the cache has {cache.num_views}")
+        raise ConfigError(f"{views} views were asked for, the cache has {cache.num_views}")
     wanted = range(count)
     complete, logs = set(cache.complete_views), [cache.commits]
     stage = "cache-teacher"
-    if config.bias.rectified is not None:
-        logs.append(cache.rectification(config.bias.rectified).commits)
-        rectified = {v for v in complete if logs[-1].is_complete(v)}
-        stage = "cache-teacher" if rectified == complete else "rectify"
-        complete = rectified
+    if rectified is not None:
+        logs.append(cache.rectification(rectified).commits)
+        done = {v for v in complete if logs[-1].is_complete(v)}
+        stage = "cache-teacher" if done == complete else "rectify"
+        complete = done
     if not complete.issuperset(wanted):
         leading = next(v for v in range(cache.num_views + 1) if v not in complete)
         offer = f", or train from what is there with --views {leading}" if leading else ""

@@ -1,35 +1,30 @@
 """The training loop that teachers and students share: one stream of batches, one model or several.
 
-What is learned from is a `Task` (`learner.py`). Order of views and samples is a pure function of
-(seed.data, epoch), so that a run can stop after any step and go on as if it had not: its weights
-then equal an uninterrupted run's. Several learners that are shown the same views share the stream:
-images are cropped once, and each has the weights that it would have alone.
+What is learned from is a `Task` (`learner.py`). Order of views and samples (`order.py`) is a pure
+function of (seed.data, epoch), so that a run can stop after any step and go on as if it had not:
+its weights then equal an uninterrupted run's. Several learners that are shown the same views share
+the stream: images are cropped once, and each has the weights that it would have alone.
 """
 
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stages.distributed import Ranks, summed
+from stages.distributed import ALONE, Ranks, summed
 from stages.errors import PipelineError, RunError
-from stages.inputs.counter_hash import permute
 from stages.inputs.feed import Batch, ViewFeed, joined, num_batches
 from stages.reporting import Reporter
 from stages.training.config import SeedSettings, TrainSettings
 from stages.training.history import said
 from stages.training.learner import Learner
-
-_SAMPLE_ORDER, _VIEW_ORDER = 1, 2  # separate streams of one seed
-
-SampleOrder = Callable[[Tensor, int, int], Tensor]
-"""(samples, seed.data, epoch) -> the samples in the order of that epoch; see `sample_order`."""
+from stages.training.order import SampleOrder, sample_order
 
 Outcome = dict[str, Any] | PipelineError
 """The summary of a run, or why it failed."""
@@ -50,8 +45,8 @@ class Trainer:
     seeds: SeedSettings
     reporter: Reporter
     device: torch.device
-    order: SampleOrder = field(default_factory=lambda: sample_order)
-    ranks: Ranks = field(default_factory=Ranks.alone)
+    order: SampleOrder = sample_order
+    ranks: Ranks = ALONE
 
     @property
     def learner(self) -> Learner:
@@ -100,7 +95,7 @@ class Trainer:
         for step, batch in enumerate(self._batches(order, views, first), start=first):
             waiting = [learner for learner in active if learner.position.step == step]
             for learner in waiting:
-                learner.step(batch, len(views))
+                learner.step(batch)
             clock = self._share_time(waiting, clock)
             done, total = step + 1, active[0].steps
             task = f"epoch {epoch + 1}/{self.settings.epochs}"
@@ -152,18 +147,6 @@ class Trainer:
 def steps_per_epoch(samples: int, batch_size: int, ranks: Ranks) -> int:
     """How many batches an epoch has; of several ranks each has its part of every batch."""
     return num_batches(samples, batch_size // ranks.world)
-
-
-def sample_order(samples: Tensor, seed: int, epoch: int) -> Tensor:
-    """The training samples in the order of an epoch: int64, a permutation of `samples`."""
-    positions = torch.arange(len(samples))
-    return samples[permute(positions, len(samples), seed, epoch, _SAMPLE_ORDER)]
-
-
-def view_order(seed: int, epoch: int, num_views: int) -> int:
-    """Which of `num_views` views an epoch shows: a fresh permutation each time round."""
-    turn, position = divmod(epoch, num_views)
-    return int(permute(torch.tensor([position]), num_views, seed, turn, _VIEW_ORDER))
 
 
 def use_deterministic(wanted: bool) -> None:

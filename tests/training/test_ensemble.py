@@ -23,10 +23,10 @@ from stages.train_student import StudentConfig, student_trainer, train_student
 from stages.train_teacher import TeacherConfig, train_teacher
 from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
 from stages.training.ensemble import EnsembleTargets, open_members
+from stages.training.order import sample_order
 from stages.training.setup import Splits
 from stages.training.student import CachedTask
 from stages.training.student_checks import shared_views
-from stages.training.trainer import sample_order
 
 SAMPLES, CLASSES, VIEWS = 60, 7, 3
 

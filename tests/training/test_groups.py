@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from stages.training.groups import ChunkGroups
-from stages.training.trainer import sample_order
+from stages.training.order import sample_order
 
 ROWS, CHUNK = 97, 10  # nine chunks of 10 and one of 7
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stages.errors import ConfigError
+from stages.training.order import sample_order, view_order
 from stages.training.setup import held_out
-from stages.training.trainer import sample_order, view_order
 
 SEEDS = range(20)
 

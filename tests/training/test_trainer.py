@@ -27,9 +27,10 @@ from stages.training.learner import (
     Task,
     correct,
 )
+from stages.training.order import sample_order
 from stages.training.run_directory import RunDirectory
 from stages.training.setup import Splits, make_evaluations, make_model
-from stages.training.trainer import Trainer, sample_order, stop_on_sigterm
+from stages.training.trainer import Trainer, stop_on_sigterm
 
 CPU = torch.device("cpu")
 
