@@ -125,13 +125,7 @@ def prepare(config: CacheConfig, splits: Splits | None = None, ranks: Ranks = AL
         views=ViewsIdentity(policy.name, policy.parameters, policy.version, policy.seed),
         compute_dtype=config.dtype,
     )
-    cpu = torch.device("cpu")
-    check_output(
-        model,
-        Normalise(mean, std, model.channels, cpu, channels_last=False),
-        ViewFeed(train, policy, cpu, image_size, workers=0),
-        classes,
-    )
+    check_output(model, (mean, std), train, policy, image_size)
     # A block must not depend on who computes it: cuDNN chooses by rule, not by timing.
     torch.backends.cudnn.benchmark = False
     place(model.module, device, config.channels_last).eval()

@@ -150,9 +150,7 @@ def _test_logits(
     assert model.statistics is not None  # a run directory brings them
     policy = plain_view(model.image_size, run.data.resize)
     feed = ViewFeed(images, policy, device, model.image_size, run.data.workers)
-    on_cpu = Normalise(*model.statistics, model.channels, torch.device("cpu"), channels_last=False)
-    probe = ViewFeed(images, policy, torch.device("cpu"), model.image_size, workers=0)
-    check_output(model, on_cpu, probe, len(images.class_names))
+    check_output(model, model.statistics, images, policy, model.image_size)
     module = place(model.module, device, run.train.channels_last).eval()
     normalise = Normalise(*model.statistics, model.channels, device, run.train.channels_last)
     parts, done = [], 0

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stages.distributed import ALONE, Ranks, device_of_rank, first_rank_does
 from stages.errors import ConfigError
+from stages.inputs.datasets import Statistics
 from stages.inputs.feed import Normalise, ViewFeed
 from stages.inputs.models import Model
 from stages.inputs.views import ViewPolicy
@@ -83,7 +84,7 @@ def make_trainer(
     feed = ViewFeed(train, policy, device, image_size, data.workers)
     feeds = [feed, *(feed.another() for _ in range(planned[0].views - 1))]
     for model in models:
-        check_output(model.model, model.normalise("cpu"), feeds[0], len(train.class_names))
+        check_output(model.model, model.statistics, train, policy, image_size)
     samples, validation = held_out(len(train), data.val_fraction, config.seed.data)
     if policy.mixes and len(validation):
         raise ConfigError(
@@ -144,11 +145,15 @@ class _Made:
     settings: ModelSettings
     random_state: RandomState
 
-    def normalise(self, device: torch.device | str, channels_last: bool = False) -> Normalise:
+    @property
+    def statistics(self) -> Statistics:
         mean, std = self.settings.mean, self.settings.std
         assert mean is not None
         assert std is not None
-        return Normalise(mean, std, self.model.channels, torch.device(device), channels_last)
+        return mean, std
+
+    def normalise(self, device: torch.device, channels_last: bool) -> Normalise:
+        return Normalise(*self.statistics, self.model.channels, device, channels_last)
 
 
 def _model(config: RunConfig, splits: Splits, size: int | None, device: torch.device) -> _Made:

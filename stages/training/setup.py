@@ -10,7 +10,7 @@ from torch import Tensor
 from stages.cache.identity import DatasetIdentity
 from stages.errors import ConfigError, ModelError
 from stages.inputs.counter_hash import permute
-from stages.inputs.datasets import ImageDataset, load_splits
+from stages.inputs.datasets import ImageDataset, Statistics, load_splits
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.models import Model, build_model, load_model, logits_of
 from stages.inputs.views import ViewPolicy, view_policy
@@ -145,10 +145,21 @@ def make_evaluations(
 
 
 def check_output(
-    model: Model, normalise: Normalise, feed: ViewFeed, num_classes: int, view: int = 0
+    model: Model,
+    statistics: Statistics,
+    dataset: ImageDataset,
+    policy: ViewPolicy,
+    image_size: int | None,
 ) -> None:
-    """Run two samples through a model. Raises ModelError unless it gives num_classes logits."""
-    batch = next(iter(feed.batches(torch.arange(min(2, len(feed.dataset))), view, 2)))
+    """Run two samples through a model, on the CPU, where it is before it is placed.
+
+    Raises ModelError unless it gives a logit for each of the dataset's classes.
+    """
+    cpu = torch.device("cpu")
+    feed = ViewFeed(dataset, policy, cpu, image_size, workers=0)
+    normalise = Normalise(*statistics, model.channels, cpu, channels_last=False)
+    batch = next(feed.batches(torch.arange(min(2, len(dataset))), 0, 2))
+    num_classes = len(dataset.class_names)
     model.module.eval()
     try:
         with torch.inference_mode():

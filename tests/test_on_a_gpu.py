@@ -1,0 +1,52 @@
+"""Is everything where it must be for a step on a GPU? On one that is pretended: see there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import DIGITS
+from pretended_gpu import pretended_gpu
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
+
+from stages.objectives.bias import BiasMode
+from stages.rectify import RectifyConfig, rectify
+from stages.train_student import StudentConfig, student_trainer
+from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
+from stages.training.setup import Splits
+
+CASES = [("ce", "none"), ("kd", "eliminate"), ("kd", "rectify"), ("ctkd", "none"), ("lr", "none")]
+
+
+def test_two_devices_cannot_be_mixed() -> None:
+    with pretended_gpu():
+        there = torch.ones(3).to("cuda")
+        with pytest.raises(FakeTensorDeviceMismatchError):
+            there * torch.arange(3.0)
+        assert (there * 2).device.type == "cuda"
+
+
+@pytest.mark.parametrize(("loss", "bias"), CASES)
+def test_steps_of_a_student(
+    loss: str, bias: BiasMode, cache_copy: Path, digits: Splits, tmp_path: Path
+) -> None:
+    if bias == "rectify":
+        rectify(cache_copy, RectifyConfig())
+    config = StudentConfig(
+        cache=str(cache_copy),
+        data=DIGITS,
+        model=ModelSettings(architecture="resnet8"),
+        loss=LossSettings(name=loss),
+        bias=BiasSettings(mode=bias),
+        train=TrainSettings(epochs=1, channels_last=False),  # fake weights change no layout
+        device="cuda",
+    )
+    with pretended_gpu():
+        trainer = student_trainer(config, tmp_path / "run", splits=digits)
+        learner = trainer.learner
+        views = learner.start_epoch()
+        for batch in trainer._batches(torch.arange(200), views, 0):
+            assert batch.pixels.is_cuda
+            learner.step(batch)
+
+        assert learner.position.step == 2
+        assert all(total.is_cuda for total in learner.position.totals.values())
