@@ -1,11 +1,12 @@
 """The figures that need more than a cache: baselines, views, a sweep, the command line."""
 
 import collections
+import importlib
 import itertools
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -31,52 +32,61 @@ from pipeline.bench.measure import (
     steadily,
 )
 from pipeline.bench.reading import (
-    Pass,
     decoded_view,
     random_order,
     reading_figures,
     rows_per_second,
 )
 from pipeline.bench.rectifying import rectify_figures
+from pipeline.bench.teacher import FIXED
 from pipeline.console import Console
+from pipeline.sweep.cluster import local_cluster
 from pipeline.sweep.run import run_sweep
+from stages.cache import LogitCache
 from stages.cache.encoding import ENCODINGS
 from stages.rectify import RectifyConfig, rectify
+from stages.reporting import Silent
 from stages.train_student import StudentConfig, train_student, train_together
 from stages.training.config import SeedSettings
 
 Figures = list[Ratio | Figure]
 
 _LOOPED_ROWS = 2_000
+_IN_FILES = 10_000
+"""Rows that the simple stores have: a file for each takes a while to write."""
 _AUGMENTED = 2_000
 HELP_TARGET = 0.3
 
 
-def reading(world: World, folder: Path, turns: int) -> Figures:
+def reading(source: LogitCache, folder: Path, turns: int, device: torch.device) -> Figures:
     """A slab in every encoding against the raw array, three simple stores, and copying."""
-    source, device = world.cache, world.job.device
     first = source.encoding.name  # the one that stage one chose comes first
     names = [first, *(name for name in ENCODINGS if name != first)]
     caches = [excerpt(source, folder / f"{name}.zarr", 1, name) for name in names]
     logits = decoded_view(source)
-    order = random_order(len(logits))
+    some = logits[:_IN_FILES]
+    order = random_order(len(some))
     baselines: dict[str, Baseline] = {
-        "one pickle per image (FKD's way)": PicklePerImage.write(logits, folder),
-        "fixed-size records by seek (TinyViT's way)": RecordsBySeek.write(logits, folder),
-        "one file per sample (torchdistill's way)": FilePerSample.write(logits, folder),
+        "one pickle per image (FKD's way)": PicklePerImage.write(some, folder),
+        "fixed-size records by seek (TinyViT's way)": RecordsBySeek.write(some, folder),
+        "one file per sample (torchdistill's way)": FilePerSample.write(some, folder),
     }
 
-    def whole(baseline: Baseline) -> Pass:
-        return lambda: collections.deque((b.to(device) for b in baseline.batches(order)), 0)
+    def every_row(baseline: Baseline) -> Callable[[], float]:
+        timed = steadily(
+            lambda: collections.deque((b.to(device) for b in baseline.batches(order)), 0), device
+        )
+        return lambda: timed() * len(logits) / len(some)
 
-    others = {name: whole(baseline) for name, baseline in baselines.items()}
-    return reading_figures(caches, folder, turns, device, others)
+    others = {name: every_row(baseline) for name, baseline in baselines.items()}
+    note = f"the store has {len(some):,} of the rows, scaled"
+    return reading_figures(caches, folder, turns, device, others, note)
 
 
-def rectifying(world: World, folder: Path, turns: int) -> Figures:
+def rectifying(source: LogitCache, folder: Path, turns: int) -> Figures:
     """Stage two against a plain pass, and against a loop over rows."""
-    figures = rectify_figures(world.cache, folder, turns)
-    one = excerpt(world.cache, folder / "looped.zarr", 1)
+    figures = rectify_figures(source, folder, turns, views=source.num_views)
+    one = excerpt(source, folder / "looped.zarr", 1)
     block, config = one.read_block(0, 0), RectifyConfig()
     looped = min(_LOOPED_ROWS, len(block.labels))
     runs = itertools.count()
@@ -93,6 +103,12 @@ def rectifying(world: World, folder: Path, turns: int) -> Figures:
     note = f"a view of {one.num_samples:,}; the loop on {looped:,} rows, scaled, without reading"
     name = "rectify / Python loop over rows (the released code's way)"
     return [*figures, alternately(name, ours, loop, turns, note=note)]
+
+
+def rectifying_little(world: World, folder: Path, turns: int) -> Figures:
+    """Stage two on a small cache, where it takes what it takes whatever there is to do."""
+    (found,) = rectify_figures(world.cache, folder, turns, target=None)
+    return [msgspec.structs.replace(found, note=f"{found.note}; {FIXED}")]
 
 
 def views(world: World, turns: int) -> Figures:
@@ -125,7 +141,7 @@ def views(world: World, turns: int) -> Figures:
 
 def sweep(world: World, folder: Path, turns: int, students: int, epochs: int) -> Figures:
     """Students that differ in their first weights: alone, side by side, together. Whole runs, with
-    their evaluations; side by side with the processes that must start first.
+    their evaluations; side by side with the processes that must start first, which is told.
     """
     configs = [_short(world.student(world.plan.students[0], i), epochs) for i in range(students)]
     runs = itertools.count()
@@ -151,15 +167,34 @@ def sweep(world: World, folder: Path, turns: int, students: int, epochs: int) ->
     works = {"alone": alone, "side by side": side_by_side, "together": together}
     times = in_turns({n: lambda w=w: seconds(w) for n, w in works.items()}, turns)
     note = f"{world.plan.students[0]}, {epochs} epochs each, {world.plan.name}"
+    starting = statistics.median(in_turns({"start": _starting}, turns)["start"])
     return [
-        Ratio(
-            name=f"{students} students {how} / one after another",
-            ours=times[which],
-            yardstick=times["alone"],
-            note=note,
-        )
-        for which, how in (("side by side", "on 2 workers"), ("together", "together"))
+        Figure(
+            name="2 workers, until they are ready",
+            value=starting,
+            unit="s",
+            note="Dask's processes, torch and the stages imported; once a sweep",
+        ),
+        *(
+            Ratio(
+                name=f"{students} students {how} / one after another",
+                ours=times[which],
+                yardstick=times["alone"],
+                note=note,
+            )
+            for which, how in (("side by side", "on 2 workers"), ("together", "together"))
+        ),
     ]
+
+
+def _starting() -> float:
+    """Seconds until a sweep's two processes could begin with their first student."""
+
+    def start() -> None:
+        with local_cluster(2) as client:
+            client.run(importlib.import_module, "stages.train_student")
+
+    return seconds(start)
 
 
 def _short(config: StudentConfig, epochs: int) -> StudentConfig:
@@ -171,14 +206,8 @@ def _short(config: StudentConfig, epochs: int) -> StudentConfig:
     )
 
 
-class _Mute(Console):
-    """Says nothing."""
-
-    def say(self, text: str) -> None: ...
-
-    def table(
-        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
-    ) -> None: ...
+class _Mute(Silent, Console):
+    """A console that says nothing."""
 
 
 def answering(turns: int) -> Figures:

@@ -14,8 +14,8 @@ from stages.device import choose_device
 
 @click.command()
 @click.option("--device", default="cuda", show_default=True)
-@click.option("--turns", default=3, show_default=True)
-@click.option("--seconds", default=2.0, show_default=True, help="Longer epochs are cut short.")
+@click.option("--turns", default=9, show_default=True, help="Of students; else 3.")
+@click.option("--seconds", default=1.0, show_default=True, help="Longer epochs are cut short.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only these.")
 @click.option("--quick", is_flag=True, help="Digits alone, one turn.")
 @click.option("--out", default=None, help="JSON; benchmarks/results/gpu.json if left out.")

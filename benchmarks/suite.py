@@ -22,7 +22,8 @@ import msgspec
 import torch
 
 from benchmarks import cases, worlds
-from benchmarks.accelerator import CAN_COMPILE, ROWS, accelerator_figures
+from benchmarks.accelerator import ROWS, accelerator_figures
+from benchmarks.synthetic_cache import written_cache
 from benchmarks.table import RESULTS, write_table
 from benchmarks.worlds import Plan
 from pipeline.bench.command import named
@@ -40,8 +41,9 @@ PARTS = ("students", "teacher", "reading", "rectify", "views", "sweep", "gpu", "
 
 @dataclass(frozen=True)
 class Suite:
-    """What is measured. seconds: longer epochs are cut short and scaled. quick: a smoke run, that
-    leaves no results. accelerated: with the figures that only a GPU shows.
+    """What is measured. turns: of students; of the rest fewer. seconds: longer epochs are cut short
+    and scaled. quick: a smoke run, that leaves no results. accelerated: with the figures that only
+    a GPU shows.
     """
 
     plans: Sequence[Plan]
@@ -54,7 +56,17 @@ class Suite:
     @property
     def sweep(self) -> tuple[int, int]:
         """How many students, and the epochs of each."""
-        return (2, 1) if self.quick else (8, 3)
+        return (2, 1) if self.quick else (8, 20)
+
+    @property
+    def few(self) -> int:
+        """Turns of what takes long, or is far from its target."""
+        return min(self.turns, 3)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Views and samples of the synthetic cache."""
+        return (2, 200) if self.quick else (8, 50_000)
 
 
 @click.command()
@@ -67,8 +79,8 @@ class Suite:
 @click.option("--device", default="auto", show_default=True)
 @click.option("--dtype", default="bfloat16", show_default=True, help="Of 32-pixel models.")
 @click.option("--batch-size", default=128, show_default=True)
-@click.option("--turns", default=3, show_default=True)
-@click.option("--seconds", default=8.0, show_default=True, help="Longer epochs are cut short.")
+@click.option("--turns", default=11, show_default=True, help="Of students; else 3.")
+@click.option("--seconds", default=1.0, show_default=True, help="Longer epochs are cut short.")
 @click.option("--threads", default=0, help="CPU threads; torch's choice if 0.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only these.")
 @click.option("--quick", is_flag=True, help="Digits alone, one turn: a smoke run.")
@@ -166,26 +178,27 @@ _Case = tuple[str, str, Callable[[], cases.Figures]]
 def _cases(
     suite: Suite, parts: Sequence[str], folder: Path, say: Callable[[str, str], None]
 ) -> Iterator[_Case]:
-    """Every case of these parts, world by world. What does not depend on models is measured on the
-    last world, what only a GPU shows on the first and the last; a sweep, which takes long, on the
-    first.
+    """Every case of these parts, world by world. Views do not depend on models and are measured on
+    the last world, as is stage two of a small cache; what only a GPU shows on the first and the
+    last; a sweep, which takes long, on the first; reading and stage two on synthetic logits.
     """
-    splits, turns = worlds.load(suite.plans), suite.turns
+    splits, few = worlds.load(suite.plans), suite.few
     for number, plan in enumerate(suite.plans):
         here = folder / f"world-{number}"
         here.mkdir()
         say("teacher and cache for", plan.name)
         world = worlds.make_world(plan, splits[plan.dataset], here, suite.device)
-        bench = Bench(here, world.splits, turns, suite.seconds)
+        bench = Bench(here, world.splits, suite.turns, suite.seconds)
         by_part: dict[str, Callable[[], cases.Figures]] = {
-            "teacher": partial(teacher_figures, world.job.config, world.splits, here, turns)
+            "teacher": partial(
+                teacher_figures, world.job.config, world.splits, here, few, plan.small
+            )
         }
         if number == len(suite.plans) - 1:
-            by_part["reading"] = partial(cases.reading, world, here, turns)
-            by_part["rectify"] = partial(cases.rectifying, world, here, turns)
-            by_part["views"] = partial(cases.views, world, turns)
+            by_part["rectify"] = partial(cases.rectifying_little, world, here, few)
+            by_part["views"] = partial(cases.views, world, few)
         if number == 0:
-            by_part["sweep"] = partial(cases.sweep, world, here, turns, *suite.sweep)
+            by_part["sweep"] = partial(cases.sweep, world, here, min(few, 2), *suite.sweep)
         if suite.accelerated and number in (0, len(suite.plans) - 1):
             by_part["gpu"] = partial(accelerator_figures, world, bench)
         if "students" in parts:
@@ -193,15 +206,25 @@ def _cases(
                 measure = partial(student_figures, bench, world.student(name), world.job)
                 yield "students", f"{plan.name} -> {name}", measure
         yield from ((part, plan.name, by_part[part]) for part in parts if part in by_part)
+    if {"reading", "rectify"} & set(parts):
+        views, samples = suite.rows
+        of = f"{samples:,} x 100, {views} views, synthetic"
+        say("cache of", of)
+        cache = written_cache(folder / "synthetic.zarr", views, samples)
+        if "reading" in parts:
+            device = choose_device(suite.device)
+            yield "reading", of, partial(cases.reading, cache, folder, few, device)
+        if "rectify" in parts:
+            yield "rectify", of, partial(cases.rectifying, cache, folder, few)
     if "help" in parts:
-        yield "help", "", partial(cases.answering, turns)
+        yield "help", "", partial(cases.answering, few)
 
 
 def _missing(suite: Suite) -> list[str]:
     """What this machine cannot show."""
     if not suite.accelerated:
         return [f"on a GPU: {row}" for row in ("every row above", *ROWS)]
-    return [] if CAN_COMPILE else [f"{ROWS[0]}: this version does not compile students"]
+    return []
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ SYNTHETIC = "benchmarks.synthetic:images"
 @dataclass(frozen=True)
 class Plan:
     """What a world is made of. weights: of a teacher that is there; else one is trained for so many
-    epochs, which is enough to measure speed by.
+    epochs, which is enough to measure speed by. small: fixed costs are most of what a view takes.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Plan:
     epochs: int = 1
     batch_size: int = 128
     dtype: Dtype = "float32"
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def digits(dtype: Dtype) -> Plan:
         augment="pad-crop:pad=2",
         epochs=3,
         dtype=dtype,
+        small=True,
     )
 
 

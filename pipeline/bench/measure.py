@@ -164,6 +164,37 @@ def steadily(
     return repeated
 
 
+class Laps:
+    """How long something takes inside other work. A GPU is not waited for: a lap lasts from where
+    its stream stands before to where it stands after.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: list[float] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def lap(self) -> Iterator[None]:
+        if self._device.type == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            yield
+            last.record()
+            self._events.append((first, last))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds.append(time.perf_counter() - started)
+
+    def take(self) -> list[float]:
+        """Seconds of every lap since they were last taken."""
+        _synchronise(self._device)
+        taken = self._seconds + [first.elapsed_time(last) / 1e3 for first, last in self._events]
+        self._seconds, self._events = [], []
+        return taken
+
+
 class Peak:
     """bytes: the most that this process has held beyond what it held before."""
 

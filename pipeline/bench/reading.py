@@ -79,25 +79,31 @@ def reading_figures(
     folder: Path,
     turns: int,
     device: torch.device,
-    others: Mapping[str, Pass] | None = None,
+    others: Mapping[str, Callable[[], float]] | None = None,
+    others_note: str = "",
 ) -> list[Ratio | Figure]:
     """Slabs of caches of the same rows in different encodings. folder: for the raw array. others:
-    further ways to read as many rows; the first cache is compared with them.
+    further ways, that answer with the seconds of as many rows; the first cache is compared with
+    them.
     """
     logits, rows = decoded_view(caches[0]), excerpt_rows(caches[0])
     np.save(folder / "raw.npy", logits)
     passes = {
         **{f"slab, {c.encoding.name}": slab_pass(c, device) for c in caches},
         "np.load of the raw array": raw_pass(folder / "raw.npy", rows, device),
-        **(others or {}),
         "memcpy": copy_pass(logits),
     }
-    times = in_turns({name: steadily(work, device) for name, work in passes.items()}, turns)
+    works = {name: steadily(work, device) for name, work in passes.items()}
+    times = in_turns(works | dict(others or {}), turns)
     note = f"{rows:,} x {logits.shape[1]}"
-    slabs, rest = list(passes)[: len(caches)], list(passes)[len(caches) :]
+    slabs, rest = list(times)[: len(caches)], list(times)[len(caches) :]
     pairs = [*((slab, rest[0]) for slab in slabs), *((slabs[0], other) for other in rest[1:])]
+    notes = dict.fromkeys(others or {}, f"{note}; {others_note}")
     return [
-        *(Ratio(name=f"{a} / {b}", ours=times[a], yardstick=times[b], note=note) for a, b in pairs),
+        *(
+            Ratio(name=f"{a} / {b}", ours=times[a], yardstick=times[b], note=notes.get(b, note))
+            for a, b in pairs
+        ),
         *(rows_per_second(name, rows, taken) for name, taken in times.items()),
     ]
 

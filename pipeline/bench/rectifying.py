@@ -17,12 +17,14 @@ VIEWS = 4
 TARGET = 2.0
 
 
-def rectify_figures(cache: LogitCache, folder: Path, turns: int) -> list[Ratio | Figure]:
-    """All of stage two, its bookkeeping included, against reading and decoding. Four views of the
-    cache are copied to `folder` first; the cache is only read.
+def rectify_figures(
+    cache: LogitCache, folder: Path, turns: int, views: int = VIEWS, target: float | None = TARGET
+) -> list[Ratio | Figure]:
+    """All of stage two, its bookkeeping included, against reading and decoding. So many views of
+    the cache are copied to `folder` first; the cache is only read. target: None for what is small.
     """
     where, runs = folder / "rectified.zarr", itertools.count()
-    copy = excerpt(cache, where, VIEWS)
+    copy = excerpt(cache, where, views)
 
     def ours() -> float:
         return seconds(lambda: rectify(where, _config(cache, next(runs))))
@@ -34,8 +36,8 @@ def rectify_figures(cache: LogitCache, folder: Path, turns: int) -> list[Ratio |
             ours,
             lambda: seconds(lambda: plain_pass(where)),
             turns,
-            target=TARGET,
-            note=f"{VIEWS} views of {copy.num_samples:,} x {copy.num_classes}, "
+            target=target,
+            note=f"{views} views of {copy.num_samples:,} x {copy.num_classes}, "
             f"{copy.encoding.name}",
         )
     ]

@@ -1,8 +1,8 @@
 """The teacher: stage one against the bare forward passes that it cannot do without."""
 
 import math
+import statistics
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,9 @@ from stages.training.config import Dtype
 from stages.training.setup import Splits
 
 PASS_TARGET = 1.05
-_FORWARD_BATCHES, _WARM_BATCHES = 20, 4
+FIXED = "mostly fixed costs"
+"""Note of what is too small for a ratio to say how it is at size."""
+_WARM_BATCHES = 4
 _LEAST_SECONDS = 1.0
 """A pass over so small a data set that it takes less appends several views at once."""
 
@@ -30,28 +32,12 @@ def forward(job: CacheJob, pixels: Tensor, dtype: Dtype) -> Tensor:
     return models.forward(job.model.module, job.normalise(pixels), dtype)
 
 
-class TimedForward:
-    """Answers with the seconds of the teacher's forward passes over a whole epoch, without the
-    rendering of views: as some batches of the training's size take, scaled.
-    """
-
-    def __init__(self, job: CacheJob, batch_size: int, dtype: Dtype) -> None:
-        feed = job.feed(job.splits.train, job.policy)
-        every = torch.arange(len(job.splits.train))
-        batches = [b.pixels for b in islice(feed.batches(every, 0, batch_size), _FORWARD_BATCHES)]
-        feed.close()
-        self._scale = len(every) / sum(map(len, batches))
-        self._time = steadily(lambda: [forward(job, b, dtype) for b in batches], job.device)
-
-    def __call__(self) -> float:
-        return self._time() * self._scale
-
-
 def teacher_figures(
-    config: CacheConfig, splits: Splits, folder: Path, turns: int
+    config: CacheConfig, splits: Splits, folder: Path, turns: int, small: bool = False
 ) -> list[Ratio | Figure]:
     """Stage one appending views to a cache in `folder`, against bare forwards of the same rows;
-    and how long encoding and writing keep the thread busy that does them meanwhile.
+    and how long encoding and writing keep the thread busy that does them meanwhile. small: of
+    views so short that what a view costs whatever its size is most of the pass: no target.
 
     Raises ConfigError where the view policy has too few views to append any.
     """
@@ -87,10 +73,23 @@ def teacher_figures(
     append()  # makes the cache, fits its encoding, and computes the test split
     note = f"{each} view(s) of {len(order):,}, {job.model.architecture}, {config.dtype}"
     ratio = alternately(
-        "teacher pass / bare forward", append, bare, turns, target=PASS_TARGET, note=note
+        "teacher pass / bare forward",
+        append,
+        bare,
+        turns,
+        target=None if small else PASS_TARGET,
+        note=f"{note}; {FIXED}" if small else note,
     )
     feed.close()
-    return [ratio, *_busy(LogitCache.open(out, writable=True), logits.cpu(), taken)]
+    more = (a - b for a, b in zip(ratio.ours, ratio.yardstick, strict=True))
+    fixed = Figure(
+        name="teacher pass, what a view costs beyond its forward",
+        value=1e3 * statistics.median(more) / each,
+        unit="ms",
+        note=f"{FIXED}, {each} views at once",
+    )
+    busy = _busy(LogitCache.open(out, writable=True), logits.cpu(), taken)
+    return [ratio, *([fixed] if small else []), *busy]
 
 
 def _busy(cache: LogitCache, logits: Tensor, forward_seconds: float) -> list[Ratio | Figure]:

@@ -13,14 +13,14 @@ import msgspec
 import torch
 from torch import Tensor
 
-from pipeline.bench.epochs import TimedStudent
-from pipeline.bench.measure import Figure, Ratio, in_turns, steadily
-from pipeline.bench.teacher import TimedForward, forward
+from pipeline.bench.epochs import OnlineStudent, TimedStudent
+from pipeline.bench.measure import Figure, Laps, Ratio, in_turns, steadily
+from pipeline.bench.teacher import forward
 from stages.cache import LogitCache
 from stages.cache_job import CacheJob
 from stages.device import choose_device
 from stages.errors import ConfigError
-from stages.inputs.feed import Batch, ViewFeed
+from stages.inputs.feed import Batch
 from stages.objectives.losses import mixed_ce
 from stages.reporting import Silent
 from stages.train_student import StudentConfig, student_trainer, students_trainer
@@ -29,8 +29,10 @@ from stages.training.config import LossSettings
 from stages.training.objective import Objective, resolved
 from stages.training.order import view_order
 from stages.training.setup import Splits
+from stages.training.trainer import Trainer
 
-CACHED_TARGET, ONLINE_TARGET, WAITING_TARGET = 1.02, 0.95, 0.01
+CACHED_TARGET, ADDED_TARGET, ONLINE_TARGET, WAITING_TARGET = 1.02, 0.02, 0.95, 0.01
+_LOSS_TURNS = 3
 WAITING = "spent waiting for targets"
 MANY_EPOCHS = 10_000
 """More than are ever measured: targets are read ahead, and the schedule stays where it is."""
@@ -43,7 +45,11 @@ class OnlineTask:
     rendering of the views for both.
     """
 
-    def __init__(self, job: CacheJob, config: StudentConfig, labels: Tensor, views: int) -> None:
+    def __init__(
+        self, job: CacheJob, config: StudentConfig, labels: Tensor, views: int, laps: Laps
+    ) -> None:
+        """laps: to be taken of the teacher's forward passes."""
+        self._laps = laps
         self._job, self._config, self._labels, self._views = job, config, labels, views
         self._objective = Objective(config.loss)
         self.learned = self._objective.learned
@@ -53,7 +59,8 @@ class OnlineTask:
         return (view_order(self._config.seed.data, epoch, self._views),)
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-        teacher = forward(self._job, batch.pixels, self._config.train.dtype).clone()
+        with self._laps.lap():
+            teacher = forward(self._job, batch.pixels, self._config.train.dtype).clone()
         hard = mixed_ce(logits, *batch.hard_labels(self._labels))
         labels = self._labels[batch.samples]
         value = self._objective(logits, teacher, labels, torch.ones_like(teacher[:, 0])).mean()
@@ -81,34 +88,41 @@ class Bench:
         """A folder that is not there yet."""
         return self.folder / f"run-{next(self._runs)}"
 
-    def student(self, config: StudentConfig) -> TimedStudent:
-        """A student of a cache. Where its epochs are cut, each of them would read a whole slab for
-        a part of its rows: it stays with one view then, and the reading of a slab is added to the
+    def hard(self, config: StudentConfig) -> TimedStudent:
+        """The same run with hard labels only, on the cache's views. It says how much of an epoch
+        those that are compared with it are measured on.
+        """
+        config = longer(msgspec.structs.replace(config, loss=LossSettings(name="ce")))
+        return TimedStudent(self._trainer(config), self.most_seconds)
+
+    def cached(self, config: StudentConfig, hard: TimedStudent) -> TimedStudent:
+        """A student of a cache. Where epochs are cut, each of them would read a whole slab for a
+        part of its rows: it stays with one view then, and the reading of a slab is added to the
         answer as if nothing were read ahead, the worst that it can be.
         """
-        timed = self._timed(config)
-        if not timed.cut or config.loss.name == "ce":
-            return timed
-        timed = self._timed(msgspec.structs.replace(config, views=1))
+        if not hard.cut:
+            return TimedStudent(self._trainer(longer(config)), self.most_seconds, hard)
+        config = msgspec.structs.replace(longer(config), views=1)
+        timed = TimedStudent(self._trainer(config), self.most_seconds, hard)
         cache, device = LogitCache.open(config.cache), choose_device(config.device)
         view = cache.complete_views[0]
         timed.added = steadily(lambda: cache.read_view(view).to(device), device)()
         return timed
 
-    def _timed(self, config: StudentConfig) -> TimedStudent:
-        trainer = student_trainer(longer(config), self.run(), splits=self.splits)
-        return TimedStudent(trainer, self.most_seconds)
+    def _trainer(self, config: StudentConfig) -> Trainer:
+        return student_trainer(config, self.run(), splits=self.splits)
 
     def together(self, configs: Sequence[StudentConfig]) -> TimedStudent:
         """Several students of one stream; the answer is what all of them take."""
         runs = [(longer(config), self.run()) for config in configs]
         return TimedStudent(students_trainer(runs, splits=self.splits), self.most_seconds)
 
-    def online(self, config: StudentConfig, job: CacheJob, feed: ViewFeed) -> TimedStudent:
-        """The same student with the teacher of `job` running beside it. feed: of the student.
+    def online(self, config: StudentConfig, job: CacheJob, hard: TimedStudent) -> OnlineStudent:
+        """The same student with the teacher of `job` running beside it.
 
         Raises ConfigError where teacher and student take images of different sizes.
         """
+        feed, laps = hard.feed, Laps(job.device)
         if feed.image_size != job.image_size:
             raise ConfigError(
                 f"the teacher takes images of {job.image_size} pixels, the student of "
@@ -121,7 +135,7 @@ class Bench:
                 Planned(
                     config,
                     Destination(self.run(), "student", resume=False, overwrite=False),
-                    lambda labels, _: OnlineTask(job, config, labels, job.config.views),
+                    lambda labels, _: OnlineTask(job, config, labels, job.config.views, laps),
                 )
             ],
             self.splits,
@@ -129,18 +143,13 @@ class Bench:
             Silent(),
             teacher_size=job.image_size,
         )
-        return TimedStudent(trainer, self.most_seconds)
+        return OnlineStudent(trainer, laps, hard)
 
 
 def longer(config: StudentConfig) -> StudentConfig:
     """The same run, with epochs enough to be measured."""
     train = msgspec.structs.replace(config.train, epochs=MANY_EPOCHS)
     return msgspec.structs.replace(config, train=train)
-
-
-def hard_labels(config: StudentConfig) -> StudentConfig:
-    """The same run with hard labels only, on the cache's views."""
-    return msgspec.structs.replace(config, loss=LossSettings(name="ce"))
 
 
 def student_figures(
@@ -151,11 +160,12 @@ def student_figures(
 
     Raises what `student_trainer` raises where cache, dataset and student do not go together.
     """
-    cached, hard = bench.student(config), bench.student(hard_labels(config))
-    works: dict[str, Callable[[], float]] = {"cached": cached, "hard": hard}
-    if job is not None:
-        works["online"] = bench.online(config, job, cached.feed)
-        works["teacher"] = TimedForward(job, config.train.batch_size, config.train.dtype)
+    hard = bench.hard(config)
+    cached = bench.cached(config, hard)
+    online = None if job is None else bench.online(config, job, hard)
+    works: dict[str, Callable[[], float]] = {"hard": hard, "cached": cached}
+    if online is not None:
+        works["online"] = online
     times = in_turns(works, bench.turns)
     note = f"{cached.shown}, {config.train.dtype}"
     found: list[Ratio | Figure] = [
@@ -166,28 +176,51 @@ def student_figures(
             target=CACHED_TARGET,
             note=note,
         ),
+        *_added(cached, hard, times, note),
+        _speed("cached student", cached, times["cached"], note),
+    ]
+    if job is not None and online is not None:
+        times["teacher"] = tuple(online.teacher)
+        note = f"teacher {job.model.architecture}, {config.train.dtype}"
+        found += _against_online(times, note)
+        found.append(_speed("teacher, forward inside online", cached, times["teacher"], note))
+    return found
+
+
+def _added(
+    cached: TimedStudent, hard: TimedStudent, times: dict[str, tuple[float, ...]], note: str
+) -> list[Ratio | Figure]:
+    """What a cache adds to a student's epoch, by its own clock: noise of a percent does not hide
+    it, as it does in the ratio of two epochs.
+    """
+    waiting = cached.waiting
+    if cached.cut:
+        waiting = cached.added / statistics.median(times["cached"])
+    losses = in_turns({"cached": cached.loss_seconds, "hard": hard.loss_seconds}, _LOSS_TURNS)
+    more = statistics.median(losses["cached"]) - statistics.median(losses["hard"])
+    step = statistics.median(times["hard"]) / hard.steps
+    return [
         Figure(
             name=f"share of a cached epoch {'that reading takes' if cached.cut else WAITING}",
-            value=cached.added / min(times["cached"]) if cached.cut else cached.waiting,
+            value=waiting,
             unit="",
             target=WAITING_TARGET,
             note=f"{note}; at most, if nothing is read ahead" if cached.cut else note,
         ),
-    ]
-    speeds = {"cached": "cached student", "teacher": "teacher, forward alone"}
-    found += [
         Figure(
-            name=f"{what}, training images",
-            value=len(bench.splits.train) / statistics.median(times[which]),
-            unit="images/s",
-            note=note,
-        )
-        for which, what in speeds.items()
-        if which in times
+            name="what targets and their loss add to a step, share of the step",
+            value=more / step + waiting,
+            unit="",
+            target=ADDED_TARGET,
+            note=f"{1e3 * more:.2f} ms of loss and its gradient, in a step of {1e3 * step:.1f} ms; "
+            "and the share above",
+        ),
     ]
-    if job is not None:
-        found += _against_online(times, f"teacher {job.model.architecture}, {config.train.dtype}")
-    return found
+
+
+def _speed(what: str, student: TimedStudent, times: tuple[float, ...], note: str) -> Figure:
+    value = student.samples / statistics.median(times)
+    return Figure(name=f"{what}, training images", value=value, unit="images/s", note=note)
 
 
 def _against_online(times: dict[str, tuple[float, ...]], note: str) -> list[Ratio | Figure]:

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from helpers import DIGITS, first
 from torch import Tensor
 
+from benchmarks import cases
 from benchmarks.baselines import (
     FilePerSample,
     PicklePerImage,
@@ -25,11 +26,11 @@ from benchmarks.baselines import (
 from benchmarks.suite import Suite, run_suite
 from benchmarks.table import README, tables, write_table
 from benchmarks.worlds import Plan
-from pipeline.bench import epochs, teacher
+from pipeline.bench import epochs, teacher, training
 from pipeline.bench.command import bench_cache
-from pipeline.bench.epochs import TimedStudent
+from pipeline.bench.epochs import TimedStudent, TimedTask
 from pipeline.bench.excerpt import excerpt
-from pipeline.bench.measure import Figure, Ratio, Report, in_turns
+from pipeline.bench.measure import Figure, Laps, Ratio, Report, in_turns
 from pipeline.bench.rectifying import plain_pass, plainly_decoded
 from pipeline.bench.training import OnlineTask
 from pipeline.cli import cli
@@ -62,6 +63,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing depends on how long things are measured."""
     monkeypatch.setattr(teacher, "_LEAST_SECONDS", 0.01)
     monkeypatch.setattr(epochs, "_TRIED_BATCHES", 1)
+    monkeypatch.setattr(training, "_LOSS_TURNS", 1)
+    monkeypatch.setattr(cases, "_AUGMENTED", 50)
+    monkeypatch.setattr(cases, "_LOOPED_ROWS", 50)
 
 
 # ---- pipeline bench -------------------------------------------------------------------------
@@ -205,6 +209,39 @@ def test_a_cut_epoch_is_scaled_without_its_waiting(most_seconds: float) -> None:
     assert ("scaled" in student.shown) == student.cut == (most_seconds < 1.5)
     student.added = 0.25
     assert student() == pytest.approx(1.75)
+    other = TimedStudent(StubTrainer(), 100.0, like=student)  # type: ignore[arg-type]
+    assert other.shown == student.shown
+
+
+class StubTask:
+    """The mean of the logits, times three; and how often it was asked."""
+
+    learned = None
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def start_epoch(self, epoch: int) -> tuple[int, ...]:
+        return (epoch,)
+
+    def loss_parts(self, logits: Tensor, batch: Any) -> dict[str, Tensor]:
+        self.asked += 1
+        return {"loss": 3 * logits.mean()}
+
+    def epoch_metrics(self) -> dict[str, float]:
+        return {"asked": self.asked}
+
+
+def test_a_timed_loss_gives_the_gradients_of_the_loss() -> None:
+    """To what lies before the logits as well."""
+    weight = torch.ones(5, requires_grad=True)
+    task = TimedTask(StubTask(), torch.device("cpu"))
+    assert task.start_epoch(4) == (4,)
+    task.loss_parts(2 * weight, None)["loss"].backward()  # type: ignore[arg-type]
+    torch.testing.assert_close(weight.grad, torch.full((5,), 6 / 5))
+    assert task.epoch_metrics() == {"asked": 1}
+    assert len(task.laps.take()) == 1
+    assert task.laps.take() == []
 
 
 def test_the_online_student_learns_what_the_cached_one_does(
@@ -218,11 +255,13 @@ def test_the_online_student_learns_what_the_cached_one_does(
         model=ModelSettings(architecture="resnet8"),
         loss=resolved(LossSettings(name="kd")),
     )
-    task = OnlineTask(job, config, digits.train.labels, cache.num_views)
+    laps = Laps(job.device)
+    task = OnlineTask(job, config, digits.train.labels, cache.num_views, laps)
     (view,) = task.start_epoch(0)
     batch = next(ViewFeed(digits.train, job.policy, job.device).batches(torch.arange(64), view, 64))
     logits = torch.randn((64, 10), generator=torch.Generator().manual_seed(0), requires_grad=True)
     parts = task.loss_parts(logits, batch)
+    assert len(laps.take()) == 1
     parts["loss"].backward()  # the teacher's rows are made without gradients
 
     t, alpha, beta = config.loss.temperature, config.loss.weight, config.loss.ce_weight
@@ -327,13 +366,14 @@ def test_the_suite_measures_a_world(teacher_run: Path, tmp_path: Path) -> None:
     suite = Suite([plan], "cpu", turns=1, seconds=0.02, quick=True)
     parts = ("teacher", "reading", "rectify", "views")  # students: as `pipeline bench` does
     report = run_suite(suite, parts, str(out))
-    names = {ratio.name for ratio in report.ratios}
+    names, cached = {ratio.name for ratio in report.ratios}, "200 x 100, 2 views, synthetic"
     assert {
         "digits: teacher pass / bare forward",
-        "digits: slab, klt / np.load of the raw array",
-        "digits: slab, float32 / one file per sample (torchdistill's way)",
+        f"{cached}: slab, klt / np.load of the raw array",
+        f"{cached}: slab, klt / one file per sample (torchdistill's way)",
+        f"{cached}: rectify / plain NumPy pass",
+        f"{cached}: rectify / Python loop over rows (the released code's way)",
         "digits: rectify / plain NumPy pass",
-        "digits: rectify / Python loop over rows (the released code's way)",
         "digits: cropping whole batches / torchvision, image by image",
     } <= names
     assert all(min(*r.ours, *r.yardstick) > 0 for r in report.ratios)
