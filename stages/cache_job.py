@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stages.cache.encoding import FIT_ROWS, Encoding, check_encoding, fit_encoding
 from stages.cache.identity import Identity, TeacherIdentity, ViewsIdentity, weights_digest
-from stages.cache.layout import MAX_BLOCK_ROWS, block_grid
+from stages.cache.layout import MAX_BLOCK_BYTES, MAX_BLOCK_ROWS, block_grid
 from stages.device import place
 from stages.distributed import ALONE, Ranks, device_of_rank
 from stages.errors import ModelError, ViewError
@@ -126,8 +126,6 @@ def prepare(config: CacheConfig, splits: Splits | None = None, ranks: Ranks = AL
         compute_dtype=config.dtype,
     )
     check_output(model, (mean, std), train, policy, image_size)
-    # A block must not depend on who computes it: cuDNN chooses by rule, not by timing.
-    torch.backends.cudnn.benchmark = False
     place(model.module, device, config.channels_last).eval()
     normalise = Normalise(mean, std, model.channels, device, config.channels_last)
     return CacheJob(config, splits, policy, image_size, model, normalise, identity, device, ranks)
@@ -169,8 +167,11 @@ def teacher_logits(
 
     From a GPU they are copied batch by batch while it goes on computing.
     """
+    # A block must not depend on who computes it: cuDNN chooses by rule, not by timing.
+    torch.backends.cudnn.benchmark = False
     on_gpu = job.device.type == "cuda"
-    logits = torch.empty((len(samples), job.num_classes), pin_memory=on_gpu)
+    pinned = on_gpu and 4 * len(samples) * job.num_classes <= MAX_BLOCK_BYTES  # torch keeps it
+    logits = torch.empty((len(samples), job.num_classes), pin_memory=pinned)
     start = 0
     for batch in feed.batches(samples, view, job.config.batch_size):
         output = forward(job.model.module, job.normalise(batch.pixels), job.config.dtype)

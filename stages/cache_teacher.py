@@ -92,7 +92,12 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         # 1) the store, its encoding fitted to the first rows; and what is missing in it
         feed, progress = job.feed(job.splits.train, job.policy), _Progress(job, reporter)
         cache, fitted = first_rank_before_others(ranks, lambda: _ready(job, out, feed, progress))
-        missing, there = first_rank_does(ranks, lambda: (missing_blocks(cache, views), [*fitted]))
+
+        def look() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+            cache.commits.check_records(cache.commits.views)  # damage is told before hours of work
+            return missing_blocks(cache, views), [*fitted]
+
+        missing, there = first_rank_does(ranks, look)
         progress.total = sum(cache.grid.length(block) for _, block in missing)
         if done := views * cache.grid.num_blocks - len(missing):
             reporter.say(f"{done} blocks are there already, {len(missing)} are missing")

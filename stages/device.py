@@ -41,7 +41,7 @@ def place(module: nn.Module, device: torch.device, channels_last: bool = True) -
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device. From this machine's memory to a GPU without waiting: what is queued
-    there afterwards finds it. The tensor may be changed or dropped at once.
+    there afterwards finds it. The tensor may be dropped at once, and changed unless it is pinned.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)  # pinned memory is kept until then

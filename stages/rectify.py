@@ -21,6 +21,7 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.encoding import check_temperature
+from stages.cache.layout import threads_at_once
 from stages.cache.location import Location
 from stages.cache.lock import exclusive, remove_half_written
 from stages.cache.rectified import Rectification, RectificationSettings
@@ -84,7 +85,9 @@ class RectifyConfig(Settings, frozen=True):
             made = {**asked, "materialise": settings.materialised, **more}
             return msgspec.convert(made, RectifyConfig)
         except ValueError as error:  # of msgspec, or a ConfigError
-            raise CacheError(f"its settings cannot be: {error}") from error
+            raise CacheError(
+                f"its settings cannot be: {error}", "Delete the rectification and make it again."
+            ) from error
 
     @property
     def chosen_name(self) -> str:
@@ -222,7 +225,7 @@ def _run_on_threads(
     cache: LogitCache, rectification: Rectification, blocks: list[tuple[int, int]]
 ) -> Iterator[None]:
     """One task a block on this machine's cores, so many blocks at a time; yields after each."""
-    threads = max(1, torch.get_num_threads())
+    threads = threads_at_once(cache.grid, cache.num_classes, torch.get_num_threads())
     # As a partial: Dask would take the arguments apart.
     task = dask.delayed(functools.partial(rectify_block, cache, rectification))
     for start in range(0, len(blocks), threads):

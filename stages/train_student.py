@@ -7,6 +7,7 @@ What a student learns from is a `CachedTask` (`stages.training.student`); what m
 first step is in `stages.training.student_checks`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,6 +119,8 @@ def students_trainer(
     reads = next((each for each in configs if each.loss.name != "ce"), config)
     plan, order = slab_plan(caches, reads, len(checked.views), ranks)
     rectifications = [c.bias.rectified for c in configs if c.bias.rectified is not None]
+    if len(set(rectifications)) > 1:  # each is read for itself: together they might be too much
+        plan = dataclasses.replace(plan, resident=False)
 
     @functools.cache
     def reader(rectified: str | None, labels: Tensor) -> TargetReader:

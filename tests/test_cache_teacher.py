@@ -261,6 +261,15 @@ def test_a_damaged_view_is_mended_as_the_message_says(
     assert array_bytes(cache_copy) == before
 
 
+def test_a_damaged_record_is_told_before_the_teacher_works(
+    cache_copy: Path, cache_config: CacheConfig, digits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cache_copy / "commits/logits/v00001.json").write_bytes(b"{}")
+    monkeypatch.setattr("stages.cache_teacher.checked_logits", lambda *_: pytest.fail("worked"))
+    with pytest.raises(CacheError, match=r"v00001.json is not readable"):
+        run(cache_config, cache_copy, digits, views=5)
+
+
 @pytest.mark.parametrize("name", ["logits/c/1/2/0", "prediction/c/1/0", "eval_logits/c/0/0"])
 @pytest.mark.parametrize("kept", [0, -1], ids=["gone", "cut-off"])
 def test_an_object_that_is_not_whole_is_mended_as_the_message_says(

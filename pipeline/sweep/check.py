@@ -14,10 +14,12 @@ import msgspec
 
 from pipeline.sweep.grid import Run, check_distinct
 from stages.cache import LogitCache
+from stages.device import choose_device
 from stages.errors import CacheError, ModelError, PipelineError
 from stages.inputs.models import build_model
 from stages.reporting import Reporter, Silent
 from stages.train_student import StudentConfig
+from stages.training.compiled import check_compiler
 from stages.training.config import DataSettings, ModelSettings, SeedSettings
 from stages.training.ensemble import teacher_top1
 from stages.training.setup import load_data
@@ -47,6 +49,10 @@ def check_runs(runs: Sequence[Run], reporter: Reporter | None = None) -> Checked
     """
     known = _Known()
     checked = []
+    for run in runs:
+        if run.config.train.compile:
+            with _named(run):
+                check_compiler(choose_device(run.config.device))
     for run in runs:
         with _named(run):
             checked.append(replace(run, config=known.objective(run.config)))

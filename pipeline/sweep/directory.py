@@ -116,6 +116,8 @@ class SweepDirectory:
         except msgspec.ValidationError:
             before = recorded or {}
         now = msgspec.to_builtins(run.config)
+        for settings in (before, now):
+            settings.get("train", {}).pop("compile", None)  # as for a run of its own
         if differing := differences(json.loads(json.dumps(now)), json.loads(json.dumps(before))):
             raise RunError(
                 f"{self.run(run.name)} was trained with other settings: {'; '.join(differing[:3])}",

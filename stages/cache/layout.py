@@ -14,6 +14,8 @@ MAX_BLOCK_ROWS = 65_536
 MAX_BLOCK_BYTES = 512 * 2**20
 """Of decoded float32 rows: what one block costs in memory at the most."""
 MAX_CHUNK_ROWS = 8_192
+MAX_DECODED_BYTES = 2**30
+"""Of the float32 rows that all threads of a stage may have decoded at once."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,12 @@ class BlockGrid:
     def length(self, block: int) -> int:
         """How many rows a block has."""
         return min(self.block_rows, self.num_rows - block * self.block_rows)
+
+
+def threads_at_once(grid: BlockGrid, num_classes: int, threads: int) -> int:
+    """How many of these threads may hold a decoded block each."""
+    block_bytes = 4 * num_classes * grid.block_rows
+    return max(1, min(threads, MAX_DECODED_BYTES // block_bytes))
 
 
 def block_grid(num_rows: int, num_classes: int, max_rows: int = MAX_BLOCK_ROWS) -> BlockGrid:

@@ -16,7 +16,7 @@ from stages.inputs.feed import Normalise, ViewFeed
 from stages.inputs.models import Model
 from stages.inputs.views import ViewPolicy
 from stages.reporting import Reporter
-from stages.training.compiled import check_compiler
+from stages.training.compiled import prepare_compiler
 from stages.training.config import ModelSettings, RunConfig
 from stages.training.learner import Learner, RandomState, Task
 from stages.training.order import SampleOrder, sample_order
@@ -75,7 +75,7 @@ def make_trainer(
     _check_divisible(planned[0], ranks)
     device = device_of_rank(ranks, config.device)
     if any(run.config.train.compile for run in planned):
-        check_compiler(device)
+        prepare_compiler(device, len(planned))
     models = [
         _model(run.config, splits, data.image_size or teacher_size, device) for run in planned
     ]

@@ -17,10 +17,23 @@ _REMEDY = "Leave --compile out."
 _CPP = ("CXX", ("g++", "clang++"))
 _C = ("CC", ("gcc", "clang"))
 """Where an environment names a compiler, and the usual ones."""
+_LEAST_LIMIT, _PER_MODEL = 8, 2
+"""torch's own limit; and how often a model is compiled at the most: for training, and once more."""
+
+
+def prepare_compiler(device: torch.device, models: int) -> None:
+    """Make room for so many models, and let go what earlier ones in this process have compiled:
+    beyond a limit torch leaves models as they are, without a word.
+
+    Raises ConfigError where there is no compiler: C++ for a CPU, C for a GPU (Triton's).
+    """
+    check_compiler(device)
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = max(_LEAST_LIMIT, _PER_MODEL * models)
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise ConfigError where there is no compiler: C++ for a CPU, C for a GPU (Triton's)."""
+    """Raise ConfigError where there is none; see `prepare_compiler`."""
     variable, usual = _C if device.type == "cuda" else _CPP
     chosen = shlex.split(os.environ.get(variable, ""))[:1]
     if not any(shutil.which(name) for name in (*chosen, *usual)):

@@ -19,7 +19,7 @@ from stages.inputs.models import forward
 from stages.training.compiled import CompiledForward
 from stages.training.config import TrainSettings
 from stages.training.history import said, selected_epoch, summarise
-from stages.training.optimise import make_optimizer, make_schedule
+from stages.training.optimise import make_optimizer, make_schedule, restore_optimizer
 from stages.training.run_directory import RunDirectory
 
 
@@ -252,7 +252,7 @@ class Learner:
         states = self.run.load_checkpoint(self.device)
         if states is not None:
             self.module.load_state_dict(states["model"])
-            self._optimizer.load_state_dict(states["optimizer"])
+            restore_optimizer(self._optimizer, states["optimizer"])
             self._schedule.load_state_dict(states["schedule"])
             self._scaler.load_state_dict(states["scaler"])
             if self.task.learned is not None:

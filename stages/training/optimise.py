@@ -1,5 +1,7 @@
 """Optimiser and learning-rate schedule of a run, both stepped once a batch; torch's own."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -38,6 +40,14 @@ def make_optimizer(
         )
     kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
     return kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+
+
+def restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Go on from a checkpoint's state, stepped as it was: fused, or by what came before."""
+    optimizer.load_state_dict(state)
+    # What GradScaler goes by is set when an optimiser is made, and is no part of its state.
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    optimizer._step_supports_amp_scaling = fused  # type: ignore[attr-defined]
 
 
 def make_schedule(

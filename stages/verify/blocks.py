@@ -6,12 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
-import torch
 from zarr.abc.store import Store
 
 from stages.cache import LogitCache
 from stages.cache.commits import CommitLog
-from stages.cache.layout import ArraySpec, block_key
+from stages.cache.layout import ArraySpec, block_key, threads_at_once
 from stages.cache.objects import read_object
 from stages.cache.records import Record, ViewRecords
 from stages.errors import CacheError, UnansweredError
@@ -20,8 +19,6 @@ from stages.verify.faults import Fault, Verified
 
 _VIEWS_AT_ONCE = 16
 """Whose records are in memory, and whose blocks the threads share."""
-_DECODED_BYTES = 2**30
-"""Of rows that all threads together may have decoded."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,7 @@ def check_blocks(
         for fault in _missing(cache, part, view, {})
     ]
     inspected = part.commits.inspect(files)
-    block_bytes = torch.float32.itemsize * cache.num_classes * cache.grid.block_rows
-    with ThreadPoolExecutor(max(1, min(threads, _DECODED_BYTES // block_bytes))) as pool:
+    with ThreadPoolExecutor(threads_at_once(cache.grid, cache.num_classes, threads)) as pool:
         while some := list(islice(inspected, _VIEWS_AT_ONCE)):
             for view, found, damaged in some:
                 faults += [Fault(key, "the record is damaged", key=key) for key in damaged]

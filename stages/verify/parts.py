@@ -42,7 +42,7 @@ def rectified_part(
     """bad: blocks whose logits are damaged, which say nothing about what was made from them."""
     name, settings = f"rectified/{rectification.name}", rectification.settings
     if RectifyConfig.of(settings).settings != settings:
-        raise CacheError("its settings contradict each other")
+        raise CacheError("its settings contradict each other", f"Delete {name} and rectify again.")
 
     def consistent(view: int, block: int, record: Record) -> Iterator[str]:
         if (view, block) in bad:

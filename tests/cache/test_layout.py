@@ -13,6 +13,7 @@ from stages.cache.layout import (
     block_key,
     prediction_dtype,
     rectified_arrays,
+    threads_at_once,
 )
 
 
@@ -57,6 +58,16 @@ def test_block_lengths(rows: int, classes: int, max_rows: int, lengths: list[int
     grid = block_grid(rows, classes, max_rows)
 
     assert [grid.length(b) for b in range(grid.num_blocks)] == lengths
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "threads", "at_once"),
+    [(50_000, 100, 16, 16), (1_281_167, 1_000, 64, 4), (100_000, 21_841, 4, 2), (10, 2, 1, 1)],
+)
+def test_threads_hold_no_more_than_a_gigabyte_of_decoded_rows(
+    rows: int, classes: int, threads: int, at_once: int
+) -> None:
+    assert threads_at_once(block_grid(rows, classes), classes, threads) == at_once
 
 
 def test_block_keys_are_the_objects_zarr_writes(finished_cache: Path) -> None:

@@ -29,6 +29,25 @@ def tiny(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48, num_classes))
 
 
+def test_every_model_of_a_process_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond a limit torch would leave the tenth as it is, and say nothing."""
+    compiled_models = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        compiled_models.append(graph)
+        return graph
+
+    real = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, **_: real(model, backend=backend, dynamic=False)
+    )
+    for size in range(1, 13):
+        compiled.prepare_compiler(CPU, models=1)
+        forward = CompiledForward(nn.Linear(3, size), 2, CPU, graphs=False)
+        forward(torch.zeros(2, 3))
+    assert len(compiled_models) == 12
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_a_compiled_run_is_the_run_and_goes_on_uncompiled(digits: Splits, tmp_path: Path) -> None:

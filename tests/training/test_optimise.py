@@ -10,7 +10,7 @@ from torch import nn
 
 from stages.errors import ConfigError
 from stages.training.config import TrainSettings
-from stages.training.optimise import make_optimizer, make_schedule
+from stages.training.optimise import make_optimizer, make_schedule, restore_optimizer
 
 STEPS = 5  # an epoch
 
@@ -138,8 +138,9 @@ def test_sgd_step_is_the_formula() -> None:
     assert module.weight.item() == pytest.approx(weight, rel=1e-6)
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-def test_a_run_that_began_with_other_kernels_goes_on_with_them(name: Any) -> None:
+def test_a_run_that_began_with_other_kernels_goes_on_with_them(name: Any, half: bool) -> None:
     """Checkpoints from before `fused`: the same bits as if nothing had changed."""
     settings = TrainSettings(optimizer=name, lr=0.1)
     modules = [nn.Linear(7, 5) for _ in range(2)]
@@ -150,14 +151,18 @@ def test_a_run_that_began_with_other_kernels_goes_on_with_them(name: Any) -> Non
     assert now.param_groups[0]["fused"]
     modules[1].load_state_dict(modules[0].state_dict())
     draw = torch.Generator().manual_seed(0)
+    scalers = [torch.amp.GradScaler("cpu", enabled=half) for _ in range(2)]
     for step in range(6):
         if step == 3:
             modules[1].load_state_dict(modules[0].state_dict())
-            now.load_state_dict(copy.deepcopy(before.state_dict()))
+            restore_optimizer(now, copy.deepcopy(before.state_dict()))
+        for scaler in scalers:
+            scaler.scale(torch.ones(1))
         for one, other in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
             one.grad = torch.randn(one.shape, generator=draw)
             other.grad = one.grad.clone()
-        before.step()
-        now.step()
+        for scaler, optimizer in zip(scalers, (before, now), strict=True):
+            scaler.step(optimizer)
+            scaler.update()
     for one, other in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
         assert torch.equal(one, other)
