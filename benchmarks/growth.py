@@ -2,7 +2,7 @@
 
     python -m benchmarks.growth --out growth.json --plot growth.svg
 
-The base is a cache of 2 views of 16,384 samples: 100 classes, encoding klt, blocks of 16,384 rows.
+The base is a cache of 8 views of 16,384 samples: 100 classes, encoding klt, blocks of 16,384 rows.
 It is grown to 4 and 16 times as many views, and to 4 and 16 times as many samples, with blocks of
 the same size; every size has a process of its own. For each operation the table gives seconds per
 million rows (rows of views: what a view holds, times views) and the peak of memory beyond what the
@@ -17,8 +17,12 @@ process held before it:
     append rectify  and that view rectified, with the statistics of all views
 
 Flat means: at 16 times the size both figures are what they are at the base, within a machine's
-moods. Memory is bounded by threads times blocks, and how many of them come together is a matter of
-chance; that of `read` has to grow with samples, since it holds a view. Appending says the
+moods. Memory is bounded by threads times blocks: `verify` takes about 45 MiB for each of its four
+threads, and a base of fewer blocks than threads would look four times smaller than what it grows
+to. Measured for 4, 8, 32 and 128 views: 97, 185, 183, 171 MiB at the most, with one thread 41 to 86
+for 32 views; how many blocks come together is a matter of chance. `rectify` takes 5 to 18 MiB, the
+records of the views at hand and what the heap keeps. `read` has to grow with samples, since it
+holds a view. Appending says the
 statistics of all views anew, from their records: a part that grows with views, by less than a
 millisecond a view. The last figure opens a cache of 100,000 blocks (5,000 views of 20
 blocks, of records alone), lists what is complete and reads one view's records.
@@ -49,7 +53,7 @@ from stages.cache.records import seal_records
 from stages.rectify import RectifyConfig, rectify
 from stages.verify import verify
 
-VIEWS, SAMPLES = 2, 16_384
+VIEWS, SAMPLES = 8, 16_384
 FACTORS, BATCH = (1, 4, 16), 1024
 OPERATIONS = (
     "write",
