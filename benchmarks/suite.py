@@ -42,8 +42,8 @@ PARTS = ("students", "teacher", "reading", "rectify", "views", "sweep", "gpu", "
 @dataclass(frozen=True)
 class Suite:
     """What is measured. turns: of students; of the rest fewer. seconds: longer epochs are cut short
-    and scaled. quick: a smoke run, that leaves no results. accelerated: with the figures that only
-    a GPU shows.
+    and scaled. quick: a smoke run. whole: nothing is left out, so that the results that are there
+    are replaced. accelerated: with the figures that only a GPU shows.
     """
 
     plans: Sequence[Plan]
@@ -51,6 +51,7 @@ class Suite:
     turns: int
     seconds: float
     quick: bool = False
+    whole: bool = False
     accelerated: bool = False
 
     @property
@@ -97,6 +98,7 @@ def main(**given: object) -> None:
         turns=1 if options.quick else options.turns,
         seconds=options.seconds,
         quick=options.quick,
+        whole=not (options.quick or options.parts or options.dataset),
         accelerated=device.type == "cuda",
     )
     run_suite(suite, options.parts or PARTS, options.out)
@@ -164,7 +166,9 @@ def run_suite(suite: Suite, parts: Sequence[str], out: str | None) -> Report:
     show_report(console, "benchmarks", report)
     if out is not None:
         report.write(out)
-    elif not suite.quick:
+    elif not suite.whole:
+        console.say("a part of the figures does not replace the results: give --out to keep them")
+    else:
         RESULTS.mkdir(exist_ok=True)
         report.write(RESULTS / ("gpu.json" if device.type == "cuda" else "cpu.json"))
         write_table()

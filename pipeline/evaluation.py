@@ -24,6 +24,15 @@ def check_json(out: str) -> None:
         raise ConfigError(f"there is no folder {path.parent} for {path.name}", "Make it first.")
     if (cache := cache_around(path)) is not None:
         raise ConfigError(f"--out {out} lies inside the cache {cache}", "Choose another --out.")
+    there = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {out}: {error.strerror}", "Choose another --out."
+        ) from error
+    if not there:
+        path.unlink()
 
 
 def write_json(out: str, evaluated: Evaluated) -> None:

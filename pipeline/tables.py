@@ -121,7 +121,10 @@ def show_plan(console: Console, out: str, plan: CachePlan) -> None:
             ("samples x views", f"{plan.samples:,} x {plan.views:,}"),
             ("blocks (missing)", f"{plan.blocks:,} ({plan.missing_blocks:,})"),
             ("encoding", plan.encoding),
-            ("on disk", f"{size(plan.total_bytes)}, {plan.bytes_per_view:.1f} bytes a view"),
+            (
+                "on disk",
+                f"{size(plan.total_bytes)}, {plan.bytes_per_view:.1f} bytes a sample and view",
+            ),
             ("files", f"{plan.files:,}"),
             (
                 "measured speed",
@@ -156,7 +159,7 @@ def show_encodings(console: Console, plan: CachePlan) -> None:
     columns = [text for t in (1, 2, 4) for text in (f"KL T={t}", "99.9 %")]
     console.table(
         f"encodings, on {plan.encodings[0].fidelity.rows:,} rows (* is used)",
-        ("encoding", "bytes a view", *columns, "same top-1", "rows decoded/s"),
+        ("encoding", "bytes a row", *columns, "same top-1", "rows decoded/s"),
         rows,
     )
 

@@ -94,7 +94,7 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         cache, fitted = first_rank_before_others(ranks, lambda: _ready(job, out, feed, progress))
 
         def look() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-            cache.commits.check_records(cache.commits.views)  # damage is told before hours of work
+            cache.commits.check_records()  # damage is told before hours of work
             return missing_blocks(cache, views), [*fitted]
 
         missing, there = first_rank_does(ranks, look)

@@ -21,7 +21,7 @@ def choose_device(name: str = "auto") -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device '{name}' cannot be used: {str(error).splitlines()[0]}",
+            f"device '{name}' cannot be used: {str(error).splitlines()[0][:120]}",
             "Use --device cpu, cuda, cuda:N, or leave it out.",
         ) from error
     return device

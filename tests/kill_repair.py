@@ -50,7 +50,7 @@ def damaged_copy(whole: Path, store: Path) -> None:
 
 
 def repaired(store: Path, job: CacheJob) -> None:
-    """What `pipeline verify --repair` does."""
+    """What `pipeline verify CACHE --repair` does."""
     if (faults := verify(store, threads=1).faults) and repair(store, job, faults).faults:
         raise SystemExit("not repaired")
 

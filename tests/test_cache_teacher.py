@@ -239,7 +239,7 @@ def test_fewer_views_than_there_are_are_no_reason_to_write(
 
 
 def mend(config: CacheConfig, out: Path, splits: Splits, repaired: int) -> None:
-    """What `pipeline verify --repair` does; so many objects were damaged."""
+    """What `pipeline verify CACHE --repair` does; so many objects were damaged."""
     faults = verify(out).faults
     assert len(faults) == repaired
     assert repair(out, prepare(config, splits), faults).faults == []
@@ -254,7 +254,7 @@ def test_a_damaged_view_is_mended_as_the_message_says(
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(CacheError, match="damaged") as caught:
         LogitCache.open(cache_copy).read_view(1)
-    assert "pipeline verify --repair" in caught.value.remedy
+    assert "pipeline verify CACHE --repair" in caught.value.remedy
 
     mend(cache_config, cache_copy, digits, repaired=1)
 
@@ -287,7 +287,7 @@ def test_an_object_that_is_not_whole_is_mended_as_the_message_says(
         shard.unlink()
     with pytest.raises(CacheError, match=rf"object {name} has \d+ bytes") as caught:
         run(cache_config, cache_copy, digits)
-    assert "pipeline verify --repair" in caught.value.remedy
+    assert "pipeline verify CACHE --repair" in caught.value.remedy
 
     mend(cache_config, cache_copy, digits, repaired=1)
 

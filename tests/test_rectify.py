@@ -779,7 +779,7 @@ def test_an_error_on_the_cluster_is_told_as_it_is(cache_copy: Path) -> None:
         pytest.raises(CacheError, match=r"object logits/c/1/1/0 has \d+ bytes, not \d+") as caught,
     ):
         rectify(cache_copy, RectifyConfig(scheduler=cluster.scheduler_address))
-    assert "pipeline verify --repair" in caught.value.remedy
+    assert "pipeline verify CACHE --repair" in caught.value.remedy
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "carrier-pigeon://x:1"])

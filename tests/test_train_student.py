@@ -680,6 +680,14 @@ def test_a_damaged_record_of_a_view_is_told_before_the_first_step(
     assert [*checked.views] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("array", ["prediction", "rectified/pairwise-T4/wrong"])
+def test_a_shard_that_is_gone_is_told_before_the_first_step(my_cache: Path, array: str) -> None:
+    shard = next((my_cache / array / "c/5").rglob("0"))
+    shard.unlink()
+    with pytest.raises(CacheError, match=rf"{array}/c/5/\S* is missing"):
+        check_students([student_config(my_cache, bias=RECTIFY)], LogitCache.open(my_cache))
+
+
 @pytest.fixture(scope="module")
 def my_variants(my_world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Caches with no, one and several rectifications."""

@@ -9,15 +9,17 @@ import msgspec
 
 from pipeline.bench.measure import Figure, Ratio, Report, new_report
 from pipeline.bench.reading import reading_figures
-from pipeline.bench.rectifying import rectify_figures
+from pipeline.bench.rectifying import TARGET, rectify_figures
 from pipeline.bench.tables import show_report
 from pipeline.bench.training import Bench, student_figures
+from pipeline.config import convert
 from pipeline.console import Console
 from pipeline.evaluation import check_json
 from stages.cache import LogitCache
 from stages.cache_job import CacheJob
 from stages.device import choose_device
 from stages.errors import CacheError, ConfigError, ViewError
+from stages.inputs.models import build_model
 from stages.repair import recorded_job
 from stages.train_student import StudentConfig
 from stages.training.config import (
@@ -29,6 +31,9 @@ from stages.training.config import (
     positive,
 )
 from stages.training.setup import load_data
+
+_FIXED_COSTS = 20_000
+"""Samples; stage two on fewer is mostly starting and ending, and not held to its target."""
 
 
 class BenchSettings(Settings, frozen=True, kw_only=True):
@@ -69,16 +74,14 @@ def bench_cache(console: Console, out: str | None = None, **given: Any) -> Repor
     if out is not None:
         check_json(out)
     known = {name: value for name, value in given.items() if value is not None}
-    try:
-        settings = msgspec.convert(known, BenchSettings)
-    except msgspec.ValidationError as error:
-        raise ConfigError(str(error)) from error
+    settings = convert(BenchSettings, known)
     cache, device = LogitCache.open(settings.cache), choose_device(settings.device)
     if not cache.complete_views:
         raise CacheError(
             f"{settings.cache} has no complete view yet",
             "Run `pipeline cache-teacher` again to finish it.",
         )
+    cache.commits.check_all_objects()
     report = new_report(msgspec.to_builtins(settings), device)
 
     # 2) everything that is written goes to a folder of its own
@@ -90,12 +93,15 @@ def bench_cache(console: Console, out: str | None = None, **given: Any) -> Repor
         report.add(*reading_figures([cache], Path(folder), settings.turns, device))
         console.say("rectifying a copy of a few views")
         try:
-            report.add(*rectify_figures(cache, Path(folder), settings.turns))
+            target = TARGET if cache.num_samples >= _FIXED_COSTS else None
+            report.add(*rectify_figures(cache, Path(folder), settings.turns, target=target))
         except ViewError as error:  # views that mix samples
             report.missing.append(f"rectify: {error.cause}")
 
     # 3) what came of it, and what would show more
     report.missing += _lacking(settings)
+    if (complete := len(cache.complete_views)) < cache.num_views:
+        report.missing.append(f"views: {complete} of {cache.num_views} are complete")
     show_report(console, settings.cache, report)
     if out is not None:
         report.write(out)
@@ -115,7 +121,10 @@ def _student_figures(
             settings.cache, settings.dataset, settings.root, settings.weights, settings.device
         )
     bench = Bench(folder, job.splits if job else load_data(data), settings.turns, settings.seconds)
-    for student in settings.students:
+    train = bench.splits.train
+    for student in settings.students:  # one that is unknown is told before any is trained
+        build_model(student, len(train.class_names), train.shape[0])
+    for student in dict.fromkeys(settings.students):
         console.say(f"training {student}")
         config = StudentConfig(
             cache=settings.cache,

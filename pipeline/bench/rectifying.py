@@ -38,9 +38,15 @@ def rectify_figures(
             turns,
             target=target,
             note=f"{views} views of {copy.num_samples:,} x {copy.num_classes}, "
-            f"{copy.encoding.name}",
+            f"{copy.encoding.name}, {_wrong_rate(copy):.0%} wrong",
         )
     ]
+
+
+def _wrong_rate(cache: LogitCache) -> float:
+    """Only wrong rows are decoded: the ratio depends on how many there are."""
+    top1 = cache.top1_per_view.values()
+    return 1 - sum(top1) / len(top1)
 
 
 def _config(cache: LogitCache, run: int) -> RectifyConfig:

@@ -147,7 +147,7 @@ def _values(array: zarr.Array[Any], *where: int | slice) -> Tensor:
     except Exception as error:  # codecs raise what they like on damaged bytes
         raise CacheError(
             f"{array.store_path} is damaged at {where}: {error}",
-            "Run `pipeline verify --repair`: it computes what is damaged again.",
+            "Run `pipeline verify CACHE --repair`: it computes what is damaged again.",
         ) from error
     dtype = str(held_dtype(array.dtype.name)).removeprefix("torch.")
     return torch.from_numpy(values.astype(dtype, copy=False))

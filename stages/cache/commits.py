@@ -121,9 +121,9 @@ class CommitLog:
         each = self.each_view()
         return {(view, block): found[block] for view, found in each for block in sorted(found)}
 
-    def check_records(self, views: Iterable[int]) -> None:
-        """Raise CacheError if a file of records of these views is damaged."""
-        for _ in self.each_view(views):
+    def check_records(self) -> None:
+        """Raise CacheError if any file of records is damaged."""
+        for _ in self.each_view():
             pass
 
     def files(self) -> dict[int, list[str]]:
@@ -167,7 +167,7 @@ class CommitLog:
         if damaged:
             raise CacheError(
                 f"commit record {damaged[0]} is not readable",
-                "Run `pipeline verify --repair`: it computes those blocks again.",
+                "Run `pipeline verify CACHE --repair`: it computes those blocks again.",
             )
         return found
 
@@ -239,10 +239,12 @@ class CommitLog:
         blocks = range(self.num_blocks) if block is None else [block]
         self._check_sizes(object_sizes(view, blocks, self.of_view(view)))
 
-    def check_all_objects(self) -> None:
-        """As `check_objects`, of every committed block."""
+    def check_all_objects(self, views: Iterable[int] | None = None) -> None:
+        """As `check_objects`, of every committed block of these views, None for all; also raised
+        where a file of their records is damaged.
+        """
         sizes: dict[str, int] = {}
-        for view, records in self.each_view():
+        for view, records in self.each_view(views):
             sizes |= object_sizes(view, sorted(records), records)
             if len(sizes) >= _OBJECTS_AT_ONCE:
                 self._check_sizes(sizes)
@@ -253,9 +255,10 @@ class CommitLog:
         found = sizes_of(self.store, list(sizes))
         for (key, size), there in zip(sizes.items(), found, strict=True):
             if there != size:
+                found_there = f"has {there} bytes, not {size}" if there else "is missing or empty"
                 raise CacheError(
-                    f"{self.store}: object {key} has {there} bytes, not {size}",
-                    "Run `pipeline verify --repair`: it computes that block again.",
+                    f"{self.store}: object {key} {found_there}",
+                    "Run `pipeline verify CACHE --repair`: it computes that block again.",
                 )
 
     def bytes_of_view(self, view: int) -> int:

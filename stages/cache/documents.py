@@ -33,7 +33,7 @@ def check_seal(attributes: Mapping[str, Any], where: str) -> None:
     if sealed(attributes) != dict(attributes):
         raise CacheError(
             f"the attributes of {where} are damaged: their digest is another",
-            "Run `pipeline verify --repair`.",
+            "Run `pipeline verify CACHE --repair`.",
         )
 
 

@@ -63,6 +63,6 @@ def object_sizes(view: int, blocks: Iterable[int], records: ViewRecords) -> dict
         except (AttributeError, KeyError, TypeError) as error:
             raise CacheError(
                 f"the commit record of block {block} of view {view} is not readable: {error!r}",
-                "Run `pipeline verify --repair`: it computes that block again.",
+                "Run `pipeline verify CACHE --repair`: it computes that block again.",
             ) from error
     return sizes

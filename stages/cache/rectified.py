@@ -83,7 +83,7 @@ class Rectification:
         rectification = Rectification(name, group, grid, settings)
         if faults := rectification.document_faults(sizes):
             raise CacheError(
-                f"rectification '{name}': {faults[0]}", "Run `pipeline verify --repair`."
+                f"rectification '{name}': {faults[0]}", "Run `pipeline verify CACHE --repair`."
             )
         return rectification
 

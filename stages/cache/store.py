@@ -92,7 +92,7 @@ class LogitCache:
             attributes.encoding, self.num_classes, lambda name: arrays.read_array(group, name)
         )
         if faults := self.document_faults():
-            raise CacheError(f"{path}: {faults[0]}", "Run `pipeline verify --repair`.")
+            raise CacheError(f"{path}: {faults[0]}", "Run `pipeline verify CACHE --repair`.")
         self.commits = CommitLog(group.store, "logits", self.grid.num_blocks)
         self.eval_commits = CommitLog(group.store, "eval", 1)
 
@@ -180,7 +180,7 @@ class LogitCache:
         if last >= self.num_views:
             raise CacheError(
                 f"{self.path}: view {last} is committed, the arrays have {self.num_views}",
-                "Run `pipeline verify --repair`.",
+                "Run `pipeline verify CACHE --repair`.",
             )
 
     @cached_property
@@ -442,7 +442,7 @@ class LogitCache:
                     continue  # a creation that stopped at its first step
                 raise CacheError(
                     f"{self.path}: the metadata of rectification '{name}' are missing",
-                    "Run `pipeline verify --repair`.",
+                    "Run `pipeline verify CACHE --repair`.",
                 )
             if arrays.subgroup(self._group, f"rectified/{name}").attrs.asdict():
                 names.append(name)

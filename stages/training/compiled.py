@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stages.errors import ConfigError
 
-_REMEDY = "Leave --compile out."
+_REMEDY = "Leave --compile out, or mend that."
 _CPP = ("CXX", ("g++", "clang++"))
 _C = ("CC", ("gcc", "clang"))
 """Where an environment names a compiler, and the usual ones."""
@@ -36,8 +36,9 @@ def check_compiler(device: torch.device) -> None:
     """Raise ConfigError where there is none; see `prepare_compiler`."""
     variable, usual = _C if device.type == "cuda" else _CPP
     chosen = shlex.split(os.environ.get(variable, ""))[:1]
-    if not any(shutil.which(name) for name in (*chosen, *usual)):
-        raise ConfigError(f"--compile needs a compiler: {' or '.join(usual)}", _REMEDY)
+    if not any(shutil.which(name) for name in chosen or usual):
+        wanted = f"{variable} is '{chosen[0]}'" if chosen else " or ".join(usual)
+        raise ConfigError(f"--compile needs a compiler: {wanted}, not found", _REMEDY)
 
 
 class CompiledForward:

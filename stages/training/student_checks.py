@@ -237,8 +237,8 @@ def usable_views(cache: LogitCache, views: int | None, rectified: str | None) ->
             + (" rectified" if stage == "rectify" else ""),
             f"Run `pipeline {stage}` again to finish it{offer}.",
         )
-    for log in logs:  # complete by name: a damaged record of a view shows now, not at its epoch
-        log.check_records(wanted)
+    for log in logs:  # complete by name: what is damaged or gone shows now, not at its epoch
+        log.check_all_objects(wanted)
     return list(wanted)
 
 

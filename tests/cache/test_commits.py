@@ -272,7 +272,7 @@ def test_objects_of_another_size_are_noticed(tmp_path: Path, harm: str) -> None:
     for wrong in (None, 1):
         with pytest.raises(CacheError, match=f"a/c/0/1 has {found} bytes, not 10") as caught:
             log(tmp_path).check_objects(0, wrong)
-        assert "pipeline verify --repair" in caught.value.remedy
+        assert "pipeline verify CACHE --repair" in caught.value.remedy
 
 
 def test_forgotten_records_are_gone_and_those_of_other_parts_stay(tmp_path: Path) -> None:
@@ -364,8 +364,8 @@ def test_a_damaged_record_concerns_its_view_alone(tmp_path: Path) -> None:
 
     ours = log(tmp_path)
     assert ours.bytes_of_view(2) == 20 + 21 + 22
-    ours.check_records([0, 2])
-    for touch in (ours.of_view, ours.bytes_of_view, lambda view: ours.check_records([0, view])):
+    assert len(list(ours.each_view([0, 2]))) == 2
+    for touch in (ours.of_view, ours.bytes_of_view, lambda view: list(ours.each_view([0, view]))):
         with pytest.raises(CacheError, match=r"logits/v00001\.json is not readable"):
             touch(1)
 

@@ -223,7 +223,7 @@ def test_a_cut_off_object_is_noticed(
         read(LogitCache.open(path))
     told = f"object {name} has {len(whole[:kept])} bytes, not {len(whole)}"
     assert told in caught.value.cause
-    assert "pipeline verify --repair" in caught.value.remedy
+    assert "pipeline verify CACHE --repair" in caught.value.remedy
     assert torch.equal(LogitCache.open(path).read_view(0).rows(ORDER), logits_of_view(0)[ORDER])
 
 
@@ -317,7 +317,7 @@ def test_array_metadata_changed_by_hand_are_noticed(
     (key,) = change
     with pytest.raises(CacheError, match=f"array '{name}' is not what was written: {key}") as told:
         LogitCache.open(path)
-    assert "pipeline verify --repair" in told.value.remedy
+    assert "pipeline verify CACHE --repair" in told.value.remedy
 
 
 def test_room_for_more_views_than_are_committed_is_no_damage(path: Path) -> None:

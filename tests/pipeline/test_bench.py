@@ -38,7 +38,7 @@ from pipeline.console import Console
 from stages.cache import LogitCache
 from stages.cache.encoding import ENCODINGS
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
-from stages.errors import CacheError, ConfigError, IdentityError, PipelineError
+from stages.errors import CacheError, ConfigError, IdentityError, ModelError, PipelineError
 from stages.inputs.feed import ViewFeed
 from stages.rectify import rectify_rows
 from stages.train_student import StudentConfig
@@ -127,8 +127,10 @@ class OtherDigits:
         ({"dataset": "digits", "weights": "run"}, ConfigError, "--student"),
         ({"turns": 0}, ConfigError, "--turns"),
         ({"seconds": -1.0}, ConfigError, "--seconds"),
-        ({"dtype": "int8"}, ConfigError, "int8"),
+        ({"dtype": "int8"}, ConfigError, "float32, bfloat16, float16"),
         ({"device": "abacus"}, ConfigError, "abacus"),
+        ({"dataset": "digits", "students": ("resnet8", "resnett")}, ModelError, "resnett"),
+        ({"out": "/dev/full/x.json"}, ConfigError, "no folder"),
     ],
 )
 def test_wrong_input_is_refused(
@@ -143,6 +145,25 @@ def test_a_report_has_a_place_before_anything_is_measured(finished_cache: Path) 
         bench_cache(Console(), out="report.txt", cache=str(finished_cache))
     with pytest.raises(ConfigError, match="inside the cache"):
         bench_cache(Console(), out=str(finished_cache / "a.json"), cache=str(finished_cache))
+
+
+def test_a_folder_that_takes_no_file_is_told_before_anything_is_measured(
+    finished_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuses(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuses)
+    with pytest.raises(ConfigError, match=r"cannot write .*: Permission denied"):
+        bench_cache(Console(), out=str(tmp_path / "a.json"), cache=str(finished_cache))
+
+
+def test_a_damaged_cache_is_told_before_a_student_is_trained(cache_copy: Path) -> None:
+    (cache_copy / "prediction/c/2/0").unlink()
+    with pytest.raises(CacheError, match="prediction/c/2/0 is missing"):
+        bench_cache(
+            Console(), cache=str(cache_copy), dataset="digits", students=("resnet8",), device="cpu"
+        )
 
 
 def test_another_dataset_is_refused(finished_cache: Path) -> None:

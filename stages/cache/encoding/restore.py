@@ -50,7 +50,7 @@ def restored(
     if coding.digest() != attributes.digest or coding.parameters != attributes.parameters:
         raise CacheError(
             f"the calibration of the encoding {coding.name} is not the one it was made with",
-            "Run `pipeline verify --repair`.",
+            "Run `pipeline verify CACHE --repair`.",
         )
     return coding
 
