@@ -34,7 +34,8 @@ def main(
             synthetic("resnet32x4", ("resnet8x4",), "bfloat16", 256),
         ]
     turns = 1 if quick else turns
-    suite = Suite(plans, device, turns, seconds, quick, accelerated=True)
+    whole = not (quick or parts)
+    suite = Suite(plans, device, turns, seconds, quick, whole, accelerated=True)
     run_suite(suite, parts or PARTS, out)
 
 
