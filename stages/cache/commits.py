@@ -34,8 +34,10 @@ from stages.errors import CacheError
 _NUMBER = r"(\d{5}|[1-9]\d{5,})"
 _VIEW = re.compile(rf"v{_NUMBER}(\.json)?")
 _BLOCK = re.compile(rf"v{_NUMBER}/b{_NUMBER}\.json")
-_VIEWS_KEPT = 64
-"""Of so many views the records stay in memory, and so many files are asked for at once."""
+_VIEWS_KEPT = 8
+"""Of so many views the records stay in memory; those of a rectification may be large."""
+_FILES_AT_ONCE = 16
+"""Of records, that are asked for at the same time."""
 _OBJECTS_AT_ONCE = 256
 """Whose sizes are asked for."""
 
@@ -108,8 +110,8 @@ class CommitLog:
     def each_view(self, views: Iterable[int] | None = None) -> Iterator[tuple[int, ViewRecords]]:
         """The records of these views, None for all; those of a few views are in memory at once."""
         wanted = self.views if views is None else list(views)
-        for start in range(0, len(wanted), _VIEWS_KEPT):
-            some = wanted[start : start + _VIEWS_KEPT]
+        for start in range(0, len(wanted), _FILES_AT_ONCE):
+            some = wanted[start : start + _FILES_AT_ONCE]
             contents = read_objects(self.store, [self._view_key(view) for view in some])
             for view, content in zip(some, contents, strict=True):
                 known = self._known.get(view)

@@ -17,7 +17,7 @@ from stages.errors import CacheError, UnansweredError
 from stages.reporting import Reporter
 from stages.verify.faults import Fault, Verified
 
-_VIEWS_AT_ONCE = 16
+_VIEWS_AT_ONCE = 4
 """Whose records are in memory, and whose blocks the threads share."""
 
 

@@ -233,7 +233,7 @@ def test_a_committed_object_that_is_gone_is_noticed(
 ) -> None:
     (path / name).unlink()
 
-    with pytest.raises(CacheError, match=f"object {name} has 0 bytes"):
+    with pytest.raises(CacheError, match=f"object {name} is missing"):
         read(LogitCache.open(path))
     assert torch.equal(LogitCache.open(path).read_view(0).rows(ORDER), logits_of_view(0)[ORDER])
 
