@@ -257,7 +257,7 @@ class CommitLog:
         found = sizes_of(self.store, list(sizes))
         for (key, size), there in zip(sizes.items(), found, strict=True):
             if there != size:
-                found_there = f"has {there} bytes, not {size}" if there else "is missing or empty"
+                found_there = "is missing" if there is None else f"has {there} bytes, not {size}"
                 raise CacheError(
                     f"{self.store}: object {key} {found_there}",
                     "Run `pipeline verify CACHE --repair`: it computes that block again.",

@@ -28,16 +28,16 @@ def read_objects(store: Store, keys: Sequence[str]) -> list[bytes | None]:
     return ask(store, read()) if keys else []
 
 
-def sizes_of(store: Store, keys: Sequence[str]) -> list[int]:
-    """The sizes of several objects in bytes, asked for at the same time; 0 where there is none."""
+def sizes_of(store: Store, keys: Sequence[str]) -> list[int | None]:
+    """The sizes of several objects in bytes, asked for at once; None where there is none."""
 
-    async def size(key: str) -> int:
+    async def size(key: str) -> int | None:
         try:
             return await store.getsize(key)
         except FileNotFoundError:
-            return 0
+            return None
 
-    async def sizes() -> list[int]:
+    async def sizes() -> list[int | None]:
         return await asyncio.gather(*map(size, keys))
 
     return ask(store, sizes()) if keys else []
