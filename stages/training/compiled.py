@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stages.errors import ConfigError
 
-_REMEDY = "Leave --compile out, or mend that."
+_REMEDY = "Leave --compile out."
 _CPP = ("CXX", ("g++", "clang++"))
 _C = ("CC", ("gcc", "clang"))
 """Where an environment names a compiler, and the usual ones."""

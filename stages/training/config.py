@@ -156,7 +156,7 @@ class ModelSettings(Settings, frozen=True):
 def positive(name: str, value: float) -> None:
     """Raise ConfigError unless value > 0 and finite."""
     if not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be positive, was {value}", "Give a finite number above 0.")
+        raise ConfigError(f"{name} must be positive, was {value}")
 
 
 def within(name: str, value: float, low: float, high: float) -> None:

@@ -29,6 +29,7 @@ def tiny(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48, num_classes))
 
 
+@pytest.mark.slow
 def test_every_model_of_a_process_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond a limit torch would leave the tenth as it is, and say nothing."""
     compiled_models = []
