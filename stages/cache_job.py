@@ -13,13 +13,13 @@ from torch import Tensor
 from stages.cache.encoding import FIT_ROWS, Encoding, check_encoding, fit_encoding
 from stages.cache.identity import Identity, TeacherIdentity, ViewsIdentity, weights_digest
 from stages.cache.layout import MAX_BLOCK_BYTES, MAX_BLOCK_ROWS, block_grid
-from stages.device import place
+from stages.device import forward, place
 from stages.distributed import ALONE, Ranks, device_of_rank
 from stages.errors import ModelError, ViewError
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Normalise, ViewFeed
-from stages.inputs.models import Model, forward, load_model
+from stages.inputs.models import Model, load_model
 from stages.inputs.views import ViewPolicy
 from stages.training.config import DataSettings, Dtype, Settings, positive, within
 from stages.training.setup import (

@@ -2,12 +2,15 @@
 
 import contextlib
 import platform
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stages.errors import ConfigError
+from stages.inputs.models import logits_of
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,19 +36,17 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]
     return contextlib.nullcontext() if target is None else torch.autocast(device.type, target)
 
 
+def forward(model: Callable[[Tensor], Any], images: Tensor, dtype: str) -> Tensor:
+    """float32 logits (B, C) of normalised images (B, C, H, W), computed in `dtype` (autocast)."""
+    with autocast(images.device, dtype):
+        logits = logits_of(model(images))
+    return logits.float()
+
+
 def place(module: nn.Module, device: torch.device, channels_last: bool = True) -> nn.Module:
     """The module on the device, with convolution weights channels-last."""
     module = module.to(device)
     return module.to(memory_format=torch.channels_last) if channels_last else module
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device. From this machine's memory to a GPU without waiting: what is queued
-    there afterwards finds it. The tensor may be dropped at once, and changed unless it is pinned.
-    """
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)  # pinned memory is kept until then
-    return tensor.to(device)
 
 
 class Upload:

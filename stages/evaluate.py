@@ -20,11 +20,11 @@ import yaml
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.device import choose_device, place
+from stages.device import choose_device, forward, place
 from stages.errors import CacheError, IdentityError, ModelError, RunError
 from stages.inputs.datasets import ImageDataset, load_dataset
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
-from stages.inputs.models import Model, forward, load_model
+from stages.inputs.models import Model, load_model
 from stages.reporting import Reporter, Silent
 from stages.scores import ClassScore, Comparison, Scores, class_scores, compare, score
 from stages.training.config import DataSettings, TrainSettings

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from stages.device import Upload, send
+from stages.device import Upload
+from stages.inputs.feed import send
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pipeline.bench.measure import Figure, Ratio, alternately, seconds, steadily
+from stages import device
 from stages.cache import LogitCache
 from stages.cache_job import CacheConfig, CacheJob, prepare, row_order, teacher_logits
 from stages.cache_teacher import cache_teacher
 from stages.errors import ConfigError
-from stages.inputs import models
 from stages.training.config import Dtype
 from stages.training.setup import Splits
 
@@ -29,7 +29,7 @@ _LEAST_SECONDS = 1.0
 @torch.inference_mode()
 def forward(job: CacheJob, pixels: Tensor, dtype: Dtype) -> Tensor:
     """The teacher's float32 logits (B, C) of uint8 pixels (B, C, H, W), on its device."""
-    return models.forward(job.model.module, job.normalise(pixels), dtype)
+    return device.forward(job.model.module, job.normalise(pixels), dtype)
 
 
 def teacher_figures(

@@ -22,8 +22,8 @@ from pipeline.config import read_config
 from pipeline.console import Console
 from stages.cache.targets import Targets
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, prepare
+from stages.device import forward
 from stages.inputs.feed import Batch
-from stages.inputs.models import forward
 from stages.train_student import StudentConfig, student_trainer
 from stages.training.config import DataSettings
 from stages.training.setup import Splits, load_data

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stages.device import send
 from stages.errors import DatasetError, PipelineError
 from stages.inputs.counter_hash import bounded, counter_hash
 from stages.inputs.datasets import ImageDataset
@@ -167,6 +166,15 @@ class ViewFeed:
             None if t is None else send(t, self.device) for t in (shown.partners, shown.shares)
         )
         return Batch(send(samples, self.device), send(shown.images, self.device), *mixed)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. From this machine's memory to a GPU without waiting: what is queued
+    there afterwards finds it. The tensor may be dropped at once, and changed unless it is pinned.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)  # pinned memory is kept until then
+    return tensor.to(device)
 
 
 def num_batches(samples: int, batch_size: int) -> int:

@@ -5,7 +5,7 @@ A name is looked up among the CIFAR families of the distillation literature, the
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from stages.device import autocast
 from stages.errors import ModelError
 from stages.inputs.cifar_models import cifar_model, cifar_model_names
 from stages.inputs.datasets import Statistics
@@ -92,13 +91,6 @@ def logits_of(output: Any) -> Tensor:
     if isinstance(output, (tuple, list)):
         output = output[0]
     return output if isinstance(output, Tensor) else output.logits
-
-
-def forward(model: Callable[[Tensor], Any], images: Tensor, dtype: str) -> Tensor:
-    """float32 logits (B, C) of normalised images (B, C, H, W), computed in `dtype` (autocast)."""
-    with autocast(images.device, dtype):
-        logits = logits_of(model(images))
-    return logits.float()
 
 
 # ---- by name --------------------------------------------------------------------------------

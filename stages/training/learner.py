@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stages.device import place
+from stages.device import forward, place
 from stages.distributed import ALONE, Ranks, summed, take_from_first
 from stages.errors import PipelineError, RunError
 from stages.inputs.feed import Batch, Normalise, ViewFeed
-from stages.inputs.models import forward
 from stages.training.compiled import CompiledForward
 from stages.training.config import TrainSettings
 from stages.training.history import said, selected_epoch, summarise

@@ -57,7 +57,9 @@ def check_students(configs: Sequence[StudentConfig], cache: LogitCache) -> Check
     for each in configs:
         check_rows_known(caches, each.loss)
     policy = cached_policy(cache)
-    (views,) = {tuple(shared_views(caches, each)) for each in configs}
+    # Objects are looked at: once for all students that ask for the same.
+    asking = {(each.views, each.bias.rectified): each for each in configs}
+    (views,) = {tuple(shared_views(caches, each)) for each in asking.values()}
     return Checked(configs, caches, policy, views, views_at_once(config, policy, views))
 
 
