@@ -44,7 +44,7 @@ def softmax(row: Row, temperature: float = 1.0) -> Row:
 
 
 def rectified(row: Row, label: int, predicted: int, method: str) -> Row:
-    """METHODS.md 1.3: half a step to the one-hot target, then the pair's sum restored."""
+    """`calibrate3` as released: half a step to the one-hot target, then the sum of the two."""
     if label == predicted:
         return list(row)
     new = list(row)
@@ -294,6 +294,22 @@ def test_extreme_logits_stay_finite(method: Method, space: Space, temperature: f
 
         assert bool(torch.isfinite(rows).all())
         assert bool(torch.isfinite((rows / temperature).log_softmax(1)).all())
+
+
+@pytest.mark.parametrize(
+    ("method", "space"), [("pairwise", "probability-T"), ("blend", "probability-1")]
+)
+def test_an_offset_of_a_row_is_an_offset_of_what_is_replaced(method: Method, space: Space) -> None:
+    """To the last digit that float32 has beside 10,000: half a step of 2^-10."""
+    config = RectifyConfig(method=method, space=space, temperature=3.0)
+    logits = (torch.randn(20, 6, generator=torch.Generator().manual_seed(0)) * 768).round() / 256
+    labels, predictions = (logits.argsort(1, descending=True)[:, place] for place in (2, 0))
+    plain, moved = (
+        replaced_logits(z, labels, predictions, method, space, config.temperature)
+        for z in (logits, logits + 1e4)
+    )
+    for near, far in zip(plain, moved, strict=True):
+        torch.testing.assert_close(far.double() - 1e4, near.double(), atol=2**-11 + 1e-5, rtol=0)
 
 
 def test_blend_is_refused_in_the_logit_space() -> None:

@@ -164,7 +164,7 @@ def my_whole(my_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-# ---- invariant 2: the cache and the live teacher --------------------------------------------
+# ---- the cache and the live teacher ---------------------------------------------------------
 
 
 def test_loss_from_the_cache_is_the_loss_with_the_live_teacher(my_world: World) -> None:
@@ -249,7 +249,7 @@ def log_softmax(rows: np.ndarray) -> np.ndarray:
 def paper_losses(
     z_s: np.ndarray, z_t: np.ndarray, labels: np.ndarray, mode: str, reduction: str, b: float
 ) -> tuple[float, float]:
-    """Cross-entropy, and T^2 (b L_right + (1 - b) L_wrong) of METHODS 1.2, in float64, T = 4."""
+    """Cross-entropy, and T^2 (b L_right + (1 - b) L_wrong), arXiv 2412.09874 as released."""
     p_t, log_s = np.exp(log_softmax(z_t / 4)), log_softmax(z_s / 4)
     every, taken = np.arange(len(labels)), z_t.argmax(1)
     wrong = taken != labels

@@ -1,4 +1,4 @@
-"""Invariant 4: whatever happens to a byte of a cache, verify says so and nobody reads it."""
+"""Whatever happens to a byte of a cache, verify says so and nobody reads it."""
 
 import dataclasses
 import random

@@ -64,8 +64,11 @@ def replaced_logits(
         new_label, new_predicted = _replaced(z_label, z_predicted, method)
         return new_label.float(), new_predicted.float()
     softened = temperature if space == "probability-T" else 1.0
-    # p = exp(z/T - offset): the offset turns probabilities back into logits of the same row.
-    offset = torch.logsumexp(logits / softened, dim=1).double()
+    # p = exp(z/T - offset): the offset turns probabilities back into logits of the same row. The
+    # maximum comes off before the division, which would cost a row far from 0 its last digits.
+    largest = logits.amax(1, keepdim=True)
+    offset = torch.logsumexp((logits - largest) / softened, dim=1).double()
+    offset = offset + largest.squeeze(1).double() / softened
     p_label = (z_label / softened - offset).exp()
     p_predicted = (z_predicted / softened - offset).exp()
     new_label, new_predicted = _replaced(p_label, p_predicted, method)

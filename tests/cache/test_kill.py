@@ -1,4 +1,4 @@
-"""Invariant 3: killed anywhere and run again, a stage leaves the bytes of an uninterrupted run."""
+"""Killed anywhere and run again, a stage leaves the bytes of an uninterrupted run."""
 
 import hashlib
 import json

@@ -146,7 +146,7 @@ def test_all_right_at_the_start_is_plain_kd() -> None:
 def test_loss_and_gradients_are_finite(
     wrong: Tensor, mode: BiasMode, schedule: Schedule, reduction: Reduction
 ) -> None:
-    """Invariant 6, at the first and at the last epoch."""
+    """Whatever the mix, at the first and at the last epoch."""
     for epoch in (0, 9):
         student = torch.randn(len(wrong), 10, generator=torch.Generator().manual_seed(0))
         student.requires_grad_()

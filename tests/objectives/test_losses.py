@@ -20,7 +20,7 @@ EXTREME = {
     "both-sure": (1e4, 1e4),
     "all-equal": (0.0, 0.0),
 }
-# ce_weight, weight, warmup and what else the official code or configuration has (METHODS 2)
+# ce_weight, weight, warmup, parameters: of the sources that the docstrings name
 OFFICIAL: dict[str, tuple[float, float, int, dict[str, float]]] = {
     "ce": (1.0, 0.0, 0, {}),
     "kd": (0.1, 0.9, 0, {"temperature": 4.0}),

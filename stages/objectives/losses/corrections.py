@@ -13,6 +13,7 @@ from stages.objectives.losses.kd import kd
 from stages.objectives.losses.rows import (
     Reduction,
     TeacherRows,
+    centred,
     changed,
     kl,
     known,
@@ -62,7 +63,7 @@ def ka_lsr(
     student_logits, teacher_logits: float (B, C). Returns float32, () or (B,). Exact of partial rows
     on wrong rows.
     """
-    log_p = F.log_softmax(student_logits.float() / temperature, dim=1)
+    log_p = F.log_softmax(centred(student_logits) / temperature, dim=1)
     num_classes = log_p.shape[1]
     u = torch.where(one_hot(labels, num_classes), 1 - epsilon, epsilon / (num_classes - 1))
     corrected = temperature**2 * F.kl_div(log_p, u, reduction="none").sum(1)  # 0 log 0 is 0 there
@@ -117,6 +118,7 @@ def rc(
     own = student.detach()
     largest = own.amax(1, keepdim=True)
     refined = own.scatter_add(1, labels[:, None], largest)
-    itself = temperature**2 * kl(refined / temperature, student / temperature)
+    sides = (centred(z) / temperature for z in (refined, student))
+    itself = temperature**2 * kl(*sides)
     taught = kd(student_logits, teacher_logits, labels, temperature, "none")
     return reduced(taught + beta * itself, reduction)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.objectives.losses.rows import TeacherRows, whole
+from stages.objectives.losses.rows import TeacherRows, centred, whole
 
 _EPS = 1e-8
 
@@ -29,8 +29,8 @@ def dist(
     inter = mean_i w_i (1 - r_i), and intra is multiplied by the mean weight. Rows of weight 0 are
     as if they were not in the batch; scaling all weights scales the loss.
     """
-    teacher = F.softmax(whole(teacher_logits, "dist", temperature) / temperature, dim=1)
-    student = F.softmax(student_logits.float() / temperature, dim=1)
+    teacher = F.softmax(centred(whole(teacher_logits, "dist", temperature)) / temperature, dim=1)
+    student = F.softmax(centred(student_logits) / temperature, dim=1)
     if weights is None:
         weights = student.new_ones(len(student))
     inter = (weights * (1 - _pearson(student, teacher, torch.ones_like(student), 1))).mean()

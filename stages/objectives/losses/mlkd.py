@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.objectives.losses.rows import TeacherRows, kl, whole
+from stages.objectives.losses.rows import TeacherRows, centred, kl, whole
 from stages.objectives.losses.standardise import standardised
 
 FURTHER_TEMPERATURES = (3.0, 5.0, 2.0, 6.0)
@@ -40,13 +40,13 @@ def mlkd(
     """
     ones = student_logits.new_ones(len(student_logits), dtype=torch.float32)
     weak_w, strong_w = (ones if weights is None else weights).chunk(2)
-    student = student_logits.float()
+    student = centred(student_logits)
     confidence = whole(teacher_logits, "mlkd", 1.0).chunk(2)[0].softmax(1)
     unsure = _share_below_median(confidence.amax(1))
     rare = _share_below_median(confidence.sum(0))
     total = student.new_zeros(())
     for place, t in enumerate((temperature, *FURTHER_TEMPERATURES)):
-        teacher = whole(teacher_logits, "mlkd", t)
+        teacher = centred(whole(teacher_logits, "mlkd", t))
         z_s, z_t = (standardised(z) if standardise else z for z in (student, teacher))
         weak, strong = (t**2 * kl(z_t / t, z_s / t)).chunk(2)
         weak_term, strong_term = (weak_w * weak).mean(), (strong_w * strong).mean()

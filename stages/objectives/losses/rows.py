@@ -41,6 +41,17 @@ def known(teacher: TeacherRows, temperature: float) -> Tensor:
     return teacher.float() if isinstance(teacher, Tensor) else teacher.at(temperature)
 
 
+def centred(logits: Tensor) -> Tensor:
+    """Logits whose largest in each row is 0: float32 (B, C), the same distributions.
+
+    What is divided by a temperature or averaged must be small first: float32 has 7 digits, and an
+    offset of 10,000 leaves 3 of them behind the point. The gradient of a loss that no offset
+    changes is the same with the maximum as a constant.
+    """
+    z = logits.float()
+    return z - z.detach().amax(1, keepdim=True)
+
+
 def partial(teacher: TeacherRows) -> bool:
     """Whether of some classes only the sum is known."""
     return isinstance(teacher, TemperedRows) and teacher.kept is not None
@@ -51,21 +62,24 @@ def paired(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Student and teacher logits and the labels, over the same classes: float32, float32, int64.
 
-    Of rows known in part the kept classes and one for all the rest, on both sides.
+    Both sides are centred. Of rows known in part they have the kept classes and one for all the
+    rest.
     """
-    student, rows = student_logits.float(), known(teacher, temperature)
+    student, rows = centred(student_logits), known(teacher, temperature)
     if isinstance(teacher, Tensor) or teacher.kept is None:
-        return student, rows, labels
+        return student, centred(rows), labels
     kept = teacher.kept
+    # By a kept class: then the constant is the same at every temperature, as `wttm` needs it.
+    rows = rows - rows.gather(1, kept).amax(1, keepdim=True)
     classes = (kept == labels[:, None]).long().argmax(1)
     return lump(student, kept, temperature), lump(rows, kept, temperature), classes
 
 
 def beside(student_logits: Tensor, teacher: TeacherRows, temperature: float) -> Tensor:
     """The student's logits over the classes of `paired`, which may be read at another temperature:
-    float32.
+    float32, centred.
     """
-    student = student_logits.float()
+    student = centred(student_logits)
     if isinstance(teacher, Tensor) or teacher.kept is None:
         return student
     return lump(student, teacher.kept, temperature)

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from stages.objectives.losses.rows import centred
+
 
 def standardised(logits: Tensor) -> Tensor:
     """(z - mean(z)) / (std(z) + 1e-7) over the classes: Sun et al. 2024, arXiv 2403.01427.
@@ -9,5 +11,5 @@ def standardised(logits: Tensor) -> Tensor:
     logits: float (B, C), of the student (the gradient flows through) or of the teacher. The
     standard deviation divides by C - 1, as in the released code. Returns float32 (B, C).
     """
-    z = logits.float()
+    z = centred(logits)
     return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-7)
