@@ -144,6 +144,7 @@ def cache_teacher_command(**given: Any) -> None:
     with process_group(ranks):
         config = read_config(CacheConfig, given["file"], flags, given["overrides"])
         job = first_rank_before_others(ranks, lambda: prepare(config, ranks=ranks))
+        job.splits.tell(console)
         encoding = first_rank_does(ranks, planned)
         if given["dry_run"]:
             return

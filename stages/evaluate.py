@@ -70,6 +70,8 @@ def evaluate_run(
     data = settings.data
     where, fetch = root or data.root, download or data.download
     images = load_dataset(dataset or data.dataset, "test", where, data.feeding, fetch)
+    for note in images.notes:
+        reporter.say(note)
     try:
         model = load_model(None, str(run), len(images.class_names), images.shape[0])
     except ModelError as error:

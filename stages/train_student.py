@@ -112,6 +112,7 @@ def students_trainer(
 
     # 2) images: the ones the teachers saw
     splits = splits or first_rank_before_others(ranks, lambda: load_data(config.data))
+    splits.tell(reporter)
     for member in caches:
         check_dataset(member, splits, policy, config.accept_pixel_drift, reporter)
 

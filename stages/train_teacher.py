@@ -55,7 +55,9 @@ def train_teacher(
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Train a model on hard labels and return the run's summary."""
+    reporter = reporter or Silent()
     splits = splits or load_data(config.data)
+    splits.tell(reporter)
 
     def policy(image_size: int | None) -> ViewPolicy:
         return chosen_policy(config.augment, config.seed.data, image_size, config.data.resize)
@@ -65,4 +67,4 @@ def train_teacher(
 
     destination = Destination(Path(out), "teacher", resume, overwrite)
     planned = [Planned(config, destination, task)]
-    return make_trainer(planned, splits, policy, reporter or Silent()).fit()
+    return make_trainer(planned, splits, policy, reporter).fit()

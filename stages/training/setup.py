@@ -14,6 +14,7 @@ from stages.inputs.datasets import ImageDataset, Statistics, load_splits
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.models import Model, build_model, load_model, logits_of
 from stages.inputs.views import ViewPolicy, view_policy
+from stages.reporting import Reporter
 from stages.training.config import (
     DataSettings,
     ModelSettings,
@@ -30,6 +31,11 @@ class Splits:
 
     train: ImageDataset
     test: ImageDataset
+
+    def tell(self, reporter: Reporter) -> None:
+        """Say what a user has to know of these images."""
+        for note in (*self.train.notes, *self.test.notes):
+            reporter.say(note)
 
 
 def load_data(settings: DataSettings) -> Splits:

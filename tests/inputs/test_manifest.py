@@ -38,13 +38,13 @@ def my_folder(tmp_path: Path) -> Path:
 def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every folder that is listed, as it is listed."""
     listed: list[Path] = []
-    scan = files._list_folder
+    scan = files.list_folder
 
     def spy(base: Path) -> manifest.FolderListing:
         listed.append(base)
         return scan(base)
 
-    monkeypatch.setattr(files, "_list_folder", spy)
+    monkeypatch.setattr(files, "list_folder", spy)
     return listed
 
 
@@ -228,7 +228,7 @@ def test_a_manifest_of_another_version_is_made_again(
     my_folder: Path, scans: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digests(my_folder)
-    monkeypatch.setattr(manifest, "VERSION", 2)
+    monkeypatch.setattr(manifest, "VERSION", manifest.VERSION + 1)
     digests(my_folder)
     digests(my_folder)
     assert len(scans) == 2

@@ -116,7 +116,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     # what is learned from
     "dataset-unknown": (f"{TEACH} --dataset cifar11", ["unknown dataset 'cifar11'", "cifar10"]),
     "dataset-none": ("train-teacher --model resnet8 --out new", ["'data.dataset' is missing"]),
-    "folder-missing": (f"{TEACH} --dataset folder:nowhere", ["no folder nowhere/train"]),
+    "folder-missing": (f"{TEACH} --dataset folder:nowhere", ["no folder nowhere"]),
     "folder-empty-class": (f"{TEACH} --dataset folder:images", ["holds no images"]),
     "dataset-not-there": (f"{TEACH} --dataset cifar10 --root empty", ["cifar10 is missing"]),
     "dataset-not-importable": (f"{TEACH} --dataset nowhere:make", ["cannot import", "nowhere"]),

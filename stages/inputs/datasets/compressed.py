@@ -1,5 +1,8 @@
 """Compressed images, in files or in memory, to pixels."""
 
+import errno
+import shlex
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -8,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from stages.errors import DatasetError
@@ -17,43 +20,87 @@ Mode = Literal["L", "RGB"]
 
 SAMPLED_MODES = 64
 """How many images decide whether a dataset is grey; one in colour among grey is an error."""
-_GREY = ("1", "L", "LA")
+GREY = ("1", "L", "LA")
+
+# Images of up to 179 million pixels are read as any others; larger ones Pillow itself refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def decode(source: Path | bytes, name: str, mode: Mode) -> Tensor:
-    """uint8 (C, H, W). Raises DatasetError, with the image's name, for what cannot be decoded."""
-    with _opened(source, name) as image:
+def decode(source: Path | bytes, name: str, mode: Mode, dataset: str = "") -> Tensor:
+    """uint8 (C, H, W). Raises DatasetError, with the image's name, for what cannot be decoded.
+
+    dataset: what `pipeline check-data` has to be given, for the error's remedy.
+    """
+    with _opened(source, name, dataset) as image:
         if image.mode.startswith(("I", "F")):
             raise DatasetError(
-                f"image {name} has more than 8 bits a channel", "Convert the images to 8 bits."
+                f"image {name} has more than 8 bits a channel",
+                f"Convert the images to 8 bits. {_left_out(dataset)}",
             )
-        if mode == "L" and image.mode not in _GREY:
+        if mode == "L" and image.mode not in GREY:
             raise DatasetError(
                 f"image {name} is in colour, others of the dataset are grey",
-                "Convert them alike, to grey or to colour.",
+                f"Convert them alike, to grey or to colour. {_left_out(dataset)}",
             )
+        image.load()
+        image.info.pop("transparency", None)  # Pillow would warn, and drop it as well
         pixels = np.array(image.convert(mode))
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
-def common_mode(images: Iterable[tuple[Path | bytes, str]]) -> Mode:
+def common_mode(images: Iterable[tuple[Path | bytes, str]], dataset: str = "") -> Mode:
     """Grey if all of these (source, name) are, else colour. Only their headers are read."""
     modes = set()
     for source, name in images:
-        with _opened(source, name) as image:
+        with _opened(source, name, dataset) as image:
             modes.add(image.mode)
-    return "L" if modes and modes.issubset(_GREY) else "RGB"
+    return "L" if modes and modes.issubset(GREY) else "RGB"
+
+
+def check_command(kind: str, root: str | Path | None = None) -> str:
+    """How `pipeline check-data` is given a dataset."""
+    return shlex.quote(kind) + ("" if root is None else f" --root {shlex.quote(str(root))}")
 
 
 @contextmanager
-def _opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
-    """An image being read. Raises DatasetError, naming it, for whatever Pillow cannot read."""
+def _opened(source: Path | bytes, name: str, dataset: str) -> Iterator[Image.Image]:
+    """An image being read. Raises DatasetError, naming it, for whatever cannot be read."""
     try:
         with Image.open(source if isinstance(source, Path) else BytesIO(source)) as image:
             yield image
     except DatasetError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DatasetError(
-            f"cannot read image {name}: {error}", "Replace the file or remove it."
-        ) from error
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise DatasetError(
+                f"cannot open image {name}: too many open files",
+                "Raise the limit with `ulimit -n 4096`, or use fewer --workers.",
+            ) from error
+        if error.errno is not None:
+            raise DatasetError(
+                f"cannot read image {name}: {error.strerror}",
+                f"Restore it or allow reading it. {_left_out(dataset)}",
+            ) from error
+        raise _broken(source, name, error, dataset) from error
+    except Exception as error:  # damaged images make Pillow raise many kinds
+        raise _broken(source, name, error, dataset) from error
+
+
+def _broken(source: Path | bytes, name: str, error: Exception, dataset: str) -> DatasetError:
+    empty = not source if isinstance(source, bytes) else source.stat().st_size == 0
+    what = str(error).partition(": ")[0] if isinstance(error, Image.DecompressionBombError) else ""
+    if isinstance(error, UnidentifiedImageError):
+        what = "it is empty" if empty else "it is no image that Pillow knows"
+    what = what or (str(error) or type(error).__name__).splitlines()[0]
+    return DatasetError(
+        f"cannot read image {name}: {what}", f"Replace the file. {_left_out(dataset)}"
+    )
+
+
+def _left_out(dataset: str) -> str:
+    if not dataset:
+        return "Or leave it out of the dataset."
+    return (
+        f"Or leave it out: run `pipeline check-data {dataset} --skip-out skip.txt`, then this "
+        "command again with --skip skip.txt."
+    )

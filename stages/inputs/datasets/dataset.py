@@ -37,7 +37,7 @@ class ImageDataset:
 
     labels: int64 (N,). load: index -> uint8 (C, H, W). images: uint8 (N, C, H, W) where they are
     held in memory, else None. images_digest: hex, of the content or, for folders, of the relative
-    paths and file sizes in order.
+    paths and file sizes in order. notes: what a user has to be told of it, a line each.
     """
 
     name: str
@@ -47,6 +47,7 @@ class ImageDataset:
     load: Callable[[int], Tensor]
     images: Tensor | None
     images_digest: str
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from stages.errors import DatasetError
-from stages.inputs.datasets.compressed import SAMPLED_MODES, Mode, common_mode, decode
+from stages.inputs.datasets.compressed import (
+    SAMPLED_MODES,
+    Mode,
+    check_command,
+    common_mode,
+    decode,
+)
 from stages.inputs.datasets.dataset import (
     Feeding,
     ImageDataset,
@@ -18,6 +24,7 @@ from stages.inputs.datasets.dataset import (
     fixed_sample,
     in_memory,
 )
+from stages.inputs.datasets.listing import list_folder, not_taken, split_folder
 from stages.inputs.datasets.manifest import FolderListing, remembered
 
 
@@ -28,40 +35,18 @@ class _ImageFiles:
     root: Path
     paths: tuple[str, ...]
     mode: Mode
+    command: str
 
     def __call__(self, index: int) -> Tensor:
         path = self.root / self.paths[index]
-        return decode(path, str(path), self.mode)
+        return decode(path, str(path), self.mode, self.command)
 
 
 def folder(root: Path, split: Split, feeding: Feeding, rescan: bool = False) -> ImageDataset:
-    names = ("train",) if split == "train" else ("test", "val")
-    base = next((root / n for n in names if (root / n).is_dir()), None)
-    if base is None:
-        raise DatasetError(
-            f"no folder {' or '.join(str(root / n) for n in names)}",
-            "folder:DIR needs DIR/train/<class>/<image> and DIR/test or DIR/val.",
-        )
-    listing = remembered("folder", base, lambda: _list_folder(base), rescan)
-    return _from_files("folder", split, base, listing, feeding)
-
-
-def _list_folder(base: Path) -> FolderListing:
-    class_names = sorted(e.name for e in os.scandir(base) if e.is_dir() and e.name[0] != ".")
-    extensions = _extensions()
-    files = [
-        (label, f"{name}/{entry.name}", entry.stat().st_size)
-        for label, name in enumerate(class_names)
-        for entry in sorted(os.scandir(base / name), key=lambda e: e.name)
-        if Path(entry.name).suffix.lower() in extensions and entry.name[0] != "."
-    ]
-    empty = sorted(set(range(len(class_names))) - {label for label, _, _ in files})
-    if empty:
-        raise DatasetError(
-            f"{base / class_names[empty[0]]} holds no images",
-            f"Remove the folder or fill it ({len(empty)} of {len(class_names)} classes are empty).",
-        )
-    return _listing(class_names, files)
+    root = root.expanduser()
+    base = split_folder(root, split)
+    listing = remembered("folder", base, lambda: list_folder(base), rescan)
+    return _from_files("folder", split, base, listing, feeding, check_command(f"folder:{root}"))
 
 
 def imagenet(
@@ -70,7 +55,8 @@ def imagenet(
     folder = Path(root or "data/downloads/imagenet").expanduser()
     base = folder / ("train" if split == "train" else "val")  # as torchvision has it
     listing = remembered("imagenet", base, lambda: _list_imagenet(folder, base), rescan)
-    return _from_files("imagenet", split, base, listing, feeding)
+    command = check_command("imagenet", root)
+    return _from_files("imagenet", split, base, listing, feeding, command)
 
 
 def _list_imagenet(folder: Path, base: Path) -> FolderListing:
@@ -102,12 +88,17 @@ def _listing(class_names: Sequence[str], files: list[tuple[int, str, int]]) -> F
 
 
 def _from_files(
-    name: str, split: Split, base: Path, listing: FolderListing, feeding: Feeding
+    name: str, split: Split, base: Path, listing: FolderListing, feeding: Feeding, command: str
 ) -> ImageDataset:
+    """command: what `pipeline check-data` has to be given for this dataset."""
     paths = tuple(listing.paths)
-    lines = (f"{p}\t{size}\n".encode() for p, size in zip(paths, listing.sizes, strict=True))
+    lines = (
+        f"{path}\t{size}\n".encode(errors="surrogateescape")
+        for path, size in zip(paths, listing.sizes, strict=True)
+    )
     sampled = (base / paths[index] for index in fixed_sample(len(paths))[:SAMPLED_MODES])
-    load = _ImageFiles(base, paths, common_mode((path, str(path)) for path in sampled))
+    mode = common_mode(((path, str(path)) for path in sampled), command)
+    load = _ImageFiles(base, paths, mode, command)
     return ImageDataset(
         name,
         split,
@@ -116,10 +107,5 @@ def _from_files(
         load,
         in_memory(load, len(paths), feeding),
         digest(lines),
+        not_taken(base, listing, f"pipeline check-data {command}"),
     )
-
-
-def _extensions() -> tuple[str, ...]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    return tuple(IMG_EXTENSIONS)

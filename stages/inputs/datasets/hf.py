@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from stages.errors import DatasetError
-from stages.inputs.datasets.compressed import SAMPLED_MODES, Mode, common_mode, decode
+from stages.inputs.datasets.compressed import (
+    SAMPLED_MODES,
+    Mode,
+    check_command,
+    common_mode,
+    decode,
+)
 from stages.inputs.datasets.dataset import (
     Feeding,
     ImageDataset,
@@ -30,10 +36,11 @@ class _StoredImages:
     table: Any
     column: str
     name: str
+    command: str
     mode: Mode = "RGB"
 
     def __call__(self, index: int) -> Tensor:
-        return decode(*self.compressed(index), self.mode)
+        return decode(*self.compressed(index), self.mode, self.command)
 
     def compressed(self, index: int) -> tuple[bytes, str]:
         """The image's bytes as they are stored, and what to call it."""
@@ -55,6 +62,7 @@ def hugging_face(root: Path, split: Split, feeding: Feeding) -> ImageDataset:
 
     Raises DatasetError if there is not exactly one column of images and one of class labels.
     """
+    root = root.expanduser()
     try:
         datasets: Any = import_module("datasets")
     except ModuleNotFoundError as error:
@@ -87,9 +95,10 @@ def hugging_face(root: Path, split: Split, feeding: Feeding) -> ImageDataset:
 
     stored = table.select_columns([image]).with_format(None)
     stored = stored.cast_column(image, datasets.Image(decode=False))
-    images, sampled = _StoredImages(stored, image, where), fixed_sample(len(table))
-    mode = common_mode(images.compressed(i) for i in sampled[:SAMPLED_MODES])
-    load = _StoredImages(stored, image, where, mode)
+    command = check_command(f"hf:{root}")
+    images, sampled = _StoredImages(stored, image, where, command), fixed_sample(len(table))
+    mode = common_mode((images.compressed(i) for i in sampled[:SAMPLED_MODES]), command)
+    load = _StoredImages(stored, image, where, command, mode)
     return ImageDataset(
         "hf",
         split,

@@ -19,24 +19,31 @@ import msgspec
 
 from stages.inputs.datasets.dataset import digest, fixed_sample
 
-VERSION = 1
+VERSION = 2
 CHECKED_FILES = 1024
 """How many files, drawn at random, must still have their sizes."""
 SETTLED_NS = 2 * 10**9
 """A folder changed so shortly before it was listed could change again within one tick of its file
 system's clock, unseen: it is listed again next time."""
+DANGLING = "dangling link"
+"""A kind of file that is passed over. Its target may appear, and no folder's times would say so:
+such a listing is not remembered."""
 
 
 class FolderListing(msgspec.Struct, frozen=True, array_like=True):
     """The images of a folder, in the order that labels and digests have.
 
     labels: of every image, positions in class_names. paths: relative, with `/`. sizes: in bytes.
+    folders: all that were listed, relative; empty for those of the classes and of the images.
+    passed_over: how many files of which kind were not taken.
     """
 
     class_names: list[str]
     labels: list[int]
     paths: list[str]
     sizes: list[int]
+    folders: list[str] = []
+    passed_over: dict[str, int] = {}
 
 
 class _Manifest(msgspec.Struct, frozen=True, array_like=True):
@@ -59,7 +66,9 @@ def remembered(
         return known.listing
     started = time.time_ns()
     listing = scan()
-    times = _times(base, _folders(listing))
+    times = _times(base, listing.folders or _folders(listing))
+    if DANGLING in listing.passed_over:
+        return listing
     if path and all(mtime < started - SETTLED_NS for mtime, _ in times.values()):
         _write(path, _Manifest(VERSION, listing, times))
     return listing
