@@ -53,7 +53,7 @@ def cli(context: click.Context) -> None:
     click.option(
         "--model", help="A CIFAR-family name, a torchvision name, timm:NAME or module:callable."
     ),
-    click.option("--init", help="Weights to start from."),
+    click.option("--init", help="Weights to start from: a run, FILE, FILE#KEY or 'pretrained'."),
     augment_option,
 )
 @data_options
@@ -88,7 +88,9 @@ def train_teacher_command(**given: Any) -> None:
         "--teacher", help="The model's name; may be left out where --weights is a run directory."
     ),
     click.option(
-        "--weights", help="A run directory, .safetensors, a plain state dict, or 'pretrained'."
+        "--weights",
+        help="A run directory, .safetensors, a checkpoint (FILE#KEY for one of several sets of "
+        "weights), or 'pretrained'.",
     ),
     click.option("--views", type=int, help="How many augmented views of every sample to cache."),
     augment_option,
@@ -145,10 +147,13 @@ def cache_teacher_command(**given: Any) -> None:
         config = read_config(CacheConfig, given["file"], flags, given["overrides"])
         job = first_rank_before_others(ranks, lambda: prepare(config, ranks=ranks))
         job.splits.tell(console)
+        for note in job.notes:
+            console.say(note)
         encoding = first_rank_does(ranks, planned)
         if given["dry_run"]:
             return
         # What was shown is what is made: `auto` has been decided.
+        job = replace(job, told=True)
         if job.config.encoding == "auto":
             job = replace(job, config=structs.replace(job.config, encoding=encoding))
         summary = cache_teacher(job, given["out"], console)
@@ -190,7 +195,7 @@ def rectify_command(cache: str, **given: Any) -> None:
     click.option(
         "--student", help="A CIFAR-family name, a torchvision name, timm:NAME or module:callable."
     ),
-    click.option("--init", help="Weights to start from."),
+    click.option("--init", help="Weights to start from: a run, FILE, FILE#KEY or 'pretrained'."),
     click.option(
         "--loss",
         help="kd (default), dkd, nkd, dist, mlkd, ctkd, ttm, wttm, rld, la, ka_lsr, lr, rc, wsld; "

@@ -78,7 +78,10 @@ class CacheConfig(Settings, frozen=True):
 
 @dataclass(frozen=True)
 class CacheJob:
-    """Everything stage one needs, loaded and checked; make it with `prepare`."""
+    """Everything stage one needs, loaded and checked; make it with `prepare`.
+
+    told: whoever runs it has seen `notes` already.
+    """
 
     config: CacheConfig
     splits: Splits
@@ -89,10 +92,16 @@ class CacheJob:
     identity: Identity
     device: torch.device
     ranks: Ranks = ALONE
+    told: bool = False
 
     @property
     def num_classes(self) -> int:
         return len(self.splits.train.class_names)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen when the teacher was loaded, a line each."""
+        return self.model.notes
 
     def feed(self, dataset: ImageDataset, policy: ViewPolicy) -> ViewFeed:
         return ViewFeed(dataset, policy, self.device, self.image_size, self.config.data.workers)

@@ -88,6 +88,8 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
     """
     ranks, views = job.ranks, job.config.views
     reporter = reporter if reporter and ranks.first else Silent()
+    for note in () if job.told else job.notes:
+        reporter.say(note)
     with _held(location(out), ranks):
         # 1) the store, its encoding fitted to the first rows; and what is missing in it
         feed, progress = job.feed(job.splits.train, job.policy), _Progress(job, reporter)

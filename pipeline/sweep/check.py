@@ -7,7 +7,6 @@ downloads it once, where that is asked for, and not in every process.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,6 +15,7 @@ from pipeline.sweep.grid import Run, check_distinct
 from stages.cache import LogitCache
 from stages.device import choose_device
 from stages.errors import CacheError, ModelError, PipelineError
+from stages.inputs.checkpoints import weights_file
 from stages.inputs.models import build_model
 from stages.reporting import Reporter, Silent
 from stages.train_student import StudentConfig
@@ -124,7 +124,7 @@ def _check_data(data: DataSettings, runs: Sequence[Run], known: _Known, reporter
 
 
 def _check_init(weights: str | None) -> None:
-    if weights not in (None, "pretrained") and not Path(str(weights)).exists():
+    if weights not in (None, "pretrained") and not weights_file(str(weights))[0].exists():
         raise ModelError(
             f"no weights at {weights}", "Give a run directory, a file, or 'pretrained'."
         )

@@ -6,18 +6,27 @@ A name is looked up among the CIFAR families of the distillation literature, the
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor, nn
 
 from stages.errors import ModelError
+from stages.inputs.checkpoints import (
+    Checkpoint,
+    check_tensors,
+    fitted,
+    read_checkpoint,
+    weights_file,
+)
 from stages.inputs.cifar_models import cifar_model, cifar_model_names
 from stages.inputs.datasets import Statistics
 from stages.inputs.imported import imported
+
+_INITIALISED = ("googlenet", "inception_v3")
+"""torchvision warns where these are not told that they shall be."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,8 @@ class Model:
     """A network and what belongs to it.
 
     channels: what its input takes. statistics: the normalisation it was trained with and
-    image_size: the side of its input in pixels, both None where they are unknown.
+    image_size: the side of its input in pixels, both None where they are unknown. notes: what was
+    chosen when its weights were read, for people, a line each.
     """
 
     module: nn.Module
@@ -33,6 +43,7 @@ class Model:
     channels: int
     statistics: Statistics | None = None
     image_size: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def build_model(name: str, num_classes: int, channels: int) -> Model:
@@ -54,8 +65,8 @@ def build_model(name: str, num_classes: int, channels: int) -> Model:
 def load_model(name: str | None, weights: str | None, num_classes: int, channels: int) -> Model:
     """A model with its weights.
 
-    weights: a run directory (brings its architecture and normalisation; `name` may be None), a
-    .safetensors file, a state dict that loads with weights_only=True, or `pretrained`.
+    weights: a run directory (brings its architecture and normalisation; `name` may be None), a file
+    as `stages.inputs.checkpoints` reads them, with `#KEY` for one of several, or `pretrained`.
     Raises ModelError if they are missing or do not fit.
     """
     if weights == "pretrained":
@@ -64,7 +75,7 @@ def load_model(name: str | None, weights: str | None, num_classes: int, channels
         raise ModelError(
             "no weights given", "Give --weights: a run directory, a file, or 'pretrained'."
         )
-    path = Path(weights)
+    path, key = weights_file(weights)
     if not path.exists():
         raise ModelError(f"no weights at {path}", "Give a run directory, a file, or 'pretrained'.")
     run = _run_config(path) if path.is_dir() else {}
@@ -78,10 +89,10 @@ def load_model(name: str | None, weights: str | None, num_classes: int, channels
             f"run {path} holds a {run['architecture']}, not a {name}", "Leave the model's name out."
         )
     built = build_model(name, num_classes, channels)
-    state = _read_state(path / "model.safetensors" if run else path)
-    _load_state(built.module, state, path, num_classes)
+    checkpoint = read_checkpoint(path / "model.safetensors" if run else path, key)
+    loaded = _with_weights(built, checkpoint, num_classes)
     statistics = (run["mean"], run["std"]) if run else None
-    return Model(built.module, name, built.channels, statistics, run.get("image_size"))
+    return replace(loaded, statistics=statistics, image_size=run.get("image_size"))
 
 
 def logits_of(output: Any) -> Tensor:
@@ -96,7 +107,7 @@ def logits_of(output: Any) -> Tensor:
 # ---- by name --------------------------------------------------------------------------------
 
 
-def _torchvision(name: str, num_classes: int) -> nn.Module:
+def _torchvision(name: str, num_classes: int, **options: Any) -> nn.Module:
     from torchvision.models import get_model, list_models
 
     if name not in list_models():
@@ -107,7 +118,9 @@ def _torchvision(name: str, num_classes: int) -> nn.Module:
             "Known: the CIFAR families (resnet8x4, wrn_16_2, vgg8, resnet9_w8, ...), torchvision's "
             "names, timm:NAME, module:callable.",
         )
-    module: nn.Module = get_model(name, weights=None, num_classes=num_classes)
+    if name in _INITIALISED:
+        options["init_weights"] = True
+    module: nn.Module = get_model(name, weights=None, num_classes=num_classes, **options)
     return module
 
 
@@ -181,41 +194,31 @@ def _run_config(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found: Any = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ModelError(f"no weights at {path}", "Has the run finished?") from None
-    except Exception as error:  # pickle and safetensors raise many kinds, with advice not for users
-        raise ModelError(
-            f"{path} cannot be read as plain tensors ({type(error).__name__})",
-            "Save the state dict alone (torch.save(model.state_dict(), ...)) or as .safetensors.",
-        ) from error
-    for key in ("model", "state_dict"):  # mdistiller's checkpoints, Lightning's and timm's
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise ModelError(
-            f"{path} does not hold a state dict", "Save model.state_dict() and give that file."
-        )
-    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
-
-
-def _load_state(module: nn.Module, state: dict[str, Tensor], path: Path, num_classes: int) -> None:
+def _with_weights(built: Model, checkpoint: Checkpoint, num_classes: int) -> Model:
+    """The model with a checkpoint's weights in it."""
+    module, path = built.module, checkpoint.path
+    found = fitted(module.state_dict(), checkpoint)
+    if found.without_auxiliary:
+        if ":" in built.architecture:
+            raise ModelError(
+                f"{path} lacks the auxiliary heads of {built.architecture}",
+                "Name a callable that builds the model without them.",
+            )
+        module = _torchvision(built.architecture, num_classes, aux_logits=False)
     own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    reshaped = [n for n in own if n in state and own[n].shape != state[n].shape]
-    if missing or unexpected:
-        raise ModelError(
-            f"{path} belongs to another architecture: {len(missing)} keys missing"
-            f"{_examples(missing)}, {len(unexpected)} unexpected{_examples(unexpected)}",
-            "Name the model the weights were trained with.",
-        )
+    tensors = {name: found.tensors[name] for name in own}
+    _check_shapes(own, tensors, path, num_classes)
+    check_tensors(own, tensors, path)
+    module.load_state_dict(tensors)
+    told = [*checkpoint.notes, *found.notes]
+    notes = (f"weights of {path.name}: {', '.join(told)}",) if told else ()
+    return replace(built, module=module, notes=notes)
+
+
+def _check_shapes(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, num_classes: int
+) -> None:
+    reshaped = [n for n in own if own[n].shape != state[n].shape]
     if reshaped:
         name = reshaped[-1]
         theirs, ours = tuple(state[name].shape), tuple(own[name].shape)
@@ -229,8 +232,3 @@ def _load_state(module: nn.Module, state: dict[str, Tensor], path: Path, num_cla
             f"{path} belongs to another architecture: {name} is {theirs}, not {ours}",
             "Name the model the weights were trained with.",
         )
-    module.load_state_dict(state)
-
-
-def _examples(names: list[str]) -> str:
-    return f" ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else ""

@@ -79,6 +79,8 @@ def make_trainer(
     models = [
         _model(run.config, splits, data.image_size or teacher_size, device) for run in planned
     ]
+    for note in (note for made in models for note in made.model.notes):
+        reporter.say(note)
     image_size = _one_image_size(models)
     policy = choose_policy(image_size)
     feed = ViewFeed(train, policy, device, image_size, data.workers)

@@ -221,7 +221,7 @@ def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
     [
         pytest.param([torch.zeros(3)], id="a list"),
         pytest.param({"fc.weight": 3}, id="numbers"),
-        pytest.param({"net": {"fc.weight": torch.zeros(3)}}, id="under an unknown key"),
+        pytest.param({"nets": {"fc.weight": torch.zeros(3)}}, id="under an unknown key"),
         pytest.param(torch.zeros(3), id="a tensor"),
     ],
 )
