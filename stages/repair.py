@@ -8,6 +8,7 @@ mended bytes are the same; on another they are as near as the teacher is to itse
 import contextlib
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from zarr.abc.store import Store
 from stages.cache import LogitCache, root
 from stages.cache.arrays import open_group, read_array
 from stages.cache.commits import CommitLog
+from stages.cache.create import all_arrays
 from stages.cache.documents import check_seal
 from stages.cache.encoding import Encoding, restored
 from stages.cache.identity import Identity, differences, identity_from_json
@@ -26,6 +28,7 @@ from stages.cache.lock import exclusive
 from stages.cache.objects import folders, read_object, write_object
 from stages.cache.rectified import RectificationSettings
 from stages.cache.root import RootAttributes
+from stages.cache.witnesses import known_views, rectified_views
 from stages.cache_teacher import (
     CacheConfig,
     CacheJob,
@@ -95,10 +98,12 @@ def repair(
     check_teacher(where, job)
     with exclusive(where):
         attributes = _trusted_attributes(where, mend=True)
-        views = _mend_metadata(where, attributes, job, reporter)
+        covered = _mend_metadata(where, attributes, job, reporter)
         # Metadata that was damaged may have hidden damaged blocks.
         faults = [*faults, *verify(where, Silent()).faults]
-        again = _forget(where, faults)
+        _forget(where, faults)
+        cache = LogitCache.open(where)
+        views, again = cache.num_views, _to_rectify(cache, covered)
     job = _with_config(job, views=views, encoding="auto")
     cache_teacher(job, path, reporter)
     for config in again:
@@ -128,21 +133,25 @@ def _trusted_attributes(where: Location, mend: bool = False) -> RootAttributes:
 
 def _mend_metadata(
     where: Location, attributes: RootAttributes, job: CacheJob, reporter: Reporter
-) -> int:
+) -> dict[str, int]:
     """Write every document and every whole array that is not as stage one would write it now.
 
     A store with the same metadata is made beside it, in a temporary folder, and copied from.
-    Returns the number of views.
+    Nothing gets smaller: the views are as many as anything intact knows of. Returns how many of
+    them each rectification covers.
     """
     identity = identity_from_json(attributes.identity, str(where))
     coding = _calibrated(where, attributes, job)
     group = open_group(where, writable=True)
     root.write_attributes(group, group.attrs.asdict())  # and their copy
-    committed = (view for view, found, _ in CommitLog(group.store, "logits", 1).inspect() if found)
-    views = max(job.config.views, *(view + 1 for view in committed), 1)
+    by_block = [n for n, spec in all_arrays(job.num_classes, coding).items() if spec.by_block]
+    samples, provenance = identity.dataset.num_samples, attributes.provenance
+    views = max(1, known_views(group.store, by_block, samples, provenance).views)
+    # Before anything that says so is written anew.
+    settings = _rectification_settings(where)
+    covered = {name: rectified_views(group.store, name, views) for name in settings}
     with TemporaryDirectory() as folder:
         reference = _reference(Path(folder) / "reference", identity, coding, job, views, attributes)
-        settings = _rectification_settings(where)
         for name, found in settings.items():
             reference.create_rectification(name, found)
         store = reference.group.store
@@ -157,7 +166,7 @@ def _mend_metadata(
             ):
                 write_object(group.store, key, content)
                 reporter.say(f"written again: {key}")
-    return views
+    return covered
 
 
 def _reference(
@@ -245,18 +254,14 @@ def _intact(where: Location, key: str) -> bool:
     return True
 
 
-def _forget(where: Location, faults: list[Fault]) -> list[RectifyConfig]:
-    """Unmake bad blocks, and the rectified blocks that were made from them.
-
-    Returns the rectifications that have to be run again.
-    """
+def _forget(where: Location, faults: list[Fault]) -> None:
+    """Unmake bad blocks, and the rectified blocks that were made from them."""
     cache = LogitCache.open(where, writable=True)
     for fault in faults:
         if fault.key is not None:
             cache.commits.discard(fault.key)
     logs = {"logits": cache.commits, "eval": cache.eval_commits}
     logs |= {f"rectified/{n}": cache.rectification(n).commits for n in cache.rectifications}
-    views = {part: log.views for part, log in logs.items()}
     for fault in faults:
         if fault.part is None:
             continue
@@ -265,15 +270,15 @@ def _forget(where: Location, faults: list[Fault]) -> list[RectifyConfig]:
             bad = log.has(fault.view, fault.block)
             if bad and (part == fault.part or (made_from and part.startswith("rectified/"))):
                 log.forget(fault.view, fault.block)
-    again = []
-    for name in cache.rectifications:
-        rectification = cache.rectification(name)
-        # A repair that was stopped may have unmade whole views: the statistics know of them.
-        known = len(rectification.statistics.get("top1_per_view", ()))
-        covered = max(known, *(view + 1 for view in views[f"rectified/{name}"]), 0)
-        if covered:
-            again.append(RectifyConfig.of(rectification.settings, name=name, views=covered))
-    return again
+
+
+def _to_rectify(cache: LogitCache, covered: Mapping[str, int]) -> list[RectifyConfig]:
+    """The rectifications that have to be run again: all that cover any view."""
+    return [
+        RectifyConfig.of(cache.rectification(name).settings, name=name, views=covered[name])
+        for name in cache.rectifications
+        if covered.get(name)
+    ]
 
 
 def _with_config(job: CacheJob, **changes: Any) -> CacheJob:

@@ -70,6 +70,15 @@ class CommitLog:
         return listed
 
     @property
+    def listed(self) -> list[int]:
+        """The views that have a file or a folder of records, damaged or empty ones as well."""
+        return sorted(self._listed)
+
+    def complete(self, num_views: int) -> list[int]:
+        """Those of the first `num_views` views that are complete, in order."""
+        return [view for view in self.listed if view < num_views and self.is_complete(view)]
+
+    @property
     def views(self) -> list[int]:
         """The views of which blocks are committed, in order."""
         return sorted(v for v, compacted in self._listed.items() if compacted or self.of_view(v))
@@ -163,15 +172,18 @@ class CommitLog:
         if whole is not None:
             found, damaged = unpacked(view, {self._view_key(view): whole})
         else:
-            listed = list_objects(self.store, f"{self._folder(view)}/")
-            blocks = [key for key in listed if _BLOCK.fullmatch(key.removeprefix(self._prefix))]
-            found, damaged = self._parsed(view, blocks)
+            found, damaged = self._parsed(view, self.block_files(view))
         if damaged:
             raise CacheError(
                 f"commit record {damaged[0]} is not readable",
                 "Run `pipeline verify CACHE --repair`: it computes those blocks again.",
             )
         return found
+
+    def block_files(self, view: int) -> list[str]:
+        """The keys of a view's records that have a file a block."""
+        listed = list_objects(self.store, f"{self._folder(view)}/")
+        return [key for key in listed if _BLOCK.fullmatch(key.removeprefix(self._prefix))]
 
     def _parsed(self, view: int, block_keys: list[str]) -> tuple[ViewRecords, list[str]]:
         """The records in these files and in the view's one file; the keys that are damaged."""

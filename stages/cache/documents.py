@@ -17,7 +17,7 @@ from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
 from stages.cache.arrays import create_array, get_array
-from stages.cache.layout import ArraySpec, BlockGrid
+from stages.cache.layout import MAX_VIEWS, ArraySpec, BlockGrid
 from stages.errors import CacheError, UnansweredError
 
 
@@ -56,6 +56,8 @@ def array_fault(
     except (TypeError, ValueError) as error:  # attributes that speak of an array that cannot be
         return f"there can be no array '{name}' as the attributes have it: {error}"
     room: Any = found["shape"]
+    if spec.by_block and room and room[0] > MAX_VIEWS:
+        return f"array '{name}' claims {room[0]} views, more than any cache has"
     if spec.by_block and len(room) == len(spec.dimensions) and room[0] > sizes["view"]:
         expected["shape"] = (room[0], *spec.shape(sizes)[1:])
     differing = [k for k in {*found, *expected} if _plain(found, k) != _plain(expected, k)]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 FORMAT = "teacher-logit-cache"
 VERSION = 1
 
+MAX_VIEWS = 1_000_000
+"""What says that there are more is damaged."""
 MAX_BLOCK_ROWS = 65_536
 MAX_BLOCK_BYTES = 512 * 2**20
 """Of decoded float32 rows: what one block costs in memory at the most."""

@@ -39,6 +39,7 @@ from stages.cache.objects import described, folders, read_object
 from stages.cache.records import Record
 from stages.cache.rectified import Rectification, RectificationSettings
 from stages.cache.targets import ViewTargets
+from stages.cache.witnesses import Claim, known_views
 from stages.errors import CacheError
 
 
@@ -159,6 +160,15 @@ class LogitCache:
         return int(arrays.get_array(self._group, "prediction").shape[0])
 
     @property
+    def known_views(self) -> Claim:
+        """How many views anything in the cache knows of: more than `num_views` where the arrays
+        have been damaged.
+        """
+        specs = all_arrays(self.num_classes, self.encoding).items()
+        by_block = [name for name, spec in specs if spec.by_block]
+        return known_views(self._group.store, by_block, self.num_samples, self.provenance)
+
+    @property
     def num_samples(self) -> int:
         return self.identity.dataset.num_samples
 
@@ -173,7 +183,7 @@ class LogitCache:
         Raises CacheError where views are committed for which the arrays have no room.
         """
         self._check_room()
-        return [v for v in range(self.num_views) if self.commits.is_complete(v)]
+        return self.commits.complete(self.num_views)
 
     def _check_room(self) -> None:
         last = max(self.commits.views, default=-1)
@@ -357,7 +367,7 @@ class LogitCache:
         for log in needed:  # so that records decide what is complete, and not a name
             log.of_view(view)
         if not all(log.is_complete(view) for log in needed):
-            complete = sum(commits.is_complete(v) for v in range(self.num_views))
+            complete = len(commits.complete(self.num_views))
             stage = "cache-teacher" if commits is self.commits else "rectify"
             raise CacheError(
                 f"{self.path}: view {view} of {commits.part} is not complete "

@@ -18,6 +18,7 @@ from stages.verify.documents import (
     document_faults,
     eval_faults,
     rectification_names,
+    room_faults,
     root_faults,
     whole_array_faults,
 )
@@ -57,7 +58,9 @@ def verify(path: str | Location, reporter: Reporter | None = None, threads: int 
     parts = [logits_part(cache)]
     for name in rectification_names(cache, faults):
         try:
-            parts.append(rectified_part(cache, cache.rectification(name), bad))
+            rectification = cache.rectification(name)
+            faults += room_faults(cache, rectification)
+            parts.append(rectified_part(cache, rectification, bad))
         except UnansweredError:
             raise
         except CacheError as error:

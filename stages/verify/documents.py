@@ -12,6 +12,7 @@ from stages.cache.documents import is_canonical
 from stages.cache.location import Location
 from stages.cache.objects import folders, read_object
 from stages.cache.records import unsealed
+from stages.cache.rectified import Rectification
 from stages.errors import CacheError, UnansweredError
 from stages.inputs.datasets.dataset import labels_digest
 from stages.verify.blocks import object_faults
@@ -72,6 +73,9 @@ def whole_array_faults(cache: LogitCache) -> Iterator[Fault]:
         room = get_array(cache.group, name).shape[0]
         if spec.by_block and room != cache.num_views:
             yield Fault(name, f"has room for {room} views, not {cache.num_views}")
+    claim = cache.known_views
+    if claim.views > cache.num_views:
+        yield Fault(claim.where, f"knows of {claim.views} views, the arrays of {cache.num_views}")
     try:
         if not torch.equal(cache.dataset_index.sort().values, torch.arange(cache.num_samples)):
             yield Fault("dataset_index", "is not a permutation of the samples")
@@ -82,6 +86,15 @@ def whole_array_faults(cache: LogitCache) -> Iterator[Fault]:
         raise
     except CacheError as error:
         yield Fault("whole arrays", error.cause)
+
+
+def room_faults(cache: LogitCache, rectification: Rectification) -> Iterator[Fault]:
+    """Of how many views the arrays of a rectification have room for: as many as the cache has."""
+    for name, spec in rectification.specs.items():
+        room = get_array(rectification.group, name).shape[0]
+        if spec.by_block and room != cache.num_views:
+            where = f"rectified/{rectification.name}/{name}"
+            yield Fault(where, f"has room for {room} views, not {cache.num_views}")
 
 
 def eval_faults(cache: LogitCache) -> list[Fault]:

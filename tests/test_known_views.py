@@ -1,0 +1,275 @@
+"""How many views a cache has: repair never makes it smaller, whatever knows of them is lost."""
+
+import dataclasses
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from damage import edit_json, edit_record, flip, tree
+
+from stages.cache import LogitCache
+from stages.cache.records import seal_records, unsealed
+from stages.cache_teacher import CacheJob, cache_teacher
+from stages.rectify import RectifyConfig, rectify
+from stages.repair import repair
+from stages.verify import verify
+
+Loss = Callable[[Path], object]
+RECTIFIED = "rectified/pairwise-T4"
+VIEWS = 4
+"""Provenance says 2: the cache was made with so many and extended."""
+
+
+@pytest.fixture(scope="module")
+def job(small_job: CacheJob) -> CacheJob:
+    """Two views of two blocks."""
+    config = msgspec.structs.replace(small_job.config, block_rows=150, encoding="uint8")
+    return dataclasses.replace(small_job, config=config)
+
+
+@pytest.fixture(scope="module")
+def plain(job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made with two views and extended to four."""
+    path = tmp_path_factory.mktemp("grown") / "plain.zarr"
+    cache_teacher(job, path)
+    more = msgspec.structs.replace(job.config, views=VIEWS)
+    cache_teacher(dataclasses.replace(job, config=more), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rectified(plain: Path) -> Path:
+    """The same with a rectification."""
+    path = Path(shutil.copytree(plain, plain.with_name("rectified.zarr")))
+    rectify(path, RectifyConfig())
+    return path
+
+
+def stale(document: dict[str, Any]) -> None:
+    """As before the views were appended."""
+    document["shape"][0] = 2
+
+
+def gone(*keys: str) -> Loss:
+    def lose(store: Path) -> None:
+        for key in keys:
+            path = store / key
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return lose
+
+
+def flipped(*keys: str) -> Loss:
+    return lambda store: [flip(store / key) for key in keys]
+
+
+def shrunk(*keys: str) -> Loss:
+    return lambda store: [edit_json(store / key, stale) for key in keys]
+
+
+LOGITS = ("logits_code", "logits_offset", "logits_scale", "prediction")
+DOCUMENTS = tuple(f"{name}/zarr.json" for name in LOGITS)
+SHARDS = ("logits_code/c/3", "logits_offset/c/3", "logits_scale/c/3", "prediction/c/3")
+RECORDS = ("commits/logits/v00003.json", "commits/logits/v00002.json")
+LOST: dict[str, list[Loss]] = {
+    "last-record-flipped": [flipped(RECORDS[0])],
+    "last-record-gone": [gone(RECORDS[0])],
+    "records-gone": [gone("commits/logits")],
+    "records-flipped": [flipped(*RECORDS)],
+    "records-and-shards-gone": [gone(*RECORDS, *SHARDS)],
+    "documents-stale": [shrunk(*DOCUMENTS)],
+    "documents-gone": [gone(*DOCUMENTS)],
+    "documents-stale-and-record-flipped": [shrunk(*DOCUMENTS), flipped(*RECORDS)],
+    "only-shards-know": [shrunk(*DOCUMENTS), gone("commits/logits")],
+    "only-names-of-records-know": [gone(*DOCUMENTS, *SHARDS), flipped(RECORDS[0])],
+    "only-one-document-knows": [gone(*RECORDS, *SHARDS, *DOCUMENTS[1:])],
+    "only-two-documents-know": [gone(*RECORDS, *SHARDS), shrunk(*DOCUMENTS[2:])],
+    "all-but-one-shard-gone": [gone(*RECORDS, *SHARDS[:2], "logits_scale", *DOCUMENTS[1:2])],
+}
+DEFAULT = ("last-record-flipped", "records-gone", "only-shards-know", "only-one-document-knows")
+
+
+def differing(store: Path, truth: Path) -> list[str]:
+    found, known = tree(store), tree(truth)
+    return sorted(key for key in {*found, *known} if found.get(key) != known.get(key))
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [pytest.param(n, marks=[] if n in DEFAULT else pytest.mark.slow) for n in LOST],
+)
+def test_repair_brings_every_view_back(
+    plain: Path, job: CacheJob, tmp_path: Path, lost: str
+) -> None:
+    store = Path(shutil.copytree(plain, tmp_path / "c.zarr"))
+    for lose in LOST[lost]:
+        lose(store)
+
+    faults = verify(store).faults
+    assert faults
+    assert repair(store, job, faults).faults == []
+
+    assert LogitCache.open(store).num_views == VIEWS
+    assert differing(store, plain) == []
+
+
+OF_RECTIFIED: dict[str, list[Loss]] = {
+    # the rectification alone knows of the last view, and is whole
+    "root-lost": [gone(*RECORDS, *SHARDS), shrunk(*DOCUMENTS)],
+    "its-last-record": [flipped(f"commits/{RECTIFIED}/v00003.json")],
+    "its-attributes-and-last-record": [
+        gone(f"{RECTIFIED}/zarr.json"),
+        flipped(f"commits/{RECTIFIED}/v00003.json"),
+    ],
+    "its-attributes-and-last-records": [
+        gone(f"{RECTIFIED}/zarr.json", f"commits/{RECTIFIED}/v00003.json")
+    ],
+    "its-documents-stale": [
+        shrunk(*(f"{RECTIFIED}/{n}/zarr.json" for n in ("wrong", "label_logit")))
+    ],
+    "all-documents-stale": [
+        shrunk(*DOCUMENTS, *(f"{RECTIFIED}/{n}/zarr.json" for n in ("wrong", "label_logit"))),
+        flipped(RECORDS[0]),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        pytest.param(
+            n,
+            marks=[] if n in ("root-lost", "its-attributes-and-last-record") else pytest.mark.slow,
+        )
+        for n in OF_RECTIFIED
+    ],
+)
+def test_repair_brings_every_view_of_a_rectification_back(
+    rectified: Path, job: CacheJob, tmp_path: Path, lost: str
+) -> None:
+    store = Path(shutil.copytree(rectified, tmp_path / "c.zarr"))
+    for lose in OF_RECTIFIED[lost]:
+        lose(store)
+
+    faults = verify(store).faults
+    assert faults
+    assert repair(store, job, faults).faults == []
+
+    assert differing(store, rectified) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_any_witness_that_is_left_is_enough(rectified: Path, job: CacheJob, tmp_path: Path) -> None:
+    """Of all that knows of the last view, everything is damaged but one thing or two."""
+    draw = random.Random(5)
+    # each knows by itself: a document only where no other can be read
+    witnesses = [
+        *RECORDS[:1],
+        *SHARDS,
+        f"commits/{RECTIFIED}/v00003.json",
+        f"{RECTIFIED}/zarr.json",
+    ]
+    wrong = []
+    for number in range(40):
+        store = tmp_path / f"{number}.zarr"
+        shutil.copytree(rectified, store)
+        left = draw.sample(witnesses, draw.choice([1, 2]))
+        for key in {*witnesses, *DOCUMENTS} - {*left}:
+            if key in DOCUMENTS:
+                draw.choice([gone, shrunk, flipped])(key)(store)
+            elif key in SHARDS:
+                gone(key)(store)
+            else:
+                draw.choice([gone, flipped])(key)(store)
+        for folder in (f"{RECTIFIED}/{name}/c/3" for name in ("wrong", "predicted_logit")):
+            gone(folder)(store)  # one of three shards is left, by which it knows what it covered
+        if repair(store, job, verify(store).faults).faults or differing(store, rectified):
+            wrong.append((left, differing(store, rectified)))
+        shutil.rmtree(store)
+
+    assert wrong == []
+
+
+# ---- claims that cannot be ------------------------------------------------------------------
+
+
+def claims(views: int) -> Callable[[dict[str, Any]], None]:
+    def change(document: dict[str, Any]) -> None:
+        document["shape"][0] = views
+
+    return change
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("views", [10**12, 2**63 - 1, 900_000, 6], ids=str)
+@pytest.mark.parametrize(
+    "arrays", [("logits_code",), ("prediction",), LOGITS, (f"{RECTIFIED}/wrong",)], ids=str
+)
+def test_a_document_that_claims_too_many_views_is_a_fault(
+    rectified: Path, tmp_path: Path, arrays: tuple[str, ...], views: int
+) -> None:
+    store = Path(shutil.copytree(rectified, tmp_path / "c.zarr"))
+    for array in arrays:
+        edit_json(store / array / "zarr.json", claims(views))
+
+    faults = verify(store).faults
+
+    assert faults
+    assert len(faults) < 1100
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("views", [10**12, 6], ids=str)
+@pytest.mark.parametrize("array", ["prediction", f"{RECTIFIED}/wrong"])
+def test_repair_does_not_believe_one_document_that_claims_more_than_all_others(
+    rectified: Path, job: CacheJob, tmp_path: Path, array: str, views: int
+) -> None:
+    store = Path(shutil.copytree(rectified, tmp_path / "c.zarr"))
+    edit_json(store / array / "zarr.json", claims(views))
+
+    assert repair(store, job, verify(store).faults).faults == []
+    assert differing(store, rectified) == []
+
+
+ABSURD: dict[str, Callable[[dict[str, Any]], object]] = {
+    "rows": lambda r: r.update(rows=[0, 10**15]),
+    "right": lambda r: r.update(right=10**30),
+    "bytes": lambda r: next(iter(r["objects"].values())).update(bytes=10**18),
+    "objects": lambda r: r.update(objects={f"x/{n}": {} for n in range(10_000)}),
+    "block": lambda r: r.update(block=10**15),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ABSURD)
+def test_a_record_that_claims_what_cannot_be_is_a_fault(
+    rectified: Path, tmp_path: Path, name: str
+) -> None:
+    store = Path(shutil.copytree(rectified, tmp_path / "c.zarr"))
+    edit_record(store, 0, ABSURD[name])
+
+    faults = verify(store).faults
+
+    assert 1 <= len(faults) < 20
+
+
+@pytest.mark.timeout(60)
+def test_a_record_of_a_view_that_cannot_be_is_discarded(
+    plain: Path, job: CacheJob, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(plain, tmp_path / "c.zarr"))
+    records = unsealed((store / RECORDS[0]).read_bytes())
+    far = [{**record, "view": 10**12} for record in records]
+    (store / f"commits/logits/v{10**12}.json").write_bytes(seal_records(far))
+    (store / "commits/logits/v99999.json").write_bytes(b"nonsense")
+
+    faults = verify(store).faults
+
+    assert {fault.view for fault in faults if fault.part} == {10**12}
+    assert repair(store, job, faults).faults == []
+    assert differing(store, plain) == []
