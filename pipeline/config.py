@@ -147,6 +147,17 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     values[name] = value
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted keys; an empty list counts as None, as a setting left out."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = None if value == [] else value
+    return found
+
+
 def field_type(kind: Any, key: str) -> Any:
     """The type of a dotted key that the struct has."""
     for part in key.split("."):

@@ -17,6 +17,7 @@ from pipeline.console import Console, duration
 from pipeline.report import write_report
 from pipeline.sweep.grid import Run
 from pipeline.sweep.results import Result, as_lines
+from pipeline.sweep.table import spread
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.errors import RunError
 from stages.rectify import RectifyConfig, rectify
@@ -84,8 +85,7 @@ def run_demo(out: str, console: Console, overwrite: bool = False, seeds: int = 3
         for name in STUDENTS:
             run = f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             student = _student(cache, name, seed)
-            with _timed(seconds, name):
-                summary = train_student(student, folder / "students" / run, splits=splits)
+            summary = train_student(student, folder / "students" / run, splits=splits)
             students[name].append(summary)
             ended.append(Result(Run(run, name, {}, student), cached.test_top1, summary))
             done = sum(map(len, students.values()))
@@ -124,20 +124,22 @@ def _show(
         ("teacher", f"{teacher['parameters']:,}", f"{teacher['last']['test_top1']:.2%}", "", "")
     ]
     for name, values in top1.items():
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         gain = statistics.mean(values) - statistics.mean(top1["hard labels"])
+        epochs = [summary["epoch_seconds"] for summary in students[name]]
         rows.append(
             (
                 name,
                 f"{students[name][0]['parameters']:,}",
-                f"{statistics.mean(values):.2%} ± {deviation * 100:.2f}",
-                f"{gain * 100:+.2f}",
-                f"{seconds[name] / len(values):.1f} s",
+                spread(values),
+                "" if name == "hard labels" else f"{100 * gain:+.2f}",
+                f"{statistics.mean(epochs):.2g} s",
             )
         )
-    columns = ("", "parameters", "test top-1, last epoch", "gain", "time each")
-    console.table("on digits: mean ± standard deviation over seeds", columns, rows)
-    steps = [(step, duration(s)) for step, s in seconds.items() if step not in top1]
+    columns = ("", "parameters", "test top-1, last epoch", "gain", "time an epoch")
+    n = len(top1["hard labels"])
+    over = f"n={n}" if n == 1 else f"mean ± standard deviation over n={n} seeds"
+    console.table(f"on digits: {over}; time of the median epoch but the first", columns, rows)
+    steps = [(step, duration(s)) for step, s in seconds.items()]
     console.table("done once, for all students", ("step", "time"), steps)
 
 

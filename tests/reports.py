@@ -90,6 +90,7 @@ def summary_of(history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         "parameters": 12345,
         "train_seconds": sum(line["seconds"] for line in history),
         "wait_share": 0.1 / 1.5,
+        "epoch_seconds": history[-1]["seconds"],
     }
 
 

@@ -1,5 +1,6 @@
 """The part of the page about one cache: what it is, and what its teacher knows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -30,6 +31,10 @@ TOP_CLASSES = 5
 """Of each row in the gallery."""
 UNCHANGED = 1e-5
 """Probabilities that differ by less are shown as one bar: rectification left them alone."""
+
+
+Tile = tuple[str, str, float, str, str]
+"""What, field, value, text and role of a number that is shown large."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def _key_numbers(
     cache: LogitCache, mistakes: Mistakes, found: Calibration, draw: Draw, top1: list[float]
 ) -> Html:
     mean = sum(top1) / len(top1)
-    tiles = [
+    tiles: list[Tile] = [
         ("top-1 on the cached views", "top1", mean, percent(mean), ""),
         ("of the rows are wrong", "wrong_rate", mistakes.rate, percent(mistakes.rate), "wrong"),
         (f"ECE on the views, {BINS} bins", "ece", found.ece, percent(found.ece), ""),
@@ -132,8 +137,8 @@ def _key_numbers(
     return key_numbers(tiles)
 
 
-def key_numbers(tiles: list[tuple[str, str, float, str, str]]) -> Html:
-    """(what, field, value, text, role) of each."""
+def key_numbers(tiles: Sequence[Tile]) -> Html:
+    """Large numbers side by side."""
     items = [
         tag(
             "div",

@@ -1,18 +1,16 @@
-"""Runs that differ in nothing but their seeds, put together; a group's name and numbers."""
+"""Runs that differ in nothing but their seeds, put together; a group's name and numbers.
+
+What decides a result, and what may differ where results are compared, is in `pipeline.compared`.
+"""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline import compared
 from pipeline.report.runs import Run
 
-SEEDS = frozenset({"seed.data", "seed.init"})
-INDIFFERENT = SEEDS | {
-    *("device", "accept_pixel_drift", "slab_memory", "tensorboard"),
-    *(f"data.{key}" for key in ("workers", "download", "rescan", "root", "feeding")),
-}
-"""Settings that decide neither what is learned nor from what, beside the seeds."""
 TELLING = (
     *("loss.name", "bias.mode", "model.architecture", "cache", "also", "views", "augment"),
     *("loss.temperature", "bias.rectified", "bias.schedule", "bias.reduction", "train.epochs"),
@@ -31,7 +29,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that are one thing with several seeds. settings: what they have in common."""
+    """Runs that differ in seeds alone. settings: those that decide a result, by dotted keys."""
 
     label: str
     runs: tuple[Run, ...]
@@ -66,44 +64,72 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     """Groups in the order of their first runs. Those of a sweep have the sweep's labels; others are
     called by the fewest settings that tell them apart.
     """
-    by_key: dict[Any, list[Run]] = {}
-    for run in runs:
-        by_key.setdefault(_key(run), []).append(run)
-    members = list(by_key.values())
-    settings = [_common(group) for group in members]
+    members = _members(runs)
+    settings = [_settings(group) for group in members]
     loose = [at for at, group in enumerate(members) if group[0].group is None]
     labels = dict(zip(loose, distinguishing([settings[at] for at in loose]), strict=True))
     sweeps = {group[0].group[0] for group in members if group[0].group is not None}
     for at, group in enumerate(members):
         if (of_sweep := group[0].group) is not None:
             labels[at] = of_sweep[1] if len(sweeps) == 1 else f"{of_sweep[0]}: {of_sweep[1]}"
+    for label in {label for label in labels.values() if [*labels.values()].count(label) > 1}:
+        same = [at for at, other in labels.items() if other == label]
+        more = distinguishing([settings[at] for at in same])
+        labels |= {at: f"{label}, {told}" for at, told in zip(same, more, strict=True)}
     return [Group(labels[at], tuple(group), settings[at]) for at, group in enumerate(members)]
 
 
-def _key(run: Run) -> Any:
-    if run.group is not None:
-        return run.group
-    return tuple(sorted((k, str(v)) for k, v in run.config.items() if _tells(k, v)))
-
-
-def _tells(key: str, value: Any) -> bool:
-    """An older run does not have the settings that are newer than it: what is off, or not given,
-    counts as left out.
+def _members(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs of one sweep's label (or of none) with the same deciding settings. A run whose folder is
+    gone says too little of them: it belongs to the first group of its label.
     """
-    return key not in INDIFFERENT and value is not None and value is not False
+    by_key: dict[Any, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: not run.whole):
+        settings = sorted((k, str(v)) for k, v in _own(run).items())
+        key = (run.group, tuple(settings))
+        if not run.whole:
+            key = next((other for other in by_key if other[0] == run.group), key)
+        by_key.setdefault(key, []).append(run)
+    order = {id(run): at for at, run in enumerate(runs)}
+    groups = [sorted(group, key=lambda run: order[id(run)]) for group in by_key.values()]
+    return sorted(groups, key=lambda group: order[id(group[0])])
 
 
-def _common(group: Sequence[Run]) -> dict[str, Any]:
-    """The settings that all runs of a group share; of a sweep's group, its keys are among them."""
-    first, *others = [{k: v for k, v in run.config.items() if _tells(k, v)} for run in group]
-    return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
+def _own(run: Run) -> dict[str, Any]:
+    """Its deciding settings; of which images they are is said by the section it stands in."""
+    return {k: v for k, v in compared.deciding(run.config).items() if k != "data.dataset"}
+
+
+def _settings(group: Sequence[Run]) -> dict[str, Any]:
+    return _own(next((run for run in group if run.whole), group[0]))
+
+
+def comparable(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups in sets that differ in loss and bias alone: only within a set is one the best."""
+    sets: list[tuple[dict[str, Any], list[Group]]] = []
+    for group in groups:
+        own = compared.budget(group.settings)
+        found = next((members for budget, members in sets if not differing([budget, own])), None)
+        if found is None:
+            sets.append((own, [group]))
+        else:
+            found.append(group)
+    return [members for _, members in sets]
+
+
+def unlike(groups: Sequence[Group]) -> list[str]:
+    """The keys beside loss and bias in which groups differ, the most telling first."""
+    return differing([compared.budget(group.settings) for group in groups])
+
+
+def told(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Some settings in words: train.epochs=3, views=8."""
+    return ", ".join(f"{key}={short(settings.get(key))}" for key in keys)
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys in which groups differ, the most telling first."""
-    keys = {key for group in settings for key in group}
-    found = [k for k in keys if len({str(group.get(k)) for group in settings}) > 1]
-    return sorted(found, key=_rank)
+    """The keys in which settings differ, the most telling first."""
+    return sorted(compared.differing(settings), key=_rank)
 
 
 def _rank(key: str) -> tuple[int, str]:

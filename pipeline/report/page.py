@@ -6,12 +6,17 @@ from importlib.resources import files
 from pathlib import Path
 
 from pipeline.console import counted
-from pipeline.report.cache_part import Options, cache_part, key_numbers
-from pipeline.report.groups import grouped
-from pipeline.report.html import Cell, Html, Row, fragment, percent, table, tag
+from pipeline.report.cache_part import Options, Tile, cache_part, key_numbers
+from pipeline.report.groups import Group, comparable, grouped, told, unlike
+from pipeline.report.html import Cell, Html, Row, fragment, table, tag
 from pipeline.report.runs import LeftOut, Run
 from pipeline.report.sources import KnownCaches, Sources, find_sources
-from pipeline.report.student_part import last_top1, student_part, teacher_part
+from pipeline.report.student_part import (
+    last_top1,
+    mean_and_std,
+    student_part,
+    teacher_part,
+)
 from stages.cache import LogitCache
 from stages.cache.location import cache_around
 from stages.errors import RunError
@@ -21,6 +26,8 @@ from stages.scores import BINS
 TITLE = "Teacher logits and their students"
 GENERATOR = "teacher-cache report"
 """Marks our pages: only they are replaced without --overwrite."""
+MOST_BEST = 4
+"""With more sets of comparable groups than this, none is named at the top."""
 
 
 def write_report(
@@ -128,7 +135,8 @@ def _by_dataset(sources: Sources, known: KnownCaches) -> list[Section]:
     for run in sources.runs:
         facts = known.of(run.cache)
         dataset = by_spec.get(run.dataset) if facts is None else facts.dataset
-        sections.setdefault(dataset or run.dataset, (run.dataset, [], []))[2].append(run)
+        section = sections.setdefault(dataset or run.dataset, (run.dataset, [], []))
+        section[2].append(known.one_name(run))
     return list(sections.values())
 
 
@@ -140,23 +148,37 @@ def _header(sources: Sources, sections: list[Section], contents: list[tuple[str,
         (len(sources.runs) - len(students), "teacher"),
         (len(sections), "dataset"),
     ]
-    told = ", ".join(counted(count, what) for count, what in counts if count) + "."
-    tiles = []
-    if len(sections) == 1 and students:
-        best = max(grouped(students), key=lambda group: group.spread(last_top1).mean)
-        found = best.spread(last_top1)
-        spread = "" if found.std is None else f" ± {100 * found.std:.2f}"
-        told_best = f"{best.label}, the best group at its last epoch (n = {found.n})"
-        tiles.append((told_best, "best_group", found.mean, percent(found.mean) + spread, ""))
+    found = ", ".join(counted(count, what) for count, what in counts if count) + "."
+    of_one = [run for run in sections[0][2] if run.kind != "teacher"] if len(sections) == 1 else []
+    tiles = _best_groups(grouped(of_one)) if of_one else []
     links = [tag("li", tag("a", text, href=f"#{key}")) for key, text in contents]
     return tag(
         "header",
         tag("p", "teacher-cache", class_="eyebrow"),
         tag("h1", TITLE),
-        tag("p", told, class_="lead"),
+        tag("p", found, class_="lead"),
         key_numbers(tiles) if tiles else None,
         tag("nav", tag("ul", links), aria_label="Contents") if len(links) > 1 else None,
     )
+
+
+def _best_groups(groups: Sequence[Group]) -> list[Tile]:
+    """The best group of all, where they differ in loss and bias alone; else the best of each set
+    that can be compared, if these are few.
+    """
+    sets, keys = comparable(groups), unlike(groups)
+    several = [members for members in sets if len(members) > 1]
+    shown = sets if len(sets) == 1 else several if len(several) <= MOST_BEST else []
+    tiles: list[Tile] = []
+    for members in shown:
+        best = max(members, key=lambda group: group.spread(last_top1).mean)
+        found = best.spread(last_top1)
+        text = f"{best.label}, the best group at its last epoch (n={found.n})"
+        if len(sets) > 1:
+            text = f"{best.label}, the best of {len(members)} groups with "
+            text += f"{told(best.settings, keys)} at their last epoch (n={found.n})"
+        tiles.append((text, "best_group", found.mean, mean_and_std(found), ""))
+    return tiles
 
 
 def _left_out(left_out: Sequence[LeftOut]) -> Html | None:
@@ -180,6 +202,8 @@ def _how() -> Html:
         "the label.",
         "± is the sample standard deviation (n - 1) over runs that differ in their seeds alone; a "
         "single run has none.",
+        "Groups are compared with one another only where they differ in loss and bias alone: the "
+        "same images, views, teachers, model, epochs and optimisation.",
         "A teacher pass is the teacher once over the training set.",
     ]
     return tag(

@@ -1,6 +1,6 @@
 """What a run directory or a line of a sweep's results.jsonl says about a student or a teacher."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from pipeline.config import flat
 from stages.objectives.losses import DEFINITIONS
 from stages.training.history import Summary
 
@@ -35,7 +36,8 @@ class Run:
     """A finished run.
 
     config: by dotted keys, as config.yaml has it. history: its epochs, as metrics.jsonl has them;
-    empty where the folder is gone. group: (sweep, label), None for a run outside a sweep.
+    empty where the folder is gone. group: (sweep, label), None for a run outside a sweep. whole:
+    whether config is all of it, and not only what a sweep's results.jsonl tells.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Run:
     summary: Summary
     group: tuple[str, str] | None = None
     teacher_top1: float | None = None
+    whole: bool = True
 
     @property
     def dataset(self) -> str:
@@ -109,7 +112,19 @@ def read_run(path: Path, name: str) -> Run | LeftOut:
     if len(history) != summary.epochs:
         why = f"metrics.jsonl has {len(history)} epochs, summary.json tells of {summary.epochs}"
         return LeftOut(name, "unreadable", why)
+    config |= _views(config, history)
     return Run(name, str(config.get("kind", "student")), config, tuple(history), summary)
+
+
+def _views(config: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> dict[str, int]:
+    """How many views of its cache a run that took all of them had: the cache may have grown since.
+    Nothing where it had more views than epochs.
+    """
+    seen = {line["view"] for line in history if "view" in line}
+    if "cache" not in config or config.get("views") is not None or len(seen) == len(history):
+        return {}
+    definition = DEFINITIONS.get(str(config.get("loss.name")))
+    return {"views": len(seen) * (definition.views if definition else 1)} if seen else {}
 
 
 def read_sweep(path: Path, name: str) -> Iterator[Run | LeftOut]:
@@ -145,7 +160,7 @@ def _run_of(line: Line, folder: Path, sweep: str) -> Run | LeftOut:
         kind, config, history = read.kind, dict(read.config), read.history
     else:  # the numbers stand in results.jsonl, the curves are lost
         kind, config, history = "student", {"seed.data": line.seed, "seed.init": line.seed}, ()
-        config |= line.keys
+        config |= line.keys | {"train.epochs": line.summary.epochs}
     told = {"cache": line.cache, "data.dataset": line.dataset}
     config |= {key: value for key, value in told.items() if value is not None}
     return Run(
@@ -156,6 +171,7 @@ def _run_of(line: Line, folder: Path, sweep: str) -> Run | LeftOut:
         summary=line.summary,
         group=(sweep, line.label),
         teacher_top1=line.teacher_top1,
+        whole=isinstance(read, Run),
     )
 
 
@@ -185,17 +201,6 @@ def _lines(path: Path) -> list[str]:
         return [line for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise _UnreadableError(f"{path.name}: {_first_line(error)}") from error
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted keys; an empty list counts as None, as a setting left out."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = None if value == [] else value
-    return found
 
 
 def _first_line(error: Exception) -> str:

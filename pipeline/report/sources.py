@@ -1,7 +1,7 @@
 """What lies at the paths that a report is asked for: caches, runs, sweeps, or folders of those."""
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.report.runs import LeftOut, Run, read_run, read_sweep
@@ -108,20 +108,24 @@ def _folders(path: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class CacheFacts:
-    """What students need to know of their cache. teacher_top1: on the test split, in [0, 1]."""
+    """What students need to know of their cache. teacher_top1: on the test split, in [0, 1].
+    content: equal for copies of one cache, wherever they lie.
+    """
 
     dataset: DatasetIdentity
     spec: str
     views: int
     teacher_top1: float | None
+    content: str
 
 
 def cache_facts(cache: LogitCache) -> CacheFacts:
     """The facts of an open cache."""
     top1 = teacher_top1([cache]) if cache.eval_commits.is_complete(0) else None
     spec = cache.provenance.get("config", {}).get("data", {}).get("dataset")
-    identity = cache.identity.dataset
-    return CacheFacts(identity, str(spec or identity.name), len(cache.complete_views), top1)
+    identity, views, coding = cache.identity.dataset, len(cache.complete_views), cache.encoding
+    content = f"{cache.identity.digest()} {coding.name} {dict(coding.parameters)} {views}"
+    return CacheFacts(identity, str(spec or identity.name), views, top1, content)
 
 
 class KnownCaches:
@@ -129,6 +133,7 @@ class KnownCaches:
 
     def __init__(self, caches: list[LogitCache]) -> None:
         self._facts: dict[str, CacheFacts | None] = {}
+        self._names: dict[str, str] = {}
         for cache in caches:
             self._facts[self._key(str(cache.path))] = cache_facts(cache)
 
@@ -145,6 +150,21 @@ class KnownCaches:
                 with contextlib.suppress(PipelineError):
                     self._facts[key] = cache_facts(LogitCache.open(path))
         return self._facts[key]
+
+    def one_name(self, run: Run) -> Run:
+        """The run with one path for each of its caches, however it is spelled and copied."""
+        named = {key: run.config[key] for key in ("cache", "also") if run.config.get(key)}
+        config = {
+            key: self._first(value) if isinstance(value, str) else [*map(self._first, value)]
+            for key, value in named.items()
+        }
+        return replace(run, config={**run.config, **config})
+
+    def _first(self, path: str) -> str:
+        facts = self.of(path)
+        if facts is None:
+            return path
+        return self._names.setdefault(facts.content, path)
 
     def all(self) -> list[CacheFacts]:
         return [facts for facts in self._facts.values() if facts is not None]

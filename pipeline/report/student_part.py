@@ -5,23 +5,29 @@ from collections.abc import Sequence
 from pipeline.console import counted, duration
 from pipeline.report import student_figures as figures
 from pipeline.report.figures import series, swatch
-from pipeline.report.groups import Group, Spread, differing, short
+from pipeline.report.groups import Group, Spread, comparable, differing, short, unlike
 from pipeline.report.html import Cell, Html, Row, fragment, percent, table, tag
 from pipeline.report.passes import saved_passes
 from pipeline.report.runs import Run
 from pipeline.report.sources import KnownCaches
 
+MOST_KEYS = 4
+"""How many of the settings that groups cannot be compared in have a column of their own."""
 MOST_LOSSES = 12
 """How many groups' losses are drawn: each has a figure of its own."""
 
 
 def student_part(groups: Sequence[Group], known: KnownCaches, key: str) -> Html:
-    """Everything about the students of one dataset, best group first. key: unique on the page."""
-    groups = sorted(groups, key=lambda group: -group.spread(last_top1).mean)
+    """Everything about the students of one dataset. Groups that can be compared stand together, the
+    best first. key: unique on the page.
+    """
+    best_first = sorted(groups, key=lambda group: -group.spread(last_top1).mean)
+    groups = [group for members in comparable(best_first) for group in members]
     return tag(
         "section",
         tag("h3", "Students", id=key),
         _curves(groups, known, key),
+        _not_compared(groups),
         _means(groups),
         _settings(groups),
         saved_passes(groups, known),
@@ -56,7 +62,22 @@ def teacher_of(run: Run, known: KnownCaches) -> float | None:
     return None if facts is None else facts.teacher_top1
 
 
+def mean_and_std(found: Spread) -> str:
+    """A mean of shares in percent; with its standard deviation where there are several runs."""
+    return percent(found.mean) + ("" if found.std is None else f" ± {100 * found.std:.2f}")
+
+
+def _not_compared(groups: Sequence[Group]) -> Html | None:
+    keys = unlike(groups)
+    if not keys:
+        return None
+    shown = ", ".join(keys[:MOST_KEYS]) + (", ..." if len(keys) > MOST_KEYS else "")
+    text = f"The groups differ in {shown}, and not only in loss and bias. Only groups that agree "
+    return tag("p", text, "in all of these compare losses.", class_="note")
+
+
 def _means(groups: Sequence[Group]) -> Html:
+    keys = unlike(groups)[:MOST_KEYS]
     selected = any(run.summary.selected.val_top1 is not None for g in groups for run in g.runs)
     curves = [group.label for group in groups if group.curve("test_top1")]
     rows = []
@@ -67,10 +88,14 @@ def _means(groups: Sequence[Group]) -> Html:
         seeds = f"{len(group.runs)}"
         if group.seeds < len(group.runs):
             seeds += f" ({counted(group.seeds, 'seed')})"
-        seconds = group.spread(lambda run: run.summary.train_seconds)
+        seconds = group.spread(lambda run: run.summary.seconds_an_epoch).mean
         parameters = group.runs[0].summary.parameters
         cells = [
             Cell([mark, group.label], group.label),
+            *(
+                Cell(short(group.settings.get(key)), _sortable(group.settings.get(key)))
+                for key in keys
+            ),
             Cell(seeds, len(group.runs), "n"),
             *_mean_cells(group.spread(last_top1), "last"),
             *_mean_cells(group.spread(best_top1), "best"),
@@ -80,17 +105,22 @@ def _means(groups: Sequence[Group]) -> Html:
             cells += _mean_cells(group.spread(lambda run: run.summary.selected.test_top1), "chosen")
         cells += [
             Cell(f"{parameters:,}", parameters, "parameters"),
-            Cell(duration(seconds.mean), seconds.mean, "seconds"),
+            Cell(f"{seconds:.3g} s", seconds, "seconds_an_epoch"),
         ]
         rows.append(Row(cells, group=group.label))
-    columns = ["group", "n", "last epoch, %", "± std", "best epoch, %", "± std", "best at"]
+    columns = ["group", *keys, "n", "last epoch, %", "± std", "best epoch, %", "± std", "best at"]
     columns += ["chosen on held-out, %", "± std"] if selected else []
     caption = fragment(
         "Test top-1, mean and standard deviation over n runs",
         tag("small", "The best epoch is picked on the test split itself, as the literature does: "
-        "it flatters. The last epoch does not."),
+        "it flatters. The last epoch does not. Time: of the median epoch without the first, which "
+        "warms up."),
     )  # fmt: skip
-    return table(caption, [*columns, "parameters", "time a run"], rows)
+    return table(caption, [*columns, "parameters", "time an epoch"], rows, 1 + len(keys))
+
+
+def _sortable(value: object) -> str | float | None:
+    return value if isinstance(value, (str, int, float)) else None
 
 
 def _mean_cells(found: Spread, field: str) -> list[Cell]:

@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from pipeline.sweep.grid import Run
+from stages.training.history import Summary
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,9 @@ class Result:
 
     @property
     def seconds(self) -> float:
-        """How long it was trained; of a run that is done."""
+        """What an epoch took, without the first, which warms up; of a run that is done."""
         assert self.summary is not None
-        return float(self.summary["train_seconds"])
+        return msgspec.convert(self.summary, Summary).seconds_an_epoch
 
     def _top1(self, epoch: str) -> float:
         assert self.summary is not None

@@ -2,7 +2,8 @@
 
 Two students of one seed see the same samples in the same order and, where their models are the
 same, start from the same weights. Their difference varies less than either does, so groups are
-compared by Student's t-test on the differences of runs with common seeds, of the last epoch.
+compared by Student's t-test on the differences of runs with common seeds, of the last epoch. Where
+a group differs from its baseline in more than loss and bias, its difference says in what.
 """
 
 from collections.abc import Sequence
@@ -12,16 +13,16 @@ from typing import Any
 
 import msgspec
 
-from pipeline.config import convert, put
-from pipeline.console import Console, duration
+from pipeline.compared import budget, deciding, differing
+from pipeline.config import convert, flat, put
+from pipeline.console import Console
 from pipeline.sweep.grid import Run
 from pipeline.sweep.results import Result
-from stages.cache.identity import differences
 from stages.errors import ConfigError
 from stages.train_student import StudentConfig
 
 _DEFAULT_BASELINE = {"loss.name": "ce"}
-_COLUMNS = ("students", "test top-1, last epoch", "best epoch", "n", "time a run")
+_COLUMNS = ("students", "test top-1, last epoch", "best epoch", "n", "time an epoch")
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,17 @@ def _agrees(config: StudentConfig, keys: dict[str, Any]) -> bool:
 
 
 def _distance(one: StudentConfig, other: StudentConfig) -> int:
-    """How many keys differ, seeds aside."""
-    left, right = (
-        msgspec.to_builtins(msgspec.structs.replace(c, seed=one.seed)) for c in (one, other)
-    )
-    return len(differences(left, right))
+    """In how many of the keys that decide a result they differ."""
+    return len(differing([deciding(_flat(one)), deciding(_flat(other))]))
+
+
+def _unlike(one: StudentConfig, other: StudentConfig) -> list[str]:
+    """The keys beside loss and bias in which they differ."""
+    return differing([budget(_flat(one)), budget(_flat(other))])
+
+
+def _flat(config: StudentConfig) -> dict[str, Any]:
+    return flat(msgspec.to_builtins(config))
 
 
 # ---- as text --------------------------------------------------------------------------------
@@ -154,7 +161,7 @@ def _row(group: Group, baseline: Group | None) -> list[str]:
         spread(last),
         spread([result.best for result in results]),
         str(len(results)),
-        duration(mean(result.seconds for result in results)),
+        f"{mean(result.seconds for result in results):.3g} s",
         _compared(group, baseline),
         "-" if teacher is None else f"{100 * (mean(last) - teacher):+.2f}",
     ]
@@ -166,8 +173,11 @@ def _compared(group: Group, baseline: Group | None) -> str:
     found = None if baseline is None else difference(group, baseline)
     if found is None:
         return "-"
+    assert baseline is not None
     p = "-" if found.p is None else f"{found.p:.2g}"
-    return f"{found.points:+.2f} (p {p}, n {found.pairs})"
+    unlike = _unlike(group.config, baseline.config)
+    more = f"; other {', '.join(unlike)}" if unlike else ""
+    return f"{found.points:+.2f} (p {p}, n {found.pairs}{more})"
 
 
 def spread(values: Sequence[float]) -> str:

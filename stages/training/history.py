@@ -1,5 +1,6 @@
 """What a run says of its epochs: a line of text each, and the summary of all of them."""
 
+import statistics
 from typing import Any
 
 import msgspec
@@ -17,7 +18,8 @@ class Picked(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class Summary(msgspec.Struct, frozen=True):
     """summary.json of a run, as `summarise` makes it. wait_share: of train_seconds, how much went
-    into waiting for targets.
+    into waiting for targets. epoch_seconds: the median epoch without the first, which warms up;
+    None in runs that are older than it.
     """
 
     last: Picked
@@ -27,6 +29,12 @@ class Summary(msgspec.Struct, frozen=True):
     parameters: int
     train_seconds: float
     wait_share: float
+    epoch_seconds: float | None = None
+
+    @property
+    def seconds_an_epoch(self) -> float:
+        """What an epoch takes; the mean where the median was not kept."""
+        return self.epoch_seconds or self.train_seconds / self.epochs
 
 
 def said(metrics: dict[str, Any], epochs: int) -> str:
@@ -48,7 +56,8 @@ def selected_epoch(history: list[dict[str, Any]]) -> int:
 def summarise(history: list[dict[str, Any]], parameters: int) -> dict[str, Any]:
     """Last, best and selected epoch. `best` is by test top-1, as the literature reports it."""
     picked = msgspec.convert(history, list[Picked])
-    seconds = sum(line["seconds"] for line in history)
+    epochs = [line["seconds"] for line in history]
+    seconds = sum(epochs)
     waited = sum(line.get("wait_seconds", 0.0) for line in history)
     summary = Summary(
         last=picked[-1],
@@ -58,6 +67,7 @@ def summarise(history: list[dict[str, Any]], parameters: int) -> dict[str, Any]:
         parameters=parameters,
         train_seconds=seconds,
         wait_share=waited / seconds,
+        epoch_seconds=statistics.median(epochs[1:] or epochs),
     )
     plain: dict[str, Any] = msgspec.to_builtins(summary)
     return plain

@@ -1,6 +1,7 @@
 """Which runs are one group, and what groups are called."""
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from reports import epoch, parse, sweep_line, write_run, write_sweep
 
 from pipeline.report import write_report
-from pipeline.report.groups import distinguishing, grouped, spread
+from pipeline.report.groups import comparable, distinguishing, grouped, spread
 from pipeline.report.runs import LeftOut, Run, read_run, read_sweep
 
 HISTORY = [epoch(0, 0.2), epoch(1, 0.4)]
@@ -50,6 +51,97 @@ def test_labels_are_the_keys_that_differ(
 ) -> None:
     found = [group.label for group in grouped(runs_of(tmp_path, settings))]
     assert found == [f"loss.name={label}" for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("settings", "groups"),
+    [
+        ({"device": "cuda:3"}, 1),
+        ({"data__workers": 9}, 1),
+        ({"data__root": "/elsewhere"}, 1),
+        ({"tensorboard": True}, 1),
+        ({"accept_pixel_drift": True}, 1),
+        ({"train__compile": True}, 1),
+        ({"train__epochs": 9}, 2),
+        ({"train__batch_size": 9}, 2),
+        ({"data__val_fraction": 0.5}, 2),
+        ({"model__architecture": "vgg8"}, 2),
+        ({"model__init": "w.safetensors"}, 2),
+        ({"loss__temperature": 9.0}, 2),
+        ({"bias__mode": "eliminate"}, 2),
+        ({"also": ["b.zarr"]}, 2),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_runs_are_grouped_by_all_that_decides_a_result(
+    tmp_path: Path, settings: dict[str, Any], groups: int
+) -> None:
+    found = grouped(runs_of(tmp_path, [{"seed": 0}, {"seed": 1, **settings}]))
+    assert len(found) == groups
+    assert len(comparable(found)) == (
+        1 if {"loss", "bias"} & {next(iter(settings))[:4]} else groups
+    )
+
+
+def test_one_label_of_a_sweep_with_two_settings_is_two_groups(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "sweep", seeds=2)
+    config = tmp_path / "sweep" / "plain-1" / "config.yaml"
+    config.write_text(config.read_text().replace("epochs: 4", "epochs: 5"))
+    shutil.rmtree(tmp_path / "sweep" / "other-1")  # says too little: stays with its label
+    runs = [r for r in read_sweep(tmp_path / "sweep", "sweep") if isinstance(r, Run)]
+    assert {group.label: len(group.runs) for group in grouped(runs)} == {
+        "KD, train.epochs=4": 1,
+        "KD, train.epochs=5": 1,
+        "a & <b>": 2,
+    }
+
+
+def test_a_longer_run_is_not_headlined_over_a_shorter_one(tmp_path: Path) -> None:
+    short, long = HISTORY, [*HISTORY, epoch(2, 0.9)]
+    write_run(tmp_path / "in" / "kd", short)
+    write_run(tmp_path / "in" / "ce", [epoch(0, 0.1), epoch(1, 0.3)], loss__name="ce")
+    write_run(tmp_path / "in" / "long", long)
+    page = parse(write_report([str(tmp_path / "in")], str(tmp_path / "report.html")))
+
+    (headline,) = page.find("dl", class_="numbers")
+    assert headline.value("best_group") == 0.4  # of the two with two epochs each
+    assert "best of 2 groups with train.epochs=2" in headline.text
+    assert "n=1" in headline.text
+    assert "±" not in headline.text
+    (table,) = [t for t in page.find("table") if "standard deviation over n runs" in t.text]
+    assert "train.epochs" in [head.text for head in table.find("th")]
+    groups = [row for row in table.find("tr") if "data-group" in row.attributes]
+    assert sorted(row.find("td")[0].text for row in groups) == ["2", "2", "3"]
+    assert all(not page.find(data_field="last_std", data_value="0.0") for _ in groups)
+
+
+def test_without_comparable_groups_none_is_the_best(tmp_path: Path) -> None:
+    write_run(tmp_path / "in" / "a", HISTORY)
+    write_run(tmp_path / "in" / "b", [*HISTORY, epoch(2, 0.9)])
+    page = parse(write_report([str(tmp_path / "in")], str(tmp_path / "report.html")))
+    assert page.find(data_field="best_group") == []
+    assert "differ in train.epochs" in page.text
+
+
+def test_copies_of_a_cache_and_spellings_of_its_path_are_one(
+    tmp_path: Path, small_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(small_cache, tmp_path / "copy.zarr")
+    monkeypatch.chdir(tmp_path)
+    paths = [str(small_cache), "copy.zarr", "./copy.zarr", str(tmp_path / "copy.zarr")]
+    for seed, path in enumerate(paths):
+        write_run(tmp_path / "in" / f"{seed}", HISTORY, seed, cache=path)
+    page = parse(write_report([str(tmp_path / "in")], str(tmp_path / "report.html")))
+    assert page.values("n") == [4]
+    assert page.value("passes_cached") == 2  # views, once
+
+
+def test_a_run_of_all_views_keeps_their_number_when_the_cache_grows(tmp_path: Path) -> None:
+    history = [epoch(n, 0.5, view=n % 2) for n in range(4)]
+    write_run(tmp_path / "seen", history)
+    seen = read_run(tmp_path / "seen", "seen")
+    assert isinstance(seen, Run)
+    assert seen.config["views"] == 2
 
 
 def test_paths_are_shortened_unless_they_would_look_the_same() -> None:

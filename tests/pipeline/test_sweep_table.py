@@ -55,9 +55,14 @@ def run(
 def summary(last: float, best: float | None = None, seconds: float = 10.0) -> dict[str, Any]:
     best = last if best is None else best
     return {
-        "last": {"test_top1": last},
-        "best": {"test_top1": best},
-        "train_seconds": seconds,
+        "last": {"epoch": 0, "test_top1": last, "test_top5": last, "loss": 1.0},
+        "best": {"epoch": 0, "test_top1": best, "test_top5": best, "loss": 1.0},
+        "train_seconds": 5 * seconds,
+        "epoch_seconds": seconds,
+        "selected": {"epoch": 0, "test_top1": last, "test_top5": last, "loss": 1.0},
+        "epochs": 4,
+        "parameters": 1,
+        "wait_share": 0.0,
     }
 
 
@@ -145,6 +150,24 @@ def test_a_baseline_that_no_run_is_is_refused() -> None:
         check_baseline([run("kd")], {"loss.name": "ce"})
 
 
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({}, None),
+        ({"epochs": 3}, "train.epochs"),
+        ({"cache": "b.zarr", "batch_size": 64}, "cache, train.batch_size"),
+        ({"deterministic": True}, None),
+    ],
+)
+def test_a_difference_says_what_else_differs_than_loss_and_bias(
+    other: dict[str, Any], told: str | None
+) -> None:
+    found = [Result(run("ce"), None, summary(0.4)), Result(run("kd", **other), None, summary(0.5))]
+    (table,) = tables(found, None)
+    end = f"n 1; other {told})" if told else "n 1)"
+    assert table.rows[1][5] == f"+10.00 (p -, {end}"
+
+
 # ---- the table ------------------------------------------------------------------------------
 
 
@@ -168,7 +191,7 @@ def test_a_table_for_every_dataset() -> None:
         f"{mean:.2f}% ± {std:.2f}",
         f"{mean + 1:.2f}% ± {std:.2f}",
         "3",
-        "1 min 1 s",
+        "61 s",
         "baseline",
         f"{mean - 60:+.2f}",
     ]
@@ -218,9 +241,9 @@ def test_the_time_of_a_run_is_that_of_its_kind_or_of_all() -> None:
     assert seconds_of(runs[0], runs, progress) is None
     assert seconds_left(runs, runs, progress, 2) is None
 
-    progress[runs[0].name] = Progress(summary=summary(0.1, seconds=10))
-    progress[runs[1].name] = Progress(summary=summary(0.1, seconds=20))
-    progress[runs[3].name] = Progress(summary=summary(0.1, seconds=90))
+    progress[runs[0].name] = Progress(summary=summary(0.1, seconds=10 / 5))
+    progress[runs[1].name] = Progress(summary=summary(0.1, seconds=20 / 5))
+    progress[runs[3].name] = Progress(summary=summary(0.1, seconds=90 / 5))
 
     assert seconds_of(runs[2], runs, progress) == 15
     assert seconds_of(runs[4], runs, progress) == 40  # its epochs are its own

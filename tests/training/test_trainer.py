@@ -289,6 +289,15 @@ def test_summary(lines: list[dict[str, Any]], last: int, best: int, selected: in
     assert summary["wait_share"] == pytest.approx(0.25)
 
 
+def test_the_first_epoch_warms_up_and_is_not_in_the_time_of_one() -> None:
+    lines = [
+        line | {"seconds": s}
+        for line, s in zip(history(*[(0.5, 0.5)] * 4), (32, 1, 3, 2), strict=True)
+    ]
+    assert summarise(lines, 1)["epoch_seconds"] == 2
+    assert summarise(lines[:1], 1)["epoch_seconds"] == 32
+
+
 # ---- SIGTERM --------------------------------------------------------------------------------
 
 

@@ -1,0 +1,43 @@
+"""Which settings decide a result, and in which of them runs may differ to be compared.
+
+The report, the tables of a sweep and its estimates all go by this list.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SEEDS = frozenset({"seed.data", "seed.init"})
+INDIFFERENT = SEEDS | {
+    # where it ran, and what was done beside training
+    *("kind", "device", "tensorboard", "accept_pixel_drift", "slab_memory"),
+    *("train.compile", "train.deterministic", "train.channels_last"),  # rounding, as the device
+    # where the same images lie, and how they are fed
+    *(f"data.{key}" for key in ("workers", "download", "rescan", "root", "feeding")),
+}
+"""Settings that decide neither what is learned nor from what. Every other one tells runs apart."""
+METHOD = ("loss", "bias")
+"""Sections that say how a student learns. Groups that differ in nothing else had the same budget:
+the same images, views, teachers, model and optimisation."""
+
+
+def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of settings by dotted keys, those that decide a result.
+
+    What is None or False counts as left out: an older run has not the settings newer than it.
+    """
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in INDIFFERENT and value is not None and value is not False
+    }
+
+
+def budget(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The deciding settings without those of the method: equal where runs are comparable."""
+    return {k: v for k, v in deciding(config).items() if k.partition(".")[0] not in METHOD}
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys in which settings differ, in alphabetical order; values as text."""
+    keys = sorted({key for each in settings for key in each})
+    return [key for key in keys if len({str(each.get(key)) for each in settings}) > 1]
