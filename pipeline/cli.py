@@ -92,6 +92,17 @@ def train_teacher_command(**given: Any) -> None:
         help="A run directory, .safetensors, a checkpoint (FILE#KEY for one of several sets of "
         "weights), or 'pretrained'.",
     ),
+    click.option(
+        "--outputs",
+        type=click.Choice(["logits", "probabilities"]),
+        help="What the teacher returns; of probabilities the log is taken.",
+    ),
+    click.option(
+        "--class-order",
+        metavar="ORDER",
+        help="Where the teacher's classes are in another order: 'teacher' follows the names that "
+        "its run keeps, FILE has the names of its outputs, one a line, and 'dataset' ignores them.",
+    ),
     click.option("--views", type=int, help="How many augmented views of every sample to cache."),
     augment_option,
     click.option("--seed", type=int, help="Of the views."),
@@ -133,8 +144,9 @@ def cache_teacher_command(**given: Any) -> None:
         *("batch_size", "dtype", "device"),
     )
     flags = data_flags(given) | {name: given[name] for name in names}
-    teacher = {"architecture": "teacher", "weights": "weights", "mean": "mean", "std": "std"}
-    flags |= {f"teacher.{key}": given[flag] for key, flag in teacher.items()}
+    teacher = ("weights", "mean", "std", "outputs", "class_order")
+    flags |= {f"teacher.{key}": given[key] for key in teacher}
+    flags["teacher.architecture"] = given["teacher"]
     console, ranks = Console(), launched_ranks()
 
     def planned() -> str:

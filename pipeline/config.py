@@ -87,7 +87,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for key in values:
         if not isinstance(key, str):
             raise ConfigError(f"{path}: the key {key!r} is not a text")
-    values.pop("kind", None)  # a run's own config.yaml says what kind of run it was
+    for made in ("kind", "classes"):  # what a run's own config.yaml says of itself
+        values.pop(made, None)
     return values
 
 

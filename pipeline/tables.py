@@ -139,6 +139,8 @@ def show_plan(console: Console, out: str, plan: CachePlan) -> None:
         ],
     )
     show_encodings(console, plan)
+    for doubt in plan.doubts:
+        console.say(f"\nWARNING: {doubt}")
 
 
 def show_encodings(console: Console, plan: CachePlan) -> None:

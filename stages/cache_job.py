@@ -5,7 +5,7 @@ same batches whoever computes them, whatever was done before.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Normalise, ViewFeed
 from stages.inputs.models import Model, load_model
+from stages.inputs.outputs import Adapted, Outputs, output_order
 from stages.inputs.views import ViewPolicy
 from stages.training.config import DataSettings, Dtype, Settings, positive, within
 from stages.training.setup import (
@@ -35,15 +36,18 @@ _ROW_ORDER = 4  # a stream of the view seed, apart from those of training
 
 
 class TeacherSettings(Settings, frozen=True):
-    """architecture may be None where the weights are a run directory. mean, std, image_size: None
-    for the weights' own, or the dataset's.
+    """architecture may be None where the weights are a run directory, and weights where the
+    architecture is a module:callable that brings them. mean, std, image_size: None for the weights'
+    own, or the dataset's. outputs: what it returns. class_order: see `output_order`.
     """
 
-    weights: str
+    weights: str | None = None
     architecture: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     image_size: int | None = None
+    outputs: Outputs = "logits"
+    class_order: str | None = None
 
 
 class CacheConfig(Settings, frozen=True):
@@ -117,6 +121,8 @@ def prepare(config: CacheConfig, splits: Splits | None = None, ranks: Ranks = AL
     classes = len(train.class_names)
     teacher = config.teacher
     model = load_model(teacher.architecture, teacher.weights, classes, train.shape[0])
+    source = teacher.weights or model.architecture
+    order = output_order(model.classes, train.class_names, teacher.class_order, source)
     image_size = teacher.image_size or config.data.image_size or model.image_size
     policy = chosen_policy(config.augment, config.seed, image_size, config.data.resize)
     if policy.count is not None and config.views > policy.count:
@@ -128,13 +134,21 @@ def prepare(config: CacheConfig, splits: Splits | None = None, ranks: Ranks = AL
     mean, std = normalisation(model, train, teacher.mean, teacher.std)
     identity = Identity(
         teacher=TeacherIdentity(
-            model.architecture, weights_digest(model.module.state_dict()), mean, std, image_size
+            architecture=model.architecture,
+            weights=weights_digest(model.module.state_dict()),
+            mean=mean,
+            std=std,
+            image_size=image_size,
+            outputs=teacher.outputs,
+            class_order=order,
         ),
         dataset=dataset_identity(train),
         views=ViewsIdentity(policy.name, policy.parameters, policy.version, policy.seed),
         compute_dtype=config.dtype,
     )
-    check_output(model, (mean, std), train, policy, image_size)
+    check_output(model, (mean, std), train, policy, image_size, teacher.outputs)
+    if order or teacher.outputs != "logits":
+        model = replace(model, module=Adapted(model.module, teacher.outputs, order))
     place(model.module, device, config.channels_last).eval()
     normalise = Normalise(mean, std, model.channels, device, config.channels_last)
     return CacheJob(config, splits, policy, image_size, model, normalise, identity, device, ranks)
@@ -184,6 +198,12 @@ def teacher_logits(
     start = 0
     for batch in feed.batches(samples, view, job.config.batch_size):
         output = forward(job.model.module, job.normalise(batch.pixels), job.config.dtype)
+        if output.shape != (len(batch.samples), job.num_classes):
+            raise ModelError(
+                f"the teacher gives logits of shape {tuple(output.shape)} for "
+                f"{len(batch.samples)} images and {job.num_classes} classes",
+                "Let the model return a row of logits for each image.",
+            )
         logits[start : start + len(output)].copy_(output, non_blocking=True)
         start += len(output)
         progress(len(output))

@@ -27,6 +27,7 @@ from stages.cache_teacher import missing_blocks, open_existing
 from stages.device import versions
 from stages.errors import CacheError
 from stages.inputs.feed import PROBES
+from stages.teacher_checks import teacher_doubts
 
 MEASURED_SECONDS = 2.0
 MOST_SECONDS = 20.0
@@ -44,7 +45,8 @@ class CachePlan:
     encodings: every encoding on real rows of this teacher. bytes_per_view: of a row. free_bytes:
     None where there is no knowing, in an object store. samples_per_second: of one rank, computed
     and written; hours: of all together. fixed_*: of what does not grow with the views: documents,
-    labels, the test split; their seconds are those that are still to come.
+    labels, the test split; their seconds are those that are still to come. doubts: whether the
+    teacher knows the dataset, see `teacher_doubts`.
     """
 
     samples: int
@@ -61,6 +63,7 @@ class CachePlan:
     ranks: int = 1
     fixed_bytes: float = 0.0
     fixed_seconds: float = 0.0
+    doubts: tuple[str, ...] = ()
 
     @property
     def missing_share(self) -> float:
@@ -137,6 +140,7 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
         fixed_bytes=made_bytes
         + len(job.splits.test) * _half_row_bytes(encodings, job.num_classes)
         + blocks * (_RECORD_BYTES + _OBJECT_BYTES * (len(coding.arrays()) + 1)),
+        doubts=tuple(teacher_doubts(logits, labels, train.class_names)),
         fixed_seconds=(0 if cache else made_seconds + fitted) + (0 if eval_there else tested),
     )
 

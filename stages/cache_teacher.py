@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.encoding import Encoding, is_encoding
+from stages.cache.encoding import FIT_ROWS, Encoding, is_encoding
 from stages.cache.identity import differences
 from stages.cache.location import Location, location
 from stages.cache.lock import exclusive, joined, remove_half_written
@@ -49,6 +49,7 @@ from stages.distributed import (
 from stages.errors import CacheError, IdentityError
 from stages.inputs.feed import ViewFeed, pixel_probes, plain_view
 from stages.reporting import Reporter, Silent
+from stages.teacher_checks import teacher_doubts
 
 __all__ = [
     "CacheConfig",
@@ -94,6 +95,8 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         # 1) the store, its encoding fitted to the first rows; and what is missing in it
         feed, progress = job.feed(job.splits.train, job.policy), _Progress(job, reporter)
         cache, fitted = first_rank_before_others(ranks, lambda: _ready(job, out, feed, progress))
+        for doubt in [] if job.told else _doubts(job, fitted):
+            reporter.say(f"WARNING: {doubt}")
 
         def look() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
             cache.commits.check_records()  # damage is told before hours of work
@@ -209,6 +212,14 @@ def _ready(
         remove_half_written(cache.path)
         cache.grow(job.config.views)
     return cache, fitted
+
+
+def _doubts(job: CacheJob, fitted: Blocks) -> list[str]:
+    """Whether the teacher knows the dataset, by the rows that the encoding was fitted to."""
+    if not fitted:
+        return []
+    rows, train = torch.cat([*fitted.values()])[:FIT_ROWS], job.splits.train
+    return teacher_doubts(rows, train.labels[row_order(job)[: len(rows)]], train.class_names)
 
 
 def _see(cache: LogitCache, blocks: list[tuple[int, int]]) -> None:

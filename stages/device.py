@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import ConfigError
-from stages.inputs.models import logits_of
+from stages.inputs.outputs import failure, logits_of
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,9 +37,16 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]
 
 
 def forward(model: Callable[[Tensor], Any], images: Tensor, dtype: str) -> Tensor:
-    """float32 logits (B, C) of normalised images (B, C, H, W), computed in `dtype` (autocast)."""
+    """float32 logits (B, C) of normalised images (B, C, H, W), computed in `dtype` (autocast).
+
+    Raises ModelError where the model fails, or returns something else.
+    """
     with autocast(images.device, dtype):
-        logits = logits_of(model(images))
+        try:
+            output = model(images)
+        except Exception as error:
+            raise failure(error, images) from error
+        logits = logits_of(output)
     return logits.float()
 
 

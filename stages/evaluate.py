@@ -25,6 +25,7 @@ from stages.errors import CacheError, IdentityError, ModelError, RunError
 from stages.inputs.datasets import ImageDataset, load_dataset
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.models import Model, load_model
+from stages.inputs.outputs import output_order
 from stages.reporting import Reporter, Silent
 from stages.scores import ClassScore, Comparison, Scores, class_scores, compare, score
 from stages.training.config import DataSettings, TrainSettings
@@ -74,6 +75,7 @@ def evaluate_run(
         reporter.say(note)
     try:
         model = load_model(None, str(run), len(images.class_names), images.shape[0])
+        output_order(model.classes, images.class_names, None, str(run))
     except ModelError as error:
         if dataset in (None, data.dataset):
             raise

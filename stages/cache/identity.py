@@ -15,9 +15,12 @@ from torch import Tensor
 from stages.errors import CacheError
 
 
-class TeacherIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TeacherIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """architecture: name of the model. weights: digest of its state dict. mean, std: one number a
     channel. image_size: side of its input in pixels, None for the images' own size.
+
+    outputs: what the model returns; of probabilities the log was taken. class_order: which of its
+    outputs each class of the dataset is. These two are left out where they are the default.
     """
 
     architecture: str
@@ -25,6 +28,8 @@ class TeacherIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int | None
+    outputs: str = "logits"
+    class_order: tuple[int, ...] = ()
 
 
 class DatasetIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -4,7 +4,9 @@ A name is looked up among the CIFAR families of the distillation literature, the
 `timm:NAME` and `module:callable` (called with num_classes) say where to look.
 """
 
+import contextlib
 import difflib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import yaml
 from torch import Tensor, nn
 
-from stages.errors import ModelError
+from stages.errors import ModelError, PipelineError
 from stages.inputs.checkpoints import (
     Checkpoint,
     check_tensors,
@@ -23,7 +25,8 @@ from stages.inputs.checkpoints import (
 )
 from stages.inputs.cifar_models import cifar_model, cifar_model_names
 from stages.inputs.datasets import Statistics
-from stages.inputs.imported import imported
+from stages.inputs.imported import imported, names_code
+from stages.inputs.outputs import told
 
 _INITIALISED = ("googlenet", "inception_v3")
 """torchvision warns where these are not told that they shall be."""
@@ -35,7 +38,8 @@ class Model:
 
     channels: what its input takes. statistics: the normalisation it was trained with and
     image_size: the side of its input in pixels, both None where they are unknown. notes: what was
-    chosen when its weights were read, for people, a line each.
+    chosen when its weights were read, for people, a line each. classes: the names of its outputs in
+    order, None where they are unknown.
     """
 
     module: nn.Module
@@ -44,6 +48,7 @@ class Model:
     statistics: Statistics | None = None
     image_size: int | None = None
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None
 
 
 def build_model(name: str, num_classes: int, channels: int) -> Model:
@@ -66,15 +71,20 @@ def load_model(name: str | None, weights: str | None, num_classes: int, channels
     """A model with its weights.
 
     weights: a run directory (brings its architecture and normalisation; `name` may be None), a file
-    as `stages.inputs.checkpoints` reads them, with `#KEY` for one of several, or `pretrained`.
+    as `stages.inputs.checkpoints` reads them, with `#KEY` for one of several, or `pretrained`; None
+    for a `module:callable` that brings its own.
     Raises ModelError if they are missing or do not fit.
     """
     if weights == "pretrained":
         return _pretrained(name or "", num_classes)
     if weights is None:
-        raise ModelError(
-            "no weights given", "Give --weights: a run directory, a file, or 'pretrained'."
-        )
+        if name is None or not names_code(name):
+            raise ModelError(
+                "no weights given", "Give --weights: a run directory, a file, or 'pretrained'."
+            )
+        built = build_model(name, num_classes, channels)
+        note = f"no --weights: {name} is used with those that it was made with"
+        return replace(built, notes=(note,))
     path, key = weights_file(weights)
     if not path.exists():
         raise ModelError(f"no weights at {path}", "Give a run directory, a file, or 'pretrained'.")
@@ -92,16 +102,12 @@ def load_model(name: str | None, weights: str | None, num_classes: int, channels
     checkpoint = read_checkpoint(path / "model.safetensors" if run else path, key)
     loaded = _with_weights(built, checkpoint, num_classes)
     statistics = (run["mean"], run["std"]) if run else None
-    return replace(loaded, statistics=statistics, image_size=run.get("image_size"))
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in whatever a model returns: a tensor, a tuple that starts with them (as in
-    mdistiller), or an object with `.logits`.
-    """
-    if isinstance(output, (tuple, list)):
-        output = output[0]
-    return output if isinstance(output, Tensor) else output.logits
+    return replace(
+        loaded,
+        statistics=statistics,
+        image_size=run.get("image_size"),
+        classes=run.get("classes"),
+    )
 
 
 # ---- by name --------------------------------------------------------------------------------
@@ -138,10 +144,39 @@ def _timm(name: str, num_classes: int, pretrained: bool) -> Any:
 
 
 def _imported(spec: str, num_classes: int) -> nn.Module:
-    built = imported(spec, "model", ModelError)(num_classes)
+    make = imported(spec, "model", ModelError)
+    try:
+        built = _called(make, spec, num_classes)
+    except PipelineError:
+        raise
+    except Exception as error:
+        raise ModelError(f"'{spec}' failed: {told(error)}", "Mend it, or name another.") from error
     if not isinstance(built, nn.Module):
         raise ModelError(f"'{spec}' returned a {type(built).__name__}, not a torch.nn.Module")
     return built
+
+
+def _called(make: Any, spec: str, num_classes: int) -> Any:
+    """What a callable returns: for num_classes, by name where it takes that; for nothing at all
+    where it takes no argument.
+    """
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):  # not written in Python
+        return make(num_classes)
+    takes = signature.parameters.values()
+    if any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in takes):
+        return make(num_classes=num_classes)
+    for arguments in ((num_classes,), ()):
+        with contextlib.suppress(TypeError):
+            signature.bind(*arguments)
+            break
+    else:
+        raise ModelError(
+            f"'{spec}' takes {signature}, not the number of classes alone",
+            "Name a callable that takes num_classes, or nothing.",
+        )
+    return make(*arguments)
 
 
 def _pretrained(name: str, num_classes: int) -> Model:
@@ -184,8 +219,10 @@ def _pretrained(name: str, num_classes: int) -> Model:
 def _run_config(path: Path) -> dict[str, Any]:
     """Architecture and normalisation of a run directory, from its config.yaml."""
     try:
-        model = yaml.safe_load((path / "config.yaml").read_text())["model"]
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        model, classes = config["model"], config.get("classes")
         known = {key: model[key] for key in ("architecture", "mean", "std", "image_size")}
+        known["classes"] = None if classes is None else tuple(map(str, classes))
         return {**known, "mean": tuple(known["mean"]), "std": tuple(known["std"])}
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ModelError(

@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 import torch
+import yaml
 from torch import Tensor
 
 from stages.distributed import ALONE, Ranks, device_of_rank, first_rank_does
@@ -103,7 +104,7 @@ def make_trainer(
             task=run.make_task(labels, policy),
             evaluations=evaluations,
             settings=run.config.train,
-            run=_run_directory(run, model.settings, reporter, ranks),
+            run=_run_directory(run, model.settings, train.class_names, reporter, ranks),
             device=device,
             steps=steps,
             random_state=model.random_state if len(planned) > 1 else None,
@@ -173,15 +174,20 @@ def _one_image_size(models: Sequence[_Made]) -> int | None:
 
 
 def _run_directory(
-    run: Planned, model: ModelSettings, reporter: Reporter, ranks: Ranks
+    run: Planned,
+    model: ModelSettings,
+    class_names: Sequence[str],
+    reporter: Reporter,
+    ranks: Ranks,
 ) -> RunDirectory:
     to, config = run.destination, msgspec.structs.replace(run.config, model=model)
-    plain = {"kind": to.kind, **msgspec.to_builtins(config)}
+    settings = {"kind": to.kind, **msgspec.to_builtins(config)}
+    plain = {**settings, "classes": [*class_names]}
 
     def prepare() -> None:
         RunDirectory.prepare(to.out, plain, to.resume, to.overwrite)
 
     first_rank_does(ranks, prepare)
     directory = RunDirectory(to.out, config.tensorboard and ranks.first)
-    reporter.say(directory.config_text)
+    reporter.say(yaml.safe_dump(settings, sort_keys=False))  # not a thousand names
     return directory

@@ -12,7 +12,8 @@ from stages.errors import ConfigError, ModelError
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Statistics, load_splits
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
-from stages.inputs.models import Model, build_model, load_model, logits_of
+from stages.inputs.models import Model, build_model, load_model
+from stages.inputs.outputs import Outputs, are_probabilities, logits_of, told
 from stages.inputs.views import ViewPolicy, view_policy
 from stages.reporting import Reporter
 from stages.training.config import (
@@ -156,10 +157,12 @@ def check_output(
     dataset: ImageDataset,
     policy: ViewPolicy,
     image_size: int | None,
+    outputs: Outputs = "logits",
 ) -> None:
     """Run two samples through a model, on the CPU, where it is before it is placed.
 
-    Raises ModelError unless it gives a logit for each of the dataset's classes.
+    Raises ModelError unless it gives a logit for each of the dataset's classes, or a probability
+    where `outputs` says so.
     """
     cpu = torch.device("cpu")
     feed = ViewFeed(dataset, policy, cpu, image_size, workers=0)
@@ -169,16 +172,28 @@ def check_output(
     model.module.eval()
     try:
         with torch.inference_mode():
-            shape = tuple(logits_of(model.module(normalise(batch.pixels))).shape)
-    except (RuntimeError, AttributeError) as error:
+            found = model.module(normalise(batch.pixels))
+    except Exception as error:
         pixels = tuple(batch.pixels.shape[1:])
         raise ModelError(
-            f"{model.architecture} cannot take images of {pixels}: {str(error).splitlines()[0]}",
+            f"{model.architecture} cannot take images of {pixels}: {told(error)}",
             "Give --image-size, or another model.",
         ) from error
+    logits = logits_of(found)
+    shape = tuple(logits.shape)
     if shape != (len(batch.samples), num_classes):
         raise ModelError(
             f"{model.architecture} gives logits of shape {shape} for {len(batch.samples)} images; "
             f"the dataset has {num_classes} classes",
             "Use a model with one output per class.",
+        )
+    if are_probabilities(logits.float()) != (outputs == "probabilities"):
+        if outputs == "probabilities":
+            raise ModelError(
+                f"the outputs of {model.architecture} are no probabilities: rows do not sum to 1",
+                "Leave --outputs out.",
+            )
+        raise ModelError(
+            f"{model.architecture} returns probabilities (rows that sum to 1), not logits",
+            "Return what goes into the softmax; --outputs probabilities takes a teacher's log.",
         )

@@ -4,7 +4,6 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from stages.errors import ModelError
 from stages.inputs.cifar_models import cifar_model
-from stages.inputs.models import build_model, load_model, logits_of
+from stages.inputs.models import build_model, load_model
 
 NAME, CLASSES, CHANNELS = "resnet8", 10, 3
 _fresh = itertools.count()
@@ -360,21 +359,3 @@ def test_spoilt_run_directories(
 def test_weights_that_are_not_there(name: str | None, weights: str | None, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load_model(name, weights, CLASSES, CHANNELS)
-
-
-# ---- outputs --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        pytest.param(lambda x: x, id="tensor"),
-        pytest.param(lambda x: (x, {"feats": []}), id="mdistiller's tuple"),
-        pytest.param(lambda x: [x, x + 1], id="list"),
-        pytest.param(lambda x: SimpleNamespace(logits=x, loss=None), id="object"),
-        pytest.param(lambda x: (SimpleNamespace(logits=x),), id="object in a tuple"),
-    ],
-)
-def test_logits_of(wrap: Callable[[Tensor], Any]) -> None:
-    logits = torch.randn(2, 3)
-    assert logits_of(wrap(logits)) is logits

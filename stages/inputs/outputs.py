@@ -1,0 +1,175 @@
+"""What models return, and which of it are the logits of the dataset's classes, in their order."""
+
+import sysconfig
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stages.errors import ConfigError, ModelError, PipelineError
+
+Outputs = Literal["logits", "probabilities"]
+_SUM_TOLERANCE = 1e-2
+"""Of a row of probabilities in half precision."""
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in whatever a model returns: a tensor; a mapping or an object with `logits`, or a
+    mapping with one tensor; a tuple or list that starts with them, after a loss or nothing.
+
+    Raises ModelError for anything else.
+    """
+    found = _logits(output)
+    if found is None:
+        raise ModelError(
+            f"the model returns {_described(output)}: which of it are the logits?",
+            "Return a tensor (images, classes), a tuple that starts with it, or {'logits': it}.",
+        )
+    return found
+
+
+def are_probabilities(logits: Tensor) -> bool:
+    """Whether all rows (B, C) lie in [0, 1] and sum to 1, as after a softmax."""
+    if not len(logits) or logits.shape[1] < 2 or not bool(torch.isfinite(logits).all()):
+        return False
+    rows = logits.double()
+    inside = (rows >= 0).all() and (rows <= 1 + _SUM_TOLERANCE).all()
+    return bool(inside) and bool(((rows.sum(1) - 1).abs() < _SUM_TOLERANCE).all())
+
+
+class Adapted(nn.Module):
+    """A model whose outputs are turned into logits of the dataset's classes.
+
+    Probabilities p become log p, which differs from their logits by a constant a row; 0 becomes the
+    log of the smallest normal float32, -87. order: which output each class of the dataset is.
+    """
+
+    def __init__(self, module: nn.Module, outputs: Outputs, order: Sequence[int]) -> None:
+        super().__init__()
+        self.module, self._outputs = module, outputs
+        self.register_buffer("order", torch.tensor(order, dtype=torch.int64), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of normalised images (B, C, H, W)."""
+        logits = logits_of(self.module(images))
+        if self._outputs == "probabilities":
+            logits = logits.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+        return logits[:, self.get_buffer("order")] if len(self.get_buffer("order")) else logits
+
+
+def output_order(
+    theirs: Sequence[str] | None, ours: Sequence[str], wanted: str | None, source: str
+) -> tuple[int, ...]:
+    """Which of a model's outputs each of the dataset's classes is; empty if the same numbers are.
+
+    theirs: the names of the model's classes, None where they are not known. wanted: None to refuse
+    another order, `teacher` to follow it, `dataset` to ignore the model's names, or a file with the
+    names of the model's classes in order, one a line. source: of the model, for messages.
+
+    Raises ModelError where the names differ, or their order does and nothing is wanted.
+    """
+    if wanted == "dataset":
+        return ()
+    if wanted not in (None, "teacher"):
+        theirs, source = _names_in(Path(str(wanted))), str(wanted)
+    if theirs is None:
+        if wanted is None:
+            return ()
+        raise ConfigError(
+            f"{source} does not say the order of its classes",
+            "Give a file with their names, one a line: --class-order FILE.",
+        )
+    if tuple(theirs) == tuple(ours):
+        return ()
+    if sorted(theirs) != sorted(ours):
+        raise ModelError(
+            f"{source} has other classes than the dataset: {_difference(theirs, ours)}",
+            "If its output i is the dataset's class i all the same, give --class-order dataset.",
+        )
+    first = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
+    if wanted is None or len({*theirs}) < len(theirs):
+        raise ModelError(
+            f"the classes of {source} are in another order: its output {first} is "
+            f"'{theirs[first]}', the dataset's class {first} is '{ours[first]}'",
+            "Give --class-order teacher, and its outputs are put into the dataset's order.",
+        )
+    place = {name: i for i, name in enumerate(theirs)}
+    return tuple(place[name] for name in ours)
+
+
+def told(error: Exception) -> str:
+    """An exception of somebody's own code in one line: class, message, and file and line."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    at = next(filter(_is_own, reversed(traceback.extract_tb(error.__traceback__))), None)
+    return f"{text} ({at.filename}:{at.lineno})" if at else text
+
+
+def failure(error: Exception, images: Tensor) -> PipelineError:
+    """What to raise for an exception from a model's forward pass."""
+    if isinstance(error, PipelineError):
+        return error
+    full = "out of memory" in str(error).lower()
+    return ModelError(
+        f"the model failed on images of shape {tuple(images.shape)}: {told(error)}",
+        "Give a smaller --batch-size." if full else "Check the model on a batch of this shape.",
+    )
+
+
+# ---- details --------------------------------------------------------------------------------
+
+_LIBRARIES = (
+    *(sysconfig.get_paths()[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
+    str(Path(torch.__file__).parent),
+    "<",
+)
+_OURS = str(Path(__file__).parents[1])
+
+
+def _is_own(frame: traceback.FrameSummary) -> bool:
+    """Whether a line is neither of a library nor of the stages."""
+    return not frame.filename.startswith((*_LIBRARIES, _OURS))
+
+
+def _logits(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        if "logits" in output:
+            return _logits(output["logits"])
+        tensors = [value for value in output.values() if isinstance(value, Tensor)]
+        return tensors[0] if len(tensors) == 1 else None
+    if isinstance(output, (tuple, list)):
+        rest = [part for part in output if not _is_loss(part)]
+        return _logits(rest[0]) if rest else None
+    return _logits(output.logits) if hasattr(output, "logits") else None
+
+
+def _is_loss(part: Any) -> bool:
+    return part is None or isinstance(part, float) or (isinstance(part, Tensor) and part.ndim == 0)
+
+
+def _described(output: Any) -> str:
+    if isinstance(output, Mapping):
+        return f"a mapping with the keys {', '.join(map(str, [*output][:5])) or '(none)'}"
+    return "None" if output is None else f"a {type(output).__name__}"
+
+
+def _names_in(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the class names in {path}: {error}",
+            "--class-order takes teacher, dataset, or a file with one name a line.",
+        ) from error
+
+
+def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    more, fewer = sorted({*theirs} - {*ours}), sorted({*ours} - {*theirs})
+    both = [(more, "not in the dataset"), (fewer, "only in the dataset")]
+    told = [f"{', '.join(map(repr, names[:3]))} {where}" for names, where in both if names]
+    return "; ".join(told) or f"{len(theirs)}, not {len(ours)}"

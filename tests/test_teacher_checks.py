@@ -1,0 +1,278 @@
+"""What is told of a teacher before hours are spent, and that a good one is left alone."""
+
+import dataclasses
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import yaml
+from helpers import Words
+from torch import Tensor
+
+from stages.cache import LogitCache
+from stages.cache_plan import plan_cache
+from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.errors import ModelError, PipelineError
+from stages.evaluate import evaluate_run
+from stages.repair import recorded_job
+from stages.teacher_checks import teacher_doubts
+from stages.training.setup import Splits
+
+ORDER = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+
+
+def rows(top1: float, classes: int = 10, size: int = 4000) -> tuple[Tensor, Tensor]:
+    """Logits and labels of a teacher that is right this often."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(classes, (size,), generator=generator)
+    wrong = torch.randint(classes, (size,), generator=generator)
+    answers = torch.where(torch.rand(size, generator=generator) < top1, labels, wrong)
+    return torch.nn.functional.one_hot(answers, classes).float(), labels
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "told"),
+    [
+        pytest.param(*rows(0.8), None, id="good"),
+        pytest.param(*rows(0.2), None, id="poor"),
+        pytest.param(*rows(0.6, classes=2), None, id="poor, of two classes"),
+        pytest.param(*rows(0.1, classes=1000), None, id="poor, of a thousand classes"),
+        pytest.param(*rows(0.0), "chance", id="chance"),
+        pytest.param(*rows(0.0, classes=2), "chance", id="chance, of two classes"),
+        pytest.param(*rows(0.0, classes=1000), "chance", id="chance, of a thousand classes"),
+        pytest.param(rows(0.8)[0][:, ORDER], rows(0.8)[1], "order", id="another order"),
+        pytest.param(
+            rows(0.8, 1000)[0].roll(1, 1), rows(0.8, 1000)[1], "order", id="order, of a thousand"
+        ),
+        pytest.param(
+            rows(0.9)[0][:, [1, 0, *range(2, 10)]], rows(0.9)[1], "order", id="two classes swapped"
+        ),
+        pytest.param(torch.eye(10)[[7] * 400], rows(0.5)[1][:400], "'seven'", id="constant"),
+        pytest.param(*(x[:20] for x in rows(0.0)), None, id="too few rows to tell"),
+    ],
+)
+def test_doubts(logits: Tensor, labels: Tensor, told: str | None) -> None:
+    names = [{7: "seven"}.get(c, str(c)) for c in range(logits.shape[1])]
+    doubts = teacher_doubts(logits, labels, names)
+    assert len(doubts) == (0 if told is None else 1)
+    assert told is None or told in doubts[0]
+
+
+# ---- in stage one ---------------------------------------------------------------------------
+
+
+def reordered(digits: Splits, order: list[int]) -> Splits:
+    """The same images under the same names, with the classes in another order."""
+    place = {old: new for new, old in enumerate(order)}
+    names = tuple(digits.train.class_names[old] for old in order)
+
+    def of(split: object) -> object:
+        labels = torch.tensor([place[int(c)] for c in split.labels])  # type: ignore[attr-defined]
+        return dataclasses.replace(split, labels=labels, class_names=names)  # type: ignore[type-var]
+
+    return Splits(of(digits.train), of(digits.test))  # type: ignore[arg-type]
+
+
+def with_teacher(config: CacheConfig, **changes: object) -> CacheConfig:
+    teacher = msgspec.structs.replace(config.teacher, **changes)
+    return msgspec.structs.replace(config, teacher=teacher, views=1)
+
+
+def test_a_run_keeps_its_classes(teacher_run: Path, digits: Splits) -> None:
+    kept = yaml.safe_load((teacher_run / "config.yaml").read_text())["classes"]
+    assert tuple(kept) == digits.train.class_names
+
+
+def test_another_order_is_refused_or_followed(
+    tmp_path: Path, cache_config: CacheConfig, digits: Splits, finished_cache: Path
+) -> None:
+    other = reordered(digits, ORDER)
+    with pytest.raises(ModelError, match="--class-order teacher"):
+        prepare(cache_config, other)
+
+    job = prepare(with_teacher(cache_config, class_order="teacher"), other)
+    cache_teacher(job, tmp_path / "c.zarr")
+    ours = LogitCache.open(tmp_path / "c.zarr")
+    theirs = LogitCache.open(finished_cache)
+    assert ours.identity.teacher.class_order == tuple(ORDER)
+    samples = torch.arange(100)
+    torch.testing.assert_close(
+        ours.read_view(0).rows(samples), theirs.read_view(0).rows(samples)[:, ORDER]
+    )
+    assert ours.top1_per_view[0] == theirs.top1_per_view[0]
+
+
+def test_an_identity_has_new_fields_only_where_they_are_used(
+    cache_config: CacheConfig, digits: Splits
+) -> None:
+    plain = prepare(cache_config, digits).identity
+    assert {*plain.to_json()["teacher"]} == {
+        *("architecture", "weights", "mean", "std", "image_size")
+    }
+
+
+def test_a_teacher_whose_order_nobody_knows_is_doubted(
+    tmp_path: Path, cache_config: CacheConfig, digits: Splits
+) -> None:
+    other, weights = reordered(digits, ORDER), f"{cache_config.teacher.weights}/model.safetensors"
+    config = with_teacher(cache_config, weights=weights, architecture="resnet8")
+    job, words = prepare(config, other), Words()
+    (doubt,) = plan_cache(job, tmp_path / "plan.zarr").doubts
+    assert "--class-order" in doubt
+    cache_teacher(job, tmp_path / "c.zarr", words)
+    assert any(doubt in line for line in words.lines)
+
+
+def test_a_good_teacher_is_not_doubted(
+    tmp_path: Path, cache_config: CacheConfig, digits: Splits
+) -> None:
+    job = prepare(with_teacher(cache_config), digits)
+    assert plan_cache(job, tmp_path / "plan.zarr").doubts == ()
+
+
+def test_evaluate_refuses_another_order(
+    monkeypatch: pytest.MonkeyPatch, teacher_run: Path, digits: Splits
+) -> None:
+    other = reordered(digits, ORDER).test
+    monkeypatch.setattr("stages.evaluate.load_dataset", lambda *_: other)
+    with pytest.raises(PipelineError, match="another order"):
+        evaluate_run(teacher_run)
+
+
+# ---- models of one's own --------------------------------------------------------------------
+
+MODELS = """
+import torch
+from pathlib import Path
+from torch import nn
+from stages.inputs.models import load_model
+
+RUN = {run!r}
+
+def net():
+    return load_model(None, RUN, 10, 1).module
+
+class Grey(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.net, self.change = net(), change
+    def forward(self, x):
+        return self.change(self.net(x[:, :1]))
+
+def logits():
+    return Grey(lambda x: x)
+
+def probabilities(num_classes):
+    return Grey(lambda x: x.softmax(1))
+
+def mapping():
+    return Grey(lambda x: dict(logits=x, loss=None))
+
+def nothing():
+    return Grey(lambda x: None)
+
+def too_wide():
+    return Grey(lambda x: x.repeat(1, 2))
+
+def two(a, b):
+    return net()
+
+def broken(num_classes):
+    raise OSError("no such hub")
+
+def later():
+    def fail_on_many(x):
+        if len(x) > 2:
+            raise ValueError("too many")
+        return x
+    return Grey(fail_on_many)
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path) -> str:
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "teachers_of_ones_own.py").write_text(MODELS.format(run=str(teacher_run)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield "teachers_of_ones_own"
+
+
+def own_config(config: CacheConfig, name: str, **changes: object) -> CacheConfig:
+    run = yaml.safe_load((Path(str(config.teacher.weights)) / "config.yaml").read_text())["model"]
+    teacher = TeacherSettings(
+        architecture=name, mean=tuple(run["mean"]), std=tuple(run["std"]), **changes
+    )
+    return msgspec.structs.replace(config, teacher=teacher, views=1)
+
+
+@pytest.mark.parametrize("name", ["logits", "mapping", "probabilities"])
+def test_a_callable_brings_its_own_weights(
+    tmp_path: Path,
+    own: str,
+    name: str,
+    cache_config: CacheConfig,
+    digits: Splits,
+    finished_cache: Path,
+) -> None:
+    asked = {"outputs": "probabilities"} if name == "probabilities" else {}
+    job = prepare(own_config(cache_config, f"{own}:{name}", **asked), digits)
+    cache_teacher(job, tmp_path / "c.zarr")
+    cache = LogitCache.open(tmp_path / "c.zarr")
+    found, samples = cache.read_view(0).rows(torch.arange(200)), torch.arange(200)
+    known = LogitCache.open(finished_cache).read_view(0).rows(samples)
+    for temperature in (1, 4):
+        torch.testing.assert_close(
+            (found / temperature).softmax(1),
+            (known / temperature).softmax(1),
+            rtol=1e-3,
+            atol=1e-5,
+        )
+    assert cache.identity.teacher.outputs == asked.get("outputs", "logits")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("probabilities", {}, "--outputs probabilities"),
+        ("logits", {"outputs": "probabilities"}, "no probabilities"),
+        ("nothing", {}, "None"),
+        ("too_wide", {}, r"\(2, 20\)"),
+        ("two", {}, r"\(a, b\)"),
+        ("broken", {}, r"OSError: no such hub \(.*teachers_of_ones_own.py:\d+\)"),
+    ],
+)
+def test_models_that_are_refused(
+    own: str,
+    name: str,
+    changes: dict[str, object],
+    message: str,
+    cache_config: CacheConfig,
+    digits: Splits,
+) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        prepare(own_config(cache_config, f"{own}:{name}", **changes), digits)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_a_model_that_fails_during_the_pass(
+    tmp_path: Path, own: str, cache_config: CacheConfig, digits: Splits
+) -> None:
+    job = prepare(own_config(cache_config, f"{own}:later"), digits)
+    with pytest.raises(ModelError, match=r"ValueError: too many \(.*teachers_of_ones_own.py"):
+        cache_teacher(job, tmp_path / "c.zarr")
+
+
+def test_weights_are_needed_by_a_name(cache_config: CacheConfig, digits: Splits) -> None:
+    with pytest.raises(ModelError, match="no weights given"):
+        prepare(own_config(cache_config, "resnet8"), digits)
+
+
+def test_a_cache_of_probabilities_is_loaded_again_alike(
+    tmp_path: Path, own: str, cache_config: CacheConfig
+) -> None:
+    config = own_config(cache_config, f"{own}:probabilities", outputs="probabilities")
+    job = prepare(config)
+    cache_teacher(job, tmp_path / "c.zarr")
+    assert recorded_job(tmp_path / "c.zarr").identity == job.identity
