@@ -239,13 +239,12 @@ def _see(cache: LogitCache, blocks: list[tuple[int, int]]) -> None:
 
 
 def _summary(cache: LogitCache, computed_blocks: int) -> CacheSummary:
-    logits, labels = cache.eval_logits()
     top1 = cache.top1_per_view
     return CacheSummary(
         computed_blocks=computed_blocks,
         views=len(top1),
         train_top1=[*top1.values()],
-        test_top1=float((logits.argmax(1) == labels).double().mean()),
+        test_top1=cache.eval_top1(),
     )
 
 

@@ -4,8 +4,8 @@
 
 Everything is measured on the clean view, with the weights of the selected epoch, in the precision
 of the run: top-1 is what its metrics.jsonl has for that epoch. The teacher is never loaded: its
-logits of the test split lie in the cache (float16). Several caches are averaged in probability, as
-a student of several was trained.
+logits and predictions of the test split lie in the cache. Several caches are averaged in
+probability, as a student of several was trained.
 """
 
 import json
@@ -89,6 +89,7 @@ def evaluate_run(
     size = batch_size or max(_SMALLEST_BATCH, settings.train.batch_size)
     logits = _test_logits(model, images, settings, size, choose_device(device), reporter)
     teacher, used = _teacher_of(images, caches, settings.caches, reporter)
+    theirs = None if teacher is None else teacher[1]
 
     # 3) what they are worth
     return Evaluated(
@@ -97,7 +98,7 @@ def evaluate_run(
         samples=len(labels),
         scores=score(logits, labels),
         recorded_top1=_recorded_top1(Path(run)) if dataset in (None, data.dataset) else None,
-        classes=class_scores(images.class_names, labels, logits, teacher),
+        classes=class_scores(images.class_names, labels, logits.argmax(1), theirs),
         comparison=None if teacher is None else compare(logits, teacher, labels, used),
     )
 
@@ -173,16 +174,19 @@ def _test_logits(
 
 def _teacher_of(
     images: ImageDataset, given: Sequence[str], named: Sequence[str], reporter: Reporter
-) -> tuple[Tensor | None, Sequence[str]]:
-    """The teacher's logits float32 (N, C), and the caches they are from; None where only the run
-    names caches, and these are gone or of other images.
+) -> tuple[tuple[Tensor, Tensor] | None, Sequence[str]]:
+    """The teacher's logits float32 (N, C) and predictions int64 (N,), and the caches they are from;
+    None where only the run names caches, and these are gone or of other images.
     """
     paths = given or named
     if not paths:
         return None, ()
     try:
         members = [_cached_logits(path, images) for path in paths]
-        return members[0] if len(members) == 1 else mean_logits(members), paths
+        if len(members) == 1:
+            return members[0], paths
+        together = mean_logits([logits for logits, _ in members])
+        return (together, together.argmax(1)), paths
     except CacheError as error:
         if given:
             raise
@@ -190,7 +194,7 @@ def _teacher_of(
         return None, ()
 
 
-def _cached_logits(path: str, images: ImageDataset) -> Tensor:
+def _cached_logits(path: str, images: ImageDataset) -> tuple[Tensor, Tensor]:
     """Raises IdentityError unless the cache has logits of this very test split."""
     cache = LogitCache.open(path)
     logits, labels = cache.eval_logits()
@@ -201,4 +205,4 @@ def _cached_logits(path: str, images: ImageDataset) -> Tensor:
             f"the test split of {path} has other {what} than that of {images.name}",
             "Give the dataset that the cache was made from, or another --cache.",
         )
-    return logits
+    return logits, cache.eval_predictions()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.encoding import check_temperature
+from stages.cache.encoding import check_offset, check_temperature
 from stages.cache.layout import threads_at_once
 from stages.cache.location import Location
 from stages.cache.lock import exclusive, remove_half_written
@@ -120,6 +120,8 @@ def rectify(
     check_unmixed(cache.identity.views.policy, "rectification")
     settings = config.settings
     check_temperature(cache.encoding, 1.0 if settings.temperature_free else settings.temperature)
+    if settings.space == "logit" and settings.method != "swap":  # swapping ignores the offset
+        check_offset(cache.encoding, "the space 'logit'")
     name, views = config.chosen_name, _views(cache, config.views)
     with exclusive(cache.path):
         # 1) what is missing

@@ -57,16 +57,21 @@ class Comparison(msgspec.Struct, frozen=True):
     both_wrong: int
 
 
-def score(logits: Tensor, labels: Tensor) -> Scores:
-    """All scores of logits, float (N, C), against labels, int64 (N,)."""
+def score(logits: Tensor, labels: Tensor, predictions: Tensor | None = None) -> Scores:
+    """All scores of logits, float (N, C), against labels, int64 (N,).
+
+    predictions: int64 (N,), the argmax of exact rows where the logits are rounded.
+    """
     logs = torch.log_softmax(logits.float(), dim=1)
     best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (N, up to 5)
     confidence, predicted = logs.max(1)
+    if predictions is None:
+        predictions = predicted
     return Scores(
-        top1=_mean(best[:, 0]),
+        top1=_mean(predictions == labels),
         top5=_mean(best.any(1)),
         nll=-_mean(logs.gather(1, labels[:, None])),
-        ece=calibration(confidence.double().exp(), predicted == labels).ece,
+        ece=calibration(confidence.double().exp(), predictions == labels).ece,
     )
 
 
@@ -110,29 +115,35 @@ def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> Calibrat
 
 
 def class_scores(
-    names: Sequence[str], labels: Tensor, logits: Tensor, teacher: Tensor | None = None
+    names: Sequence[str], labels: Tensor, predictions: Tensor, teacher: Tensor | None = None
 ) -> tuple[ClassScore, ...]:
-    """The accuracy on each class. labels: int64 (N,). logits, teacher: float (N, C)."""
+    """The accuracy on each class. labels, predictions, teacher (its predictions): int64 (N,)."""
     counts = labels.bincount(minlength=len(names))
 
-    def shares(rows: Tensor) -> list[float | None]:
-        hits = labels[rows.argmax(1) == labels].bincount(minlength=len(names))
+    def shares(answers: Tensor) -> list[float | None]:
+        hits = labels[answers == labels].bincount(minlength=len(names))
         return [h / n if n else None for h, n in zip(hits.tolist(), counts.tolist(), strict=True)]
 
     theirs = [None] * len(names) if teacher is None else shares(teacher)
-    columns = zip(names, counts.tolist(), shares(logits), theirs, strict=True)
+    columns = zip(names, counts.tolist(), shares(predictions), theirs, strict=True)
     return tuple(ClassScore(*column) for column in columns)
 
 
-def compare(student: Tensor, teacher: Tensor, labels: Tensor, caches: Sequence[str]) -> Comparison:
-    """Student and teacher on the same samples: logits float (N, C), labels int64 (N,)."""
-    ours, theirs = student.argmax(1), teacher.argmax(1)
+def compare(
+    student: Tensor, teacher: tuple[Tensor, Tensor], labels: Tensor, caches: Sequence[str]
+) -> Comparison:
+    """Student and teacher on the same samples: logits float (N, C), labels int64 (N,).
+
+    teacher: its logits and its predictions, int64 (N,).
+    """
+    rows, theirs = teacher
+    ours = student.argmax(1)
     right, taught = ours == labels, theirs == labels
-    log_student, log_teacher = (torch.log_softmax(z.float(), dim=1) for z in (student, teacher))
-    kl = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
+    log_student, log_teacher = (torch.log_softmax(z.float(), dim=1) for z in (student, rows))
+    kl = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1).clamp(min=0)
     return Comparison(
         caches=tuple(caches),
-        teacher=score(teacher, labels),
+        teacher=score(rows, labels, theirs),
         agreement=_mean(ours == theirs),
         kl=_mean(kl),
         both_right=int((right & taught).sum()),

@@ -90,7 +90,7 @@ def test_xarray_alone_reads_the_live_teachers_logits(
         assert found["prediction"].dims == ("view", "sample")
         assert found["label"].dims == found["dataset_index"].dims == ("sample",)
         assert found["eval_logits"].dims == ("eval_sample", "class")
-        assert found["eval_label"].dims == ("eval_sample",)
+        assert found["eval_label"].dims == found["eval_prediction"].dims == ("eval_sample",)
         assert dict(found.sizes) == {
             "view": 3, "sample": 1000, "class": 10, "eval_sample": 797
         }  # fmt: skip
@@ -105,6 +105,7 @@ def test_xarray_alone_reads_the_live_teachers_logits(
         "logits": "float32",
         "eval_label": "int32",
         "eval_logits": "float16",
+        "eval_prediction": "uint16",
     }
     assert (attributes["format"], attributes["version"]) == ("teacher-logit-cache", 1)
     index = values["dataset_index"]
@@ -121,7 +122,9 @@ def test_xarray_alone_reads_the_live_teachers_logits(
         assert sure.mean() > 0.9
         assert np.array_equal(values["prediction"][view][sure], live.argmax(1)[sure])
     live = teacher(torch.from_numpy(npz["test_images"]).unsqueeze(1)).numpy()
-    np.testing.assert_allclose(values["eval_logits"], live, rtol=2**-11, atol=2e-5)
+    relative = live - live.max(1, keepdims=True)
+    np.testing.assert_allclose(values["eval_logits"], relative, rtol=2**-11, atol=2e-5)
+    assert np.array_equal(values["eval_prediction"], live.argmax(1))
     assert np.array_equal(values["eval_label"], npz["test_labels"])
 
 
@@ -220,7 +223,7 @@ def test_more_views_are_appended_and_old_blocks_stay_untouched(
     assert (summary.computed_blocks, summary.views) == (2 * BLOCKS_PER_VIEW, 5)
     after = array_bytes(cache_copy)
     blocks = [name for name in before if "/c/" in name]
-    assert len(blocks) == 3 * BLOCKS_PER_VIEW * 2 + 4
+    assert len(blocks) == 3 * BLOCKS_PER_VIEW * 2 + 5
     assert {name: after[name] for name in blocks} == {name: before[name] for name in blocks}
     now = mtimes(cache_copy)
     assert {name: now[name] for name in blocks} == {name: times[name] for name in blocks}

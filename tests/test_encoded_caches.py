@@ -19,7 +19,7 @@ from torch import Tensor
 from stages.cache import LogitCache, arrays
 from stages.cache.encoding import DEFAULT_MAX_KL, Fidelity
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
-from stages.errors import CacheError, IdentityError
+from stages.errors import CacheError, IdentityError, PipelineError
 from stages.rectify import RectifyConfig, rectify
 from stages.train_student import StudentConfig, train_student
 from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
@@ -188,10 +188,9 @@ def test_xarray_alone_reads_topk(my_cache: Callable[[str], Path]) -> None:
     with xarray.open_zarr(path, consolidated=False) as found:
         assert found["topk_index"].dims == found["topk_value"].dims == ("view", "sample", "k")
         assert found["topk_tail"].dims == ("view", "sample", "temperature")
-        assert found["topk_mean"].dims == found["topk_std"].dims == ("view", "sample")
-        dtypes = [str(found[f"topk_{n}"].dtype) for n in ("index", "value", "tail", "mean", "std")]
+        dtypes = [str(found[f"topk_{n}"].dtype) for n in ("index", "value", "tail")]
         values = {str(name): array.to_numpy() for name, array in found.items()}
-    assert dtypes == ["uint8", "float16", "float32", "float16", "float16"]
+    assert dtypes == ["uint8", "float16", "float32"]
 
     index = values["topk_index"].astype(int)
     assert bool((index == values["label"][None, :, None]).any(2).all())
@@ -416,6 +415,48 @@ def student(
         bias=BiasSettings(mode=bias, rectified="pairwise-T4" if bias == "rectify" else None),
         device="cpu",
     )
+
+
+def offset_sensitive(path: Path, splits: Splits, run: Path) -> None:
+    """What reads logits themselves: a loss, and a space of rectification."""
+    loss = LossSettings(name="lr")
+    train_student(msgspec.structs.replace(student(path), loss=loss), run, splits=splits)
+    rectify(path, RectifyConfig(space="logit"))
+
+
+@each_encoding
+def test_what_reads_the_offset_of_rows_has_it_or_is_refused(
+    my_cache: Callable[[str], Path],
+    exact: LogitCache,
+    my_splits: Splits,
+    tmp_path: Path,
+    spec: str,
+) -> None:
+    path = Path(shutil.copytree(my_cache(spec), tmp_path / "c.zarr"))
+    if not LogitCache.open(path).encoding.keeps_offset:
+        words = "the loss 'lr' (reads logits themselves|needs whole teacher rows)"
+        config = msgspec.structs.replace(student(path), loss=LossSettings(name="lr"))
+        with pytest.raises(PipelineError, match=words) as told:
+            train_student(config, tmp_path / "run", splits=my_splits)
+        assert "--encoding" in told.value.remedy
+        with pytest.raises(CacheError, match="the space 'logit' reads logits themselves"):
+            rectify(path, RectifyConfig(space="logit"))
+        rectify(path, RectifyConfig(space="logit", method="swap"))  # which ignores it
+        return
+    offset_sensitive(path, my_splits, tmp_path / "run")
+    offset_sensitive(
+        Path(shutil.copytree(exact.path, tmp_path / "exact.zarr")), my_splits, tmp_path / "exact"
+    )
+    (ours,), (theirs,) = metrics(tmp_path / "run"), metrics(tmp_path / "exact")
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01)
+    for view in range(VIEWS):
+        found, expected = (
+            LogitCache.open(tmp_path / name)
+            .read_view(view, "pairwise-T4-logit")
+            .rectified_rows(ALL)
+            for name in ("c.zarr", "exact.zarr")
+        )
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
 
 
 def test_topk_refuses_a_temperature_before_anything_is_written(

@@ -120,7 +120,7 @@ def test_calibration_by_hand() -> None:
 def test_classes_equal_those_of_a_loop_and_may_be_empty() -> None:
     student, teacher, labels = random_rows(200, 7)
     labels[labels == 3] = 4  # nobody is left in class 3
-    found = class_scores([f"c{c}" for c in range(7)], labels, student, teacher)
+    found = class_scores([f"c{c}" for c in range(7)], labels, student.argmax(1), teacher.argmax(1))
     for c, one in enumerate(found):
         mine = [i for i in range(200) if labels[i] == c]
         assert (one.name, one.samples) == (f"c{c}", len(mine))
@@ -142,7 +142,7 @@ def test_comparison_equals_a_loop() -> None:
         ours, theirs = int(np.argmax(p)), int(np.argmax(q))
         agree += ours == theirs
         counts[ours == label, theirs == label] += 1
-    found = compare(student, teacher, labels, ["a"])
+    found = compare(student, (teacher, teacher.argmax(1)), labels, ["a"])
     assert found.kl == pytest.approx(kl / 300, rel=1e-5)
     assert found.agreement == agree / 300
     assert found.teacher == score(teacher, labels)
@@ -302,8 +302,9 @@ def test_a_place_that_cannot_be_written_is_told_first(out: str, tmp_path: Path) 
 def test_many_classes_are_shown_by_their_ends(capsys: pytest.CaptureFixture[str]) -> None:
     student, teacher, labels = random_rows(3000, 100)
     names = [f"class-{c:02d}" for c in range(100)]
-    classes = class_scores(names, labels, student, teacher)
-    comparison = compare(student, teacher, labels, ["c100.zarr"])
+    theirs = teacher.argmax(1)
+    classes = class_scores(names, labels, student.argmax(1), theirs)
+    comparison = compare(student, (teacher, theirs), labels, ["c100.zarr"])
     evaluated = Evaluated("run", "made", 3000, score(student, labels), None, classes, comparison)
     show_evaluation(Console(), evaluated)
     shown = capsys.readouterr().out

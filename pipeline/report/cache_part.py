@@ -125,7 +125,7 @@ def _key_numbers(
     tiles.append((sure, "overconfidence", over, f"{100 * abs(over):.2f} points", ""))
     if cache.eval_commits.is_complete(0):
         logits, labels = cache.eval_logits()
-        right = logits.argmax(1) == labels
+        right = cache.eval_predictions() == labels
         test, accuracy = calibration_of(logits, right), float(right.double().mean())
         tiles.insert(1, ("top-1 on the test split", "test_top1", accuracy, percent(accuracy), ""))
         tiles.append(("ECE on the test split", "test_ece", test.ece, percent(test.ece), ""))

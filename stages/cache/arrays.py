@@ -15,7 +15,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from stages.cache.commits import CommitLog
-from stages.cache.layout import ArraySpec, BlockGrid, block_key
+from stages.cache.layout import ArraySpec, BlockGrid, block_key, whole_key
 from stages.cache.location import Location, answered, ask, open_store
 from stages.cache.objects import described, write_object
 from stages.cache.records import Record
@@ -195,6 +195,16 @@ def encode_shard(spec: ArraySpec, grid: BlockGrid, block: int, values: Tensor) -
     array = create_array(zarr.create_group(MemoryStore(objects)), "a", spec, sizes, grid)
     array[0, grid.rows(block)] = values.numpy().astype(array.dtype, copy=False)
     return objects[block_key("a", spec, 0, block)].to_bytes()
+
+
+def encode_whole(spec: ArraySpec, values: Tensor) -> bytes:
+    """The values of an array that is stored whole as the bytes of its object."""
+    objects: dict[str, Buffer] = {}
+    sizes = dict(zip(spec.dimensions, values.shape, strict=True))
+    group = zarr.create_group(MemoryStore(objects))
+    array = create_array(group, "a", spec, sizes, BlockGrid(1, 1, 1))
+    array[...] = values.numpy().astype(array.dtype, copy=False)
+    return objects[whole_key("a", spec)].to_bytes()
 
 
 def grow(group: zarr.Group, num_views: int, last: str = "") -> None:

@@ -102,6 +102,7 @@ def base_arrays(num_classes: int) -> dict[str, ArraySpec]:
         "prediction": ArraySpec(("view", "sample"), prediction_dtype(num_classes)),
         "eval_label": ArraySpec(("eval_sample",), "int32"),
         "eval_logits": ArraySpec(("eval_sample", "class"), "float16"),
+        "eval_prediction": ArraySpec(("eval_sample",), prediction_dtype(num_classes)),
     }
 
 
@@ -115,6 +116,11 @@ def rectified_arrays(materialise: bool) -> dict[str, ArraySpec]:
     if materialise:
         arrays["log_distribution"] = ArraySpec(("view", "sample", "class"), "float16")
     return arrays
+
+
+def whole_key(array: str, spec: ArraySpec) -> str:
+    """The one object of an array that is stored whole."""
+    return f"{array}/c" + "/0" * len(spec.dimensions)
 
 
 def block_key(array: str, spec: ArraySpec, view: int, block: int) -> str:

@@ -35,7 +35,7 @@ from stages.cache.encoding import (
 from stages.cache.identity import Identity, identity_from_json
 from stages.cache.layout import BlockGrid
 from stages.cache.location import Location, location
-from stages.cache.objects import described, folders, read_object
+from stages.cache.objects import described, folders, read_object, write_object
 from stages.cache.records import Record
 from stages.cache.rectified import Rectification, RectificationSettings
 from stages.cache.targets import ViewTargets
@@ -342,15 +342,30 @@ class LogitCache:
         return torch.softmax(rows / temperature, dim=1)
 
     def eval_logits(self) -> tuple[Tensor, Tensor]:
-        """The teacher's float32 logits (M, C) and the labels int64 (M,) of the test split."""
+        """The teacher's logits on the test split, float32 (M, C), each row minus its maximum; the
+        labels, int64 (M,). Accuracy is that of `eval_predictions`.
+        """
+        self._require_eval()
+        logits = arrays.read_array(self._group, "eval_logits").float()
+        return logits, arrays.read_array(self._group, "eval_label")
+
+    def eval_predictions(self) -> Tensor:
+        """int64 (M,): the teacher's argmax on the test split, of the exact rows."""
+        self._require_eval()
+        return arrays.read_array(self._group, "eval_prediction").long()
+
+    def eval_top1(self) -> float:
+        """The teacher's accuracy on the test split, in [0, 1]."""
+        labels = arrays.read_array(self._group, "eval_label")
+        return float((self.eval_predictions() == labels).double().mean())
+
+    def _require_eval(self) -> None:
         if not self.eval_commits.is_complete(0):
             raise CacheError(
                 f"{self.path} has no logits of the test split yet",
                 "Run `pipeline cache-teacher` again to finish it.",
             )
         self.eval_commits.check_objects(0)
-        logits = arrays.read_array(self._group, "eval_logits").float()
-        return logits, arrays.read_array(self._group, "eval_label")
 
     def _predictions(self, view: int, *runs: slice) -> Tensor:
         return arrays.read_rows(self._group, "prediction", view, runs).long()
@@ -426,13 +441,26 @@ class LogitCache:
             root.write_attributes(self._group, {**known, "fidelity": msgspec.to_builtins(fidelity)})
 
     def write_eval_logits(self, logits: Tensor, record: Record) -> None:
-        """The teacher's logits on the test split: float32 (M, C), kept as float16."""
-        limit = torch.finfo(torch.float16).max
-        halves = logits.clamp(-limit, limit).half()
-        arrays.get_array(self._group, "eval_logits")[:] = halves.numpy()
-        key = "eval_logits/c/0/0"
-        content = read_object(self._group.store, key) or b""
-        self.eval_commits.commit(0, 0, {**record, "objects": {key: described(content)}})
+        """The teacher's logits on the test split, float32 (M, C). Kept are rows minus their maximum
+        in half precision, and the argmax of the exact rows.
+
+        With d = maximum - logit, rounding changes d by at most 2^-11 d, and so exp(-d / T) by at
+        most 2^-11 d/T exp(-d/T) < 2e-4, whatever the offset and the scale of the logits. What lies
+        beyond -65,504 is clamped: its probability is 0 in float32 at every T up to 600.
+        """
+        least = torch.finfo(torch.float16).min
+        relative = logits.double() - logits.double().amax(1, keepdim=True)
+        values = {
+            "eval_logits": relative.clamp(min=least).half(),
+            "eval_prediction": logits.argmax(1),
+        }
+        specs, objects = layout.base_arrays(self.num_classes), {}
+        for name, kept in values.items():
+            content = arrays.encode_whole(specs[name], kept)
+            key = layout.whole_key(name, specs[name])
+            write_object(self._group.store, key, content)
+            objects[key] = described(content)
+        self.eval_commits.commit(0, 0, {**record, "objects": objects})
         self.eval_commits.compact(0)
 
     # ---- rectifications -----------------------------------------------------------------

@@ -72,9 +72,10 @@ def teacher_top1(caches: Sequence[LogitCache]) -> float:
 
     Raises CacheError where a cache has no logits of the test split.
     """
+    if len(caches) == 1:
+        return caches[0].eval_top1()
     logits, labels = zip(*(cache.eval_logits() for cache in caches), strict=True)
-    rows = logits[0] if len(logits) == 1 else mean_logits(logits)
-    return float((rows.argmax(1) == labels[0]).double().mean())
+    return float((mean_logits(logits).argmax(1) == labels[0]).double().mean())
 
 
 NOT_RECTIFIED = (

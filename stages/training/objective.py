@@ -1,9 +1,11 @@
 """A loss as a student is trained with it: defaults filled in, what it can be fed checked."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import msgspec
+import torch
 from torch import Tensor
 
 from stages.errors import ConfigError
@@ -106,6 +108,17 @@ def teacher_temperatures(settings: LossSettings) -> Sequence[float]:
             "Leave loss.standardise out, or cache with another --encoding.",
         )
     return temperatures_read(DEFINITIONS[settings.name].make(_parameters(settings)))
+
+
+def reads_offset(settings: LossSettings) -> bool:
+    """Whether a constant that is added to a row of the teacher changes the loss: it is asked."""
+    if settings.name == "ce" or settings.standardise:
+        return False
+    loss = DEFINITIONS[settings.name].make(_parameters(settings))
+    student, labels = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 0.5]]), torch.tensor([2, 1])
+    teacher = torch.tensor([[0.5, 0.0, 3.0], [2.0, 1.0, 0.0]])
+    values = [float(loss(student, rows, labels)) for rows in (teacher, teacher + 8)]
+    return not math.isclose(*values, rel_tol=1e-3, abs_tol=1e-6)
 
 
 def views_seen(settings: LossSettings) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from stages.cache import LogitCache
-from stages.cache.encoding import check_temperature
+from stages.cache.encoding import check_offset, check_temperature
 from stages.cache.identity import differences
 from stages.device import choose_device
 from stages.distributed import ALONE, Ranks
@@ -22,6 +22,7 @@ from stages.training.config import LossSettings
 from stages.training.ensemble import NOT_RECTIFIED, open_members
 from stages.training.groups import groups_of_ranks
 from stages.training.objective import (
+    reads_offset,
     rectified_at,
     resolved,
     teacher_temperatures,
@@ -77,6 +78,8 @@ def check_objective(config: StudentConfig, cache: LogitCache) -> StudentConfig:
             "Use --loss kd, or --bias none.",
         )
     check_rows_known([cache], loss)
+    if not config.also and reads_offset(loss):  # of several teachers a loss reads probabilities
+        check_offset(cache.encoding, f"the loss '{loss.name}'")
     if bias.mode != "none":
         check_unmixed(cache.identity.views.policy, f"bias '{bias.mode}'")
     if bias.mode == "rectify" and config.also:

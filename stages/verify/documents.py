@@ -104,10 +104,11 @@ def eval_faults(cache: LogitCache) -> list[Fault]:
         return [Fault(key, "the record is damaged", key=key) for key in damaged]
     if not found:
         return [Fault("eval_logits", "the test split is not there yet")]
+    keys = {"eval_logits/c/0/0", "eval_prediction/c/0"}
     return [
         Fault("eval_logits", what, "eval", 0, 0)
         for record in found.values()
-        for what in object_faults(cache.group.store, record, {"eval_logits/c/0/0"})[1]
+        for what in object_faults(cache.group.store, record, keys)[1]
     ]
 
 

@@ -117,7 +117,6 @@ def test_every_encoding_is_tried_here() -> None:
 
 @each_encoding
 @pytest.mark.parametrize("count", [0, 1, 37])
-@pytest.mark.filterwarnings("ignore:std")  # torch's remark on no rows
 def test_arrays_are_those_that_are_declared(coding: Encoding, count: int) -> None:
     rows, labels = teacher_rows(count, 12)
 
@@ -168,18 +167,70 @@ def test_what_is_not_finite_is_refused(coding: Encoding, value: float, where: in
     ("coding", "largest"),
     [
         pytest.param(Float16(), HALF_MAX, id="float16"),
-        pytest.param(Uint8(), HALF_MAX / 2, id="uint8"),
+        pytest.param(Uint8(), HALF_MAX * 255 / 2, id="uint8"),
         pytest.param(TopK(2, 2), HALF_MAX, id="topk"),
     ],
 )
 def test_what_half_precision_cannot_hold_is_refused(coding: Encoding, largest: float) -> None:
     for sign in (1, -1):
         row = torch.tensor([[sign * largest, 0.0]])
+        assert bool(torch.isfinite(round_trip(coding, row + 1e6)).all())  # the span decides
         assert bool(torch.isfinite(round_trip(coding, row)).all())
         for beyond in (row.nextafter(row * 2), row * 1e20):
             with pytest.raises(CacheError, match=f"does not fit in {coding.name}") as caught:
                 coding.encode(beyond)
             assert "--encoding float32" in caught.value.remedy
+
+
+OFFSETS: dict[str, Callable[[int], Tensor]] = {
+    "all-rows": lambda n: torch.full((n, 1), 4096.0),
+    "negative": lambda n: torch.full((n, 1), -10_000.0),
+    "each-row": lambda n: torch.arange(-n, n, 2)[:, None] * (1e4 / n),
+}
+
+
+@each_encoding
+@pytest.mark.parametrize("offset", OFFSETS.values(), ids=OFFSETS)
+def test_a_rows_offset_changes_no_distribution(
+    coding: Encoding, offset: Callable[[int], Tensor]
+) -> None:
+    rows, labels = teacher_rows(200, 12, seed=7)
+    rows = (rows * 256).round() / 256
+    moved = rows + offset(200).round()
+    assert torch.equal(moved - offset(200).round(), rows)  # nothing is lost before encoding
+
+    alike, found = round_trip(coding, rows, labels), round_trip(coding, moved, labels)
+
+    rounding = 2e-3 if coding.keeps_offset else 1e-4  # of 10,000 in single precision, twice
+    for temperature in (1, 4):
+        apart = numpy_kl(alike, found, temperature).max()
+        own = numpy_kl(rows, alike, temperature)
+        # A code half-way between two may be rounded the other way.
+        assert apart <= rounding**2 + (2 * own.max() if coding.name in ("klt", "uint8") else 0)
+        assert numpy_kl(moved, found, temperature).mean() <= 1.1 * own.mean() + rounding**2
+    if coding.keeps_offset:
+        error = (round_trip(coding, rows) - rows).abs().max() + 2e-3
+        assert float((found - moved).abs().max()) <= float(error)
+    else:
+        torch.testing.assert_close(found.mean(1), alike.mean(1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one", "each-row"])
+def test_klt_is_fitted_alike_at_any_offset(each: bool) -> None:
+    rows, labels = teacher_rows(2000, 20)
+    rows = (rows * 256).round() / 256
+    offset = OFFSETS["each-row" if each else "negative"](2000).round()
+
+    plain, moved = fit_klt(rows), fit_klt(rows + offset)
+
+    assert moved.dtype == plain.dtype
+    torch.testing.assert_close(moved.step, plain.step, rtol=0.1, atol=0)
+    sizes = [
+        row_bytes_on_disk(plain, rows, labels),
+        row_bytes_on_disk(moved, rows + offset, labels),
+    ]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
+    assert kl_at(moved, rows + offset) <= DEFAULT_MAX_KL
 
 
 # ---- float32, float16 -----------------------------------------------------------------------
@@ -195,29 +246,31 @@ def test_float32_is_exact(rows: Rows) -> None:
 
 
 @often
-@given(rows_up_to(HALF_MAX))
-def test_float16_is_within_half_a_unit_in_the_last_place(rows: Rows) -> None:
+@given(rows_up_to(HALF_MAX / 2))
+def test_float16_is_within_half_a_unit_in_the_last_place_of_the_distance(rows: Rows) -> None:
     decoded = round_trip(Float16(), torch.from_numpy(rows))
 
     assert decoded.dtype == torch.float32
-    error = np.abs(decoded.numpy().astype(np.float64) - rows)
+    exact = rows.astype(np.float64)
+    error = np.abs(decoded.numpy().astype(np.float64) - exact)
+    largest = exact.max(1, keepdims=True)
     # 11 significant bits; 2^-25 is half the spacing of half precision's denormals
-    assert np.all(error <= np.maximum(np.abs(rows.astype(np.float64)) * 2**-11, 2.0**-25))
+    arithmetic = np.maximum(np.abs(largest), np.abs(exact)) * 2.0**-23
+    assert np.all(error <= np.maximum((largest - exact) * 2**-11, 2.0**-25) + arithmetic)
 
 
 # ---- uint8 ----------------------------------------------------------------------------------
 
 
 def uint8_error(rows: Rows) -> NDArray[np.float64]:
-    """(n, 1), the most that an entry may be off: half a step, and what rounding the offset (11
-    bits of the smallest entry) and the scale (11 bits, and no denormals) add.
+    """(n, 1), the most that an entry may be off: half a step, and what rounding the scale (11 bits,
+    and no denormals) adds.
     """
     exact = rows.astype(np.float64)
     low, high = exact.min(1, keepdims=True), exact.max(1, keepdims=True)
-    offset = np.abs(low) * 2**-11 + 2.0**-25
-    step = np.maximum((high - low + offset) / 255 * (1 + 2**-9), 2.0**-14)
+    step = np.maximum((high - low) / 255 * (1 + 2**-9), 2.0**-14)
     arithmetic = np.maximum(np.abs(low), np.abs(high)) * 2.0**-22
-    error: NDArray[np.float64] = np.maximum(step / 2, offset) + arithmetic
+    error: NDArray[np.float64] = step / 2 + arithmetic
     return error
 
 
@@ -246,7 +299,7 @@ def test_uint8_of_a_constant_row_is_constant(value: float) -> None:
     decoded = round_trip(Uint8(), torch.full((2, 5), value))
 
     assert bool((decoded == decoded[0, 0]).all())
-    assert float(decoded[0, 0]) == pytest.approx(value, rel=2**-11, abs=2**-25)
+    assert float(decoded[0, 0]) == np.float32(value)
 
 
 def test_uint8_reaches_both_ends_of_a_row() -> None:
@@ -273,9 +326,12 @@ def test_the_basis_of_klt_is_orthonormal_and_sorted_by_variance(classes: int) ->
     coding = fit_klt(rows)
 
     basis = coding.basis.double().numpy()
-    np.testing.assert_allclose(basis @ basis.T, np.eye(classes), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(coding.mean.numpy(), rows.double().numpy().mean(0), atol=1e-5)
-    components = (rows.double().numpy() - rows.double().numpy().mean(0)) @ basis.T
+    np.testing.assert_allclose(basis @ basis.T, np.eye(classes - 1), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(basis.sum(1), 0, atol=1e-6)  # no part of a row's common offset
+    exact = rows.double().numpy()
+    centred = exact - exact.mean(1, keepdims=True)
+    np.testing.assert_allclose(coding.mean.numpy(), centred.mean(0), atol=1e-5)
+    components = (centred - centred.mean(0)) @ basis.T
     variances = components.var(0)
     assert np.all(np.diff(variances) <= 1e-6 * variances[0])
     correlation = components.T @ components / len(rows)
@@ -310,9 +366,9 @@ def test_klt_never_takes_a_step_above_the_coarsest() -> None:
 
 
 def test_klt_keeps_to_one_byte_with_a_coarser_leading_component() -> None:
-    """The common offset of a row has the largest variance by far, and no part in its softmax."""
+    """Two classes far below all others have a large variance, and hardly a part in the softmax."""
     rows, _ = teacher_rows(2000, 20)
-    rows = rows + 200 * torch.randn(2000, 1, generator=torch.Generator().manual_seed(3))
+    rows[:, :2] += 200 * torch.randn(2000, 1, generator=torch.Generator().manual_seed(3)) - 900
 
     coding = fit_klt(rows)
 
@@ -372,7 +428,8 @@ def test_klt_is_fitted_to_rows_of_low_rank(rows: Tensor) -> None:
     coding = fit_klt(rows)
 
     basis = coding.basis.double()
-    torch.testing.assert_close(basis @ basis.T, torch.eye(20).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(19).double(), rtol=0, atol=1e-6)
+    assert float(basis.sum(1).abs().max()) < 1e-6
     assert bool((coding.step > 0).all())
     assert kl_at(coding, rows) <= DEFAULT_MAX_KL
     assert bool(torch.isfinite(round_trip(coding, teacher_rows(100, 20, seed=1)[0])).all())
@@ -395,7 +452,8 @@ def test_klt_against_numpy(name: str) -> None:
     rows, _ = teacher_rows(1000, 12, seed=4)
     basis, mean, step = (t.double().numpy() for t in (coding.basis, coding.mean, coding.step))
     limit = np.iinfo(coding.dtype).max
-    components = (rows.double().numpy() - mean) @ basis.T / step
+    exact = rows.double().numpy()
+    components = (exact - exact.mean(1, keepdims=True) - mean) @ basis.T / step
     expected = np.clip(np.rint(components), -limit, limit)
 
     codes = coding.encode(rows)["logits_code"]
@@ -413,7 +471,7 @@ def test_a_step_is_the_same_error_in_every_direction() -> None:
     """A rotation keeps lengths: the error of a row is that of its codes."""
     rows, _ = teacher_rows(2000, 30)
     coding = fit_klt(rows, 1e-3)
-    error = (round_trip(coding, rows) - rows).double()
+    error = (round_trip(coding, rows) - (rows - rows.mean(1, keepdim=True))).double()
 
     lengths = error.square().sum(1)
     assert float(lengths.max()) <= float((coding.step.double() / 2).square().sum()) * 1.0001
@@ -456,7 +514,8 @@ def test_topk_keeps_the_largest_and_always_the_label(case: tuple[Tensor, Tensor,
         if label not in largest:
             largest[-1] = label
         assert index == largest
-        assert value == [float(np.float16(row[c])) for c in largest]
+        below = np.float32(row) - np.float32(max(row))
+        assert value == [float(np.float16(below[c])) for c in largest]
 
 
 @often
@@ -466,7 +525,8 @@ def test_topk_knows_the_weight_of_the_rest(case: tuple[Tensor, Tensor, TopK]) ->
 
     arrays = coding.encode(rows, labels)
 
-    exact, index = rows.double().numpy(), arrays["topk_index"].numpy()
+    exact = (rows - rows.amax(1, keepdim=True)).double().numpy()
+    index = arrays["topk_index"].numpy()
     rest = np.array(
         [[row[c] for c in range(len(row)) if c not in set(kept)]
          for row, kept in zip(exact, index.tolist(), strict=True)]
@@ -480,10 +540,6 @@ def test_topk_knows_the_weight_of_the_rest(case: tuple[Tensor, Tensor, TopK]) ->
         top = scaled.max(1)
         expected = top + np.log(np.exp(scaled - top[:, None]).sum(1))
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-5)
-    scale = np.abs(exact).max(1)
-    assert np.all(np.abs(arrays["topk_mean"].numpy() - exact.mean(1)) <= scale * 2e-3 + 1e-6)
-    spread = exact.std(1, ddof=1)
-    assert np.all(np.abs(arrays["topk_std"].numpy() - spread) <= scale * 2e-3 + 1e-6)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -552,7 +608,8 @@ def test_topk_of_all_classes_is_half_precision() -> None:
     assert coding.keeps_all
     for temperature in (1.0, 3.7, 100.0):
         assert coding.holds(temperature)
-        assert torch.equal(coding.decode(arrays, temperature), round_trip(Float16(), rows))
+        halves = Float16().encode(rows)["logits"].float()
+        assert torch.equal(coding.decode(arrays, temperature), halves)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0, 4.0001])
@@ -584,7 +641,7 @@ def test_indices_take_as_few_bytes_as_they_can(classes: int, dtype: torch.dtype)
     assert kept.tolist() == expected
     decoded = coding.decode(arrays)
     assert decoded.argmax(1).tolist() == [classes - 1] * 2
-    assert decoded[1, classes - 2] == np.float16(float(rows[1, classes - 2]))
+    assert decoded[1, classes - 2] == np.float16(float(rows[1, classes - 2] - 9.0))
 
 
 @pytest.mark.parametrize(
@@ -897,7 +954,7 @@ def test_encodings_that_cannot_hold_the_rows_are_left_out() -> None:
     names = [m.coding.name for m in measure_all(rows * 1e5, labels, 1e-9)]
 
     assert "float32" in names
-    assert not {"float16", "uint8", "topk"} & set(names)
+    assert not {"float16", "topk"} & set(names)
 
 
 # ---- rows of a real teacher -----------------------------------------------------------------

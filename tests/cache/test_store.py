@@ -101,8 +101,40 @@ def test_everything_comes_back_in_dataset_order(path: Path) -> None:
                 (logits.double() / temperature).softmax(1).float(),
             )
     logits, labels = cache.eval_logits()
-    assert torch.equal(logits, torch.eye(TEST_ROWS, CLASSES))
+    eye = torch.eye(TEST_ROWS, CLASSES)
+    assert torch.equal(logits, eye - eye.amax(1, keepdim=True))
     assert labels.tolist() == [0, 1, 2, 0]
+
+
+EVAL_LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as-they-are": lambda z: z,
+    "offset": lambda z: z + 5_000,
+    "offset-a-row": lambda z: z + 1e4 * (-1) ** torch.arange(len(z))[:, None],
+    "scale": lambda z: z * 1e5,
+    "tiny": lambda z: z * 1e-4,
+    "hair": lambda z: 100 + z.sign() * 2**-17,  # one unit in the last place apart
+}
+
+
+@pytest.mark.parametrize("change", EVAL_LOGITS.values(), ids=EVAL_LOGITS)
+def test_the_test_split_is_kept_at_any_offset_and_scale(
+    tmp_path: Path, change: Callable[[Tensor], Tensor]
+) -> None:
+    cache = create(tmp_path / "small.zarr")
+    logits = change(8 * torch.randn(TEST_ROWS, CLASSES, generator=torch.Generator().manual_seed(3)))
+
+    cache.write_eval_logits(logits, {})
+
+    cache = LogitCache.open(cache.path)
+    kept, labels = cache.eval_logits()
+    assert torch.equal(cache.eval_predictions(), logits.argmax(1))
+    assert cache.eval_top1() == float((logits.argmax(1) == labels).double().mean())
+    for temperature in (1, 4, 20):
+        exact, found = (torch.softmax(z.double() / temperature, dim=1) for z in (logits, kept))
+        below = (logits.double().amax(1, keepdim=True) - logits.double()) / temperature
+        mean = (exact * below).sum(1, keepdim=True)
+        bound = 2**-11 * exact * (below + mean) * 1.05 + 1e-7  # rounding of d, to first order
+        assert bool(((found - exact).abs() <= bound).all())
 
 
 def test_blocks_can_be_written_in_any_order_and_again(path: Path, tmp_path: Path) -> None:
@@ -695,7 +727,7 @@ def test_only_codecs_of_the_specification_and_no_pickle(path: Path) -> None:
     documents = [json.loads(file.read_text()) for file in path.rglob("zarr.json")]
     found = [document for document in documents if document["node_type"] == "array"]
 
-    assert len(found) == 6
+    assert len(found) == 7
     for document in found:
         assert names(document["codecs"]) <= {"bytes", "zstd", "crc32c", "sharding_indexed"}
         assert document["dimension_names"]

@@ -9,7 +9,7 @@
 | topk    | thousands of classes: the largest logits and the weight of the rest    |
 """
 
-from stages.cache.encoding.base import Encoding, check_temperature
+from stages.cache.encoding.base import Encoding, check_offset, check_temperature
 from stages.cache.encoding.choose import (
     ENCODINGS,
     FIT_ROWS,
@@ -48,6 +48,7 @@ __all__ = [
     "TopK",
     "Uint8",
     "check_encoding",
+    "check_offset",
     "check_temperature",
     "checked_rows",
     "combined",

@@ -12,11 +12,13 @@ from torch import Tensor
 from stages.cache.layout import ArraySpec
 from stages.errors import CacheError
 
-ALONG_CLASSES = ("view", "sample", "class")
+A_ROW = ("view", "sample")
+ALONG_CLASSES = (*A_ROW, "class")
 
 
 class Encoding(ABC):
-    """How rows of logits are stored. Rows are independent of each other.
+    """How rows of logits are stored. Rows are independent of each other, and a constant added to a
+    row does not change the distribution that comes back.
 
     `encode` gives the arrays that `arrays` names; `decode` is the way back, on whatever device the
     arrays and the encoding are. What an encoding was fitted to is its calibration: a few arrays
@@ -52,7 +54,7 @@ class Encoding(ABC):
         """float32 (n, C) -> arrays, each (n, ...).
 
         labels: int64 (n,), for encodings that keep part of a row and always the label's logit.
-        Raises CacheError where a logit cannot be represented.
+        Raises CacheError where a row cannot be represented.
         """
 
     @abstractmethod
@@ -65,6 +67,13 @@ class Encoding(ABC):
 
     def holds(self, temperature: float) -> bool:
         """Whether rows can be decoded for this temperature."""
+        return True
+
+    @property
+    def keeps_offset(self) -> bool:
+        """Whether decoded rows have the teacher's own offset. Softmax ignores it, so encodings that
+        leave it out are smaller.
+        """
         return True
 
     @property
@@ -103,6 +112,33 @@ def check_range(logits: Tensor, largest: float, name: str) -> None:
         raise CacheError(
             f"a teacher logit of {peak:.3g} does not fit in {name}",
             "Use --encoding float32." if peak < float("inf") else "Check the teacher.",
+        )
+
+
+def check_span(logits: Tensor, largest: float, name: str) -> None:
+    """As `check_range`, of the distances to the largest logit of the row."""
+    if not logits.numel():
+        return
+    check_range(logits, torch.finfo(torch.float32).max, name)
+    smallest, highest = logits.aminmax(dim=1)
+    span = float((highest.double() - smallest.double()).max())
+    if not span <= largest:
+        raise CacheError(
+            f"a row of teacher logits that spans {span:.3g} does not fit in {name}",
+            "Use --encoding float32.",
+        )
+
+
+def check_offset(coding: Encoding, reader: str) -> None:
+    """Raise CacheError unless rows come back with the offset that something needs.
+
+    reader: what needs it, as an error begins with it.
+    """
+    if not coding.keeps_offset:
+        raise CacheError(
+            f"{reader} reads logits themselves, not their softmax; the encoding {coding.name} "
+            "keeps rows without their common offset",
+            "Cache with --encoding float32, float16 or uint8.",
         )
 
 

@@ -1,7 +1,8 @@
 """Whole rows in few bits: rotated to where they are uncorrelated, rounded, entropy-coded by zstd.
 
-The dataset's mean row is subtracted, the rest is rotated by the orthonormal eigenbasis of the
-logits' covariance (Karhunen-Loeve transform) and rounded to a uniform step. A rotation keeps
+Softmax ignores the mean of a row, so it is taken out. The dataset's mean row is subtracted, the
+rest is rotated by the orthonormal eigenbasis of the logits' covariance (Karhunen-Loeve transform),
+of which the constant direction is no part, and rounded to a uniform step. A rotation keeps
 lengths, so a step means the same error in every direction, and the components are uncorrelated, so
 that coding each of them alone loses little. Most components of a trained teacher hold two to four
 bits. Chunks are stored component-major: zstd then sees one component after another.
@@ -34,9 +35,10 @@ _COARSEST, _STEPS_PER_OCTAVE, _OCTAVES = 8.0, 8, 16
 
 @dataclass(frozen=True, eq=False)
 class Klt(Encoding):
-    """logits = mean + (code * step) @ basis.
+    """logits - their mean = mean + (code * step) @ basis.
 
-    basis: float32 (component, class), orthonormal, largest variance first. mean: float32 (class,).
+    basis: float32 (component, class), orthonormal, largest variance first; one component fewer than
+    classes, as every row of it and `mean`, float32 (class,), sum to 0.
     step: float32 (component,), equal but for the leading components, which take a coarser one
     where int8 would not hold their codes: a few coarse components of many cost hardly any KL, a
     second byte costs half as much space again.
@@ -56,6 +58,10 @@ class Klt(Encoding):
     def sizes(self) -> dict[str, int]:
         return {"component": len(self.basis)}
 
+    @property
+    def keeps_offset(self) -> bool:
+        return False
+
     def arrays(self) -> dict[str, ArraySpec]:
         dimensions = ("view", "sample", "component")
         return {"logits_code": ArraySpec(dimensions, self.dtype, stored_order=(0, 2, 1))}
@@ -73,7 +79,7 @@ class Klt(Encoding):
     def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         check_range(logits, torch.finfo(torch.float32).max, self.name)
         basis, mean, step = (t.to(logits.device) for t in (self.basis, self.mean, self.step))
-        codes = ((logits - mean) @ basis.T / step).round()
+        codes = (torch.addmm(-(basis @ mean), _centred(logits), basis.T) / step).round()
         dtype = getattr(torch, self.dtype)
         limit = torch.iinfo(dtype).max
         return {"logits_code": codes.clamp(-limit, limit).to(dtype)}
@@ -95,15 +101,15 @@ def fit_klt(logits: Tensor, max_kl: float = DEFAULT_MAX_KL) -> Klt:
     """Basis and mean of these rows, and the coarsest step that holds the budget on them.
 
     logits: float32 (n, C), a fair draw of rows. max_kl: mean KL to the exact rows at T=1, in nats.
-    Raises CacheError if no step holds it.
+    Raises CacheError if no step holds it, or there is but one class.
     """
-    mean = logits.double().mean(0)
-    centred = logits.double() - mean
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
-    basis = vectors.flip(1).T  # largest variance first
-    basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
-    basis, mean = basis.float().contiguous(), mean.float()
-    peaks = ((logits - mean) @ basis.T).abs().amax(0) * _HEADROOM
+    if logits.shape[1] < 2:
+        raise CacheError("klt is for two classes or more", "Use --encoding float32.")
+    rows = logits.double()
+    rows = rows - rows.mean(1, keepdim=True)
+    mean = rows.mean(0)
+    basis, mean = _eigenbasis(rows - mean).float().contiguous(), mean.float()
+    peaks = ((_centred(logits) - mean) @ basis.T).abs().amax(0) * _HEADROOM
 
     searched = logits[: max(1, _SEARCHED // logits.shape[1])]
     # int8 first: where it holds the budget, it takes half the bytes.
@@ -127,6 +133,25 @@ def fit_klt(logits: Tensor, max_kl: float = DEFAULT_MAX_KL) -> Klt:
     raise CacheError(
         f"no step of the encoding klt holds a KL of {max_kl:g}", "Use --encoding float32."
     )
+
+
+def _eigenbasis(rows: Tensor) -> Tensor:
+    """Of rows that sum to 0, float64 (n, C): orthonormal (C - 1, C), largest variance first, every
+    row of it orthogonal to a constant.
+    """
+    covariance = rows.T @ rows
+    # The constant direction, without any variance, is made the first of all and left out.
+    first = 1 + 2 * covariance.diagonal().sum()
+    _, vectors = torch.linalg.eigh(covariance + first / len(covariance))
+    basis: Tensor = vectors.flip(1).T[1:]
+    return basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """Rows minus their mean: float32 (n, C). What rounding leaves of the mean is constant, and the
+    basis has no part in it.
+    """
+    return logits - logits.mean(1, keepdim=True)
 
 
 def _kl(coding: Klt, logits: Tensor) -> float:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stages.cache.encoding.base import Encoding, check_range, check_temperature
+from stages.cache.encoding.base import A_ROW, Encoding, check_span, check_temperature
 from stages.cache.layout import ArraySpec
 from stages.errors import CacheError
 
@@ -20,8 +20,8 @@ _DTYPES = ((2**8, "uint8"), (2**16, "uint16"), (2**32, "uint32"))
 @dataclass(frozen=True)
 class TopK(Encoding):
     """The k largest logits, largest first; the last of them gives way to the label's where the
-    label is not among them. Of the rest: its logsumexp(z / T) at some temperatures, and mean and
-    standard deviation of the whole row.
+    label is not among them. Of the rest: its logsumexp(z / T) at some temperatures. All of a row is
+    kept relative to its largest logit, so that `decode` gives 0 for that.
 
     So at those temperatures the probabilities of the label, of the prediction and of all the rest
     together are exact up to half precision. How the rest divides among its classes is lost:
@@ -56,17 +56,14 @@ class TopK(Encoding):
 
     def arrays(self) -> dict[str, ArraySpec]:
         packed = next(dtype for most, dtype in _DTYPES if self.num_classes <= most)
-        each = ("view", "sample")
         return {
-            "topk_index": ArraySpec((*each, "k"), packed),
-            "topk_value": ArraySpec((*each, "k"), "float16"),
-            "topk_tail": ArraySpec((*each, "temperature"), "float32"),
-            "topk_mean": ArraySpec(each, "float16"),
-            "topk_std": ArraySpec(each, "float16"),
+            "topk_index": ArraySpec((*A_ROW, "k"), packed),
+            "topk_value": ArraySpec((*A_ROW, "k"), "float16"),
+            "topk_tail": ArraySpec((*A_ROW, "temperature"), "float32"),
         }
 
     def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        check_range(logits, torch.finfo(torch.float16).max, self.name)
+        check_span(logits, torch.finfo(torch.float16).max, self.name)
         rows = max(1, _ENCODED // self.num_classes)
         runs = [slice(start, start + rows) for start in range(0, max(1, len(logits)), rows)]
         parts = [self._encoded(logits[r], None if labels is None else labels[r]) for r in runs]
@@ -74,6 +71,7 @@ class TopK(Encoding):
 
     def _encoded(self, logits: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         order = _largest(logits, self.k)
+        logits = logits - logits.amax(1, keepdim=True)
         if labels is not None:
             absent = (order != labels[:, None]).all(1)
             order[:, -1] = torch.where(absent, labels, order[:, -1])
@@ -83,8 +81,6 @@ class TopK(Encoding):
             "topk_index": order.to(getattr(torch, self.arrays()["topk_index"].dtype)),
             "topk_value": logits.gather(1, order).half(),
             "topk_tail": torch.stack(tails, dim=1),
-            "topk_mean": logits.mean(1).half(),
-            "topk_std": logits.std(1).half(),
         }
 
     def decode(self, arrays: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
@@ -99,6 +95,10 @@ class TopK(Encoding):
 
     def holds(self, temperature: float) -> bool:
         return self.keeps_all or temperature in self.temperatures
+
+    @property
+    def keeps_offset(self) -> bool:
+        return False
 
     @property
     def keeps_all(self) -> bool:

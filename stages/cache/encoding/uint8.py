@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from stages.cache.encoding.base import ALONG_CLASSES, Encoding, check_range
+from stages.cache.encoding.base import A_ROW, ALONG_CLASSES, Encoding, check_span
 from stages.cache.layout import ArraySpec
 
 _LEVELS = 255
@@ -15,10 +15,11 @@ _LEVELS = 255
 
 @dataclass(frozen=True)
 class Uint8(Encoding):
-    """logit = offset + scale * code, scale and offset of each row in half precision.
+    """logit = offset + scale * code: the offset of a row, its smallest logit, in single precision,
+    the scale in half.
 
     The error of an entry is at most half a step, (largest - smallest) / 510, up to the rounding of
-    scale and offset. Simple and dense; `klt` is smaller at the same KL.
+    the scale. Simple and dense; `klt` is smaller at the same KL.
     """
 
     name: ClassVar[str] = "uint8"
@@ -26,18 +27,18 @@ class Uint8(Encoding):
     def arrays(self) -> dict[str, ArraySpec]:
         return {
             "logits_code": ArraySpec(ALONG_CLASSES, "uint8"),
-            "logits_scale": ArraySpec(("view", "sample"), "float16"),
-            "logits_offset": ArraySpec(("view", "sample"), "float16"),
+            "logits_scale": ArraySpec(A_ROW, "float16"),
+            "logits_offset": ArraySpec(A_ROW, "float32"),
         }
 
     def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         half = torch.finfo(torch.float16)
-        check_range(logits, half.max / 2, self.name)
-        offset = logits.amin(1).half()
-        # Codes are taken from the rounded offset and scale, so that their error is not added.
-        span = (logits.amax(1) - offset.float()).clamp(min=0)
+        check_span(logits, half.max * _LEVELS / 2, self.name)
+        offset = logits.float().amin(1)
+        # Codes are taken from the rounded scale, so that its error is not added.
+        span = logits.amax(1) - offset
         scale = (span / _LEVELS * (1 + half.eps)).clamp(min=half.tiny).half()
-        codes = ((logits - offset.float()[:, None]) / scale.float()[:, None]).round()
+        codes = ((logits - offset[:, None]) / scale.float()[:, None]).round()
         return {
             "logits_code": codes.clamp(0, _LEVELS).to(torch.uint8),
             "logits_scale": scale,
