@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stages.cached_epochs import Batches, CachedBatch, CachedEpochs
 from stages.inputs.models import build_model
-from stages.objectives.losses import LOSSES
+from stages.objectives.losses import build_loss
 
 
 class Student(lightning.LightningModule):
@@ -22,6 +22,7 @@ class Student(lightning.LightningModule):
     def __init__(self, epochs: CachedEpochs) -> None:
         super().__init__()
         self.epochs = epochs
+        self.distil = build_loss("kd", temperature=4)
         self.net = build_model("resnet8", epochs.num_classes, epochs.channels).module
 
     def train_dataloader(self) -> Batches[CachedBatch]:
@@ -29,7 +30,7 @@ class Student(lightning.LightningModule):
 
     def training_step(self, batch: CachedBatch, _: int) -> Tensor:
         logits = self.net(batch.images)
-        soft: Tensor = LOSSES["kd"](logits, batch.teacher_logits, batch.labels, temperature=4)
+        soft = self.distil(logits, batch.teacher_logits, batch.labels)
         return 0.1 * F.cross_entropy(logits, batch.labels) + 0.9 * soft
 
     def val_dataloader(self) -> Batches[tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from stages.cached_epochs import CachedEpochs
 from stages.inputs.models import build_model
-from stages.objectives.losses import LOSSES
+from stages.objectives.losses import build_loss
 
 
 def train(cache: str, num_epochs: int = 10) -> float:
@@ -19,12 +19,13 @@ def train(cache: str, num_epochs: int = 10) -> float:
     torch.manual_seed(0)
     epochs = CachedEpochs(cache, "digits", batch_size=64, temperature=4)
     student = build_model("resnet8", epochs.num_classes, epochs.channels).module.to(epochs.device)
+    distil = build_loss("kd", temperature=4)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     for epoch in range(num_epochs):  # one epoch, one cached view of every sample
         student.train()
         for batch in epochs.epoch(epoch):
             logits = student(batch.images)
-            soft = LOSSES["kd"](logits, batch.teacher_logits, batch.labels, temperature=4)
+            soft = distil(logits, batch.teacher_logits, batch.labels)
             loss = 0.1 * F.cross_entropy(logits, batch.labels) + 0.9 * soft
             optimizer.zero_grad()
             loss.backward()

@@ -14,7 +14,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, accuracy
 
 from stages.cached_epochs import CachedEpochs
-from stages.objectives.losses import LOSSES
+from stages.objectives.losses import build_loss
 
 
 def train(cache: str, num_epochs: int = 10, name: str = "resnet10t") -> float:
@@ -22,6 +22,7 @@ def train(cache: str, num_epochs: int = 10, name: str = "resnet10t") -> float:
     torch.manual_seed(0)
     epochs = CachedEpochs(cache, "digits", batch_size=64, temperature=4, channels=3)
     model = timm.create_model(name, num_classes=epochs.num_classes).to(epochs.device)
+    distil = build_loss("kd", temperature=4)
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.02, weight_decay=5e-4)
     schedule, num_epochs = create_scheduler_v2(optimizer, "cosine", num_epochs)
     averaged = ModelEmaV3(model, decay=0.9)
@@ -30,7 +31,7 @@ def train(cache: str, num_epochs: int = 10, name: str = "resnet10t") -> float:
         losses = AverageMeter()
         for batch in epochs.epoch(epoch):
             logits = model(batch.images)
-            soft = LOSSES["kd"](logits, batch.teacher_logits, batch.labels, temperature=4)
+            soft = distil(logits, batch.teacher_logits, batch.labels)
             loss = 0.1 * F.cross_entropy(logits, batch.labels) + 0.9 * soft
             optimizer.zero_grad()
             loss.backward()

@@ -16,7 +16,7 @@ from stages.device import place
 from stages.errors import CacheError, ConfigError, DatasetError, IdentityError, PipelineError
 from stages.inputs.models import build_model
 from stages.inputs.views import view_policy
-from stages.objectives.losses import LOSSES
+from stages.objectives.losses import kd
 from stages.rectify import RectifyConfig, rectify
 from stages.train_student import StudentConfig, train_student
 from stages.training.config import DataSettings, ModelSettings, TrainSettings
@@ -94,9 +94,7 @@ def test_a_loop_of_ones_own_ends_where_train_student_ends(
         student.train()
         for batch in epochs.epoch(epoch):
             logits = student(batch.images)
-            soft: Tensor = LOSSES["kd"](
-                logits, batch.teacher_logits, batch.labels, temperature=4, reduction="none"
-            )
+            soft = kd(logits, batch.teacher_logits, batch.labels, temperature=4, reduction="none")
             loss = 0.1 * F.cross_entropy(logits, batch.labels) + 0.9 * soft.mean()
             optimizer.zero_grad()
             loss.backward()

@@ -1,5 +1,6 @@
 """The Python of README and docs/ runs as it stands, in a folder that holds the cache it names."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -60,21 +61,34 @@ def test_block(
 # ---- losses ---------------------------------------------------------------------------------
 
 
-def table_of_losses() -> dict[str, tuple[float, float, int, dict[str, float]]]:
-    """The page's table: ce_weight, weight, warmup, parameters of every loss. Where a row is of two
-    losses, a semicolon stands between what belongs to each.
+def value_of(text: str) -> float | str | None:
+    """A number; `temperature`, where None stands for it; else a word."""
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return None if text == "temperature" else text
+
+
+def table_of_losses() -> dict[str, tuple[float, float, int, dict[str, Any]]]:
+    """The page's first table: ce_weight, weight, warmup, parameters of every loss. Where a row is
+    of two losses, a semicolon stands between what belongs to each.
     """
     found = {}
-    for row in re.findall(r"^\| (`.*) \|$", LOSSES.read_text(), re.MULTILINE):
+    for row in re.findall(r"^\| (`.*) \|$", LOSSES.read_text().split("\n## ")[0], re.MULTILINE):
         names, _, parameters, pairs, warmup, _ = re.split(r"(?<!\\) *\|", row)
         losses = re.findall(r"`(\w+)`", names)
         columns = zip(losses, parameters.split(";"), pairs.split(";"), strict=True)
         for loss, own, pair in columns:
             ce_weight, weight = map(float, pair.split(","))
-            values = {k: float(v) for k, v in re.findall(r"(\w+)=([\d.]+)", own)}
+            values = {k: value_of(v) for k, v in re.findall(r"(\w+)=([\w.]+)", own)}
             assert loss not in found
             found[loss] = (ce_weight, weight, int(warmup or 0), values)
     return found
+
+
+def test_where_defaults_come_from_names_every_loss() -> None:
+    table = LOSSES.read_text().partition("## Where defaults come from")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([\w, ]+) \|", table, re.MULTILINE)
+    assert {name for row in rows for name in row.split(", ")} >= set(DEFINITIONS) - {"ce"}
 
 
 def test_the_table_of_losses_has_their_defaults() -> None:

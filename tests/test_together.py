@@ -302,7 +302,9 @@ def test_mlkd_sees_both_views_of_every_sample(
     student_rows = torch.cat([learner.module(learner.normalise(p)) for p in pixels]).detach()
     rows = torch.cat([cache.read_view(view).rows(order) for view in views])
     twice = labels.repeat(2)
-    expected = 0.2 * ce(student_rows, None, twice) + 0.9 * mlkd(student_rows, rows, twice)
+    expected = 0.2 * ce(student_rows, None, twice) + 0.9 * mlkd(
+        student_rows.unflatten(0, (2, -1)), rows, twice
+    )
     batch = Batch(order.repeat(2), torch.cat(pixels))
     assert float(task.loss_parts(student_rows, batch)["loss"]) == pytest.approx(float(expected))
 

@@ -71,8 +71,8 @@ class LossSettings(Settings, frozen=True):
     """What a student minimises: ce_weight * CE + weight * min(epoch / warmup, 1) * loss.
 
     None is the loss's own default, see `stages.objectives.losses` (epochs count from 1; a warmup of
-    0 is none). standardise: bring the logits of both sides to one scale first. The other numbers
-    are parameters of the losses that have them. `ce` uses no targets, and ignores all but its name.
+    0 is none). standardise: bring the logits of both sides to one scale first. The others are
+    parameters of the losses that have them. `ce` uses no targets, and ignores all but its name.
     """
 
     name: str = "kd"
@@ -86,6 +86,7 @@ class LossSettings(Settings, frozen=True):
     gamma: float | None = None
     epsilon: float | None = None
     sure_temperature: float | None = None
+    average: Literal["kind", "batch"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "sure_temperature"):

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import torch
@@ -12,17 +13,15 @@ from stages.errors import ConfigError
 from stages.objectives.losses import (
     CTKD,
     DEFINITIONS,
-    LSKD_LOSSES,
-    LSKD_TEMPERATURE,
-    LSKD_WEIGHT,
+    LSKD,
+    PARAMETERS,
     TeacherRows,
     changed,
+    definition_of,
     standardised,
     temperatures_read,
 )
 from stages.training.config import LossSettings
-
-_PARAMETERS = ("temperature", "alpha", "beta", "gamma", "epsilon", "sure_temperature")
 
 
 def resolved(settings: LossSettings) -> LossSettings:
@@ -31,29 +30,19 @@ def resolved(settings: LossSettings) -> LossSettings:
     Raises ConfigError for an unknown loss, or a parameter that the loss does not have.
     """
     name = settings.name
-    if name not in DEFINITIONS:
-        raise ConfigError(f"unknown loss '{name}'", f"Known: {', '.join(DEFINITIONS)}.")
     if name == "ce":
         return LossSettings(name="ce")
-    definition = DEFINITIONS[name]
-    own = dict(definition.defaults)
     given = _parameters(settings)
-    if unknown := set(given) - set(own):
-        has = f"It has: {', '.join(own)}." if own else "It has no parameters."
-        raise ConfigError(f"the loss '{name}' has no {' and no '.join(sorted(unknown))}", has)
-    weight = definition.weight
-    if settings.standardise and name in LSKD_LOSSES:
-        weight = LSKD_WEIGHT
-        if "temperature" in own:
-            own["temperature"] = LSKD_TEMPERATURE
-    defaults = {"ce_weight": definition.ce_weight, "weight": weight, "warmup": definition.warmup}
-    chosen = {k: v for k in defaults if (v := getattr(settings, k)) is not None}
-    return msgspec.structs.replace(settings, **defaults | chosen | own | given)
+    definition = definition_of(name, given)
+    weights = {key: getattr(definition, key) for key in ("ce_weight", "weight", "warmup")}
+    given |= {key: v for key in weights if (v := getattr(settings, key)) is not None}
+    standard = LSKD.get(name, {}) if settings.standardise else {}
+    return msgspec.structs.replace(settings, **weights | definition.defaults | standard | given)
 
 
-def _parameters(settings: LossSettings) -> dict[str, float]:
+def _parameters(settings: LossSettings) -> dict[str, Any]:
     """The loss's own parameters, those that are set."""
-    return {key: v for key in _PARAMETERS if (v := getattr(settings, key)) is not None}
+    return {key: v for key in PARAMETERS if (v := getattr(settings, key)) is not None}
 
 
 class Objective:
@@ -87,10 +76,13 @@ class Objective:
         self, student: Tensor, teacher: TeacherRows, labels: Tensor, weights: Tensor | None = None
     ) -> Tensor:
         """The weighted loss, without `weight`: of every row, float32 (B,), or () where it couples
-        rows. student: float32 (B, C). labels: int64 (B,). weights: float32 (B,), 1 if None.
+        rows. student: float32 (B, C), view after view. labels: int64 (B,). weights: float32 (B,), 1
+        if None.
         """
         if self._standardises:
             student, teacher = standardised(student), changed(teacher, standardised)
+        if self.views > 1:
+            student = student.unflatten(0, (self.views, -1))
         if self.couples_rows:
             return self._loss(student, teacher, labels, weights=weights)
         rows = self._loss(student, teacher, labels, reduction="none")

@@ -70,8 +70,16 @@ def check_objective(config: StudentConfig, cache: LogitCache) -> StudentConfig:
     Raises ConfigError or CacheError for a loss, bias mode or temperature that cannot be, ViewError
     for bias-aware losses on views that mix samples.
     """
-    config = msgspec.structs.replace(config, loss=resolved(config.loss))
-    loss, bias = config.loss, config.bias
+    loss, bias = resolved(config.loss), config.bias
+    if bias.mode != "none" and loss.average is not None:
+        if config.loss.average == "kind":
+            raise ConfigError(
+                f"with bias '{bias.mode}' rows are averaged as bias.reduction says, not by "
+                "loss.average=kind",
+                "Leave loss.average out, or use --bias none.",
+            )
+        loss = msgspec.structs.replace(loss, average="batch")
+    config = msgspec.structs.replace(config, loss=loss)
     if loss.name == "ce" and bias.mode != "none":
         raise ConfigError(
             f"bias '{bias.mode}' needs a loss that uses the teacher, not 'ce'",

@@ -1,5 +1,8 @@
 """What the table of losses says of each, and what every loss has in common."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,11 +11,15 @@ from stages.errors import ConfigError
 from stages.objectives.losses import (
     CTKD,
     DEFINITIONS,
-    LOSSES,
+    PARAMETERS,
+    TeacherRows,
     TemperedRows,
+    build_loss,
     kd,
     temperatures_read,
 )
+from stages.training.config import LossSettings
+from stages.training.objective import Objective, resolved
 
 EXTREME = {
     "student-sure": (1e4, 1.0),
@@ -21,7 +28,7 @@ EXTREME = {
     "all-equal": (0.0, 0.0),
 }
 # ce_weight, weight, warmup, parameters: of the sources that the docstrings name
-OFFICIAL: dict[str, tuple[float, float, int, dict[str, float]]] = {
+OFFICIAL: dict[str, tuple[float, float, int, dict[str, Any]]] = {
     "ce": (1.0, 0.0, 0, {}),
     "kd": (0.1, 0.9, 0, {"temperature": 4.0}),
     "dkd": (1.0, 1.0, 20, {"temperature": 4.0, "alpha": 1.0, "beta": 8.0}),
@@ -32,11 +39,11 @@ OFFICIAL: dict[str, tuple[float, float, int, dict[str, float]]] = {
     "ttm": (1.0, 45.0, 0, {"temperature": 10.0}),
     "wttm": (1.0, 4.0, 0, {"temperature": 5.0}),
     "rld": (
-        1.0, 1.0, 20, {"temperature": 4.0, "alpha": 1.0, "beta": 8.0, "sure_temperature": 1.0}
+        1.0, 1.0, 20, {"temperature": 4.0, "alpha": 1.0, "beta": 8.0, "sure_temperature": None}
     ),
     "la": (0.0, 1.0, 0, {"temperature": 4.0}),
     "ka_lsr": (0.1, 0.9, 0, {"temperature": 4.0, "epsilon": 0.1}),
-    "lr": (0.0, 1.0, 0, {"alpha": 4.0, "beta": 0.8}),
+    "lr": (0.0, 1.0, 0, {"alpha": 4.0, "beta": 0.8, "average": "kind"}),
     "rc": (1.0, 1.0, 0, {"temperature": 4.0, "beta": 0.1}),
     "wsld": (1.0, 2.25, 0, {"temperature": 4.0}),
 }  # fmt: skip
@@ -47,7 +54,7 @@ READS = {
     "nkd": [1.0],
     "ttm": [10.0],
     "wttm": [1.0, 5.0],
-    "rld": [1.0, 4.0],
+    "rld": [4.0],
     "la": [4.0],
     "ka_lsr": [4.0],
     "rc": [4.0],
@@ -63,9 +70,16 @@ def draw(rows: int = 32, classes: int = 10, seed: int = 0) -> tuple[Tensor, Tens
     return student, teacher, torch.randint(classes, (rows,), generator=generator)
 
 
+def loss_of(name: str) -> Callable[[Tensor, TeacherRows, Tensor], Tensor]:
+    """The mean of a batch, as it is trained with in the first epoch."""
+    objective = Objective(resolved(LossSettings(name=name)))
+    if objective.learned is not None:
+        objective.learned.start_epoch(0)
+    return lambda student, teacher, labels: objective(student, teacher, labels).mean()
+
+
 def test_the_table_is_complete() -> None:
-    assert set(OFFICIAL) == set(DEFINITIONS) == set(LOSSES)
-    assert LOSSES["kd"] is kd
+    assert set(OFFICIAL) == set(DEFINITIONS)
     assert [name for name, d in DEFINITIONS.items() if d.couples_rows] == ["dist", "mlkd"]
     assert [name for name, d in DEFINITIONS.items() if d.views == 2] == ["mlkd"]
 
@@ -98,7 +112,7 @@ def test_what_is_read_follows_the_parameters() -> None:
 def test_gradients_stay_finite(name: str, student_scale: float, teacher_scale: float) -> None:
     student, teacher, labels = draw()
     student = (student * student_scale).requires_grad_()
-    value = DEFINITIONS[name].make({})(student, teacher * teacher_scale, labels)
+    value = loss_of(name)(student, teacher * teacher_scale, labels)
     value.backward()
     assert value.isfinite()
     assert student.grad is not None
@@ -108,7 +122,7 @@ def test_gradients_stay_finite(name: str, student_scale: float, teacher_scale: f
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_low_precision_logits_are_computed_in_float32(name: str) -> None:
     student, teacher, labels = draw()
-    loss = DEFINITIONS[name].make({})
+    loss = loss_of(name)
     for dtype in (torch.bfloat16, torch.float16):
         low = student.to(dtype).requires_grad_()
         value = loss(low, teacher.to(dtype), labels)
@@ -123,19 +137,64 @@ def test_low_precision_logits_are_computed_in_float32(name: str) -> None:
 def test_the_teacher_is_left_as_it_is(name: str) -> None:
     student, teacher, labels = draw()
     kept = [t.clone() for t in (student, teacher, labels)]
-    DEFINITIONS[name].make({})(student, teacher, labels)
+    loss_of(name)(student, teacher, labels)
     assert all(torch.equal(a, b) for a, b in zip(kept, (student, teacher, labels), strict=True))
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_rows_of_one_teacher_may_come_by_temperature(name: str) -> None:
     student, teacher, labels = draw()
-    loss = DEFINITIONS[name].make({})
+    loss = loss_of(name)
     expected = loss(student, teacher, labels)
     assert torch.equal(loss(student, TemperedRows(lambda _: teacher), labels), expected)
 
 
-def test_ctkd_is_a_module_and_the_others_are_functions() -> None:
-    learned = DEFINITIONS["ctkd"].make({})
-    assert isinstance(learned, CTKD)
-    assert DEFINITIONS["ctkd"].make({}) is not learned  # a temperature for every student
+# ---- in a loop of one's own -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_any_loss_is_built_and_called_alike(name: str) -> None:
+    """With its official defaults, and with what is set; or it says what it needs."""
+    student, teacher, labels = draw()
+    given = {"temperature": 2.0} if "temperature" in DEFINITIONS[name].defaults else {}
+    for parameters in ({}, given):
+        loss = build_loss(name, **parameters)
+        if name in ("ctkd", "mlkd"):
+            with pytest.raises(ConfigError) as refused:
+                loss(student, teacher, labels)
+            assert refused.value.remedy
+            continue
+        value = loss(student, teacher, labels)
+        expected = DEFINITIONS[name].loss(student, teacher, labels, **parameters)
+        assert torch.equal(value, expected)
+        assert value.shape == ()
+
+
+def test_ctkd_in_a_loop() -> None:
+    """A module: a temperature of its own for every student, learned with it."""
+    student, teacher, labels = draw()
+    loss = build_loss("ctkd")
+    assert isinstance(loss, CTKD)
+    assert build_loss("ctkd") is not loss
+    loss.start_epoch(0)
+    loss(student, teacher, labels).backward()
+    assert loss.theta.grad is not None
+
+
+@pytest.mark.parametrize("parameter", PARAMETERS)
+@pytest.mark.parametrize("name", ["ce", "kd", "lr"])
+def test_parameters_that_a_loss_does_not_have(name: str, parameter: str) -> None:
+    if parameter not in DEFINITIONS[name].defaults:
+        with pytest.raises(ConfigError, match=f"the loss '{name}' has no {parameter}"):
+            build_loss(name, **{parameter: 1.0})
+
+
+def test_an_unknown_loss() -> None:
+    with pytest.raises(ConfigError, match=r"unknown loss 'hinton'\nKnown: ce, kd, "):
+        build_loss("hinton")
+
+
+def test_the_loss_of_the_readme() -> None:
+    student, teacher, labels = draw()
+    found = build_loss("kd", temperature=4)(student, teacher, labels)
+    assert torch.equal(found, kd(student, teacher, labels, 4.0))

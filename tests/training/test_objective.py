@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stages.errors import ConfigError
-from stages.objectives.losses import CTKD, DEFINITIONS
+from stages.objectives.losses import CTKD, DEFINITIONS, PARAMETERS
 from stages.training.config import LossSettings
 from stages.training.objective import (
     Objective,
@@ -17,7 +17,6 @@ from stages.training.objective import (
 )
 
 NAMES = [name for name in DEFINITIONS if name != "ce"]
-PARAMETERS = ("temperature", "alpha", "beta", "gamma", "epsilon", "sure_temperature")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -44,11 +43,12 @@ def test_ce_has_nothing() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("parameter", PARAMETERS)
 def test_a_parameter_that_the_loss_does_not_have(name: str, parameter: str) -> None:
-    given: dict[str, Any] = {parameter: 0.5}
+    value = "batch" if parameter == "average" else 0.5
+    given: dict[str, Any] = {parameter: value}
     settings = LossSettings(name=name, **given)
     own = DEFINITIONS[name].defaults
     if parameter in own:
-        assert getattr(resolved(settings), parameter) == 0.5
+        assert getattr(resolved(settings), parameter) == value
         return
     with pytest.raises(ConfigError, match=f"the loss '{name}' has no {parameter}") as refused:
         resolved(settings)
@@ -123,6 +123,7 @@ def test_what_it_is_of_a_batch() -> None:
     labels, weights = torch.arange(6) % 4, torch.arange(6.0)
     for name in NAMES:
         objective = Objective(resolved(LossSettings(name=name)))
+        objective.start_epoch(0)
         assert (objective.couples_rows, objective.views) == (
             name in ("dist", "mlkd"),
             2 if name == "mlkd" else 1,
@@ -145,6 +146,7 @@ def test_what_it_is_of_a_batch() -> None:
         (LossSettings(name="nkd", temperature=3.0), [1.0, 3.0]),
         (LossSettings(name="ttm", temperature=5.0), [5.0]),
         (LossSettings(name="wttm"), [1.0, 5.0]),
+        (LossSettings(name="rld"), [4.0]),
         (LossSettings(name="rld", sure_temperature=2.0), [2.0, 4.0]),
         (LossSettings(name="wsld"), [1.0, 4.0]),
     ],

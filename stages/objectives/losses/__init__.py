@@ -2,9 +2,13 @@
 
 Every loss takes (student_logits, teacher_logits, labels) and its own parameters, and returns the
 mean over the batch, or with reduction="none" one number a row, so that bias-aware weights can be
-put on rows. Losses that couple rows (`dist`, `mlkd`) take those weights instead. `ctkd` learns a
-temperature and is a module: call it once to make one. `standardised` brings logits to one scale,
-before any loss.
+put on rows. Losses that couple rows (`dist`, `mlkd`) take those weights instead. `standardised`
+brings logits to one scale, before any loss.
+
+`build_loss("kd", temperature=4)` makes one for a training loop: a callable of (student_logits,
+teacher_logits, labels). Two need more of the loop, and raise ConfigError without: `ctkd` learns a
+temperature, so it is a module with parameters for the optimiser and a `start_epoch`; `mlkd` takes
+the rows of two views.
 """
 
 import functools
@@ -16,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from stages.errors import ConfigError
 from stages.objectives.losses.corrections import ka_lsr, la, lr, rc
 from stages.objectives.losses.ctkd import CTKD
 from stages.objectives.losses.dist import dist
@@ -32,20 +37,26 @@ from stages.objectives.losses.wsld import wsld
 __all__ = [
     "CTKD",
     "DEFINITIONS",
-    "LOSSES",
-    "LSKD_LOSSES",
-    "LSKD_TEMPERATURE",
-    "LSKD_WEIGHT",
+    "LSKD",
+    "PARAMETERS",
     "TeacherRows",
     "TemperedRows",
+    "build_loss",
     "ce",
     "changed",
+    "definition_of",
     "kd",
     "lump",
     "mixed_ce",
     "standardised",
     "temperatures_read",
 ]
+
+
+PARAMETERS = (
+    "temperature", "alpha", "beta", "gamma", "epsilon", "sure_temperature", "average"
+)  # fmt: skip
+"""What losses may have to be set; each has some of them."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +77,12 @@ class Definition:
     standardises: bool = False
 
     @property
-    def defaults(self) -> dict[str, float]:
-        """Its own parameters, temperature among them."""
-        parameters = inspect.signature(self.loss).parameters.values()
-        return {p.name: p.default for p in parameters if isinstance(p.default, float)}
+    def defaults(self) -> dict[str, Any]:
+        """Its own parameters, temperature among them: numbers, words, or None, see the loss."""
+        parameters = inspect.signature(self.loss).parameters
+        return {name: p.default for name, p in parameters.items() if name in PARAMETERS}
 
-    def make(self, parameters: Mapping[str, float]) -> Callable[..., Tensor]:
+    def make(self, parameters: Mapping[str, Any]) -> Callable[..., Tensor]:
         """A callable of (student_logits, teacher_logits, labels) with its parameters set."""
         if inspect.isclass(self.loss):
             learning: Any = self.loss(**parameters)
@@ -98,12 +109,38 @@ DEFINITIONS: dict[str, Definition] = {
     "wsld": Definition(wsld, 1.0, 2.25),
 }
 
-LOSSES: dict[str, Callable[..., Any]] = {name: d.loss for name, d in DEFINITIONS.items()}
-"""Every loss by its name on the command line."""
+LSKD: dict[str, dict[str, float]] = {
+    "kd": {"temperature": 2.0, "weight": 9.0},
+    "dkd": {"temperature": 2.0, "weight": 9.0},
+    "mlkd": {"temperature": 2.0, "weight": 9.0},
+    "ctkd": {"weight": 9.0},
+    "rld": {"temperature": 2.0, "weight": 9.0},
+    "rc": {"temperature": 2.0, "weight": 9.0},
+    "la": {"temperature": 2.0},
+}
+"""What `--logit-stand` changes in the code of LSKD and of RLD: --base-temp 2, --kd-weight 9 (for
+`dkd`, `rld` and `rc` a factor on both parts). Other losses keep their own defaults.
+"""
 
-LSKD_LOSSES = ("kd", "dkd", "mlkd", "ctkd")
-LSKD_TEMPERATURE, LSKD_WEIGHT = 2.0, 9.0
-"""LSKD's --base-temp and --kd-weight, for the losses that it standardises; others keep theirs."""
+
+def build_loss(name: str, **parameters: Any) -> Callable[..., Tensor]:
+    """A loss by its name, with its own defaults where nothing is said.
+
+    Returns a callable of student_logits float (B, C), teacher_logits float (B, C) and labels int64
+    (B,): float32, (). Raises ConfigError for an unknown loss, or a parameter that it does not have.
+    """
+    return definition_of(name, parameters).make(parameters)
+
+
+def definition_of(name: str, parameters: Mapping[str, Any]) -> Definition:
+    """Raises ConfigError for an unknown loss, or a parameter that it does not have."""
+    if name not in DEFINITIONS:
+        raise ConfigError(f"unknown loss '{name}'", f"Known: {', '.join(DEFINITIONS)}.")
+    own = DEFINITIONS[name].defaults
+    if unknown := set(parameters) - set(own):
+        has = f"It has: {', '.join(own)}." if own else "It has no parameters."
+        raise ConfigError(f"the loss '{name}' has no {' and no '.join(sorted(unknown))}", has)
+    return DEFINITIONS[name]
 
 
 def temperatures_read(loss: Callable[..., Tensor]) -> list[float]:

@@ -5,6 +5,8 @@ bias-aware module (`stages.objectives.bias`) uses the prediction stored before a
 two differ where an encoding turns two nearly equal logits round.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +23,8 @@ from stages.objectives.losses.rows import (
     reduced,
     whole,
 )
+
+Average = Literal["kind", "batch"]
 
 
 def la(
@@ -78,15 +82,17 @@ def lr(
     labels: Tensor,
     alpha: float = 4.0,
     beta: float = 0.8,
+    average: Average = "kind",
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Label revision: Lan et al. 2024, arXiv 2404.03693, as RLD's code compares with it.
 
     Right rows: CE + alpha MSE(z_s, z_t). Wrong rows: MSE(p_s, b p_t + (1 - b) onehot(y)) with
     b = beta / (p_t(k) - p_t(y) + 1), k the predicted class, p at temperature 1, and no CE: the CE
-    of this loss is its own, hence the default ce_weight of 0. MSE is the mean over classes. That
-    code takes the mean of right rows and the mean of wrong rows, each over their own number; here
-    the mean is over the batch. Of several teachers z_t is the log of their mean probabilities.
+    of this loss is its own, hence the default ce_weight of 0. MSE is the mean over classes.
+    average: `kind` adds the mean of the right rows and the mean of the wrong rows, as that code
+    does (rows are scaled by B over the number of their kind); `batch` is the mean of all rows. Of
+    several teachers z_t is the log of their mean probabilities.
     student_logits, teacher_logits: float (B, C). Returns float32, () or (B,). Needs whole rows.
     """
     student, teacher = student_logits.float(), whole(teacher_logits, "lr", 1.0)
@@ -97,7 +103,12 @@ def lr(
     share = beta / (p_t.gather(1, top) - p_t.gather(1, label) + 1)
     revised = share * p_t + (1 - share) * one_hot(labels, p_t.shape[1])
     wrong = (p_s - revised).square().mean(1)
-    return reduced(torch.where(top.squeeze(1) == labels, right, wrong), reduction)
+    is_right = top.squeeze(1) == labels
+    rows = torch.where(is_right, right, wrong)
+    if average == "kind":
+        count = is_right.sum()
+        rows = rows * len(rows) / torch.where(is_right, count, len(rows) - count)
+    return reduced(rows, reduction)
 
 
 def rc(

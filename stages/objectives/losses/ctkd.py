@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.errors import ConfigError
 from stages.objectives.losses.kd import kd
 from stages.objectives.losses.rows import Reduction, TeacherRows, whole
 
@@ -18,13 +19,14 @@ class CTKD(nn.Module):
 
     theta belongs into the student's optimiser. Its gradient is multiplied by lambda, which goes
     from 0 to -1 along half a cosine over ten epochs: T ascends what the student descends. theta
-    starts at 1, T at about 15.6. Call `start_epoch` at the start of every epoch. Needs whole rows.
+    starts at 1, T at about 15.6. Call `start_epoch` at the start of every epoch: without it the
+    loss raises ConfigError, as T would stay where it is. Needs whole rows.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.theta = nn.Parameter(torch.ones(()))
-        self.reversal = 0.0
+        self.reversal: float | None = None
 
     def start_epoch(self, epoch: int) -> None:
         """epoch: from 0; the released loop counts from 1."""
@@ -44,8 +46,13 @@ class CTKD(nn.Module):
         reduction: Reduction = "mean",
     ) -> Tensor:
         """student_logits, teacher_logits: float (B, C). Returns float32, () or (B,)."""
-        temperature: Any = _Scaled.apply(self.temperature, self.reversal)
+        temperature: Any = _Scaled.apply(self.temperature, self.reversal or 0.0)
         teacher = whole(teacher_logits, "ctkd", temperature)
+        if self.reversal is None:
+            raise ConfigError(
+                "the loss 'ctkd' learns a temperature, and no epoch of it has begun",
+                "Call its start_epoch(epoch), and give its parameters to the optimiser.",
+            )
         return kd(student_logits, teacher, labels, temperature, reduction)
 
 

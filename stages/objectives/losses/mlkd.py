@@ -1,9 +1,9 @@
 """MLKD: a weak and a strong view of every sample, aligned by rows, by classes and by the batch."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stages.errors import ConfigError
 from stages.objectives.losses.rows import TeacherRows, centred, kl, whole
 from stages.objectives.losses.standardise import standardised
 
@@ -20,8 +20,9 @@ def mlkd(
 ) -> Tensor:
     """Jin, Wang, Lin 2023, "Multi-Level Logit Distillation" (CVPR), as its released code has it.
 
-    student_logits, teacher_logits: float (2B, C): rows of the weak views, then rows of the strong
-    views of the same samples. weights: float (2B,), of the rows, 1 if None. Returns float32, ().
+    student_logits, teacher_logits: float (2, B, C): rows of the weak views, and rows of the strong
+    views of the same samples; rows by temperature are (2B, C). labels: not used. weights: float
+    (2B,), of the rows, 1 if None. Returns float32, (). Raises ConfigError for rows of one view.
     With P = softmax(z / T), for T = temperature and every T of 3, 5, 2, 6:
 
         rows     T^2 mean_i KL(P_t[i] || P_s[i])         of the weak and of the strong views
@@ -38,15 +39,22 @@ def mlkd(
     rows, where a pair weighs sqrt(w_i w_j): rows of weight 0 are as if they were not there, and
     equal weights scale the loss.
     """
-    ones = student_logits.new_ones(len(student_logits), dtype=torch.float32)
+    surest = whole(teacher_logits, "mlkd", 1.0)
+    if student_logits.dim() != 3 or len(student_logits) != 2:
+        raise ConfigError(
+            "the loss 'mlkd' takes the rows of a weak and of a strong view, (2, B, C), not those "
+            f"of one: {tuple(student_logits.shape)}",
+            "Stack the two, or use train-student, which reads both from a cache of paired views.",
+        )
+    student = centred(student_logits.flatten(0, 1))
+    ones = student.new_ones(len(student))
     weak_w, strong_w = (ones if weights is None else weights).chunk(2)
-    student = centred(student_logits)
-    confidence = whole(teacher_logits, "mlkd", 1.0).chunk(2)[0].softmax(1)
+    confidence = surest.reshape(student.shape).chunk(2)[0].softmax(1)
     unsure = _share_below_median(confidence.amax(1))
     rare = _share_below_median(confidence.sum(0))
     total = student.new_zeros(())
     for place, t in enumerate((temperature, *FURTHER_TEMPERATURES)):
-        teacher = centred(whole(teacher_logits, "mlkd", t))
+        teacher = centred(whole(teacher_logits, "mlkd", t).reshape(student.shape))
         z_s, z_t = (standardised(z) if standardise else z for z in (student, teacher))
         weak, strong = (t**2 * kl(z_t / t, z_s / t)).chunk(2)
         weak_term, strong_term = (weak_w * weak).mean(), (strong_w * strong).mean()

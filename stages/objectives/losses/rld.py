@@ -22,19 +22,20 @@ def rld(
     temperature: float = 4.0,
     alpha: float = 1.0,
     beta: float = 8.0,
-    sure_temperature: float = 1.0,
+    sure_temperature: float | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """alpha Ta^2 SCD + beta T^2 MCD: Sun et al. 2024, arXiv 2408.07703, the released code.
 
     SCD = KL([max p_t, 1 - max p_t] || [p_s(y), 1 - p_s(y)]) at Ta = sure_temperature: the teacher's
-    confidence against the student's in the label. MCD = KL of the distributions at T over the
-    classes that the teacher has below the label; where there is none the row's is 0. Where the
-    teacher is right and Ta = T this is DKD.
+    confidence against the student's in the label. None is T, as in the released command
+    (`--same-t`); the released configuration alone has Ta = 1. MCD = KL of the distributions at T
+    over the classes that the teacher has below the label; where there is none the row's is 0. Where
+    the teacher is right and Ta = T this is DKD.
     student_logits, teacher_logits: float (B, C). Returns float32, () or (B,). Of partial rows SCD
     is exact, and MCD counts the rest as below the label.
     """
-    ta, t = sure_temperature, temperature
+    t, ta = temperature, temperature if sure_temperature is None else sure_temperature
     student, teacher, classes = paired(student_logits, teacher_logits, labels, ta)
     sure = one_and_rest(teacher / ta, _surest(teacher_logits, teacher))
     scd = ta**2 * binary_kl(sure, one_and_rest(student / ta, classes))

@@ -1,5 +1,6 @@
 """LA, KA-LSR, LR and RC against their formulas: what they do on right and on wrong rows."""
 
+import functools
 import math
 
 import numpy as np
@@ -18,6 +19,7 @@ from row_losses import (
     softmax,
 )
 from test_kd import kd_formula
+from torch import Tensor
 
 from stages.objectives.losses import kd
 from stages.objectives.losses.corrections import ka_lsr, la, lr, rc, swapped
@@ -69,7 +71,8 @@ def lr_formula(z_s: Row, at: At, y: int, held: Row, alpha: float = 4.0, beta: fl
 
 
 class TestLr(RowLoss):
-    loss, formula = staticmethod(lr), staticmethod(lr_formula)
+    loss = staticmethod(functools.partial(lr, average="batch"))
+    formula = staticmethod(lr_formula)
     parameters = ({}, {"alpha": 1.0, "beta": 0.5})
     shiftable = False  # the mean squared error is of logits
 
@@ -144,6 +147,51 @@ def test_what_rc_adds_does_not_read_the_teacher() -> None:
     ]
     torch.testing.assert_close(added[0], added[1], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(added[0], added[2], rtol=1e-3, atol=1e-4)
+
+
+def released_lr(z_s: Tensor, z_t: Tensor, labels: Tensor) -> float:
+    """`revision_loss` of the code of arXiv 2408.07703, on the two sub-batches, in float64."""
+    total, rows = 0.0, range(len(labels))
+    kinds = z_t.argmax(1) == labels
+    for right in (True, False):
+        of_kind = [
+            lr_formula(z_s[i].double().numpy(), lambda _, i=i: z_t[i].double().numpy(), int(y), z_s)
+            for i, y in zip(rows, labels, strict=True)
+            if bool(kinds[i]) == right
+        ]
+        total += sum(of_kind) / len(of_kind) if of_kind else 0.0
+    return total
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 3, 4])
+def test_lr_averages_each_kind_over_its_own_rows(wrong: int) -> None:
+    """As released; a batch without a kind has nothing of it."""
+    student, teacher, labels = draw("right", 5, 4)
+    labels = torch.where(torch.arange(4) < wrong, teacher.argsort(1)[:, 0], labels)
+    expected = released_lr(student, teacher, labels)
+    leaf = student.clone().requires_grad_()
+    value = lr(leaf, teacher, labels)
+    value.backward()
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+    rows = lr(student, teacher, labels, average="batch", reduction="none")
+    mean = lr(student, teacher, labels, average="batch").item()
+    assert mean == pytest.approx(rows.mean().item())
+    if wrong in (0, 4):
+        assert mean == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_released_revision_loss_of_a_batch() -> None:
+    """What `revision_loss` of zju-SWJ/RLD (d54578f) gives: one row is right, three are wrong."""
+    teacher = torch.tensor(
+        [[4.0, 1.0, 0.0, -1.0], [3.0, 2.0, 0.0, 1.0], [0.0, 5.0, 1.0, -2.0], [1.0, -1.0, 2.0, 4.0]]
+    )
+    student = torch.tensor(
+        [[2.0, 1.0, 1.0, -1.0], [1.0, 2.0, -1.0, 0.0], [3.0, 1.0, 0.0, -1.0], [0.0, 0.0, 1.0, 2.0]]
+    )
+    labels = torch.tensor([0, 1, 0, 2])
+    assert lr(student, teacher, labels).item() == pytest.approx(5.609188941, rel=1e-6)
 
 
 def test_what_lr_revises_moves_towards_the_label() -> None:

@@ -1,5 +1,7 @@
 """MLKD against a literal transcription of what its released code does; weights of rows."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from stages.errors import ConfigError
 from stages.objectives.losses import TeacherRows, standardised
-from stages.objectives.losses.mlkd import mlkd
+from stages.objectives.losses.mlkd import mlkd as loss_of_pairs
 from stages.training.config import LossSettings
 from stages.training.objective import Objective, resolved
 
@@ -23,6 +25,11 @@ def pairs(
     """Weak rows, then as many strong ones of the same labels."""
     student, teacher, labels = draw(kind, classes, 2 * HALF, seed, scale)
     return student, teacher, labels
+
+
+def mlkd(student: Tensor, teacher: TeacherRows, *more: Any, **named: Any) -> Tensor:
+    """Of rows (2B, C), as `pairs` gives them."""
+    return loss_of_pairs(student.unflatten(0, (2, -1)), teacher, *more, **named)
 
 
 def row_loss(z_s: np.ndarray, z_t: np.ndarray, t: float) -> float:
@@ -137,8 +144,8 @@ def test_lskd_standardises_the_row_terms_only() -> None:
 
 def test_extreme_logits() -> None:
     student, teacher, labels = pairs()
-    leaf = (student.sign() * 80).requires_grad_()
-    value = mlkd(leaf, teacher.sign() * -80, labels)
+    leaf = (student.sign() * 200).requires_grad_()
+    value = mlkd(leaf, teacher.sign() * -200, labels)
     value.backward()
     assert value.isfinite()
     assert leaf.grad is not None
@@ -149,6 +156,20 @@ def test_partial_rows_are_refused() -> None:
     student, teacher, labels = pairs()
     with pytest.raises(ConfigError, match="'mlkd' needs whole teacher rows"):
         mlkd(student, part_of(teacher, labels, 3), labels)
+
+
+@pytest.mark.parametrize("shape", [(16, 6), (3, 5, 6)])
+def test_rows_of_one_view_are_refused(shape: tuple[int, ...]) -> None:
+    """And not taken for a batch of half the size."""
+    rows = torch.randn(shape)
+    with pytest.raises(ConfigError, match="weak and of a strong view"):
+        loss_of_pairs(rows, rows, torch.zeros(shape[-2], dtype=torch.int64))
+
+
+def test_rows_of_the_teacher_may_be_stacked_too() -> None:
+    student, teacher, labels = pairs()
+    stacked = loss_of_pairs(student.view(2, HALF, 6), teacher.view(2, HALF, 6), labels)
+    assert torch.equal(stacked, mlkd(student, teacher, labels))
 
 
 # ---- weights of rows ------------------------------------------------------------------------

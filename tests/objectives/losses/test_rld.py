@@ -11,9 +11,9 @@ from stages.objectives.losses.rld import rld
 
 def rld_formula(
     z_s: Row, at: At, y: int, held: Row, temperature: float = 4.0, alpha: float = 1.0,
-    beta: float = 8.0, sure_temperature: float = 1.0,
+    beta: float = 8.0, sure_temperature: float | None = None,
 ) -> float:  # fmt: skip
-    ta, t = sure_temperature, temperature
+    t, ta = temperature, sure_temperature or temperature
     top = int(at(ta).argmax())
     scd = ta**2 * divergence(two_way(at(ta), top, ta), two_way(z_s, y, ta))
     z_t = at(t)

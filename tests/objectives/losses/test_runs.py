@@ -22,6 +22,7 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
 from stages.errors import CacheError, ConfigError, PipelineError
+from stages.objectives.bias import BiasMode
 from stages.objectives.losses import DEFINITIONS, TemperedRows
 from stages.rectify import RectifyConfig, rectify
 from stages.train_student import StudentConfig, train_student
@@ -222,6 +223,23 @@ def test_a_rectification_of_any_temperature_serves(
         cache=str(copy),
     )
     assert check_objective(config, LogitCache.open(copy)).bias.rectified
+
+
+@pytest.mark.parametrize("mode", ["none", "eliminate"])
+def test_rows_of_lr_are_averaged_once(my_world: World, mode: BiasMode) -> None:
+    """By their kinds as released, or as bias-aware weights do it."""
+    bias = BiasSettings(mode=mode)
+    config = student_config(my_world, "whole", loss=LossSettings(name="lr"), bias=bias)
+    cache = LogitCache.open(config.cache)
+    checked = check_objective(config, cache)
+    assert checked.loss.average == ("kind" if mode == "none" else "batch")
+    assert check_objective(checked, cache) == checked
+    asked = msgspec.structs.replace(config, loss=LossSettings(name="lr", average="kind"))
+    if mode == "none":
+        assert check_objective(asked, cache).loss.average == "kind"
+    else:
+        with pytest.raises(ConfigError, match=r"bias\.reduction"):
+            check_objective(asked, cache)
 
 
 FORMULAS = {

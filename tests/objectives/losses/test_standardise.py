@@ -8,7 +8,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from row_losses import draw
 
-from stages.objectives.losses import DEFINITIONS, LSKD_LOSSES, kd, standardised
+from stages.objectives.losses import DEFINITIONS, kd, standardised
 from stages.training.config import LossSettings
 from stages.training.objective import Objective, resolved
 
@@ -89,11 +89,10 @@ def test_the_defaults_of_lskd_are_for_what_it_standardises(name: str) -> None:
     plain, standard = (
         resolved(LossSettings(name=name, standardise=standardise)) for standardise in (False, True)
     )
-    if name in LSKD_LOSSES:
-        assert standard.weight == 9
-        assert standard.temperature == (None if name == "ctkd" else 2)
-    else:
-        assert (standard.weight, standard.temperature) == (plain.weight, plain.temperature)
+    weighted = ("kd", "dkd", "mlkd", "ctkd", "rld", "rc")  # --kd-weight 9
+    at_two = ("kd", "dkd", "mlkd", "rld", "rc", "la")  # --base-temp 2
+    assert standard.weight == (9 if name in weighted else plain.weight)
+    assert standard.temperature == (2 if name in at_two else plain.temperature)
     assert standard.ce_weight == plain.ce_weight
     chosen = resolved(LossSettings(name=name, standardise=True, weight=3.0))
     assert chosen.weight == 3
