@@ -39,7 +39,7 @@ class CacheError(PipelineError, RuntimeError):
 
 
 class UnansweredError(CacheError):
-    """An object store that did not answer, or refused: its bytes may well be intact."""
+    """A file or an object store that cannot be read: the bytes may well be intact."""
 
 
 class IdentityError(CacheError):

@@ -41,6 +41,7 @@ from stages.errors import CacheError, IdentityError, UnansweredError
 from stages.rectify import RectifyConfig, rectify
 from stages.reporting import Reporter, Silent
 from stages.verify import Fault, Verified, verify
+from stages.verify.documents import root_faults
 
 
 def recorded_job(
@@ -143,7 +144,8 @@ def _mend_metadata(
     identity = identity_from_json(attributes.identity, str(where))
     coding = _calibrated(where, attributes, job)
     group = open_group(where, writable=True)
-    root.write_attributes(group, group.attrs.asdict())  # and their copy
+    if any(root_faults(where)):  # the copy is damaged
+        root.write_attributes(group, group.attrs.asdict())
     by_block = [n for n, spec in all_arrays(job.num_classes, coding).items() if spec.by_block]
     samples, provenance = identity.dataset.num_samples, attributes.provenance
     views = max(1, known_views(group.store, by_block, samples, provenance).views)

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 from zarr.abc.store import Store
 from zarr.core.sync import sync
-from zarr.storage import LocalStore
 
 from stages.cache.layout import FORMAT
+from stages.cache.stores import Bucket, Folder
 from stages.errors import CacheError, UnansweredError
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
@@ -60,10 +60,9 @@ def open_store(where: Location, read_only: bool) -> Store:
     Credentials come from the environment, as the provider's own tools read them.
     """
     if isinstance(where, Path):
-        return LocalStore(where, read_only=read_only)
+        return Folder(where, read_only=read_only)
     try:
         import obstore.store
-        from zarr.storage import ObjectStore
     except ModuleNotFoundError as error:
         raise CacheError(
             f"{where} needs the package obstore", "pip install 'teacher-cache[remote]'"
@@ -78,7 +77,7 @@ def open_store(where: Location, read_only: bool) -> Store:
             f"{where} cannot be used as an object store: {told(error)}",
             "Check the URL and the credentials in the environment.",
         ) from error
-    return ObjectStore(remote, read_only=read_only)
+    return Bucket(remote, read_only=read_only)
 
 
 def retry_seconds() -> float:

@@ -16,6 +16,7 @@ from stages.cache.location import Location, ask, open_store
 from stages.cache.lock import half_written, remove_half_written
 from stages.cache.objects import first_object, list_objects, read_object, write_object
 from stages.cache.records import seal_records, unsealed
+from stages.cache.stores import readable
 from stages.errors import CacheError
 
 UNFINISHED = {"format": layout.FORMAT, "unfinished": True}
@@ -48,10 +49,12 @@ def exists(where: Location) -> bool:
                     "Choose a prefix with nothing under it.",
                 )
             return False
-    elif not where.exists() or (
-        where.is_dir() and set(where.iterdir()) <= set(half_written(where))
-    ):
-        return False
+    with readable(Path(where)):
+        if isinstance(where, Path) and (
+            not where.exists()
+            or (where.is_dir() and set(where.iterdir()) <= set(half_written(where)))
+        ):
+            return False
     return open_group(where).attrs.asdict() != UNFINISHED
 
 

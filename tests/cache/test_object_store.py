@@ -25,7 +25,7 @@ from helpers import DIGITS, Words
 from pipeline.cli import main
 from stages.cache import LogitCache, location
 from stages.cache_teacher import CacheJob, cache_teacher
-from stages.errors import CacheError
+from stages.errors import CacheError, UnansweredError
 from stages.rectify import RectifyConfig, rectify
 from stages.repair import repair
 from stages.train_student import StudentConfig, train_student
@@ -320,6 +320,20 @@ def hang_up_first(request: Forward, body: bytes) -> bool:
     return True
 
 
+def denied(key: str, times: int = 10**9) -> Fault:
+    """404 to whoever reads this object, so many times; listings have it."""
+
+    def fault(request: Forward, body: bytes) -> bool:
+        if request.command not in ("GET", "HEAD") or not request.path.endswith(key):
+            return False
+        if request.server.times_seen(key) >= times:
+            return False
+        request.answer(404, [], b"<Error><Code>NoSuchKey</Code></Error>")
+        return True
+
+    return fault
+
+
 def refuse(request: Forward, body: bytes) -> bool:
     request.hang_up()
     return True
@@ -594,3 +608,44 @@ def test_retries_go_on_for_a_minute_unless_told_otherwise(monkeypatch: pytest.Mo
     monkeypatch.delenv("TEACHER_CACHE_RETRY_SECONDS", raising=False)
 
     assert location.retry_seconds() == 60
+
+
+# ---- 404 of what is there -------------------------------------------------------------------
+
+DENIED = [
+    "my.zarr/zarr.json",
+    "commits/attributes.json",
+    "label/zarr.json",
+    "label/c/0",
+    "logits/c/0/0/0",
+    "commits/logits/v00000.json",
+    "commits/eval/v00000.json",
+    "rectified/pairwise-T4/zarr.json",
+    "rectified/pairwise-T4/wrong/c/0/0",
+    "commits/rectified/pairwise-T4/v00000.json",
+]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(k, marks=[] if k in (DENIED[0], DENIED[4], DENIED[7]) else pytest.mark.slow)
+        for k in DENIED
+    ],
+)
+def test_an_object_that_is_listed_is_not_taken_for_missing(
+    url: str, server: tuple[str, int], tiny_job: CacheJob, tiny_cache: Path, key: str
+) -> None:
+    uploaded(tiny_cache, url)
+    put(url, "prediction/c/0/0", b"damaged")
+    before, faults = objects(url), verify(url).faults
+    with through(server, denied(key)):
+        for work in (lambda: verify(url), lambda: repair(url, tiny_job, faults)):
+            with pytest.raises(UnansweredError, match="404"):
+                work()
+    kept = before.keys() - {"prediction/c/0/0", "commits/logits/v00000.json"}
+    assert {k: c for k, c in objects(url).items() if k in kept} == {k: before[k] for k in kept}
+
+    with through(server, denied(key, times=1)):
+        assert repair(url, tiny_job, faults).faults == []
+    assert objects(url) == tree(tiny_cache)

@@ -1,0 +1,169 @@
+"""What is there and cannot be read is told as what it is: nothing is computed again for it."""
+
+import contextlib
+import errno
+import os
+import re
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from damage import everything, flip, tree
+
+from stages.cache import LogitCache
+from stages.cache_teacher import CacheJob
+from stages.errors import CacheError, UnansweredError
+from stages.repair import repair
+from stages.verify import verify
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("/nowhere/at/all")
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+    (path / "notes.txt").write_text("mine")
+
+
+IN_PLACE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "pipe": (pipe, "is a named pipe"),
+    "dangling-link": (dangling, "is a link to /nowhere/at/all"),
+    "folder": (folder, "is a folder"),
+}
+KEYS = [
+    "zarr.json",
+    "commits/attributes.json",
+    "label/zarr.json",
+    "label/c/0",
+    "klt_basis/c/0/0",
+    "logits_code/c/1/0/0",
+    "commits/logits/v00001.json",
+    "eval_logits/c/0/0",
+    "rectified/pairwise-T4/zarr.json",
+    "rectified/pairwise-T4/wrong/c/0/2",
+]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("number", range(len(KEYS)), ids=KEYS)
+def test_what_is_no_file_is_told_and_left_alone(
+    small_copy: Path, small_job: CacheJob, number: int
+) -> None:
+    put, words = list(IN_PLACE.values())[number % len(IN_PLACE)]
+    key = KEYS[number]
+    (small_copy / key).unlink()
+    put(small_copy / key)
+    before = tree(small_copy)
+
+    works: list[Callable[[], object]] = [
+        lambda: verify(small_copy),
+        lambda: repair(small_copy, small_job, []),
+    ]
+    if key != "commits/attributes.json":  # which only these two read
+        works.append(lambda: everything(small_copy))
+    for work in works:
+        with pytest.raises(UnansweredError, match=f"{key} {words}") as caught:
+            work()
+        assert "--repair" in caught.value.remedy
+    assert tree(small_copy) == before
+    assert os.path.lexists(small_copy / key)
+
+
+@pytest.mark.parametrize("name", ["logits_code", "commits", "rectified/pairwise-T4"])
+def test_a_folder_that_became_something_else_is_told(
+    small_copy: Path, small_job: CacheJob, name: str, tmp_path: Path
+) -> None:
+    for put, words in ((dangling, "is a link"), (lambda p: p.write_text("x"), "is a file, not")):
+        store = tmp_path / words.replace(" ", "-")
+        shutil.copytree(small_copy, store)
+        shutil.rmtree(store / name)
+        put(store / name)
+
+        for work in (lambda s=store: verify(s), lambda s=store: repair(s, small_job, [])):
+            with pytest.raises(UnansweredError, match=words):
+                work()
+
+
+@contextmanager
+def refusing(path: Path, number: int) -> Iterator[None]:
+    """One file that the system does not open. (Permissions do not bind root.)"""
+    read = Path.read_bytes
+
+    def refused(self: Path) -> bytes:
+        if self == path:
+            raise OSError(number, os.strerror(number), str(path))
+        return read(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refused)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("key", "number", "remedy"),
+    [
+        ("logits_code/c/0/1/0", errno.EACCES, "permission"),
+        ("rectified/pairwise-T4/wrong/c/0/2", errno.EIO, "disk"),
+        ("commits/logits/v00001.json", errno.EACCES, "permission"),
+        ("zarr.json", errno.EPERM, "permission"),
+        ("rectified/pairwise-T4/zarr.json", errno.ESTALE, "disk"),
+        ("label/c/0", errno.EMFILE, "ulimit"),
+    ],
+)
+def test_a_file_that_cannot_be_opened_is_told_and_left_alone(
+    small_copy: Path, small_job: CacheJob, key: str, number: int, remedy: str
+) -> None:
+    flip(small_copy / "prediction/c/0/0")
+    before, faults = tree(small_copy), verify(small_copy).faults
+    with refusing(small_copy / key, number):
+        for work in (lambda: verify(small_copy), lambda: repair(small_copy, small_job, faults)):
+            with pytest.raises(UnansweredError, match=re.escape(key)) as caught:
+                work()
+            assert remedy in caught.value.remedy
+        with pytest.raises(CacheError):  # or the damage, where that is met first
+            everything(small_copy)
+
+    kept = {k: c for k, c in tree(small_copy).items() if not k.startswith("commits/logits")}
+    assert kept == {k: c for k, c in before.items() if not k.startswith("commits/logits")}
+    assert repair(small_copy, small_job, faults).faults == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+def test_a_folder_without_permission_is_told(small_copy: Path) -> None:
+    closed = small_copy / "commits/logits"
+    closed.chmod(0)
+    try:
+        with pytest.raises(UnansweredError, match="Permission denied"):
+            verify(small_copy)
+    finally:
+        closed.chmod(0o755)
+
+
+def test_too_few_open_files_are_told_as_that(small_copy: Path) -> None:
+    cache = LogitCache.open(small_copy)  # whatever has to be imported is
+    verify(small_copy)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(used, soft), hard))
+    try:
+        spare = []
+        with contextlib.suppress(OSError):
+            while True:
+                spare.append(os.open("/dev/null", os.O_RDONLY))
+        for work in (lambda: verify(small_copy), lambda: cache.read_view(0)):
+            with pytest.raises(UnansweredError, match="Too many open files") as caught:
+                work()
+            assert "ulimit" in caught.value.remedy
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for number in spare:
+            os.close(number)
+    assert verify(small_copy).faults == []
