@@ -31,7 +31,7 @@ def main() -> None:
         cli(prog_name="pipeline")
     except PipelineError as error:
         tell(error)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

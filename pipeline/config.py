@@ -87,7 +87,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for key in values:
         if not isinstance(key, str):
             raise ConfigError(f"{path}: the key {key!r} is not a text")
-    for made in ("kind", "classes"):  # what a run's own config.yaml says of itself
+    for made in ("kind", "classes", "made_from"):  # what a run's own config.yaml says of itself
         values.pop(made, None)
     return values
 

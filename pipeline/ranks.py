@@ -38,7 +38,7 @@ def run_rank(command: click.Group) -> NoReturn:
         with told_once() as mine:
             if mine:
                 tell(error)
-        code = 2 if isinstance(error, PipelineError) else getattr(error, "exit_code", 1)
+        code = getattr(error, "exit_code", 1)  # of ours and of click's
     sys.exit(code)
 
 

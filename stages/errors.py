@@ -4,9 +4,13 @@ The one module that everything in `stages` may import. A `PipelineError` is prin
 traceback; any other exception is a fault of ours and keeps its traceback (exit code 1).
 """
 
+import signal
+
 
 class PipelineError(Exception):
     """What went wrong and what to do about it, in at most three lines."""
+
+    exit_code = 2
 
     def __init__(self, cause: str, remedy: str = "") -> None:
         super().__init__(cause if not remedy else f"{cause}\n{remedy}")
@@ -48,6 +52,17 @@ class IdentityError(CacheError):
 
 class RunError(PipelineError, RuntimeError):
     """A run directory that cannot be used as asked."""
+
+
+class StoppedError(RunError):
+    """Work that a signal has stopped. exit_code: 128 and the signal's number, as shells have it."""
+
+    def __init__(self, cause: str, remedy: str = "", signal_number: int = signal.SIGTERM) -> None:
+        super().__init__(cause, remedy)
+        self.exit_code = 128 + signal_number
+
+    def __reduce__(self) -> tuple[type["StoppedError"], tuple[str, str, int]]:  # type: ignore[override]
+        return type(self), (self.cause, self.remedy, self.exit_code - 128)
 
 
 class RankError(PipelineError, RuntimeError):

@@ -30,7 +30,12 @@ from stages.training.assemble import Destination, Planned, make_trainer
 from stages.training.epoch_targets import TargetReader
 from stages.training.setup import Splits, load_data
 from stages.training.student import CachedTask, StudentConfig
-from stages.training.student_checks import check_dataset, check_students, slab_plan
+from stages.training.student_checks import (
+    check_dataset,
+    check_students,
+    made_from,
+    slab_plan,
+)
 from stages.training.trainer import Outcome, Trainer
 
 __all__ = [
@@ -134,7 +139,13 @@ def students_trainer(
             rectified = config.bias.rectified or next(iter(rectifications), None)
             return CachedTask(reader(rectified, labels), config, labels)
 
-        return Planned(config, Destination(out, "student", resume, overwrite), task, len(shown[0]))
+        return Planned(
+            config,
+            Destination(out, "student", resume, overwrite),
+            task,
+            len(shown[0]),
+            made_from(config, caches, len(checked.views)),
+        )
 
     return make_trainer(
         [planned(each, out) for each, (_, out) in zip(configs, students, strict=True)],

@@ -5,13 +5,11 @@ directory holds what came of it.
 """
 
 import contextlib
-import fcntl
-import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +21,7 @@ from stages.errors import PipelineError, RunError
 from stages.reporting import Silent
 from stages.train_student import StudentConfig, train_student, train_together
 from stages.training.config import DataSettings
+from stages.training.run_directory import held
 from stages.training.setup import Splits, load_data
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -63,12 +62,12 @@ def train(configs: Sequence[StudentConfig], outs: Sequence[str], place: Place) -
         return [Failure(f"{place.folder} is not there: workers must see the same paths")] * len(
             outs
         )
-    with _ONE_AT_A_TIME, contextlib.chdir(place.folder), contextlib.ExitStack() as stack:
+    with _ONE_AT_A_TIME, contextlib.chdir(place.folder):
         settle(place)
         watch = Watch()
         try:
             for out in outs:
-                stack.enter_context(alone_in(Path(out)))
+                wait_for(Path(out))
             splits = splits_of(configs[0].data, place.folder)
         except Exception as error:
             return [failure(error)] * len(outs)
@@ -147,33 +146,17 @@ class Watch(Silent):
             raise RunError("nobody waits for this run any more", "Go on with the same command.")
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Make a run's folder and hold it: what an earlier sweep has left running ends first.
+def wait_for(folder: Path) -> None:
+    """Wait until nobody writes to a run's folder: what an earlier sweep has left running ends.
 
-    Files of a run that was killed before it had written its configuration are removed. Raises
-    RunError if somebody else holds it for long.
+    Raises RunError if somebody holds it for long.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        give_up = time.monotonic() + _PATIENCE
-        while not _locked(held):
-            if time.monotonic() > give_up:
-                raise RunError(f"another process is writing to {folder}", "Wait for it or stop it.")
-            time.sleep(0.5)
-        files = list(folder.iterdir())
-        if all(file.name.endswith(".partial") for file in files):
-            for file in files:
-                file.unlink()
-        yield
-    finally:
-        os.close(held)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    give_up = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            held(folder).release()
+            return
+        except RunError as error:
+            if not isinstance(error.__context__, BlockingIOError) or time.monotonic() > give_up:
+                raise
+        time.sleep(0.5)

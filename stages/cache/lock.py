@@ -5,13 +5,15 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stages.cache.location import Location, told, unreachable
 from stages.errors import CacheError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.partial$")
 """How zarr's local store names a file until it is whole."""
 
@@ -63,18 +65,61 @@ def _held(where: Location, modes: list[int]) -> Iterator[None]:
     if isinstance(where, str):
         yield
         return
-    folder = os.open(where, os.O_RDONLY)
     try:
+        held = Hold(where, modes)
+    except BlockingIOError:
+        raise CacheError(
+            f"another process is writing to {where}", "Wait for it or stop it, then try again."
+        ) from None
+    with held:
+        yield
+
+
+class Hold:
+    """A folder that this process holds until `release`, or until it ends, however it ends.
+
+    Processes that it forks do not hold it. if_possible: nothing is held where the file system
+    has no such locks (NFS among them). Raises BlockingIOError where somebody else holds it.
+    """
+
+    def __init__(
+        self, folder: Path, modes: Sequence[int] = (fcntl.LOCK_EX,), if_possible: bool = False
+    ) -> None:
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             for mode in modes:
-                fcntl.flock(folder, mode | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CacheError(
-                f"another process is writing to {where}", "Wait for it or stop it, then try again."
-            ) from None
-        yield
-    finally:
-        os.close(folder)
+                fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
+        except OSError as error:
+            if not (if_possible and error.errno in _NO_LOCKS):
+                os.close(descriptor)
+                raise
+        self._descriptor: int | None = descriptor
+        _HOLDS.add(self)
+
+    def release(self) -> None:
+        """Let go; a second call does nothing."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __enter__(self) -> "Hold":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            self.release()
+
+
+def _release_in_child() -> None:
+    for hold in list(_HOLDS):
+        hold.release()
+
+
+_HOLDS: "weakref.WeakSet[Hold]" = weakref.WeakSet()
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 def half_written(where: Location) -> list[Path]:

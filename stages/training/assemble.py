@@ -1,20 +1,23 @@
 """From settings to a trainer: models, images and run directories, checked before any is written."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import torch
 import yaml
 from torch import Tensor
 
+from stages.cache.identity import weights_digest
 from stages.distributed import ALONE, Ranks, device_of_rank, first_rank_does
 from stages.errors import ConfigError
 from stages.inputs.datasets import Statistics
 from stages.inputs.feed import Normalise, ViewFeed
 from stages.inputs.models import Model
+from stages.inputs.run_files import sha256
 from stages.inputs.views import ViewPolicy
 from stages.reporting import Reporter
 from stages.training.compiled import prepare_compiler
@@ -22,7 +25,15 @@ from stages.training.config import ModelSettings, RunConfig
 from stages.training.learner import Learner, RandomState, Task
 from stages.training.order import SampleOrder, sample_order
 from stages.training.run_directory import RunDirectory
-from stages.training.setup import Splits, check_output, held_out, make_evaluations, make_model
+from stages.training.same_run import MADE_FROM
+from stages.training.setup import (
+    Splits,
+    check_output,
+    dataset_identity,
+    held_out,
+    make_evaluations,
+    make_model,
+)
 from stages.training.trainer import Trainer, steps_per_epoch
 
 
@@ -39,13 +50,15 @@ class Destination:
 @dataclass(frozen=True)
 class Planned:
     """A run that is to be trained. make_task: labels int64 (N,) on the device, and the policy ->
-    what is learned. views: how many views of a sample it sees at once.
+    what is learned. views: how many views of a sample it sees at once. made_from: digests of what
+    it reads beside the images, see `stages.training.same_run`.
     """
 
     config: RunConfig
     destination: Destination
     make_task: Callable[[Tensor, ViewPolicy], Task]
     views: int = 1
+    made_from: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,22 +110,29 @@ def make_trainer(
     labels = train.labels.to(device)
     evaluations = make_evaluations(data, splits, image_size, validation, device)
     steps = steps_per_epoch(order.shown or len(samples), settings.batch_size, ranks)
-    learners = [
-        Learner(
-            module=model.model.module,
-            normalise=model.normalise(device, settings.channels_last),
-            task=run.make_task(labels, policy),
-            evaluations=evaluations,
-            settings=run.config.train,
-            run=_run_directory(run, model.settings, train.class_names, reporter, ranks),
-            device=device,
-            steps=steps,
-            random_state=model.random_state if len(planned) > 1 else None,
-            ranks=ranks,
-            views=run.views,
-        )
-        for run, model in zip(planned, models, strict=True)
-    ]
+    tasks = [run.make_task(labels, policy) for run in planned]
+    with contextlib.ExitStack() as held:  # where one cannot be had, the others are let go
+        runs = []
+        for run, model in zip(planned, models, strict=True):
+            runs.append(_run_directory(run, model, splits, reporter, ranks))
+            held.callback(runs[-1].release)
+        learners = [
+            Learner(
+                module=model.model.module,
+                normalise=model.normalise(device, settings.channels_last),
+                task=task,
+                evaluations=evaluations,
+                settings=run.config.train,
+                run=directory,
+                device=device,
+                steps=steps,
+                random_state=model.random_state if len(planned) > 1 else None,
+                ranks=ranks,
+                views=run.views,
+            )
+            for run, model, task, directory in zip(planned, models, tasks, runs, strict=True)
+        ]
+        held.pop_all()
     return Trainer(
         learners=learners,
         feeds=feeds,
@@ -142,11 +162,14 @@ def _check_divisible(run: Planned, ranks: Ranks) -> None:
 
 @dataclass(frozen=True)
 class _Made:
-    """A model, its settings with normalisation and input size, and the generators after it."""
+    """A model, its settings with normalisation and input size, and the generators after it.
+    init_digest: of the weights it starts from, None where these are drawn.
+    """
 
     model: Model
     settings: ModelSettings
     random_state: RandomState
+    init_digest: str | None
 
     @property
     def statistics(self) -> Statistics:
@@ -161,7 +184,8 @@ class _Made:
 
 def _model(config: RunConfig, splits: Splits, size: int | None, device: torch.device) -> _Made:
     model, settings = make_model(config.model, splits.train, config.seed, size)
-    return _Made(model, settings, RandomState.now(device))
+    starts_from = None if settings.init is None else weights_digest(model.module.state_dict())
+    return _Made(model, settings, RandomState.now(device), starts_from)
 
 
 def _one_image_size(models: Sequence[_Made]) -> int | None:
@@ -174,20 +198,27 @@ def _one_image_size(models: Sequence[_Made]) -> int | None:
 
 
 def _run_directory(
-    run: Planned,
-    model: ModelSettings,
-    class_names: Sequence[str],
-    reporter: Reporter,
-    ranks: Ranks,
+    run: Planned, made: _Made, splits: Splits, reporter: Reporter, ranks: Ranks
 ) -> RunDirectory:
-    to, config = run.destination, msgspec.structs.replace(run.config, model=model)
+    to, config = run.destination, msgspec.structs.replace(run.config, model=made.settings)
+    of = {**_digests_of(splits), **run.made_from, "init": made.init_digest}
     settings = {"kind": to.kind, **msgspec.to_builtins(config)}
-    plain = {**settings, "classes": [*class_names]}
+    plain = {**settings, "classes": [*splits.train.class_names], MADE_FROM: of}
+    prepared: list[RunDirectory] = []
 
-    def prepare() -> None:
-        RunDirectory.prepare(to.out, plain, to.resume, to.overwrite)
+    def prepare() -> bool:
+        prepared.append(RunDirectory.prepare(to.out, plain, to.resume, to.overwrite))
+        return prepared[0].goes_on
 
-    first_rank_does(ranks, prepare)
-    directory = RunDirectory(to.out, config.tensorboard and ranks.first)
+    goes_on = first_rank_does(ranks, prepare)
+    directory = prepared[0] if prepared else RunDirectory(to.out, plain, goes_on)
     reporter.say(yaml.safe_dump(settings, sort_keys=False))  # not a thousand names
     return directory
+
+
+def _digests_of(splits: Splits) -> dict[str, str]:
+    """What the images are, wherever they lie."""
+    return {
+        name: sha256(msgspec.json.encode(dataset_identity(split)))[:32]
+        for name, split in (("train_split", splits.train), ("test_split", splits.test))
+    }

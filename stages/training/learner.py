@@ -150,6 +150,14 @@ class Learner:
         told = [value.detach() for value in parts.values()]
         torch._foreach_add_([totals[name] for name in parts], told, alpha=shown)
 
+    def check_losses(self) -> None:
+        """Raise RunError unless the losses of the epoch are finite so far."""
+        totals = self.position.totals
+        if not bool(torch.isfinite(torch.stack([*totals.values()])).all()):
+            infinite = [name for name, total in totals.items() if not math.isfinite(float(total))]
+            epoch, step = self.position.epoch + 1, self.position.step
+            raise _not_finite(f"in epoch {epoch}, by batch {step}", infinite)
+
     def _average_learned(self) -> None:
         """The gradients of what the loss learns, as those of the model, over all ranks."""
         if self.ranks.world > 1 and self.task.learned is not None:
@@ -179,11 +187,7 @@ class Learner:
         if not all(bool(torch.isfinite(p).all()) for p in self.module.parameters()):
             infinite.append("weights")
         if infinite:
-            raise RunError(
-                f"the loss or the weights are not finite after epoch {position.epoch + 1}: "
-                + ", ".join(infinite),
-                "Lower train.lr, or check the teacher and the loss settings.",
-            )
+            raise _not_finite(f"after epoch {position.epoch + 1}", infinite)
         metrics = {
             "epoch": position.epoch,
             "view": views[0],
@@ -240,33 +244,71 @@ class Learner:
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
             "position": dataclasses.asdict(dataclasses.replace(self.position, totals=totals)),
+            "history": self.history,
             **dataclasses.asdict(random),
         }
         if self.task.learned is not None:
             states["learned"] = self.task.learned.state_dict()
         self.run.save_checkpoint(states)
+        self.run.kept_epochs = self.position.epoch
 
     def restore(self) -> None:
-        """Go on from last.pt, where there is one."""
+        """Go on from last.pt, where there is one. Raises RunError if it does not fit."""
         states = self.run.load_checkpoint(self.device)
-        if states is not None:
-            self.module.load_state_dict(states["model"])
-            restore_optimizer(self._optimizer, states["optimizer"])
-            self._schedule.load_state_dict(states["schedule"])
-            self._scaler.load_state_dict(states["scaler"])
-            if self.task.learned is not None:
-                self.task.learned.load_state_dict(states["learned"])
-            random = RandomState(states["cpu_generator"].cpu(), states["cuda_generator"])
-            if self.random_state is not None:
-                self.random_state = random
-            else:
-                random.restore()
-            self.position = Position(**states["position"])
-            if not self.ranks.first:  # the first rank goes on from the losses of all
-                totals = self.position.totals
-                self.position.totals = {n: torch.zeros_like(t) for n, t in totals.items()}
-        kept = self.position.epoch
-        self.history = self.run.keep_metrics(kept) if self.ranks.first else self.run.metrics(kept)
+        if states is None:
+            return
+        try:
+            self._load(states)
+        except _MISFITS as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise self.run.does_not_fit(" ".join(lines[:2])[:200]) from error
+        done, epochs = self.position.epoch, self.settings.epochs
+        if done > epochs or (done == epochs and self.position.step):
+            raise RunError(
+                f"{self.run.path} has had {done} epochs already, not {epochs}",
+                f"Give --epochs {done} or more.",
+            )
+        self.run.kept_epochs = done
+
+    def _load(self, states: dict[str, Any]) -> None:
+        self.module.load_state_dict(states["model"])
+        restore_optimizer(self._optimizer, states["optimizer"])
+        self._schedule.load_state_dict(states["schedule"])
+        self._scaler.load_state_dict(states["scaler"])
+        if self.task.learned is not None:
+            self.task.learned.load_state_dict(states["learned"])
+        random = RandomState(states["cpu_generator"].cpu(), states["cuda_generator"])
+        self.position = Position(**states["position"])
+        self.history = [dict(line) for line in states["history"]]
+        if len(self.history) != self.position.epoch:
+            raise ValueError(f"{len(self.history)} epochs are told of {self.position.epoch}")
+        if self.random_state is not None:
+            self.random_state = random
+        else:
+            random.restore()
+        if not self.ranks.first:  # the first rank goes on from the losses of all
+            totals = self.position.totals
+            self.position.totals = {n: torch.zeros_like(t) for n, t in totals.items()}
+
+    def begin(self) -> None:
+        """Write the run's configuration, and what is kept of it; the first rank does."""
+        if not self.ranks.first:
+            return
+        self.run.begin(self.history)
+        whole = self.history and not self.position.step
+        if whole and selected_epoch(self.history) == len(self.history) - 1:
+            self.run.mend_model(self.module)
+
+
+_MISFITS = (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError)
+"""What a checkpoint makes torch raise that is whole, and of another model or optimiser."""
+
+
+def _not_finite(where: str, names: list[str]) -> RunError:
+    return RunError(
+        f"the loss or the weights are not finite {where}: {', '.join(names)}",
+        "Lower train.lr, or check the teacher and the loss settings.",
+    )
 
 
 @dataclass(frozen=True)

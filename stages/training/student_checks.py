@@ -14,6 +14,7 @@ from stages.device import choose_device
 from stages.distributed import ALONE, Ranks
 from stages.errors import CacheError, ConfigError, IdentityError
 from stages.inputs.feed import pixel_probes
+from stages.inputs.run_files import sha256
 from stages.inputs.views import Paired, ViewPolicy, check_unmixed, known_policy
 from stages.reporting import Reporter
 from stages.training.assemble import Order
@@ -253,6 +254,25 @@ def usable_views(cache: LogitCache, views: int | None, rectified: str | None) ->
     for log in logs:  # complete by name: what is damaged or gone shows now, not at its epoch
         log.check_all_objects(wanted)
     return list(wanted)
+
+
+def made_from(
+    config: StudentConfig, caches: Sequence[LogitCache], num_views: int
+) -> dict[str, Any]:
+    """What a student reads, as digests: caches by identity and encoding, wherever they lie, how
+    many of their views, and what decides the rectification's numbers.
+    """
+    name = config.bias.rectified
+    return {
+        "caches": [
+            sha256(f"{cache.identity.digest()} {cache.encoding.digest()}".encode())[:32]
+            for cache in caches
+        ],
+        "views": num_views,
+        "rectified": None
+        if name is None
+        else msgspec.to_builtins(caches[0].rectification(name).settings),
+    }
 
 
 def cached_policy(cache: LogitCache) -> ViewPolicy:

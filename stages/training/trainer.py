@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stages.distributed import ALONE, Ranks, summed
-from stages.errors import PipelineError, RunError
+from stages.errors import PipelineError, RunError, StoppedError
 from stages.inputs.feed import Batch, ViewFeed, joined, num_batches
 from stages.reporting import Reporter
 from stages.training.config import SeedSettings, TrainSettings
@@ -28,6 +28,9 @@ from stages.training.order import SampleOrder, sample_order
 
 Outcome = dict[str, Any] | PipelineError
 """The summary of a run, or why it failed."""
+CHECKED_EVERY = 200
+"""Batches between two looks at whether the losses are finite: a look waits for the GPU."""
+_AGAIN = 2.0
 
 
 @dataclass
@@ -63,25 +66,35 @@ class Trainer:
 
     def fit_all(self) -> list[Outcome]:
         """Train to the end; go on from last.pt where there is one. A summary for each learner, or
-        the RunError of one whose loss is not finite.
+        the RunError of one whose loss is not finite, or whose directory cannot be written.
 
-        Raises RunError when stopped by SIGTERM, after saving.
+        Raises StoppedError when stopped by SIGTERM or Ctrl+C, after saving.
         """
         use_deterministic(self.settings.deterministic)
-        for learner in self.learners:
-            learner.restore()
-            at = learner.position
-            if at.epoch or at.step:
-                self._say(learner, f"going on in epoch {at.epoch + 1}, after batch {at.step}")
         try:
-            with stop_on_sigterm() as stop:
+            self._restore()
+            with stop_on_signals() as stop:
                 for epoch in range(self.settings.epochs):
                     self._train_epoch(epoch, stop)
+            return [learner.error or _finished(learner) for learner in self.learners]
         finally:
             feeds = [e.feed for learner in self.learners for e in learner.evaluations.values()]
             for feed in (*self.feeds, *feeds):
                 feed.close()
-        return [learner.error or learner.finish() for learner in self.learners]
+            for learner in self.learners:
+                learner.run.release()
+
+    def _restore(self) -> None:
+        """All learners as their checkpoints have them; only then is anything written."""
+        for learner in self.learners:
+            learner.restore()
+        for learner in self.learners:
+            learner.begin()
+            at = learner.position
+            if at.epoch == self.settings.epochs:
+                self._say(learner, f"is finished already: {at.epoch} epochs")
+            elif at.epoch or at.step:
+                self._say(learner, f"going on in epoch {at.epoch + 1}, after batch {at.step}")
 
     def _train_epoch(self, epoch: int, stop: "StopSignal") -> None:
         # A kill may have come between two learners' checkpoints: each goes on where it was.
@@ -96,6 +109,10 @@ class Trainer:
             waiting = [learner for learner in active if learner.position.step == step]
             for learner in waiting:
                 learner.step(batch)
+            if step % CHECKED_EVERY == CHECKED_EVERY - 1:
+                active = self._still_finite(active)
+                if not active:
+                    return
             clock = self._share_time(waiting, clock)
             done, total = step + 1, active[0].steps
             task = f"epoch {epoch + 1}/{self.settings.epochs}"
@@ -103,9 +120,10 @@ class Trainer:
             if self._stopped(stop):
                 for learner in active:
                     learner.save()
-                raise RunError(
-                    f"stopped by SIGTERM in epoch {epoch + 1}, after batch {done}; saved",
+                raise StoppedError(
+                    f"stopped by {stop.name} in epoch {epoch + 1}, after batch {done}; saved",
                     "Go on with the same command and --resume.",
+                    stop.number or signal.SIGTERM,
                 )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -117,6 +135,20 @@ class Trainer:
                 learner.error = error
             else:
                 self._say(learner, said(metrics, self.settings.epochs))
+
+    def _still_finite(self, learners: Sequence[Learner]) -> list[Learner]:
+        """Those whose losses are finite so far; the others are given up now, not after the epoch.
+
+        Of several ranks each has its own losses: they agree after the epoch.
+        """
+        if self.ranks.world > 1:
+            return list(learners)
+        for learner in learners:
+            try:
+                learner.check_losses()
+            except RunError as error:
+                learner.error = error
+        return [learner for learner in learners if learner.error is None]
 
     def _batches(self, order: Tensor, views: tuple[int, ...], skip: int) -> Iterator[Batch]:
         size = self.settings.batch_size // self.ranks.world
@@ -157,27 +189,54 @@ def use_deterministic(wanted: bool) -> None:
     torch.backends.cudnn.benchmark = not wanted
 
 
+def _finished(learner: Learner) -> Outcome:
+    try:
+        return learner.finish()
+    except RunError as error:
+        return error
+
+
 @dataclass
 class StopSignal:
-    """Whether somebody asked the run to stop."""
+    """Which signal asked the run to stop, and when; None as long as none did."""
 
-    requested: bool = False
+    number: int | None = None
+    at: float = 0.0
+
+    @property
+    def requested(self) -> bool:
+        return self.number is not None
+
+    @property
+    def name(self) -> str:
+        number = self.number or signal.SIGTERM
+        return "Ctrl+C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[StopSignal]:
-    """Turn SIGTERM into a request; the loop answers after the batch at hand."""
+def stop_on_signals() -> Iterator[StopSignal]:
+    """Turn SIGTERM and Ctrl+C into a request; the loop answers after the batch at hand. Another
+    Ctrl+C, two seconds later or more, is not waited for: a launcher may hand on the first as well.
+    """
     stop = StopSignal()
 
-    def request(*_: object) -> None:
-        stop.requested = True
+    def request(number: int, _: object) -> None:
+        now = time.monotonic()
+        if number == stop.number == signal.SIGINT and now - stop.at > _AGAIN:
+            raise KeyboardInterrupt
+        if stop.number is None:
+            stop.number, stop.at = number, now
 
+    before: dict[int, Any] = {}
     try:
-        before = signal.signal(signal.SIGTERM, request)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as of a shell's background job
+                before[number] = signal.signal(number, request)
     except ValueError:  # not the main thread: whoever owns the process handles its signals
         yield stop
         return
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)

@@ -1,7 +1,6 @@
 """What a worker does with a task, without a cluster."""
 
 import contextlib
-import fcntl
 import os
 import threading
 from collections.abc import Iterator
@@ -13,7 +12,8 @@ import pytest
 from helpers import DIGITS, same_weights
 
 from pipeline.sweep import worker
-from pipeline.sweep.worker import Failure, Place, Watch, alone_in, failure, train
+from pipeline.sweep.worker import Failure, Place, Watch, failure, train
+from stages.cache.lock import Hold
 from stages.errors import RunError
 from stages.train_student import StudentConfig, train_student
 from stages.training.config import LossSettings, ModelSettings, TrainSettings
@@ -101,18 +101,17 @@ def test_a_group_that_cannot_go_together_is_trained_one_by_one(
 
 def test_a_run_waits_for_who_still_trains_it(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("run").mkdir()
-    held = os.open("run", os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    timer = threading.Timer(0.2, os.close, [held])
-    timer.start()
-    with alone_in(Path("run")):
-        monkeypatch.setattr(worker, "_PATIENCE", 0.0)
-        with (
-            pytest.raises(RunError, match="another process is writing to run"),
-            alone_in(Path("run")),
-        ):
-            pass
-    timer.join()
+    with Hold(Path("run")) as hold:
+        timer = threading.Timer(0.2, hold.release)
+        timer.start()
+        worker.wait_for(Path("run"))
+        timer.join()
+    monkeypatch.setattr(worker, "_PATIENCE", 0.0)
+    with (
+        Hold(Path("run")),
+        pytest.raises(RunError, match="another process is writing to run"),
+    ):
+        worker.wait_for(Path("run"))
 
 
 def test_errors_are_one_line_and_faults_of_ours_keep_their_trace() -> None:

@@ -38,7 +38,8 @@ def line(epoch: int, loss: float) -> dict[str, Any]:
 def started(path: Path, epochs: int, resume: bool = False) -> RunDirectory:
     """A run that goes on after so many epochs."""
     run = RunDirectory.prepare(path, CONFIG, resume=resume)
-    run.keep_metrics(epochs)
+    run.begin(metrics(path)[:epochs] if resume else ())
+    run.release()
     return run
 
 
@@ -65,6 +66,8 @@ def test_epochs_that_are_run_again_are_not_there_twice(tmp_path: Path) -> None:
 
 def test_a_run_may_ask_for_them_when_it_is_resumed(tmp_path: Path) -> None:
     plain = RunDirectory.prepare(tmp_path / "run", CONFIG | {"tensorboard": False})
+    plain.begin()
+    plain.release()
     plain.add_metrics(line(0, 1.0))
     again = started(plain.path, 1, resume=True)
     again.add_metrics(line(1, 0.5))

@@ -1,8 +1,12 @@
 """What a run directory refuses, and that its files are replaced whole."""
 
+import errno
+import io
 import json
 import os
 import re
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +19,27 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stages.errors import RunError
+from stages.inputs.run_files import check_file, read_config, read_summary
 from stages.training.run_directory import RunDirectory
 
 CONFIG = {"kind": "student", "train": {"lr": 1e-4, "milestones": (1, 2)}, "views": None}
 CPU = torch.device("cpu")
 
 
+def begun(path: Path, config: dict[str, Any] = CONFIG, **ways: bool) -> RunDirectory:
+    """A run directory with its first files, not held any more."""
+    run = RunDirectory.prepare(path, config, **ways)
+    run.begin()
+    run.release()
+    return run
+
+
 @pytest.fixture
 def my_run(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.prepare(tmp_path / "deep" / "run", CONFIG)
+    return begun(tmp_path / "deep" / "run")
+
+
+BEGUN = {"config.yaml", "metrics.jsonl"}
 
 
 def everything_in(folder: Path) -> dict[str, bytes]:
@@ -31,7 +47,7 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_new_one_holds_its_configuration(my_run: RunDirectory) -> None:
-    assert set(everything_in(my_run.path)) == {"config.yaml"}
+    assert set(everything_in(my_run.path)) == BEGUN
     kept = yaml.safe_load((my_run.path / "config.yaml").read_text())
     assert kept == {"kind": "student", "train": {"lr": 1e-4, "milestones": [1, 2]}, "views": None}
     assert my_run.config_text == (my_run.path / "config.yaml").read_text()
@@ -52,8 +68,8 @@ def test_a_used_one_is_refused_with_the_way_out(my_run: RunDirectory) -> None:
 
 def test_overwrite_starts_afresh(my_run: RunDirectory) -> None:
     my_run.save_checkpoint({"position": 1})
-    again = RunDirectory.prepare(my_run.path, {**CONFIG, "views": 3}, overwrite=True)
-    assert set(everything_in(again.path)) == {"config.yaml"}
+    again = begun(my_run.path, {**CONFIG, "views": 3}, overwrite=True)
+    assert set(everything_in(again.path)) == BEGUN
     assert yaml.safe_load(again.config_text)["views"] == 3
 
 
@@ -101,17 +117,17 @@ def test_somebody_elses_config_yaml_does_not_make_a_run(
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_a_run_of_either_kind_may_be_overwritten(tmp_path: Path, kind: str) -> None:
-    run = RunDirectory.prepare(tmp_path / "run", {"kind": kind})
+    run = begun(tmp_path / "run", {"kind": kind})
     run.log("hello")
-    assert set(everything_in(run.path)) == {"config.yaml", "log.txt"}
-    RunDirectory.prepare(run.path, CONFIG, overwrite=True)
-    assert set(everything_in(run.path)) == {"config.yaml"}
+    assert set(everything_in(run.path)) == BEGUN | {"log.txt"}
+    begun(run.path, overwrite=True)
+    assert set(everything_in(run.path)) == BEGUN
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_resume_and_overwrite_exclude_each_other(tmp_path: Path, there: bool) -> None:
     if there:
-        RunDirectory.prepare(tmp_path / "run", CONFIG).log("hello")
+        begun(tmp_path / "run").log("hello")
     before = everything_in(tmp_path)
     with pytest.raises(RunError, match="cannot be resumed and overwritten") as refused:
         RunDirectory.prepare(tmp_path / "run", CONFIG, resume=True, overwrite=True)
@@ -122,12 +138,12 @@ def test_resume_and_overwrite_exclude_each_other(tmp_path: Path, there: bool) ->
 
 def test_resume_with_the_same_settings(my_run: RunDirectory) -> None:
     my_run.save_checkpoint({"position": 7})
-    again = RunDirectory.prepare(my_run.path, CONFIG, resume=True)
+    again = begun(my_run.path, resume=True)
     assert again.load_checkpoint(CPU) == {"position": 7}
 
 
 def test_resume_where_nothing_is_yet(tmp_path: Path) -> None:
-    run = RunDirectory.prepare(tmp_path / "new", CONFIG, resume=True)
+    run = begun(tmp_path / "new", resume=True)
     assert run.load_checkpoint(CPU) is None
 
 
@@ -164,7 +180,7 @@ def test_resume_with_other_settings_names_the_key(
 def test_resume_goes_on_without_a_key_that_is_null(my_run: RunDirectory) -> None:
     """A later program has settings that an earlier one did not write."""
     my_run.save_checkpoint({"position": 7})
-    again = RunDirectory.prepare(my_run.path, {**CONFIG, "new": None}, resume=True)
+    again = begun(my_run.path, {**CONFIG, "new": None}, resume=True)
     assert again.load_checkpoint(CPU) == {"position": 7}
     kept = yaml.safe_load(again.config_text)
     assert kept["new"] is None
@@ -179,22 +195,74 @@ def test_nothing_is_written_into_a_cache(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["zarr.json"]
 
 
-@pytest.mark.parametrize("text", ["", "junk", "PK\x03\x04cut off"])
-def test_a_damaged_checkpoint_is_told(my_run: RunDirectory, text: str) -> None:
-    (my_run.path / "last.pt").write_text(text)
-    with pytest.raises(RunError, match=r"last\.pt is cut off or damaged") as told:
-        my_run.load_checkpoint(CPU)
-    assert "--overwrite" in told.value.remedy
+STATE = {"position": 3, "weights_of": torch.arange(1000.0)}
 
 
-@pytest.mark.parametrize("text", [None, "", '{"epoch": 0}\n', '{"epoch": 0}\n{"epo', "\0\0\n\0\n"])
-def test_damaged_metrics_are_told(my_run: RunDirectory, text: str | None) -> None:
-    if text is not None:
-        (my_run.path / "metrics.jsonl").write_text(text)
+def whole_checkpoint(run: RunDirectory) -> bytes:
+    run.save_checkpoint(STATE)
+    return (run.path / "last.pt").read_bytes()
+
+
+def goes_on(run: RunDirectory) -> dict[str, Any] | None:
+    """What the run would go on from."""
+    again = RunDirectory.prepare(run.path, CONFIG, resume=True)
+    try:
+        return again.load_checkpoint(CPU)
+    finally:
+        again.release()
+
+
+def test_a_checkpoint_with_any_bit_flipped_is_told(my_run: RunDirectory) -> None:
+    content = whole_checkpoint(my_run)
+    found = goes_on(my_run)
+    assert found is not None
+    assert torch.equal(found["weights_of"], STATE["weights_of"])
+    random = torch.Generator().manual_seed(0)
+    places = torch.randint(len(content) * 8, (40,), generator=random).tolist()
+    for place in (0, *places, len(content) * 8 - 1):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        (my_run.path / "last.pt").write_bytes(flipped)
+        with pytest.raises(RunError, match=r"last\.pt is damaged"):
+            goes_on(my_run)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        pytest.param(lambda whole: b"", id="empty"),
+        pytest.param(lambda whole: b"junk", id="junk"),
+        pytest.param(lambda whole: whole[:-1], id="cut"),
+        pytest.param(lambda whole: whole[: len(whole) // 2], id="half"),
+        pytest.param(lambda whole: whole + b"0", id="longer"),
+        pytest.param(lambda whole: torch_saved(STATE), id="without-digest"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told(my_run: RunDirectory, harm: Callable[[bytes], bytes]) -> None:
+    (my_run.path / "last.pt").write_bytes(harm(whole_checkpoint(my_run)))
     before = everything_in(my_run.path)
-    with pytest.raises(RunError, match=r"metrics\.jsonl is cut off or damaged"):
-        my_run.keep_metrics(2)
+    with pytest.raises(RunError, match=r"last\.pt is damaged") as told:
+        goes_on(my_run)
+    assert "--overwrite" in told.value.remedy
     assert everything_in(my_run.path) == before
+
+
+def torch_saved(state: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def test_a_checkpoint_loads_without_this_program(my_run: RunDirectory) -> None:
+    whole_checkpoint(my_run)
+    assert torch.load(my_run.path / "last.pt", weights_only=True)["position"] == 3
+
+
+def test_a_checkpoint_of_another_run_is_told(my_run: RunDirectory, tmp_path: Path) -> None:
+    other = begun(tmp_path / "other", {**CONFIG, "views": 3})
+    (my_run.path / "last.pt").write_bytes(whole_checkpoint(other))
+    with pytest.raises(RunError, match=r"last\.pt does not fit this run"):
+        goes_on(my_run)
 
 
 def test_a_place_that_cannot_be_made(tmp_path: Path) -> None:
@@ -207,11 +275,9 @@ WRITES: dict[str, Callable[[RunDirectory, int], None]] = {
     "last.pt": lambda run, n: run.save_checkpoint({"position": n}),
     "model.safetensors": lambda run, n: run.save_model(nn.Linear(n, 2)),
     "summary.json": lambda run, n: run.save_summary({"epochs": n}),
-    "metrics.jsonl": lambda run, n: void(run.keep_metrics(n)),
+    "metrics.jsonl": lambda run, n: run.begin([{"epoch": e} for e in range(n)]),
+    "config.yaml": lambda run, n: RunDirectory(run.path, {"epochs": n}, goes_on=True).begin(),
 }
-
-
-def void(_: object) -> None: ...
 
 
 @pytest.mark.parametrize("name", list(WRITES))
@@ -219,8 +285,7 @@ def test_files_are_replaced_whole(
     my_run: RunDirectory, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """A kill right before the new file takes the old one's place leaves the old one."""
-    my_run.add_metrics({"epoch": 0})
-    my_run.add_metrics({"epoch": 1})
+    my_run.goes_on = True
     WRITES[name](my_run, 2)
     before = (my_run.path / name).read_bytes()
 
@@ -244,14 +309,16 @@ def test_saved_weights_are_plain_and_contiguous(my_run: RunDirectory) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in module.state_dict().items())
 
 
-def test_keep_metrics_drops_what_will_be_run_again(my_run: RunDirectory) -> None:
-    for epoch in range(3):
-        my_run.add_metrics({"epoch": epoch, "loss": 0.1 * epoch})
+def test_metrics_of_epochs_that_will_be_run_again_are_dropped(my_run: RunDirectory) -> None:
     path = my_run.path / "metrics.jsonl"
+    lines = [{"epoch": epoch, "loss": 0.1 * epoch} for epoch in range(3)]
+    for line in lines:
+        my_run.add_metrics(line)
     path.write_text(path.read_text() + '{"epoch": 3, "lo')  # killed while writing
-    kept = my_run.keep_metrics(2)
-    assert kept == [{"epoch": 0, "loss": 0.0}, {"epoch": 1, "loss": 0.1}]
-    assert [json.loads(line) for line in path.read_text().splitlines()] == kept
+    my_run.goes_on = True
+    my_run.begin(lines[:2])
+    my_run.add_metrics(lines[2])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines
 
 
 def test_tied_weights_can_be_saved(my_run: RunDirectory) -> None:
@@ -269,7 +336,183 @@ def test_nothing_temporary_stays(my_run: RunDirectory) -> None:
     my_run.save_checkpoint({})
     my_run.save_model(nn.Linear(1, 1))
     my_run.save_summary({"epochs": 1})
-    my_run.keep_metrics(0)
     my_run.log("hello")
     assert set(everything_in(my_run.path)) == RUN_FILES
-    assert json.loads((my_run.path / "summary.json").read_text()) == {"epochs": 1}
+    assert read_summary(my_run.path) == {"epochs": 1}
+
+
+# ---- only its own files ---------------------------------------------------------------------
+
+
+def finished(path: Path) -> RunDirectory:
+    """A run with every file that a run may have, and half-written ones."""
+    run = begun(path)
+    WRITES["last.pt"](run, 1)
+    WRITES["model.safetensors"](run, 1)
+    WRITES["summary.json"](run, 1)
+    run.log("hello")
+    (path / "last.pt.partial").write_bytes(b"half")
+    (path / "tensorboard").mkdir()
+    (path / "tensorboard" / "events.out.tfevents.1700000000.host.1.0").write_bytes(b"events")
+    (path / ".DS_Store").write_bytes(b"the system's")
+    return run
+
+
+MINE: dict[str, Callable[[Path], object]] = {
+    "notes": lambda run: (run / "notes.txt").write_text("mine"),
+    "cache": lambda run: (run / "a.zarr").mkdir(),
+    "nested-run": lambda run: begun(run / "inner"),
+    "among-events": lambda run: (run / "tensorboard" / "notes.txt").write_text("mine"),
+    "event-folder-elsewhere": lambda run: linked_elsewhere(run / "tensorboard"),
+    "folder-of-that-name": lambda run: (run / "log.txt.partial").mkdir(),
+}
+
+
+def linked_elsewhere(folder: Path) -> None:
+    folder.rename(folder.parents[1] / "elsewhere")
+    folder.symlink_to(folder.parents[1] / "elsewhere")
+
+
+def test_overwrite_removes_every_file_of_a_run(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    begun(run.path, overwrite=True)
+    assert set(everything_in(run.path)) == BEGUN | {".DS_Store"}
+    assert not (run.path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("put", MINE.values(), ids=MINE)
+def test_overwrite_refuses_what_is_not_the_runs(
+    tmp_path: Path, put: Callable[[Path], object]
+) -> None:
+    run = finished(tmp_path / "run")
+    put(run.path)
+    before = everything_in(tmp_path)
+    with pytest.raises(RunError, match="files that are not the run's") as refused:
+        RunDirectory.prepare(run.path, CONFIG, overwrite=True)
+    assert "--out" in refused.value.remedy
+    assert everything_in(tmp_path) == before
+
+
+def test_overwrite_through_a_link(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    (tmp_path / "latest").symlink_to(run.path)
+    begun(tmp_path / "latest", {**CONFIG, "views": 3}, overwrite=True)
+    assert (tmp_path / "latest").is_symlink()
+    assert read_config(run.path)["views"] == 3
+    assert not (run.path / "last.pt").exists()
+
+
+@pytest.mark.parametrize("way", ["resume", "overwrite"])
+def test_a_link_to_nowhere_is_refused(tmp_path: Path, way: str) -> None:
+    (tmp_path / "latest").symlink_to(tmp_path / "gone")
+    with pytest.raises(RunError, match="latest"):
+        RunDirectory.prepare(tmp_path / "latest", CONFIG, **{way: True})
+
+
+def test_the_weights_to_start_from_are_not_overwritten(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    before = everything_in(tmp_path)
+    config = {**CONFIG, "model": {"init": f"{tmp_path}/./run"}}
+    with pytest.raises(RunError, match="weights to start from"):
+        RunDirectory.prepare(run.path, config, overwrite=True)
+    assert everything_in(tmp_path) == before
+
+
+# ---- one writer -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["resume", "overwrite"])
+def test_a_second_writer_is_refused_before_anything_is_removed(tmp_path: Path, way: str) -> None:
+    run = finished(tmp_path / "run")
+    first = RunDirectory.prepare(run.path, CONFIG, resume=True)
+    before = everything_in(tmp_path)
+    with pytest.raises(RunError, match=f"another process is writing to {run.path}"):
+        RunDirectory.prepare(run.path, CONFIG, **{way: True})
+    assert everything_in(tmp_path) == before
+    first.release()
+    RunDirectory.prepare(run.path, CONFIG, **{way: True}).release()
+
+
+def test_a_refused_run_is_not_held(my_run: RunDirectory) -> None:
+    with pytest.raises(RunError, match="not empty"):
+        RunDirectory.prepare(my_run.path, CONFIG)
+    RunDirectory.prepare(my_run.path, CONFIG, resume=True).release()
+
+
+def test_a_forked_process_does_not_hold_what_its_parent_held(tmp_path: Path) -> None:
+    """A DataLoader's worker may outlive a training that was killed."""
+    first = RunDirectory.prepare(tmp_path / "run", CONFIG)
+    reading, writing = os.pipe()
+    if (number := os.fork()) == 0:
+        os.write(writing, b"here")
+        time.sleep(60)
+        os._exit(0)
+    try:
+        assert os.read(reading, 4) == b"here"
+        first.release()
+        RunDirectory.prepare(tmp_path / "run", CONFIG).release()
+    finally:
+        os.kill(number, signal.SIGKILL)
+        os.waitpid(number, 0)
+        os.close(reading)
+        os.close(writing)
+
+
+# ---- what the disk refuses ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(WRITES))
+def test_a_full_disk_keeps_the_file_that_was_there(
+    my_run: RunDirectory, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    my_run.goes_on = True
+    WRITES[name](my_run, 2)
+    before = (my_run.path / name).read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(RunError, match="No space left on device") as told:
+        WRITES[name](my_run, 1)
+    assert "--resume" in told.value.remedy
+    assert (my_run.path / name).read_bytes() == before
+    assert not (my_run.path / f"{name}.partial").exists()
+
+
+# ---- as others read it ----------------------------------------------------------------------
+
+
+def read_everything(run: Path) -> tuple[Any, ...]:
+    summary = read_summary(run)
+    for name in ("metrics.jsonl", "model.safetensors"):
+        check_file(run, name)
+    return read_config(run), summary
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "summary.json", "metrics.jsonl", "model.safetensors"]
+)
+def test_damage_is_told_or_changes_nothing(tmp_path: Path, name: str) -> None:
+    run = begun(tmp_path / "run")
+    run.add_metrics({"epoch": 0, "loss": 0.5})
+    run.save_model(nn.Linear(2, 2))
+    run.save_summary({"last": {"test_top1": 0.5}, "epochs": 1})
+    file, right = run.path / name, read_everything(run.path)
+    content, told = file.read_bytes(), 0
+    random = torch.Generator().manual_seed(0)
+    for place in torch.randint(len(content) * 8, (100,), generator=random).tolist():
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        try:
+            assert read_everything(run.path)[0].items() >= right[0].items()
+        except RunError:
+            told += 1
+        else:
+            assert name == "summary.json" or place < 8 * content.index(b"\n")
+    assert told >= 70
+    for part in (b"", content[: len(content) // 2]):
+        file.write_bytes(part)
+        with pytest.raises(RunError, match=re.escape(name)):
+            read_everything(run.path)

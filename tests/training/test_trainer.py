@@ -2,9 +2,10 @@
 
 import math
 import os
+import pickle
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from helpers import DIGITS, first, metrics
 from torch import Tensor, nn
 
-from stages.errors import RunError
+from stages.errors import RunError, StoppedError
 from stages.inputs.feed import Batch, Normalise, ViewFeed, num_batches, plain_view
 from stages.inputs.views import view_policy
 from stages.objectives.losses import ce
@@ -30,7 +31,7 @@ from stages.training.learner import (
 from stages.training.order import sample_order
 from stages.training.run_directory import RunDirectory
 from stages.training.setup import Splits, make_evaluations, make_model
-from stages.training.trainer import Trainer, stop_on_sigterm
+from stages.training.trainer import Trainer, stop_on_signals
 
 CPU = torch.device("cpu")
 
@@ -298,24 +299,57 @@ def test_the_first_epoch_warms_up_and_is_not_in_the_time_of_one() -> None:
     assert summarise(lines[:1], 1)["epoch_seconds"] == 32
 
 
-# ---- SIGTERM --------------------------------------------------------------------------------
+# ---- stopped by a signal --------------------------------------------------------------------
 
 
-def test_sigterm_is_a_request_and_the_handler_comes_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_on_sigterm() as stop:
-        requests = [stop.requested]
-        os.kill(os.getpid(), signal.SIGTERM)
-        requests.append(stop.requested)
-    assert requests == [False, True]
-    assert signal.getsignal(signal.SIGTERM) is before
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl+C raises KeyboardInterrupt, also where whoever runs the tests ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_a_request_and_the_handler_comes_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_on_signals() as stop:
+        requests = [stop.number]
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # a launcher hands on what its terminal sent as well
+        requests.append(stop.number)
+    assert requests == [None, number]
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_later_interrupt_is_not_waited_for() -> None:
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        stop.at -= 10
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_background_jobs_interrupt_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not stop.requested
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_thread_leaves_signals_to_their_owner() -> None:
     entered: list[bool] = []
 
     def work() -> None:
-        with stop_on_sigterm() as stop:
+        with stop_on_signals() as stop:
             entered.append(stop.requested)
 
     thread = threading.Thread(target=work)
@@ -324,28 +358,33 @@ def test_a_thread_leaves_signals_to_their_owner() -> None:
     assert entered == [False]
 
 
-def test_sigterm_saves_and_says_how_to_go_on(my_trainer: MakeTrainer, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(("number", "name"), [(SIGNALS[0], "SIGTERM"), (SIGNALS[1], r"Ctrl\+C")])
+def test_a_signal_saves_and_says_how_to_go_on(
+    my_trainer: MakeTrainer, number: signal.Signals, name: str
+) -> None:
     trainer = my_trainer(TrainSettings(epochs=3, batch_size=64))
-    trainer.reporter = TermAfter(6)
-    with pytest.raises(RunError, match="SIGTERM in epoch 2, after batch 2; saved") as stopped:
+    trainer.reporter = SignalAfter(6, number)
+    with pytest.raises(StoppedError, match=f"{name} in epoch 2, after batch 2; saved") as stopped:
         trainer.fit()
     assert "--resume" in stopped.value.remedy
-    state = trainer.learner.run.load_checkpoint(CPU)
-    assert state is not None
+    assert stopped.value.exit_code == 128 + number
+    assert pickle.loads(pickle.dumps(stopped.value)).exit_code == 128 + number
+    state = torch.load(trainer.learner.run.path / "last.pt", weights_only=True)
     assert (state["position"]["epoch"], state["position"]["step"]) == (1, 2)
     assert state["position"]["lr"] == pytest.approx(0.1 * (1 + math.cos(math.pi / 3)) / 2)
 
 
-class TermAfter:
-    """A reporter that sends SIGTERM at its n-th batch."""
+class SignalAfter:
+    """A reporter that sends a signal at its n-th batch."""
 
-    def __init__(self, batches: int) -> None:
-        self.left = batches
+    def __init__(self, batches: int, number: signal.Signals) -> None:
+        self.left, self.number = batches, number
 
     def progress(self, task: str, done: float, total: float, unit: str) -> None:
         self.left -= 1
         if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
     def say(self, text: str) -> None: ...
     def table(self, title: str, columns: Any, rows: Any) -> None: ...
