@@ -351,15 +351,23 @@ def verify_command(cache: str, **given: Any) -> None:
     from pipeline.console import Console
     from pipeline.tables import show_verified
     from stages.cache import LogitCache
+    from stages.errors import ChangedImagesError
     from stages.repair import recorded_job, repair
-    from stages.verify import verify, verify_live, verify_pixels
+    from stages.verify import Fault, verify, verify_live, verify_pixels
 
     console = Console()
     verified = verify(cache, console)
     faults = verified.faults
     if given["live"] or given["pixels"] or (given["repair"] and faults):
         moved = {name: given[name] for name in ("dataset", "root", "weights", "device")}
-        job = recorded_job(cache, **moved)
+        try:
+            job = recorded_job(cache, **moved)
+        except ChangedImagesError as error:
+            if given["repair"] and faults:
+                raise
+            faults = [*faults, Fault("images", error.cause)]
+            show_verified(console, cache, verified, faults)
+            sys.exit(1)
         if given["repair"] and faults:
             show_verified(console, cache, verified, faults)
             verified = repair(cache, job, faults, console)

@@ -50,6 +50,10 @@ class IdentityError(CacheError):
     """A cache that was made from something else than what it is used with."""
 
 
+class ChangedImagesError(IdentityError):
+    """A dataset whose images are no longer those that a cache was made from."""
+
+
 class RunError(PipelineError, RuntimeError):
     """A run directory that cannot be used as asked."""
 

@@ -22,7 +22,7 @@ from stages.cache.commits import CommitLog
 from stages.cache.create import all_arrays
 from stages.cache.documents import check_seal
 from stages.cache.encoding import Encoding, restored
-from stages.cache.identity import Identity, differences, identity_from_json
+from stages.cache.identity import Identity, identity_from_json
 from stages.cache.location import Location, location
 from stages.cache.lock import exclusive
 from stages.cache.objects import folders, read_object, write_object
@@ -30,62 +30,19 @@ from stages.cache.rectified import RectificationSettings
 from stages.cache.root import RootAttributes
 from stages.cache.witnesses import known_views, rectified_views
 from stages.cache_teacher import (
-    CacheConfig,
     CacheJob,
     cache_teacher,
     fitted_encoding,
-    prepare,
     row_order,
 )
-from stages.errors import CacheError, IdentityError, UnansweredError
+from stages.errors import CacheError, UnansweredError
+from stages.recorded import check_teacher, recorded_job, trusted_attributes
 from stages.rectify import RectifyConfig, rectify
 from stages.reporting import Reporter, Silent
 from stages.verify import Fault, Verified, verify
 from stages.verify.documents import root_faults
 
-
-def recorded_job(
-    path: str | Location,
-    dataset: str | None = None,
-    root: str | None = None,
-    weights: str | None = None,
-    device: str | None = None,
-) -> CacheJob:
-    """What stage one had when it made a cache, loaded again; the arguments say what has moved.
-
-    Raises CacheError if the cache does not say how it was made, IdentityError if this dataset or
-    this teacher is another, and what `prepare` raises.
-    """
-    where = location(path)
-    try:
-        config = msgspec.convert(_trusted_attributes(where).provenance["config"], CacheConfig)
-    except (KeyError, msgspec.ValidationError) as error:
-        raise CacheError(
-            f"{where} does not say how it was made: {error}",
-            "Run `pipeline cache-teacher` with the settings it was made with.",
-        ) from error
-    replace = msgspec.structs.replace
-    moved = {"dataset": dataset, "root": root}
-    config = replace(
-        config,
-        data=replace(config.data, **{k: v for k, v in moved.items() if v is not None}),
-        teacher=replace(config.teacher, weights=weights or config.teacher.weights),
-        device=device or "auto",
-    )
-    job = prepare(config)
-    check_teacher(where, job)
-    return job
-
-
-def check_teacher(path: str | Location, job: CacheJob) -> None:
-    """Raise IdentityError unless this teacher and this dataset made the cache."""
-    attributes = _trusted_attributes(location(path))
-    theirs = identity_from_json(attributes.identity, str(path))
-    if differing := differences(job.identity, theirs):
-        raise IdentityError(
-            f"{path} was made from something else: {'; '.join(differing[:3])}",
-            "Give the --dataset and the --weights that it was made from.",
-        )
+__all__ = ["check_teacher", "recorded_job", "repair"]
 
 
 def repair(
@@ -98,7 +55,7 @@ def repair(
     reporter, where = reporter or Silent(), location(path)
     check_teacher(where, job)
     with exclusive(where):
-        attributes = _trusted_attributes(where, mend=True)
+        attributes = trusted_attributes(where, mend=True)
         covered = _mend_metadata(where, attributes, job, reporter)
         # Metadata that was damaged may have hidden damaged blocks.
         faults = [*faults, *verify(where, Silent()).faults]
@@ -110,26 +67,6 @@ def repair(
     for config in again:
         rectify(path, config, reporter)
     return verify(where, reporter)
-
-
-def _trusted_attributes(where: Location, mend: bool = False) -> RootAttributes:
-    """The root attributes, or their copy where they are damaged; `mend` writes it back."""
-    try:
-        return root.read_attributes(where, open_group(where).attrs.asdict())
-    except UnansweredError:
-        raise
-    except CacheError as error:
-        copy = root.copied_attributes(where)
-        if copy is None:
-            raise CacheError(
-                f"{where} cannot be repaired, its root attributes are damaged or not a cache's: "
-                f"{error.cause}",
-                "Copy zarr.json from another copy of this cache, or cache again.",
-            ) from error
-        attributes = root.read_attributes(where, copy)
-        if mend:
-            root.restore_attributes(where, copy)
-        return attributes
 
 
 def _mend_metadata(

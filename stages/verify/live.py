@@ -5,7 +5,7 @@ import torch
 from stages.cache import LogitCache
 from stages.cache.encoding import row_kl
 from stages.cache_teacher import CacheJob, teacher_logits
-from stages.errors import IdentityError
+from stages.errors import DatasetError, IdentityError, ViewError
 from stages.reporting import Silent
 from stages.training.setup import Splits
 from stages.training.student_checks import cached_policy, check_dataset
@@ -32,7 +32,10 @@ def verify_live(cache: LogitCache, job: CacheJob, pairs: int, seed: int = 0) -> 
     divergences = []
     for position in which.unique().tolist():
         asked = samples[which == position]
-        live = teacher_logits(job, feed, asked, views[position])
+        try:
+            live = teacher_logits(job, feed, asked, views[position])
+        except (DatasetError, ViewError) as error:
+            return [Fault("live teacher", error.cause)]
         stored = cache.read_view(views[position]).rows(asked)
         divergences.append(row_kl(live, stored, 1.0))
     found = float(torch.cat(divergences).mean())
@@ -52,6 +55,6 @@ def verify_pixels(cache: LogitCache, splits: Splits) -> list[Fault]:
     """Are these the samples and the pixels that the teacher saw?"""
     try:
         check_dataset(cache, splits, cached_policy(cache), accept_drift=False, reporter=Silent())
-    except IdentityError as error:
+    except (IdentityError, DatasetError, ViewError) as error:
         return [Fault("pixels", error.cause)]
     return []

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from damage import edit_attributes, flip, tree
+from PIL import Image
 
 from pipeline.cli import main
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.rectify import RectifyConfig, rectify
 from stages.training.config import DataSettings
+from stages.training.setup import Splits
 
 DATASET = """
 from stages.inputs.datasets import load_splits
@@ -219,3 +221,79 @@ def test_a_newer_format_is_told(pipeline: Pipeline, folder: Path) -> None:
 
     assert answer.code == 1
     assert "version 2" in answer.text
+
+
+# ---- from another folder --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_images(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path, digits: Splits) -> Path:
+    """A folder with images, a teacher and a cache, which names them by relative paths."""
+    home = tmp_path_factory.mktemp("images")
+    shutil.copytree(teacher_run, home / "teacher")
+    images = digits.train.images
+    assert images is not None
+    for number in range(60):
+        label = int(digits.train.labels[number])
+        for split in ("train", "test"):
+            file = home / f"data/{split}/{label}/{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[number, 0].numpy()).save(file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        config = CacheConfig(
+            data=DataSettings(dataset="folder:data", workers=0),
+            teacher=TeacherSettings(weights="teacher"),
+            views=1,
+            augment="pad-crop:pad=2",
+            device="cpu",
+        )
+        cache_teacher(prepare(config), "cache.zarr")
+    return home
+
+
+@pytest.fixture
+def elsewhere(of_images: Path, folder: Path) -> Path:
+    """What lies in the current folder of the command: the cache, and not what it was made from."""
+    for name in ("data", "teacher"):
+        shutil.copytree(of_images / name, folder / f"new/{name}")
+    shutil.copytree(of_images / "cache.zarr", folder / "images.zarr")
+    shutil.rmtree(folder / "teacher")
+    return folder
+
+
+@pytest.mark.parametrize("options", ["--live 5", "--pixels", "--repair"])
+def test_from_another_folder_the_options_that_help_are_named(
+    pipeline: Pipeline, elsewhere: Path, options: str
+) -> None:
+    flip(elsewhere / "images.zarr/label/zarr.json") if options == "--repair" else None
+    words = f"verify images.zarr {options} --device cpu"
+    for given, place, option in (
+        ("", str(elsewhere / "teacher"), "--weights"),
+        (" --weights new/teacher", str(elsewhere / "data"), "--dataset folder:DIR"),
+    ):
+        answer = pipeline(words + given)
+
+        assert answer.code == 2
+        assert len(answer.err.strip().splitlines()) <= 3
+        assert place in answer.err
+        assert option in answer.err
+
+    assert pipeline(words + " --weights new/teacher --dataset folder:new/data").code == 0
+
+
+@pytest.mark.parametrize("options", ["--live 60", "--pixels"])
+@pytest.mark.parametrize("side", [8, 11])
+def test_an_image_that_is_another_is_a_fault(
+    pipeline: Pipeline, elsewhere: Path, options: str, side: int
+) -> None:
+    (elsewhere / "new/data").rename(elsewhere / "data")
+    (elsewhere / "new/teacher").rename(elsewhere / "teacher")
+    file = next((elsewhere / "data/train/3").iterdir())
+    Image.new("L", (side, side), 77).save(file)
+
+    answer = pipeline(f"verify images.zarr {options} --device cpu")
+
+    assert answer.code == 1
+    assert "images" in answer.text
+    assert answer.err == ""
