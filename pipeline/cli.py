@@ -1,11 +1,11 @@
 """The `pipeline` command. Heavy imports stand inside the commands: --help answers at once."""
 
-import os
 import sys
 from typing import Any
 
 import click
 
+from pipeline.import_path import current_folder_last
 from pipeline.options import (
     augment_option,
     compute_options,
@@ -17,6 +17,7 @@ from pipeline.options import (
     run_options,
     train_flags,
     train_options,
+    trust_option,
 )
 from pipeline.ranks import check_ranks, run_rank, several_ranks, tell
 from stages.errors import PipelineError
@@ -24,7 +25,7 @@ from stages.errors import PipelineError
 
 def main() -> None:
     """Run a command. Exit code 2 for an error of the user's or the surroundings'."""
-    sys.path.insert(0, os.getcwd())  # module:callable is looked up from here
+    current_folder_last()
     if several_ranks():
         run_rank(cli)
     try:
@@ -42,7 +43,10 @@ def cli(context: click.Context) -> None:
 
     Start with `pipeline demo`.
     """
+    from stages.inputs.imported import trusting
+
     check_ranks(context.invoked_subcommand)
+    context.with_resource(trusting())  # what this command names, and no longer than it runs
 
 
 # ---- commands -------------------------------------------------------------------------------
@@ -83,6 +87,7 @@ def train_teacher_command(**given: Any) -> None:
 
 
 @cli.command("cache-teacher")
+@trust_option
 @options(
     click.option(
         "--teacher", help="The model's name; may be left out where --weights is a run directory."
@@ -202,6 +207,7 @@ def rectify_command(cache: str, **given: Any) -> None:
 
 
 @cli.command("train-student")
+@trust_option
 @click.argument("cache")
 @options(
     click.option(
@@ -267,6 +273,7 @@ def train_student_command(cache: str, **given: Any) -> None:
 
 
 @cli.command("evaluate")
+@trust_option
 @click.argument("run")
 @options(
     click.option("--dataset", help="The run's own if left out."),
@@ -302,6 +309,7 @@ def evaluate_command(run: str, **given: Any) -> None:
 
 
 @cli.command("sweep")
+@trust_option
 @click.argument("file", metavar="SWEEP.yaml")
 @options(
     click.option("--out", help="The sweep's folder; else the file's `out`, else runs/<its name>."),
@@ -331,6 +339,7 @@ def inspect_command(cache: str) -> None:
 
 
 @cli.command("verify")
+@trust_option
 @click.argument("cache")
 @options(
     click.option(
@@ -382,6 +391,7 @@ def verify_command(cache: str, **given: Any) -> None:
 
 
 @cli.command("report")
+@trust_option
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @options(
     click.option("--out", default="report.html", show_default=True, help="The page."),
@@ -400,6 +410,7 @@ def report_command(paths: tuple[str, ...], **given: Any) -> None:
 
 
 @cli.command("bench")
+@trust_option
 @click.argument("cache")
 @options(
     click.option("--dataset", help="As it was cached from, to see what training costs."),

@@ -4,6 +4,7 @@ What comes later wins: defaults, then --config, then flags, then --set.
 """
 
 import difflib
+import operator
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import msgspec
 import yaml
 
 from stages.errors import ConfigError, PipelineError
+from stages.inputs.imported import modules_in, trust
 
 Config = TypeVar("Config", bound=msgspec.Struct)
 
@@ -40,7 +42,17 @@ def read_config(
         check_key(kind, key)
         wants_text = str in alternatives(field_type(kind, key)) and text != "null"
         put(values, key, text if wants_text else _yaml(text, f"--set {override}"))
-    return convert(kind, values)
+    config = convert(kind, values)
+    trust_named(config)
+    return config
+
+
+def trust_named(config: msgspec.Struct) -> None:
+    """The modules that a user's configuration names are trusted: see `stages.inputs.imported`."""
+    keys = ("data.dataset", "model.architecture", "teacher.architecture", "augment")
+    known = {*keys_of(type(config))}
+    specs = [operator.attrgetter(key)(config) for key in keys if key in known]
+    trust(*modules_in(*specs))
 
 
 def keys_of(kind: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:

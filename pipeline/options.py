@@ -1,7 +1,8 @@
 """Options that several commands share, and where in a configuration their values go."""
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -115,6 +116,27 @@ run_options = options(
         help="Write event files for TensorBoard as well, under tensorboard/ in the run.",
     ),
 )
+
+
+def trust_option(command: Command) -> Command:
+    """--trust; and what other options of the command name is trusted as well."""
+
+    @functools.wraps(command)
+    def run(*args: Any, trust: tuple[str, ...], **given: Any) -> Any:
+        from stages.inputs import imported
+
+        several = given.get("students") or ()
+        specs = [given.get(name) for name in ("dataset", "teacher", "student", "augment")]
+        imported.trust(*trust, *imported.modules_in(*specs, *several))
+        return command(*args, **given)
+
+    add = click.option(
+        "--trust",
+        multiple=True,
+        metavar="MODULE",
+        help="Run this module's code where only the cache or the run names it; may be repeated.",
+    )
+    return cast(Command, add(run))
 
 
 def data_flags(given: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from stages.device import choose_device, forward, place
 from stages.errors import CacheError, IdentityError, ModelError, RunError
 from stages.inputs.datasets import ImageDataset, load_dataset
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
+from stages.inputs.imported import check_trusted
 from stages.inputs.models import Model, load_model
 from stages.inputs.outputs import output_order
 from stages.reporting import Reporter, Silent
@@ -69,6 +70,8 @@ def evaluate_run(
     # 1) the run, its images, its weights
     settings = _read_run(Path(run))
     data = settings.data
+    if dataset is None:
+        check_trusted(f"run {run}", name=data.dataset)
     where, fetch = root or data.root, download or data.download
     images = load_dataset(dataset or data.dataset, "test", where, data.feeding, fetch)
     for note in images.notes:

@@ -20,6 +20,7 @@ from stages.errors import (
     UnansweredError,
 )
 from stages.inputs.checkpoints import weights_file
+from stages.inputs.imported import check_trusted
 
 _FOLDERS = ("folder:", "hf:")
 _CHANGED = ("dataset.images: ", "dataset.num_samples: ", "dataset.labels: ")
@@ -47,6 +48,9 @@ def recorded_job(
             f"{where} does not say how it was made: {error}",
             "Run `pipeline cache-teacher` with the settings it was made with.",
         ) from error
+    source = f"cache {where}"
+    check_trusted(source, policy=config.augment, name=config.teacher.architecture)
+    check_trusted(source, name=None if dataset else config.data.dataset)
     replace = msgspec.structs.replace
     moved = {"dataset": dataset, "root": root}
     config = replace(

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from pipeline.config import trust_named
 from pipeline.console import Console
 from pipeline.sweep.check import check_runs
 from pipeline.sweep.cluster import local_cluster, trained
@@ -33,11 +34,13 @@ from pipeline.sweep.together import grouped
 from pipeline.sweep.worker import Place
 from stages.dask_client import existing_cluster
 from stages.errors import ConfigError, RunError
+from stages.inputs.imported import trusted, trusting
 
 _MOST_NAMED, _LONGEST = 5, 80
 """Failed runs in the final message, and letters of their errors; results.jsonl has all of them."""
 
 
+@trusting()
 def run_sweep(
     file: str | Path,
     console: Console,
@@ -54,7 +57,10 @@ def run_sweep(
     if "RANK" in os.environ:
         raise ConfigError("a sweep has processes of its own", "Start it without torchrun.")
     sweep = read_sweep(file, **flags)
-    checked = check_runs(expand(sweep), console)
+    expanded = expand(sweep)
+    for run in expanded:
+        trust_named(run.config)
+    checked = check_runs(expanded, console)
     check_baseline(checked.runs, sweep.baseline)
     directory = SweepDirectory(sweep.out)
     place = _place(checked.runs, sweep, scheduler)
@@ -94,9 +100,10 @@ def _place(runs: Sequence[Run], sweep: SweepFile, scheduler: str | None) -> Plac
     wanted = {run.config.device for run in runs}
     gpus = torch.cuda.device_count() if wanted & {"auto", "cuda"} else 0
     if scheduler is not None:
-        return Place(folder)
+        return Place(folder, trusted=tuple(trusted()))
     workers = sweep.workers * max(1, gpus)
-    return Place(folder, max(1, torch.get_num_threads() // workers), gpus)
+    threads = max(1, torch.get_num_threads() // workers)
+    return Place(folder, threads, gpus, tuple(trusted()))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from stages.errors import PipelineError, RunError
+from stages.inputs.imported import trusting
 from stages.reporting import Silent
 from stages.train_student import StudentConfig, train_student, train_together
 from stages.training.config import DataSettings
@@ -36,12 +37,14 @@ _GLANCE = 2.0
 @dataclass(frozen=True)
 class Place:
     """Where a task runs. folder: what relative paths start from. threads: of torch, None to leave
-    them as they are. gpus: worker i uses GPU i % gpus; 0 to leave the choice to torch.
+    them as they are. gpus: worker i uses GPU i % gpus; 0 to leave the choice to torch. trusted: the
+    modules that whoever started the sweep has named.
     """
 
     folder: str
     threads: int | None = None
     gpus: int = 0
+    trusted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def train(configs: Sequence[StudentConfig], outs: Sequence[str], place: Place) -
         return [Failure(f"{place.folder} is not there: workers must see the same paths")] * len(
             outs
         )
-    with _ONE_AT_A_TIME, contextlib.chdir(place.folder):
+    with _ONE_AT_A_TIME, contextlib.chdir(place.folder), trusting(*place.trusted):
         settle(place)
         watch = Watch()
         try:
@@ -105,7 +108,7 @@ def splits_of(data: DataSettings, folder: str) -> Splits:
 def settle(place: Place) -> None:
     """Threads and device of this thread, and where module:callable is looked up."""
     if place.folder not in sys.path:
-        sys.path.insert(0, place.folder)
+        sys.path.append(place.folder)  # after the libraries
     if place.threads is not None:
         torch.set_num_threads(place.threads)
     if place.gpus:

@@ -1,17 +1,21 @@
-"""What `module:callable` names, for datasets and models alike."""
+"""What `module:callable` names, and whose word is enough to import it.
+
+What a user names is imported. What a document names that came with a cache or a run, somebody
+else's perhaps, is imported only if the user names its module as well: in the same command, or with
+`trusting` around a call. Nothing is trusted unless it is named.
+"""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-from stages.errors import PipelineError
+from stages.errors import ConfigError, PipelineError
 
 _OWN_KINDS = ("folder", "hf", "timm")
 """What may stand before a colon and names no module."""
-
-
-def names_code(spec: str) -> bool:
-    """Whether the name of a dataset or a model is a `module:callable`."""
-    return ":" in spec and spec.partition(":")[0] not in _OWN_KINDS
+_TRUSTED: ContextVar[frozenset[str]] = ContextVar("trusted modules", default=frozenset())
 
 
 def imported(spec: str, kind: str, error: type[PipelineError]) -> Any:
@@ -24,3 +28,64 @@ def imported(spec: str, kind: str, error: type[PipelineError]) -> Any:
             f"cannot import {kind} '{spec}': {cause}",
             "module:callable must be importable from the current directory.",
         ) from cause
+
+
+def names_code(spec: str) -> bool:
+    """Whether the name of a dataset or a model is a `module:callable`."""
+    return ":" in spec and spec.partition(":")[0] not in _OWN_KINDS
+
+
+# ---- whose word is enough -------------------------------------------------------------------
+
+
+@contextmanager
+def trusting(*modules: str) -> Iterator[None]:
+    """Import these modules, and what lies in them, also where only a cache or a run names them.
+
+    What `trust` adds inside is forgotten at the end.
+    """
+    token = _TRUSTED.set(_TRUSTED.get() | {*modules})
+    try:
+        yield
+    finally:
+        _TRUSTED.reset(token)
+
+
+def trust(*modules: str) -> None:
+    """As `trusting`, for the rest of it."""
+    _TRUSTED.set(_TRUSTED.get() | {*modules})
+
+
+def trusted() -> frozenset[str]:
+    """The modules that have been named, for processes that do a part of the work."""
+    return _TRUSTED.get()
+
+
+def modules_in(*specs: str | None) -> set[str]:
+    """The modules that names of datasets, models and view policies name; None names none."""
+    found = set()
+    for spec in filter(None, specs):
+        transforms = [p.removeprefix("v2:") for p in _stages(spec) if p.startswith("v2:")]
+        found |= {name.partition(":")[0] for name in transforms}
+        if not transforms and names_code(spec):
+            found.add(spec.partition(":")[0])
+    return found
+
+
+def check_trusted(source: str, *, policy: str | None = None, name: str | None = None) -> None:
+    """Raise ConfigError if code would be imported that only a document names.
+
+    source: the cache or the run, for the message. policy: the view policy that is in it. name: the
+    dataset or the model that is.
+    """
+    transforms = [part for part in _stages(policy or "") if part.startswith("v2:")]
+    for module in sorted(modules_in(*transforms, name if name and names_code(name) else None)):
+        if not any(f"{module}.".startswith(f"{known}.") for known in _TRUSTED.get()):
+            raise ConfigError(
+                f"{source} names code of its own, module '{module}', which is not run unasked",
+                f"If you know what it does, add --trust {module}.",
+            )
+
+
+def _stages(policy: str) -> list[str]:
+    return policy.replace("|", "+").split("+")

@@ -25,7 +25,7 @@ from stages.inputs.checkpoints import (
 )
 from stages.inputs.cifar_models import cifar_model, cifar_model_names
 from stages.inputs.datasets import Statistics
-from stages.inputs.imported import imported, names_code
+from stages.inputs.imported import check_trusted, imported, names_code
 from stages.inputs.outputs import told
 
 _INITIALISED = ("googlenet", "inception_v3")
@@ -89,6 +89,8 @@ def load_model(name: str | None, weights: str | None, num_classes: int, channels
     if not path.exists():
         raise ModelError(f"no weights at {path}", "Give a run directory, a file, or 'pretrained'.")
     run = _run_config(path) if path.is_dir() else {}
+    if run and name is None:
+        check_trusted(f"run {path}", name=run["architecture"])
     name = name or run.get("architecture")
     if name is None:
         raise ModelError(

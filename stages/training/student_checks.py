@@ -14,6 +14,7 @@ from stages.device import choose_device
 from stages.distributed import ALONE, Ranks
 from stages.errors import CacheError, ConfigError, IdentityError
 from stages.inputs.feed import pixel_probes
+from stages.inputs.imported import check_trusted
 from stages.inputs.run_files import sha256
 from stages.inputs.views import Paired, ViewPolicy, check_unmixed, known_policy
 from stages.reporting import Reporter
@@ -276,8 +277,9 @@ def made_from(
 
 
 def cached_policy(cache: LogitCache) -> ViewPolicy:
-    """The policy whose views the cache holds."""
+    """The policy whose views the cache holds. Raises ConfigError for code that nobody trusts."""
     views = cache.identity.views
+    check_trusted(f"cache {cache.path}", policy=views.policy)
     return known_policy(views.policy, views.parameters, views.version, views.seed)
 
 

@@ -149,7 +149,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "weights-other-model": (f"{CACHE} --teacher resnet20", ["holds a resnet8, not a resnet20"]),
     "weights-none": (
         f"cache-teacher --dataset digits --views 1 --augment {POLICY} --out new",
-        ["'teacher.weights' is missing"],
+        ["no weights given"],
     ),
     "init-missing": (f"{TEACH} --init gone.pt", ["no weights at gone.pt"]),
     # views

@@ -100,7 +100,7 @@ def test_a_cache_in_order_ends_with_0(pipeline: Pipeline) -> None:
 
 
 def test_teacher_and_pixels_are_asked_where_that_is_wanted(pipeline: Pipeline) -> None:
-    answer = pipeline("verify cache.zarr --live 20 --pixels --device cpu")
+    answer = pipeline("verify cache.zarr --trust sixty_digits --live 20 --pixels --device cpu")
 
     assert answer.code == 0
     assert "everything holds" in answer.text
@@ -140,7 +140,7 @@ def test_repair_ends_with_0_and_every_byte_as_it_was(
     flip(folder / "cache.zarr/logits/c/0/1/0")
     flip(folder / "cache.zarr/label/zarr.json")
 
-    answer = pipeline("verify cache.zarr --repair --device cpu")
+    answer = pipeline("verify cache.zarr --trust sixty_digits --repair --device cpu")
 
     assert answer.code == 0
     assert "label" in answer.text
@@ -152,13 +152,14 @@ def test_repair_ends_with_0_and_every_byte_as_it_was(
 def test_repair_of_what_is_in_order_needs_no_teacher(pipeline: Pipeline, folder: Path) -> None:
     shutil.rmtree(folder / "teacher")
 
-    assert pipeline("verify cache.zarr --repair").code == 0
+    assert pipeline("verify cache.zarr --trust sixty_digits --repair").code == 0
 
 
 def test_repair_and_the_teacher_in_one_go(pipeline: Pipeline, folder: Path) -> None:
     flip(folder / "cache.zarr/prediction/c/0/1")
 
-    assert pipeline("verify cache.zarr --repair --live 10 --pixels --device cpu").code == 0
+    words = "--trust sixty_digits --repair --live 10 --pixels --device cpu"
+    assert pipeline(f"verify cache.zarr {words}").code == 0
 
 
 def test_repair_without_the_teacher_ends_with_2_and_says_what_to_give(
@@ -167,12 +168,13 @@ def test_repair_without_the_teacher_ends_with_2_and_says_what_to_give(
     (folder / "teacher").rename(folder / "moved")
     flip(folder / "cache.zarr/logits/c/0/1/0")
 
-    answer = pipeline("verify cache.zarr --repair")
+    answer = pipeline("verify cache.zarr --trust sixty_digits --repair")
     assert answer.code == 2
     assert "teacher" in answer.err
     assert "Traceback" not in answer.err
 
-    assert pipeline("verify cache.zarr --repair --weights moved --device cpu").code == 0
+    words = "--trust sixty_digits --repair --weights moved --device cpu"
+    assert pipeline(f"verify cache.zarr {words}").code == 0
 
 
 def test_the_teacher_of_another_cache_ends_with_2(

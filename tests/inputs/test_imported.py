@@ -1,0 +1,65 @@
+"""Whose word is enough to import a module."""
+
+import pytest
+
+from stages.errors import ConfigError
+from stages.inputs.imported import check_trusted, modules_in, trust, trusted, trusting
+
+
+@pytest.mark.parametrize(
+    ("spec", "modules"),
+    [
+        (None, set()),
+        ("digits", set()),
+        ("resnet8x4", set()),
+        ("timm:resnet18", set()),
+        ("folder:/a/b:c", set()),
+        ("hf:cats", set()),
+        ("mine:make", {"mine"}),
+        ("my.own.models:net", {"my.own.models"}),
+        ("v2:mine:make+cutmix", {"mine"}),
+        ("pad-crop-flip|v2:mine:make+erasing", {"mine"}),
+        ("v2:mine:make|v2:yours:make", {"mine", "yours"}),
+    ],
+)
+def test_modules_in(spec: str | None, modules: set[str]) -> None:
+    assert modules_in(spec) == modules
+
+
+@pytest.mark.parametrize(
+    ("known", "names"),
+    [
+        ((), {"name": "digits"}),
+        ((), {"policy": "pad-crop:pad=2+erasing"}),
+        ((), {"name": "timm:resnet18"}),
+        (("mine",), {"name": "mine:net"}),
+        (("mine",), {"name": "mine.deeper:net"}),
+        (("mine", "yours"), {"policy": "v2:mine:a|v2:yours:b+mixup"}),
+    ],
+)
+def test_what_is_trusted(known: tuple[str, ...], names: dict[str, str]) -> None:
+    with trusting(*known):
+        check_trusted("cache c", **names)
+
+
+@pytest.mark.parametrize(
+    ("known", "names", "module"),
+    [
+        ((), {"name": "theirs:net"}, "theirs"),
+        ((), {"policy": "pad-crop|v2:theirs:make+cutmix"}, "theirs"),
+        (("mine",), {"policy": "v2:mine:a|v2:theirs:b"}, "theirs"),
+        (("mine.deeper",), {"name": "mine:net"}, "mine"),
+        (("min",), {"name": "mine:net"}, "mine"),
+    ],
+)
+def test_what_is_not(known: tuple[str, ...], names: dict[str, str], module: str) -> None:
+    with trusting(*known), pytest.raises(ConfigError, match=f"cache c(.|\n)*--trust {module}\\."):
+        check_trusted("cache c", **names)
+
+
+def test_trust_ends_with_its_block() -> None:
+    before = trusted()
+    with trusting("one"):
+        trust("two")
+        assert trusted() == before | {"one", "two"}
+    assert trusted() == before

@@ -1,0 +1,220 @@
+"""Code that a stranger's cache or run names is run only if the user names its module too."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.cli import main
+from pipeline.sweep.worker import Place, settle
+from stages import cache_plan
+from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.inputs.imported import trusting
+from stages.inputs.views import transforms
+from stages.train_teacher import TeacherConfig, train_teacher
+from stages.training.config import DataSettings, ModelSettings, TrainSettings
+from stages.training.setup import Splits
+
+STRANGER = """
+from pathlib import Path
+from torch import nn
+from torchvision.transforms import v2
+
+(Path(__file__).parent / "it-ran").touch()
+
+def net(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, num_classes))
+
+def make():
+    return v2.RandomHorizontalFlip()
+"""
+DIGITS = DataSettings(dataset="digits", workers=0)
+Run = Callable[[str], tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path, digits: Splits) -> Path:
+    """A folder with a run whose model and a cache whose views are code of their own."""
+    folder = tmp_path_factory.mktemp("theirs")
+    (folder / "stranger.py").write_text(STRANGER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        train_teacher(
+            TeacherConfig(
+                data=DIGITS,
+                model=ModelSettings(architecture="stranger:net"),
+                augment="none",
+                train=TrainSettings(epochs=1, lr=0.01),
+                device="cpu",
+            ),
+            folder / "run",
+            splits=digits,
+        )
+        config = CacheConfig(
+            data=DIGITS,
+            teacher=TeacherSettings(weights=str(teacher_run)),
+            views=1,
+            augment="v2:stranger:make",
+            device="cpu",
+        )
+        cache_teacher(prepare(config, digits), folder / "c.zarr")
+    base = {
+        "cache": "c.zarr",
+        "data.dataset": "digits",
+        "model.architecture": "resnet8",
+        "train.epochs": 1,
+    }
+    (folder / "sweep.yaml").write_text(
+        yaml.safe_dump({"base": base, "runs": [{"loss.name": "kd"}]})
+    )
+    (folder / "it-ran").unlink()
+    return folder
+
+
+@pytest.fixture
+def here(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to work in, where nothing of theirs has been imported yet."""
+    folder = Path(shutil.copytree(theirs, tmp_path / "here"))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "stranger", raising=False)
+    monkeypatch.setattr(cache_plan, "MEASURED_SECONDS", 0.0)
+    transforms._made.cache_clear()
+    return folder
+
+
+@pytest.fixture
+def pipeline(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    def run(words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["pipeline", *words.split()])
+        code: int | str | None = 0
+        try:
+            main()
+        except SystemExit as left:
+            code = left.code or 0
+        return int(code or 0), capsys.readouterr().err
+
+    return run
+
+
+STUDENT = "train-student c.zarr --dataset digits --student resnet8 --epochs 1 --device cpu --out s"
+TEACHER = "cache-teacher --dataset digits --weights run --augment none --views 1 --device cpu"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate run --device cpu",
+        f"{TEACHER} --out new.zarr",
+        STUDENT,
+        "sweep sweep.yaml --dry-run",
+        "verify c.zarr --pixels --device cpu",
+        "verify c.zarr --live 3 --device cpu",
+        "bench c.zarr --dataset digits --student resnet8 --turns 1 --seconds 0.1 --device cpu",
+    ],
+)
+def test_a_strangers_code_is_not_run(pipeline: Run, here: Path, words: str) -> None:
+    code, told = pipeline(words)
+    assert code == 2
+    assert len(told.splitlines()) <= 3
+    assert "stranger" in told
+    assert "--trust stranger" in told
+    assert not (here / "it-ran").exists()
+
+
+def test_a_report_goes_on_without_it(pipeline: Run, here: Path) -> None:
+    assert pipeline("report c.zarr run")[0] == 0
+    assert not (here / "it-ran").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate run --device cpu --trust stranger",
+        f"{TEACHER} --teacher stranger:net --out new.zarr --dry-run",
+        f"{STUDENT} --trust stranger",
+        "sweep sweep.yaml --dry-run --trust stranger",
+        "verify c.zarr --pixels --device cpu --trust stranger",
+    ],
+)
+def test_code_that_the_user_names_is_run(pipeline: Run, here: Path, words: str) -> None:
+    assert pipeline(words)[0] == 0
+    assert (here / "it-ran").exists()
+
+
+# ---- where modules are looked up ------------------------------------------------------------
+
+SHADOWS = ("json", "torch", "click", "yaml", "pickle", "socket", "selectors", "tempfile")
+MINE = "def net(first, second):\n    raise SystemExit\n"
+
+
+@pytest.fixture
+def shadowed(tmp_path: Path) -> Path:
+    """A folder with modules named as libraries are, which say so if they are run."""
+    for name in SHADOWS:
+        (tmp_path / f"{name}.py").write_text(f"print('{name} beside the data was run')\n")
+    (tmp_path / "mine.py").write_text(MINE)
+    return tmp_path
+
+
+def as_a_shell_has_it() -> dict[str, str]:
+    """The environment without what the command sets for its own processes."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+
+
+def test_libraries_come_before_the_current_folder(shadowed: Path) -> None:
+    words = "cache-teacher --dataset digits --teacher mine:net --views 1 --out c.zarr"
+    answer = subprocess.run(
+        [sys.executable, "-m", "pipeline", *words.split()],
+        cwd=shadowed,
+        env=as_a_shell_has_it(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "beside the data" not in answer.stdout + answer.stderr
+    assert answer.returncode == 2
+    assert "(first, second)" in answer.stderr  # and so it was found
+
+
+def test_so_they_do_for_processes_that_are_spawned(shadowed: Path) -> None:
+    program = (
+        "from pipeline.import_path import current_folder_last\n"
+        "current_folder_last()\n"
+        "import multiprocessing\n"
+        "p = multiprocessing.get_context('spawn').Process(target=print, args=('spawned',))\n"
+        "p.start(); p.join(); print(p.exitcode)\n"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=shadowed,
+        env=as_a_shell_has_it(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout.split() == ["spawned", "0"]
+
+
+def test_and_for_workers_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    settle(Place(str(tmp_path)))
+    assert sys.path[-1] == str(tmp_path)
+
+
+def test_a_library_call_trusts_within_a_block(here: Path) -> None:
+    from stages.cached_epochs import CachedEpochs
+    from stages.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="--trust stranger"):
+        CachedEpochs("c.zarr", DIGITS, device="cpu")
+    sys.path.append(str(here))
+    with trusting("stranger"):
+        assert len(CachedEpochs("c.zarr", DIGITS, device="cpu").epoch(0))
