@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.cache import LogitCache, arrays
-from stages.cache.encoding import DEFAULT_MAX_KL, Fidelity
+from stages.cache.encoding import DEFAULT_MAX_KL, Fidelity, Klt
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
 from stages.errors import CacheError, IdentityError, PipelineError
 from stages.rectify import RectifyConfig, rectify
@@ -448,7 +448,8 @@ def test_what_reads_the_offset_of_rows_has_it_or_is_refused(
         Path(shutil.copytree(exact.path, tmp_path / "exact.zarr")), my_splits, tmp_path / "exact"
     )
     (ours,), (theirs,) = metrics(tmp_path / "run"), metrics(tmp_path / "exact")
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01)
+    # `lr` squares errors of logits, and those of klt are rounded.
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.15 if spec == "klt" else 0.01)
     for view in range(VIEWS):
         found, expected = (
             LogitCache.open(tmp_path / name)
@@ -456,7 +457,9 @@ def test_what_reads_the_offset_of_rows_has_it_or_is_refused(
             .rectified_rows(ALL)
             for name in ("c.zarr", "exact.zarr")
         )
-        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
+        coding = LogitCache.open(path).encoding
+        steps = 3 * float(coding.step.max()) if isinstance(coding, Klt) else 0.05
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=steps)
 
 
 def test_topk_refuses_a_temperature_before_anything_is_written(

@@ -201,14 +201,16 @@ def test_a_rows_offset_changes_no_distribution(
 
     alike, found = round_trip(coding, rows, labels), round_trip(coding, moved, labels)
 
-    rounding = 2e-3 if coding.keeps_offset else 1e-4  # of 10,000 in single precision, twice
+    rounding = 1e-4 if coding.name == "topk" else 2e-3  # of 10,000 in single precision, twice
     for temperature in (1, 4):
         apart = numpy_kl(alike, found, temperature).max()
         own = numpy_kl(rows, alike, temperature)
         # A code half-way between two may be rounded the other way.
         assert apart <= rounding**2 + (2 * own.max() if coding.name in ("klt", "uint8") else 0)
         assert numpy_kl(moved, found, temperature).mean() <= 1.1 * own.mean() + rounding**2
-    if coding.keeps_offset:
+    if coding.name == "klt":  # fitted to rows around 0, it says where it does not hold the offset
+        assert coding.saturated(coding.encode(moved)) >= int((offset(200).abs() > 1000).sum())
+    elif coding.keeps_offset:
         error = (round_trip(coding, rows) - rows).abs().max() + 2e-3
         assert float((found - moved).abs().max()) <= float(error)
     else:
@@ -224,13 +226,17 @@ def test_klt_is_fitted_alike_at_any_offset(each: bool) -> None:
     plain, moved = fit_klt(rows), fit_klt(rows + offset)
 
     assert moved.dtype == plain.dtype
-    torch.testing.assert_close(moved.step, plain.step, rtol=0.1, atol=0)
+    torch.testing.assert_close(moved.step[:-1], plain.step[:-1], rtol=0.1, atol=0)
     sizes = [
         row_bytes_on_disk(plain, rows, labels),
         row_bytes_on_disk(moved, rows + offset, labels),
     ]
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
+    assert sizes[1] <= 1.02 * sizes[0] + each  # the offset itself has a component, of a byte
     assert kl_at(moved, rows + offset) <= DEFAULT_MAX_KL
+    found = round_trip(moved, rows + offset).double().mean(1)
+    exact = (rows + offset).double().mean(1)
+    half = float(moved.step[-1]) / 2 / math.sqrt(20)
+    torch.testing.assert_close(found, exact, rtol=0, atol=half + 2e-3)
 
 
 # ---- float32, float16 -----------------------------------------------------------------------
@@ -326,12 +332,12 @@ def test_the_basis_of_klt_is_orthonormal_and_sorted_by_variance(classes: int) ->
     coding = fit_klt(rows)
 
     basis = coding.basis.double().numpy()
-    np.testing.assert_allclose(basis @ basis.T, np.eye(classes - 1), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(basis.sum(1), 0, atol=1e-6)  # no part of a row's common offset
+    np.testing.assert_allclose(basis @ basis.T, np.eye(classes), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(basis[:-1].sum(1), 0, atol=1e-6)  # no part of a row's offset
+    np.testing.assert_allclose(basis[-1], classes**-0.5, rtol=1e-7)
     exact = rows.double().numpy()
-    centred = exact - exact.mean(1, keepdims=True)
-    np.testing.assert_allclose(coding.mean.numpy(), centred.mean(0), atol=1e-5)
-    components = (centred - centred.mean(0)) @ basis.T
+    np.testing.assert_allclose(coding.mean.numpy(), exact.mean(0), atol=1e-5)
+    components = (exact - exact.mean(0)) @ basis[:-1].T
     variances = components.var(0)
     assert np.all(np.diff(variances) <= 1e-6 * variances[0])
     correlation = components.T @ components / len(rows)
@@ -428,8 +434,8 @@ def test_klt_is_fitted_to_rows_of_low_rank(rows: Tensor) -> None:
     coding = fit_klt(rows)
 
     basis = coding.basis.double()
-    torch.testing.assert_close(basis @ basis.T, torch.eye(19).double(), rtol=0, atol=1e-6)
-    assert float(basis.sum(1).abs().max()) < 1e-6
+    torch.testing.assert_close(basis @ basis.T, torch.eye(20).double(), rtol=0, atol=1e-6)
+    assert float(basis[:-1].sum(1).abs().max()) < 1e-6
     assert bool((coding.step > 0).all())
     assert kl_at(coding, rows) <= DEFAULT_MAX_KL
     assert bool(torch.isfinite(round_trip(coding, teacher_rows(100, 20, seed=1)[0])).all())
@@ -453,7 +459,7 @@ def test_klt_against_numpy(name: str) -> None:
     basis, mean, step = (t.double().numpy() for t in (coding.basis, coding.mean, coding.step))
     limit = np.iinfo(coding.dtype).max
     exact = rows.double().numpy()
-    components = (exact - exact.mean(1, keepdims=True) - mean) @ basis.T / step
+    components = (exact - mean) @ basis.T / step
     expected = np.clip(np.rint(components), -limit, limit)
 
     codes = coding.encode(rows)["logits_code"]
@@ -471,7 +477,7 @@ def test_a_step_is_the_same_error_in_every_direction() -> None:
     """A rotation keeps lengths: the error of a row is that of its codes."""
     rows, _ = teacher_rows(2000, 30)
     coding = fit_klt(rows, 1e-3)
-    error = (round_trip(coding, rows) - (rows - rows.mean(1, keepdim=True))).double()
+    error = (round_trip(coding, rows) - rows).double()
 
     lengths = error.square().sum(1)
     assert float(lengths.max()) <= float((coding.step.double() / 2).square().sum()) * 1.0001

@@ -138,7 +138,7 @@ def check_offset(coding: Encoding, reader: str) -> None:
         raise CacheError(
             f"{reader} reads logits themselves, not their softmax; the encoding {coding.name} "
             "keeps rows without their common offset",
-            "Cache with --encoding float32, float16 or uint8.",
+            "Cache with --encoding float32, float16, uint8 or klt.",
         )
 
 

@@ -1,11 +1,13 @@
 """Whole rows in few bits: rotated to where they are uncorrelated, rounded, entropy-coded by zstd.
 
-Softmax ignores the mean of a row, so it is taken out. The dataset's mean row is subtracted, the
-rest is rotated by the orthonormal eigenbasis of the logits' covariance (Karhunen-Loeve transform),
-of which the constant direction is no part, and rounded to a uniform step. A rotation keeps
+The dataset's mean row is subtracted, the rest is rotated by the orthonormal eigenbasis of the
+logits' covariance (Karhunen-Loeve transform) and rounded to a uniform step. A rotation keeps
 lengths, so a step means the same error in every direction, and the components are uncorrelated, so
 that coding each of them alone loses little. Most components of a trained teacher hold two to four
 bits. Chunks are stored component-major: zstd then sees one component after another.
+
+Softmax ignores the mean of a row, so the mean is a component by itself, the last one: however large
+it is, it changes nothing of what the others say.
 """
 
 import dataclasses
@@ -35,10 +37,10 @@ _COARSEST, _STEPS_PER_OCTAVE, _OCTAVES = 8.0, 8, 16
 
 @dataclass(frozen=True, eq=False)
 class Klt(Encoding):
-    """logits - their mean = mean + (code * step) @ basis.
+    """logits = mean + (code * step) @ basis.
 
-    basis: float32 (component, class), orthonormal, largest variance first; one component fewer than
-    classes, as every row of it and `mean`, float32 (class,), sum to 0.
+    basis: float32 (component, class), orthonormal, largest variance first, but for the last row,
+    which is constant: the others sum to 0. mean: float32 (class,).
     step: float32 (component,), equal but for the leading components, which take a coarser one
     where int8 would not hold their codes: a few coarse components of many cost hardly any KL, a
     second byte costs half as much space again.
@@ -58,10 +60,6 @@ class Klt(Encoding):
     def sizes(self) -> dict[str, int]:
         return {"component": len(self.basis)}
 
-    @property
-    def keeps_offset(self) -> bool:
-        return False
-
     def arrays(self) -> dict[str, ArraySpec]:
         dimensions = ("view", "sample", "component")
         return {"logits_code": ArraySpec(dimensions, self.dtype, stored_order=(0, 2, 1))}
@@ -79,7 +77,7 @@ class Klt(Encoding):
     def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         check_range(logits, torch.finfo(torch.float32).max, self.name)
         basis, mean, step = (t.to(logits.device) for t in (self.basis, self.mean, self.step))
-        codes = (torch.addmm(-(basis @ mean), _centred(logits), basis.T) / step).round()
+        codes = (_rotated(logits, mean, basis) / step).round()
         dtype = getattr(torch, self.dtype)
         limit = torch.iinfo(dtype).max
         return {"logits_code": codes.clamp(-limit, limit).to(dtype)}
@@ -101,15 +99,12 @@ def fit_klt(logits: Tensor, max_kl: float = DEFAULT_MAX_KL) -> Klt:
     """Basis and mean of these rows, and the coarsest step that holds the budget on them.
 
     logits: float32 (n, C), a fair draw of rows. max_kl: mean KL to the exact rows at T=1, in nats.
-    Raises CacheError if no step holds it, or there is but one class.
+    Raises CacheError if no step holds it.
     """
-    if logits.shape[1] < 2:
-        raise CacheError("klt is for two classes or more", "Use --encoding float32.")
-    rows = logits.double()
-    rows = rows - rows.mean(1, keepdim=True)
-    mean = rows.mean(0)
-    basis, mean = _eigenbasis(rows - mean).float().contiguous(), mean.float()
-    peaks = ((_centred(logits) - mean) @ basis.T).abs().amax(0) * _HEADROOM
+    mean = logits.double().mean(0)
+    basis = _eigenbasis(logits.double() - mean).float().contiguous()
+    mean = mean.float()
+    peaks = _rotated(logits, mean, basis).abs().amax(0) * _HEADROOM
 
     searched = logits[: max(1, _SEARCHED // logits.shape[1])]
     # int8 first: where it holds the budget, it takes half the bytes.
@@ -136,22 +131,25 @@ def fit_klt(logits: Tensor, max_kl: float = DEFAULT_MAX_KL) -> Klt:
 
 
 def _eigenbasis(rows: Tensor) -> Tensor:
-    """Of rows that sum to 0, float64 (n, C): orthonormal (C - 1, C), largest variance first, every
-    row of it orthogonal to a constant.
-    """
+    """Orthonormal (C, C) of float64 rows (n, C): largest variance first, the constant row last."""
+    rows = rows - rows.mean(1, keepdim=True)
     covariance = rows.T @ rows
-    # The constant direction, without any variance, is made the first of all and left out.
+    # The constant direction has no variance here; this makes it the first of all.
     first = 1 + 2 * covariance.diagonal().sum()
     _, vectors = torch.linalg.eigh(covariance + first / len(covariance))
-    basis: Tensor = vectors.flip(1).T[1:]
+    basis: Tensor = vectors.T.flip(0).roll(-1, 0)
+    basis[-1] = len(basis) ** -0.5  # exactly, so that no offset leaks into the others
     return basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
 
 
-def _centred(logits: Tensor) -> Tensor:
-    """Rows minus their mean: float32 (n, C). What rounding leaves of the mean is constant, and the
-    basis has no part in it.
+def _rotated(logits: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
+    """(logits - mean) @ basis.T, float32 (n, C). The mean of a row comes off first: beside a large
+    one float32 would keep less of the rest.
     """
-    return logits - logits.mean(1, keepdim=True)
+    offset = logits.mean(1, keepdim=True)
+    rotated = torch.addmm(-(basis @ mean), logits - offset, basis.T)
+    rotated[:, -1] += offset[:, 0] * len(basis) ** 0.5
+    return rotated
 
 
 def _kl(coding: Klt, logits: Tensor) -> float:

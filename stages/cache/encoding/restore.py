@@ -62,7 +62,7 @@ def _made(
     if attributes.name == "klt":
         basis, mean, step = (read(f"klt_{n}") for n in ("basis", "mean", "step"))
         shapes = (tuple(t.shape) for t in (basis, mean, step))
-        if tuple(shapes) != ((num_classes - 1, num_classes), (num_classes,), (num_classes - 1,)):
+        if tuple(shapes) != ((num_classes, num_classes), (num_classes,), (num_classes,)):
             raise ValueError("calibration of another shape")
         if any(t.dtype != torch.float32 for t in (basis, mean, step)):
             raise ValueError("calibration of another dtype")
