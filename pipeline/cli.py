@@ -118,6 +118,12 @@ def train_teacher_command(**given: Any) -> None:
     click.option("--batch-size", type=int),
     click.option("--out", required=True, help="The cache, for example cache.zarr."),
     click.option("--dry-run", is_flag=True, help="Only say how large and how long it would be."),
+    click.option(
+        "--check",
+        default="512",
+        show_default=True,
+        help="Images of each split to decode before the pass: a number, all or none.",
+    ),
 )
 @data_options
 @normalise_options
@@ -132,11 +138,14 @@ def cache_teacher_command(**given: Any) -> None:
 
     from msgspec import structs
 
+    from pipeline.check_data import amount_of
     from pipeline.config import read_config
     from pipeline.console import Console
     from pipeline.tables import show_cached, show_plan
+    from stages.cache_job import begun_at
     from stages.cache_plan import plan_cache
     from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+    from stages.check_data import check_sample
     from stages.distributed import (
         first_rank_before_others,
         first_rank_does,
@@ -162,10 +171,15 @@ def cache_teacher_command(**given: Any) -> None:
 
     with process_group(ranks):
         config = read_config(CacheConfig, given["file"], flags, given["overrides"])
-        job = first_rank_before_others(ranks, lambda: prepare(config, ranks=ranks))
+        job = first_rank_before_others(
+            ranks, lambda: prepare(config, None, ranks, begun_at(given["out"]))
+        )
         job.splits.tell(console)
         for note in job.notes:
             console.say(note)
+        if given["check"] != "none":
+            amount = amount_of(given["check"])
+            first_rank_does(ranks, lambda: check_sample(job.splits, amount, config.data.workers))
         encoding = first_rank_does(ranks, planned)
         if given["dry_run"]:
             return
@@ -175,6 +189,28 @@ def cache_teacher_command(**given: Any) -> None:
             job = replace(job, config=structs.replace(job.config, encoding=encoding))
         summary = cache_teacher(job, given["out"], console)
     show_cached(console, given["out"], summary)
+
+
+@cli.command("check-data")
+@click.argument("dataset")
+@options(
+    click.option("--root", help="Where torchvision's datasets lie."),
+    click.option("--workers", type=click.IntRange(0), help="Threads; one a core if left out."),
+    click.option(
+        "--check", default="all", show_default=True, help="How many images of each split, or all."
+    ),
+    click.option("--skip-out", metavar="FILE", help="Write what is broken there, for --skip."),
+)
+def check_data_command(dataset: str, **given: Any) -> None:
+    """Decode every image: list what is broken, odd, twice there or not taken.
+
+    DATASET is what --dataset takes. Exit code 1 if any image is broken.
+    """
+    from pipeline.check_data import run_check_data
+    from pipeline.console import Console
+
+    if not run_check_data(Console(), dataset, given):
+        sys.exit(1)
 
 
 @cli.command("rectify")
@@ -279,6 +315,9 @@ def train_student_command(cache: str, **given: Any) -> None:
     click.option("--dataset", help="The run's own if left out."),
     click.option("--root", help="Where torchvision's datasets lie, if they have moved."),
     click.option("--download", is_flag=True, help="Let torchvision download what is missing."),
+    click.option(
+        "--skip", metavar="FILE", help="Test images to leave out; else the run's own list."
+    ),
     click.option("--batch-size", type=click.IntRange(1)),
     click.option(
         "--cache",
@@ -300,7 +339,7 @@ def evaluate_command(run: str, **given: Any) -> None:
     if given["out"]:
         check_json(given["out"])
     console = Console()
-    names = ("dataset", "root", "download", "batch_size", "caches")
+    names = ("dataset", "root", "download", "skip", "batch_size", "caches")
     settings = {name: given[name] for name in names} | {"device": given["device"] or "auto"}
     evaluated = evaluate_run(run, **settings, reporter=console)
     show_evaluation(console, evaluated)

@@ -56,6 +56,11 @@ data_options = options(
         help="List folders of images again: after files were overwritten in place.",
     ),
     click.option(
+        "--skip",
+        metavar="FILE",
+        help="Images to leave out, one a line, as `pipeline check-data` writes them.",
+    ),
+    click.option(
         "--image-size",
         type=int,
         help="Side of the model's input in pixels; the images' own if left out.",
@@ -141,7 +146,7 @@ def trust_option(command: Command) -> Command:
 
 def data_flags(given: dict[str, Any]) -> dict[str, Any]:
     """The data section, from what was given on the command line."""
-    places = ("dataset", "root", "download", "rescan")
+    places = ("dataset", "root", "download", "rescan", "skip")
     names = (*places, "image_size", "resize", "workers", "val_fraction")
     return {f"data.{name}": given.get(name) for name in names}
 

@@ -4,20 +4,31 @@ Logits of a row depend on nothing but the rows that are computed with it: blocks
 same batches whoever computes them, whatever was done before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from stages.cache import LogitCache
+from stages.cache.arrays import open_group
 from stages.cache.encoding import FIT_ROWS, Encoding, check_encoding, fit_encoding
-from stages.cache.identity import Identity, TeacherIdentity, ViewsIdentity, weights_digest
+from stages.cache.identity import (
+    Identity,
+    TeacherIdentity,
+    ViewsIdentity,
+    identity_from_json,
+    weights_digest,
+)
 from stages.cache.layout import MAX_BLOCK_BYTES, MAX_BLOCK_ROWS, block_grid
+from stages.cache.location import location
+from stages.cache.root import RootAttributes, read_attributes
 from stages.device import forward, place
 from stages.distributed import ALONE, Ranks, device_of_rank
 from stages.errors import ModelError, ViewError
 from stages.inputs.counter_hash import permute
-from stages.inputs.datasets import ImageDataset
+from stages.inputs.datasets import ImageDataset, Skip, Statistics
 from stages.inputs.feed import Normalise, ViewFeed
 from stages.inputs.models import Model, load_model
 from stages.inputs.outputs import Adapted, Outputs, output_order
@@ -30,6 +41,7 @@ from stages.training.setup import (
     dataset_identity,
     load_data,
     normalisation,
+    skips_of,
 )
 
 _ROW_ORDER = 4  # a stream of the view seed, apart from those of training
@@ -111,12 +123,43 @@ class CacheJob:
         return ViewFeed(dataset, policy, self.device, self.image_size, self.config.data.workers)
 
 
-def prepare(config: CacheConfig, splits: Splits | None = None, ranks: Ranks = ALONE) -> CacheJob:
+@dataclass(frozen=True)
+class Begun:
+    """What a cache that is there settles for whoever goes on with it: the samples that it leaves
+    out, and its mean and standard deviation, which may have been measured on images that have
+    broken since.
+    """
+
+    skips: Sequence[Skip]
+    statistics: Statistics
+
+    @staticmethod
+    def of(attributes: RootAttributes, where: str) -> "Begun":
+        """From a cache's attributes. Raises CacheError if its identity cannot be read."""
+        teacher = identity_from_json(attributes.identity, where).teacher
+        return Begun(skips_of([attributes.skipped]), (teacher.mean, teacher.std))
+
+
+def begun_at(path: str | Path) -> Begun | None:
+    """As `Begun`, of the cache at `path`; None if there is none."""
+    if not LogitCache.exists(path):
+        return None
+    where = location(path)
+    return Begun.of(read_attributes(where, open_group(where).attrs.asdict()), str(where))
+
+
+def prepare(
+    config: CacheConfig,
+    splits: Splits | None = None,
+    ranks: Ranks = ALONE,
+    begun: Begun | None = None,
+) -> CacheJob:
     """Load dataset and teacher and check that they belong together; ranks: which of several does.
+    begun: the cache that is to be gone on with, see `begun_at`.
 
     Raises DatasetError, ModelError, ViewError or ConfigError.
     """
-    splits = splits or load_data(config.data)
+    splits = splits or load_data(config.data, begun.skips if begun else ())
     train, device = splits.train, device_of_rank(ranks, config.device)
     classes = len(train.class_names)
     teacher = config.teacher
@@ -131,7 +174,10 @@ def prepare(config: CacheConfig, splits: Splits | None = None, ranks: Ranks = AL
             f"{config.views} were asked for",
             f"Give --views {policy.count}, which is every view there is, or another --augment.",
         )
-    mean, std = normalisation(model, train, teacher.mean, teacher.std)
+    mean, std = teacher.mean, teacher.std
+    if mean is std is None and model.statistics is None and begun and train.skips:
+        mean, std = begun.statistics  # measured when its images were whole
+    mean, std = normalisation(model, train, mean, std)
     identity = Identity(
         teacher=TeacherIdentity(
             architecture=model.architecture,
@@ -174,7 +220,10 @@ def fitted_encoding(
         for block in range(needed)
     }
     rows = torch.cat([block[:FIT_ROWS] for block in blocks.values()])[:FIT_ROWS]
-    coding = fit_encoding(job.config.encoding, rows, labels[order[: len(rows)]], job.config.max_kl)
+    seen = ~torch.isin(order[: len(rows)], job.splits.train.skipped)
+    coding = fit_encoding(
+        job.config.encoding, rows[seen], labels[order[: len(rows)]][seen], job.config.max_kl
+    )
     return blocks, coding
 
 

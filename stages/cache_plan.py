@@ -100,7 +100,8 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
     # 1) the teacher, on the rows that encodings are fitted to
     logits, computed_per_second = measured_teacher(job, order)
     check_finite(logits, order, "view 0")
-    labels = train.labels[order[: len(logits)]]
+    seen = ~torch.isin(order[: len(logits)], train.skipped)
+    logits, labels = logits[seen], train.labels[order[: len(logits)]][seen]
 
     # 2) the encodings, on its rows
     cache = open_existing(job, out)

@@ -50,6 +50,7 @@ from stages.errors import CacheError, IdentityError
 from stages.inputs.feed import ViewFeed, pixel_probes, plain_view
 from stages.reporting import Reporter, Silent
 from stages.teacher_checks import teacher_doubts
+from stages.training.setup import skipped_samples
 
 __all__ = [
     "CacheConfig",
@@ -208,8 +209,10 @@ def _ready(
     if cache is None:
         fitted, coding = fitted_encoding(job, feed, progress)
         cache = _create(job, out, coding)
+    _check_skips(job, cache)
     if job.ranks.first:
         remove_half_written(cache.path)
+        cache.add_skips(skipped_samples(job.splits))
         cache.grow(job.config.views)
     return cache, fitted
 
@@ -219,7 +222,28 @@ def _doubts(job: CacheJob, fitted: Blocks) -> list[str]:
     if not fitted:
         return []
     rows, train = torch.cat([*fitted.values()])[:FIT_ROWS], job.splits.train
-    return teacher_doubts(rows, train.labels[row_order(job)[: len(rows)]], train.class_names)
+    samples = row_order(job)[: len(rows)]
+    seen = ~torch.isin(samples, train.skipped)
+    return teacher_doubts(rows[seen], train.labels[samples[seen]], train.class_names)
+
+
+def _check_skips(job: CacheJob, cache: LogitCache) -> None:
+    """Raise IdentityError unless the samples left out are those of the cache, or more of them where
+    it is not finished.
+    """
+    ours = {(skip.split, skip.sample) for skip in skipped_samples(job.splits)}
+    theirs = {(skip.split, skip.sample) for skip in cache.skips}
+    if theirs - ours:
+        raise IdentityError(
+            f"{cache.path} leaves out {len(theirs)} samples, this job {len(theirs - ours)} fewer",
+            "Prepare the job with begun=begun_at(path).",
+        )
+    views = job.config.views
+    if ours - theirs and not missing_blocks(cache, views) and cache.eval_commits.is_complete(0):
+        raise IdentityError(
+            f"{cache.path} is finished: {len(ours - theirs)} more samples cannot be left out of it",
+            "Leave --skip out; give it to train-student where its images are broken now.",
+        )
 
 
 def _see(cache: LogitCache, blocks: list[tuple[int, int]]) -> None:

@@ -27,7 +27,7 @@ from stages.inputs.feed import Normalise, ViewFeed, num_batches, plain_view
 from stages.reporting import Silent
 from stages.training.config import DataSettings
 from stages.training.order import sample_order, view_order
-from stages.training.setup import held_out, load_data
+from stages.training.setup import held_out, load_data, skips_of
 from stages.training.student_checks import cached_policy, check_dataset, usable_views
 
 Item = TypeVar("Item")
@@ -97,10 +97,13 @@ class CachedEpochs:
             self.cache.rectification(rectified).check_temperature(temperature)
         self._views = usable_views(self.cache, views, rectified)
 
-        self.splits, policy = load_data(data), cached_policy(self.cache)
+        self.splits, policy = (
+            load_data(data, skips_of([self.cache.skips])),
+            cached_policy(self.cache),
+        )
         check_dataset(self.cache, self.splits, policy, False, Silent())
         train, test = self.splits.train, self.splits.test
-        self.samples, _ = held_out(len(train), data.val_fraction, seed)
+        self.samples, _ = held_out(len(train), data.val_fraction, seed, train.skipped)
         self.device = choose_device(device)
         self.labels = train.labels.to(self.device)
         self.channels = channels or train.shape[0]

@@ -8,6 +8,7 @@ logits and predictions of the test split lie in the cache. Several caches are av
 probability, as a student of several was trained.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.device import choose_device, forward, place
 from stages.errors import CacheError, IdentityError, ModelError, RunError
-from stages.inputs.datasets import ImageDataset, load_dataset
+from stages.inputs.datasets import ImageDataset, Skip, load_dataset, read_skip_list
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.imported import check_trusted
 from stages.inputs.models import Model, load_model
@@ -31,7 +32,7 @@ from stages.reporting import Reporter, Silent
 from stages.scores import ClassScore, Comparison, Scores, class_scores, compare, score
 from stages.training.config import DataSettings, TrainSettings
 from stages.training.ensemble import mean_logits
-from stages.training.setup import check_output
+from stages.training.setup import check_output, skips_of
 
 _SMALLEST_BATCH = 256
 
@@ -59,8 +60,10 @@ def evaluate_run(
     device: str = "auto",
     caches: Sequence[str] = (),
     reporter: Reporter | None = None,
+    skip: str | None = None,
 ) -> Evaluated:
-    """Measure a run on the test split; dataset, root: the run's own where None.
+    """Measure a run on the test split; dataset, root, skip: the run's own where None. Images that
+    the caches of the run's own dataset leave out are left out here.
 
     caches: the teacher's; empty for those that a student's run names, if they can be opened.
     Raises RunError for what is no finished run, ModelError or DatasetError where weights and images
@@ -73,7 +76,10 @@ def evaluate_run(
     if dataset is None:
         check_trusted(f"run {run}", name=data.dataset)
     where, fetch = root or data.root, download or data.download
-    images = load_dataset(dataset or data.dataset, "test", where, data.feeding, fetch)
+    own = dataset in (None, data.dataset)
+    skips = _skips(skip or (data.skip if own else None), caches or settings.caches if own else ())
+    spec = dataset or data.dataset
+    images = load_dataset(spec, "test", where, data.feeding, fetch, skips=skips)
     for note in images.notes:
         reporter.say(note)
     try:
@@ -86,7 +92,7 @@ def evaluate_run(
             f"{run} was trained on {data.dataset}, {dataset} does not fit: {error.cause}",
             "Give the same images, or leave --dataset out.",
         ) from error
-    labels = images.labels
+    labels = images.labels[images.shown]
 
     # 2) every test sample once; the teacher's answers to the same samples
     size = batch_size or max(_SMALLEST_BATCH, settings.train.batch_size)
@@ -100,13 +106,22 @@ def evaluate_run(
         dataset=images.name,
         samples=len(labels),
         scores=score(logits, labels),
-        recorded_top1=_recorded_top1(Path(run)) if dataset in (None, data.dataset) else None,
+        recorded_top1=_recorded_top1(Path(run)) if own else None,
         classes=class_scores(images.class_names, labels, logits.argmax(1), theirs),
         comparison=None if teacher is None else compare(logits, teacher, labels, used),
     )
 
 
 # ---- the run --------------------------------------------------------------------------------
+
+
+def _skips(file: str | None, caches: Sequence[str]) -> list[Skip]:
+    """What a list and these caches leave out; caches that cannot be opened are told of later."""
+    opened = []
+    for path in caches:
+        with contextlib.suppress(CacheError):
+            opened.append(LogitCache.open(path).skips)
+    return [*skips_of(opened), *([] if file is None else read_skip_list(file))]
 
 
 @dataclass(frozen=True)
@@ -163,10 +178,10 @@ def _test_logits(
     normalise = Normalise(*model.statistics, model.channels, device, run.train.channels_last)
     parts, done = [], 0
     try:
-        for batch in feed.batches(torch.arange(len(images)), 0, batch_size):
+        for batch in feed.batches(images.shown, 0, batch_size):
             parts.append(forward(module, normalise(batch.pixels), run.train.dtype).cpu())
             done += len(batch.samples)
-            reporter.progress("test split", done, len(images), "images")
+            reporter.progress("test split", done, len(images.shown), "images")
     finally:
         feed.close()
     return torch.cat(parts)
@@ -208,4 +223,4 @@ def _cached_logits(path: str, images: ImageDataset) -> tuple[Tensor, Tensor]:
             f"the test split of {path} has other {what} than that of {images.name}",
             "Give the dataset that the cache was made from, or another --cache.",
         )
-    return logits, cache.eval_predictions()
+    return logits[images.shown], cache.eval_predictions()[images.shown]

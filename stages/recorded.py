@@ -9,6 +9,7 @@ from stages.cache.arrays import open_group
 from stages.cache.identity import differences, identity_from_json
 from stages.cache.location import Location, location
 from stages.cache.root import RootAttributes
+from stages.cache_job import Begun
 from stages.cache_teacher import CacheConfig, CacheJob, prepare
 from stages.errors import (
     CacheError,
@@ -42,7 +43,8 @@ def recorded_job(
     """
     where = location(path)
     try:
-        config = msgspec.convert(trusted_attributes(where).provenance["config"], CacheConfig)
+        recorded = trusted_attributes(where)
+        config = msgspec.convert(recorded.provenance["config"], CacheConfig)
     except (KeyError, msgspec.ValidationError) as error:
         raise CacheError(
             f"{where} does not say how it was made: {error}",
@@ -55,13 +57,13 @@ def recorded_job(
     moved = {"dataset": dataset, "root": root}
     config = replace(
         config,
-        data=replace(config.data, **{k: v for k, v in moved.items() if v is not None}),
+        data=replace(config.data, skip=None, **{k: v for k, v in moved.items() if v is not None}),
         teacher=replace(config.teacher, weights=weights or config.teacher.weights),
         device=device or "auto",
     )
     _check_places(where, config)
     try:
-        job = prepare(config)
+        job = prepare(config, begun=Begun.of(recorded, str(where)))
     except DatasetError as error:
         if dataset is None and config.data.dataset.startswith(_FOLDERS):
             raise ChangedImagesError(error.cause, error.remedy) from error

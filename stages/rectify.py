@@ -168,7 +168,8 @@ def rectified_block(
     config = RectifyConfig.of(settings)
     temperature = 1.0 if settings.temperature_free else settings.temperature
     rows = cache.read_encoded_block(view, block)
-    wrong = rows.predictions != rows.labels
+    record = cache.commits.of_view(view)[block]
+    wrong = rows.predictions != rows.labels  # never of a skipped sample
     at = wrong.nonzero().squeeze(1)
     labels, predictions = rows.labels[at], rows.predictions[at]
     # Right rows stay what they are: only a materialised rectification has to know them.
@@ -188,7 +189,7 @@ def rectified_block(
     pairs, counts = (labels * cache.num_classes + predictions).unique(return_counts=True)
     confused = torch.stack([pairs // cache.num_classes, pairs % cache.num_classes, counts], dim=1)
     statistics = {
-        "rows": len(wrong),
+        "rows": len(wrong) - int(cache.skipped_rows(block, record).sum()),
         "wrong": len(at),
         "label_is_argmax": int((rectified.argmax(1) == labels).sum()),
         "confused": confused.tolist(),

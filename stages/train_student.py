@@ -28,7 +28,7 @@ from stages.inputs.views import ViewPolicy
 from stages.reporting import Reporter, Silent
 from stages.training.assemble import Destination, Planned, make_trainer
 from stages.training.epoch_targets import TargetReader
-from stages.training.setup import Splits, load_data
+from stages.training.setup import Splits, load_data, skips_of
 from stages.training.student import CachedTask, StudentConfig
 from stages.training.student_checks import (
     check_dataset,
@@ -116,14 +116,16 @@ def students_trainer(
     config = configs[0]
 
     # 2) images: the ones the teachers saw
-    splits = splits or first_rank_before_others(ranks, lambda: load_data(config.data))
+    splits = splits or first_rank_before_others(
+        ranks, lambda: load_data(config.data, skips_of(c.skips for c in caches))
+    )
     splits.tell(reporter)
     for member in caches:
         check_dataset(member, splits, policy, config.accept_pixel_drift, reporter)
 
     # 3) the students and their runs
     reads = next((each for each in configs if each.loss.name != "ce"), config)
-    plan, order = slab_plan(caches, reads, len(checked.views), ranks)
+    plan, order = slab_plan(caches, reads, len(checked.views), ranks, splits.train.skipped)
     rectifications = [c.bias.rectified for c in configs if c.bias.rectified is not None]
     if len(set(rectifications)) > 1:  # each is read for itself: together they might be too much
         plan = dataclasses.replace(plan, resident=False)

@@ -30,7 +30,7 @@ from stages.training.config import (
     TrainSettings,
     positive,
 )
-from stages.training.setup import load_data
+from stages.training.setup import load_data, skips_of
 
 _FIXED_COSTS = 20_000
 """Samples; stage two on fewer is mostly starting and ending, and not held to its target."""
@@ -120,7 +120,12 @@ def _student_figures(
         job = recorded_job(
             settings.cache, settings.dataset, settings.root, settings.weights, settings.device
         )
-    bench = Bench(folder, job.splits if job else load_data(data), settings.turns, settings.seconds)
+    bench = Bench(
+        folder,
+        job.splits if job else load_data(data, skips_of([LogitCache.open(settings.cache).skips])),
+        settings.turns,
+        settings.seconds,
+    )
     train = bench.splits.train
     for student in settings.students:  # one that is unknown is told before any is trained
         build_model(student, len(train.class_names), train.shape[0])

@@ -124,8 +124,8 @@ def _key_numbers(
     sure = f"{'surer' if over > 0 else 'less sure'} than right on the views"
     tiles.append((sure, "overconfidence", over, f"{100 * abs(over):.2f} points", ""))
     if cache.eval_commits.is_complete(0):
-        logits, labels = cache.eval_logits()
-        right = cache.eval_predictions() == labels
+        logits, labels = (rows[cache.eval_shown] for rows in cache.eval_logits())
+        right = cache.eval_predictions()[cache.eval_shown] == labels
         test, accuracy = calibration_of(logits, right), float(right.double().mean())
         tiles.insert(1, ("top-1 on the test split", "test_top1", accuracy, percent(accuracy), ""))
         tiles.append(("ECE on the test split", "test_ece", test.ece, percent(test.ece), ""))

@@ -13,8 +13,8 @@ from stages.cache import LogitCache
 from stages.cache.identity import differences
 from stages.errors import DatasetError, IdentityError, PipelineError
 from stages.inputs.datasets import ImageDataset, load_dataset
-from stages.inputs.feed import ViewFeed, pixel_probes
-from stages.training.setup import dataset_identity
+from stages.inputs.feed import NO_PROBE, ViewFeed, pixel_probes
+from stages.training.setup import dataset_identity, skips_of
 from stages.training.student_checks import cached_policy
 
 KINDS = {"sure": "Most confident", "drawn": "Drawn at random"}
@@ -97,7 +97,9 @@ def load_images(
         if spec is None:
             raise DatasetError("the cache does not say which dataset it was made from")
         _check_builtin(cache, str(spec), named=dataset is not None)
-        train = load_dataset(str(spec), "train", root or config.get("root"), "stream")
+        train = load_dataset(
+            str(spec), "train", root or config.get("root"), "stream", skips=skips_of([cache.skips])
+        )
         if differing := differences(dataset_identity(train), cache.identity.dataset):
             raise IdentityError(f"{spec} is another dataset or order: {'; '.join(differing[:3])}")
         return _render(cache, train, chosen)
@@ -124,7 +126,8 @@ def _render(cache: LogitCache, train: ImageDataset, chosen: list[Sample]) -> Ima
             for sample, pixels in zip(batch.samples.tolist(), batch.pixels, strict=True):
                 uris[sample, view] = png_uri(pixels)
     probes = pixel_probes(train, policy, size)
-    differ = sum(a != b for a, b in zip(probes, cache.pixel_probes, strict=False))
+    pairs = zip(probes, cache.pixel_probes, strict=False)
+    differ = sum(a != b for a, b in pairs if a != NO_PROBE)
     note = f"{differ} of {len(probes)} pixel probes differ from what the teacher saw."
     return Images(uris, note if differ else "")
 

@@ -66,7 +66,7 @@ def draw_rows(
 ) -> Draw:
     """Decode all rows of the complete views, or a fair draw of so many."""
     views = cache.complete_views
-    total = len(views) * cache.num_samples
+    total = len(views) * (cache.num_samples - len(cache.skipped()))
     budget = max(1, min(max_rows, MAX_VALUES // cache.num_classes))
     if total > budget and len(views) > max_views:
         views = [views[at * len(views) // max_views] for at in range(max_views)]
@@ -80,6 +80,8 @@ def draw_rows(
         run = slice(start, start + each)
         targets = cache.read_view(view, rectified, [run])
         samples = cache.dataset_index[run]
+        seen = ~torch.isin(samples, cache.skipped())
+        samples = samples[seen]
         wrong = samples[targets.wrong(samples)]
         before = targets.rows(wrong, temperature)
         after = before if rectified is None else targets.rectified_rows(wrong, temperature)
@@ -87,8 +89,8 @@ def draw_rows(
             (
                 torch.full_like(samples, view),
                 samples,
-                targets.labels,
-                targets.predictions,
+                targets.labels[seen],
+                targets.predictions[seen],
                 targets.rows(samples),
                 before,
                 after,
@@ -143,10 +145,11 @@ def count_mistakes(cache: LogitCache, max_predictions: int = MAX_PREDICTIONS) ->
     views, classes = cache.complete_views, cache.num_classes
     each = max(1, min(cache.num_samples, max_predictions // len(views)))
     run = slice(0, each)
-    labels = cache.row_labels[run]
+    seen = ~torch.isin(cache.dataset_index[run], cache.skipped())
+    labels = cache.row_labels[run][seen]
     wrong, pairs = torch.zeros(classes, dtype=torch.int64), Counter[int]()
     for view in views:
-        predictions = cache.predictions(view, run)
+        predictions = cache.predictions(view, run)[seen]
         missed = predictions != labels
         wrong += torch.bincount(labels[missed], minlength=classes)
         codes = (labels[missed] * classes + predictions[missed]).unique(return_counts=True)
@@ -156,6 +159,6 @@ def count_mistakes(cache: LogitCache, max_predictions: int = MAX_PREDICTIONS) ->
         rows=torch.bincount(labels, minlength=classes) * len(views),
         wrong=wrong,
         confused=[(code // classes, code % classes, count) for code, count in ranked],
-        used=each * len(views),
-        total=cache.num_samples * len(views),
+        used=len(labels) * len(views),
+        total=(cache.num_samples - len(cache.skipped())) * len(views),
     )

@@ -22,7 +22,7 @@ from stages.train_student import StudentConfig
 from stages.training.compiled import check_compiler
 from stages.training.config import DataSettings, ModelSettings, SeedSettings
 from stages.training.ensemble import teacher_top1
-from stages.training.setup import load_data
+from stages.training.setup import load_data, skips_of
 from stages.training.student_checks import (
     cached_policy,
     check_dataset,
@@ -106,7 +106,9 @@ class _Known:
 def _check_data(data: DataSettings, runs: Sequence[Run], known: _Known, reporter: Reporter) -> None:
     """Images that the teachers saw, and models that exist."""
     with _named(runs[0]):
-        splits = load_data(data)
+        splits = load_data(
+            data, skips_of(c.skips for run in runs for c in known.members(run.config))
+        )
     channels, classes = splits.train.shape[0], len(splits.train.class_names)
     seen: set[Any] = set()
     for run in runs:

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
+from stages.cache import LogitCache
 from stages.errors import PipelineError, RunError
 from stages.inputs.imported import trusting
 from stages.reporting import Silent
 from stages.train_student import StudentConfig, train_student, train_together
 from stages.training.config import DataSettings
 from stages.training.run_directory import held
-from stages.training.setup import Splits, load_data
+from stages.training.setup import Splits, load_data, skips_of
 
 _ONE_AT_A_TIME = threading.Lock()
 """First weights come from torch's global generator: students of one process take turns, also where
@@ -71,7 +72,8 @@ def train(configs: Sequence[StudentConfig], outs: Sequence[str], place: Place) -
         try:
             for out in outs:
                 wait_for(Path(out))
-            splits = splits_of(configs[0].data, place.folder)
+            caches = {path for c in configs for path in (c.cache, *c.also)}
+            splits = splits_of(configs[0].data, tuple(sorted(caches)), place.folder)
         except Exception as error:
             return [failure(error)] * len(outs)
         if len(configs) > 1:
@@ -100,9 +102,11 @@ def failure(error: BaseException) -> Failure:
 
 
 @lru_cache(maxsize=2)
-def splits_of(data: DataSettings, folder: str) -> Splits:
-    """The images of this process's students. folder: where relative paths start."""
-    return load_data(data)
+def splits_of(data: DataSettings, caches: tuple[str, ...], folder: str) -> Splits:
+    """The images of this process's students, without those that their caches leave out. folder:
+    where relative paths start.
+    """
+    return load_data(data, skips_of(LogitCache.open(path).skips for path in caches))
 
 
 def settle(place: Place) -> None:

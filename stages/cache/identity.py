@@ -43,6 +43,17 @@ class DatasetIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     images: str
 
 
+class SkippedSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=True):
+    """A sample that nobody is shown, of one split: its number, and its file's relative path and
+    size where the dataset is of files. No part of the identity: an unfinished cache may gain some.
+    """
+
+    split: str
+    sample: int
+    path: str | None = None
+    bytes: int | None = None
+
+
 class ViewsIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The view policy: name, parameters, version of its code, seed."""
 

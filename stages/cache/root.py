@@ -12,6 +12,7 @@ from stages.cache import layout
 from stages.cache.arrays import open_group
 from stages.cache.documents import check_seal, sealed
 from stages.cache.encoding import EncodingAttributes, Fidelity
+from stages.cache.identity import SkippedSample
 from stages.cache.location import Location, ask, open_store
 from stages.cache.lock import half_written, remove_half_written
 from stages.cache.objects import first_object, list_objects, read_object, write_object
@@ -34,6 +35,7 @@ class RootAttributes(msgspec.Struct, frozen=True):
     provenance: dict[str, Any]
     pixel_probes: list[int]
     fidelity: Fidelity | None = None
+    skipped: tuple[SkippedSample, ...] = ()
 
 
 def exists(where: Location) -> bool:

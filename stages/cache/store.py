@@ -9,7 +9,7 @@ touches a block without a record: Zarr itself would silently return zeros for it
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from stages.cache.encoding import (
     compare,
     restored,
 )
-from stages.cache.identity import Identity, identity_from_json
+from stages.cache.identity import Identity, SkippedSample, identity_from_json
 from stages.cache.layout import BlockGrid
 from stages.cache.location import Location, location
 from stages.cache.objects import described, folders, read_object, write_object
@@ -89,6 +89,7 @@ class LogitCache:
         self.provenance = attributes.provenance
         self.pixel_probes = attributes.pixel_probes
         self.fidelity: Fidelity | None = attributes.fidelity
+        self.skips: tuple[SkippedSample, ...] = attributes.skipped
         self.encoding: Encoding = restored(
             attributes.encoding, self.num_classes, lambda name: arrays.read_array(group, name)
         )
@@ -152,7 +153,34 @@ class LogitCache:
             arrays.grow(self.rectification(name).group, num_views)
         arrays.grow(self._group, num_views, last="prediction")
 
+    def add_skips(self, skips: Iterable[SkippedSample]) -> None:
+        """Leave out more samples. Those that are left out stay so."""
+        known = {(skip.split, skip.sample) for skip in self.skips}
+        more = [skip for skip in skips if (skip.split, skip.sample) not in known]
+        if more:
+            self.skips = tuple(sorted([*self.skips, *more]))
+            attributes = self._group.attrs.asdict()
+            skipped = msgspec.to_builtins(self.skips)
+            root.write_attributes(self._group, {**attributes, "skipped": skipped})
+
     # ---- what it is ---------------------------------------------------------------------
+
+    def skipped(self, split: str = "train") -> Tensor:
+        """int64, ascending: the samples of a split that nobody is shown."""
+        return torch.tensor([s.sample for s in self.skips if s.split == split], dtype=torch.int64)
+
+    @property
+    def eval_shown(self) -> Tensor:
+        """int64, ascending: the samples of the test split but for those that nobody is shown."""
+        every = torch.arange(self.sizes["eval_sample"])
+        return every[~torch.isin(every, self.skipped("test"))]
+
+    def skipped_rows(self, block: int, record: Record) -> Tensor:
+        """bool (n,): the rows of a block that were written without the teacher having seen their
+        samples, as its record has them.
+        """
+        samples = self.dataset_index[self.grid.rows(block)]
+        return torch.isin(samples, torch.tensor(record.get("skipped", []), dtype=torch.int64))
 
     @property
     def num_views(self) -> int:
@@ -243,14 +271,19 @@ class LogitCache:
         return self.row_labels[self.row_of]
 
     def top1(self, view: int) -> float:
-        """The teacher's accuracy on a complete view, in [0, 1]."""
-        return float((self.predictions(view) == self.row_labels).double().mean())
+        """The teacher's accuracy on a complete view, in [0, 1], over the rows that it has seen."""
+        right = self.predictions(view) == self.row_labels
+        records = self.commits.of_view(view)
+        blocks = range(self.grid.num_blocks)
+        unseen = torch.cat([self.skipped_rows(block, records[block]) for block in blocks])
+        return float(right[~unseen].double().mean())
 
     @property
     def top1_per_view(self) -> dict[int, float]:
         """As `top1`, of every complete view; from the records of its blocks, without any array."""
         return {
-            view: sum(int(record["right"]) for record in records.values()) / self.num_samples
+            view: sum(int(record["right"]) for record in records.values())
+            / (self.num_samples - sum(len(r.get("skipped", ())) for r in records.values()))
             for view, records in self.commits.each_view(self.complete_views)
         }
 
@@ -357,7 +390,7 @@ class LogitCache:
     def eval_top1(self) -> float:
         """The teacher's accuracy on the test split, in [0, 1]."""
         labels = arrays.read_array(self._group, "eval_label")
-        return float((self.eval_predictions() == labels).double().mean())
+        return float((self.eval_predictions() == labels)[self.eval_shown].double().mean())
 
     def _require_eval(self) -> None:
         if not self.eval_commits.is_complete(0):
@@ -396,18 +429,30 @@ class LogitCache:
     def write_block(
         self, view: int, block: int, logits: Tensor, predictions: Tensor, record: Record
     ) -> None:
-        """Encode, write and commit a block. logits: float32 (n, C); predictions: int64 (n,)."""
+        """Encode, write and commit a block. logits: float32 (n, C); predictions: int64 (n,).
+
+        Rows of skipped samples say what the teacher gives for black pixels, and the label as its
+        prediction, so that they are never taken for its mistakes; no statistic counts them.
+        """
         labels = self.row_labels[self.grid.rows(block)]
+        samples = self.dataset_index[self.grid.rows(block)]
+        unseen = torch.isin(samples, self.skipped())
+        predictions = torch.where(unseen, labels, predictions)
         encoded = self.encoding.encode(logits, labels)
-        checked = slice(checked_rows(self.num_classes))
+        checked = (
+            (~unseen).nonzero().squeeze(1) if not bool(unseen.all()) else torch.arange(len(labels))
+        )
+        checked = checked[: checked_rows(self.num_classes)]
         some = {name: array[checked] for name, array in encoded.items()}
         fidelity = compare(self.encoding, logits[checked], some)
         self._check_calibration(fidelity)
         record = {
             **record,
-            "right": int((predictions == labels).sum()),
+            "right": int((predictions == labels)[~unseen].sum()),
             "fidelity": msgspec.to_builtins(fidelity),
         }
+        if bool(unseen.any()):
+            record["skipped"] = samples[unseen].sort().values.tolist()
         specs = all_arrays(self.num_classes, self.encoding)
         arrays.write_block(
             self._group,

@@ -22,6 +22,7 @@ from stages.inputs.datasets import ImageDataset
 from stages.inputs.views import Plain, Shown, ViewPolicy, check_view
 
 PROBES = 256
+NO_PROBE = 0
 PROBED_VIEWS = 1024
 """Probes are drawn from the first 1,024 views of a policy, however many a cache holds."""
 
@@ -186,7 +187,8 @@ def num_batches(samples: int, batch_size: int) -> int:
 def pixel_probes(
     dataset: ImageDataset, policy: ViewPolicy, image_size: int | None, seed: int = 0
 ) -> list[int]:
-    """crc32 of the uint8 pixels of 256 fixed (view, sample) pairs.
+    """crc32 of the uint8 pixels of 256 fixed (view, sample) pairs; NO_PROBE where a skipped sample
+    is shown.
 
     The pairs depend on the policy and the number of samples, not on how many views are cached.
     """
@@ -195,7 +197,14 @@ def pixel_probes(
     views = bounded(counter_hash(seed, probe, 0), min(policy.count or PROBED_VIEWS, PROBED_VIEWS))
     samples = bounded(counter_hash(seed, probe, 1), len(dataset))
     pairs = list(zip(samples.tolist(), views.tolist(), strict=True))
-    return [zlib.crc32(image.numpy().tobytes()) for image in rendered.shown(pairs).images]
+    shown = rendered.shown(pairs)
+    unseen = torch.isin(samples, dataset.skipped)
+    if shown.partners is not None:
+        unseen |= torch.isin(shown.partners, dataset.skipped)
+    return [
+        NO_PROBE if skipped else zlib.crc32(image.numpy().tobytes())
+        for image, skipped in zip(shown.images, unseen.tolist(), strict=True)
+    ]
 
 
 class Normalise:

@@ -101,7 +101,7 @@ def make_trainer(
     feeds = [feed, *(feed.another() for _ in range(planned[0].views - 1))]
     for model in models:
         check_output(model.model, model.statistics, train, policy, image_size)
-    samples, validation = held_out(len(train), data.val_fraction, config.seed.data)
+    samples, validation = held_out(len(train), data.val_fraction, config.seed.data, train.skipped)
     if policy.mixes and len(validation):
         raise ConfigError(
             f"data.val_fraction holds samples out, and '{policy.name}' shows them as partners",

@@ -120,13 +120,15 @@ class DataSettings(Settings, frozen=True):
     """Where images come from and how they are fed. See `stages.inputs.datasets`.
 
     val_fraction: share of the training samples held out for choosing the model. rescan: list a
-    folder of images again, as after overwriting files in place; see its `manifest`.
+    folder of images again, as after overwriting files in place; see its `manifest`. skip: a file
+    that names samples to leave out, beside those that a cache leaves out.
     """
 
     dataset: str
     root: str | None = None
     download: bool = False
     rescan: bool = False
+    skip: str | None = None
     feeding: Feeding = "auto"
     image_size: int | None = None
     resize: int | None = None

@@ -75,7 +75,10 @@ def teacher_top1(caches: Sequence[LogitCache]) -> float:
     if len(caches) == 1:
         return caches[0].eval_top1()
     logits, labels = zip(*(cache.eval_logits() for cache in caches), strict=True)
-    return float((mean_logits(logits).argmax(1) == labels[0]).double().mean())
+    right = mean_logits(logits).argmax(1) == labels[0]
+    shown = [cache.eval_shown for cache in caches]
+    seen = torch.stack([torch.zeros_like(right).index_fill(0, s, True) for s in shown]).all(0)
+    return float(right[seen].double().mean())
 
 
 NOT_RECTIFIED = (

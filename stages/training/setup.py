@@ -1,16 +1,24 @@
 """What teachers and students need before the first step: images, model, evaluations."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
-from stages.cache.identity import DatasetIdentity
+from stages.cache.identity import DatasetIdentity, SkippedSample
 from stages.errors import ConfigError, ModelError
 from stages.inputs.counter_hash import permute
-from stages.inputs.datasets import ImageDataset, Statistics, load_splits
+from stages.inputs.datasets import (
+    ImageDataset,
+    Skip,
+    Statistics,
+    load_splits,
+    read_skip_list,
+)
+from stages.inputs.datasets.dataset import without
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.models import Model, build_model, load_model
 from stages.inputs.outputs import Outputs, are_probabilities, logits_of, told
@@ -35,17 +43,41 @@ class Splits:
 
     def tell(self, reporter: Reporter) -> None:
         """Say what a user has to know of these images."""
-        for note in (*self.train.notes, *self.test.notes):
-            reporter.say(note)
+        for split in (self.train, self.test):
+            for note in split.notes:
+                reporter.say(note)
+            if split.skips:
+                reporter.say(
+                    f"{len(split.skips):,} of {len(split):,} {split.split} samples skipped"
+                )
 
 
-def load_data(settings: DataSettings) -> Splits:
-    """The dataset of a run. Raises DatasetError."""
+def load_data(settings: DataSettings, skips: Iterable[Skip] = ()) -> Splits:
+    """The dataset of a run. skips: samples to leave out beside those of the settings' own list, as
+    a cache has them; what it says of a file counts. Raises DatasetError.
+    """
+    own = [] if settings.skip is None else read_skip_list(settings.skip)
     return Splits(
         *load_splits(
-            settings.dataset, settings.root, settings.feeding, settings.download, settings.rescan
+            settings.dataset,
+            settings.root,
+            settings.feeding,
+            settings.download,
+            settings.rescan,
+            [*skips, *own],
         )
     )
+
+
+def skips_of(lists: Iterable[Iterable[SkippedSample]]) -> list[Skip]:
+    """The samples that any of these lists, as caches keep them, leaves out."""
+    return [msgspec.convert(msgspec.to_builtins(s), Skip) for skips in lists for s in skips]
+
+
+def skipped_samples(splits: Splits) -> list[SkippedSample]:
+    """The samples that are left out, as a cache keeps them."""
+    skips = (*splits.train.skips, *splits.test.skips)
+    return [msgspec.convert(msgspec.to_builtins(skip), SkippedSample) for skip in skips]
 
 
 def dataset_identity(dataset: ImageDataset) -> DatasetIdentity:
@@ -118,12 +150,17 @@ def normalisation(
     return chosen
 
 
-def held_out(num_samples: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Training and held-out samples: int64, each in dataset order, disjoint.
+def held_out(
+    num_samples: int, fraction: float, seed: int, skipped: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Training and held-out samples: int64, each in dataset order, disjoint; none that is skipped.
 
     Raises ConfigError if there is nothing to hold out, or nothing left to train on.
     """
     shuffled = permute(torch.arange(num_samples), num_samples, seed, Stream.HELD_OUT)
+    if skipped is not None:
+        shuffled = without(shuffled, skipped)
+        num_samples = len(shuffled)
     out = round(num_samples * fraction)
     if num_samples - out < 2 or (fraction > 0 and out == 0):
         raise ConfigError(
@@ -143,8 +180,7 @@ def make_evaluations(
     """The clean test split, and the held-out samples where there are any."""
     plain = plain_view(image_size, data.resize)
     test = ViewFeed(splits.test, plain, device, image_size, data.workers)
-    everything = torch.arange(len(splits.test))
-    evaluations = {"test": Evaluation(test, everything, splits.test.labels)}
+    evaluations = {"test": Evaluation(test, splits.test.shown, splits.test.labels)}
     if len(validation):
         clean = ViewFeed(splits.train, plain, device, image_size, data.workers)
         evaluations["val"] = Evaluation(clean, validation, splits.train.labels)

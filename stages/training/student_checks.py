@@ -6,6 +6,7 @@ from itertools import zip_longest
 from typing import Any
 
 import msgspec
+from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.encoding import check_offset, check_temperature
@@ -13,7 +14,7 @@ from stages.cache.identity import differences
 from stages.device import choose_device
 from stages.distributed import ALONE, Ranks
 from stages.errors import CacheError, ConfigError, IdentityError
-from stages.inputs.feed import pixel_probes
+from stages.inputs.feed import NO_PROBE, pixel_probes
 from stages.inputs.imported import check_trusted
 from stages.inputs.run_files import sha256
 from stages.inputs.views import Paired, ViewPolicy, check_unmixed, known_policy
@@ -131,14 +132,16 @@ def slab_plan(
     config: StudentConfig,
     num_views: int,
     ranks: Ranks = ALONE,
+    skipped: Tensor | None = None,
 ) -> tuple[SlabPlan, Order]:
-    """How targets are read, and the order of samples that goes with it.
+    """How targets are read, and the order of samples that goes with it. skipped: int64, samples
+    that are left out.
 
     Raises ConfigError where slab_memory is too small, or missing.
     """
     text, cache = config.slab_memory, caches[0]
     total, batch_size = cache.num_samples, config.train.batch_size
-    samples, _ = held_out(total, config.data.val_fraction, config.seed.data)
+    samples, _ = held_out(total, config.data.val_fraction, config.seed.data, skipped)
     if ranks.world > 1:
         if text is not None:
             raise ConfigError(
@@ -293,8 +296,15 @@ def check_dataset(
             f"{cache.path} was made from another dataset or order: {'; '.join(differing[:3])}",
             "Give the dataset that the cache was made from, or cache this one.",
         )
+    loaded = {(skip.split, skip.sample) for skip in (*splits.train.skips, *splits.test.skips)}
+    if missing := [s for s in cache.skips if (s.split, s.sample) not in loaded]:
+        raise IdentityError(
+            f"{cache.path} leaves out {len(cache.skips)} samples, and these images have "
+            f"{len(missing)} of them",
+            "Load them with load_data(settings, skips_of([cache.skips])).",
+        )
     probes = pixel_probes(splits.train, policy, cache.identity.teacher.image_size)
-    differ = sum(a != b for a, b in zip_longest(probes, cache.pixel_probes))
+    differ = sum(a != b for a, b in zip_longest(probes, cache.pixel_probes) if a != NO_PROBE)
     if not differ:
         return
     if not accept_drift:

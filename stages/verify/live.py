@@ -23,11 +23,12 @@ def verify_live(cache: LogitCache, job: CacheJob, pairs: int, seed: int = 0) -> 
     """
     generator = torch.Generator().manual_seed(seed)
     views = cache.complete_views
-    pairs = min(pairs, len(views) * cache.num_samples)
+    shown = job.splits.train.shown
+    pairs = min(pairs, len(views) * len(shown))
     if cache.fidelity is None or not views:
         return [Fault("fidelity", "nothing is declared: the cache is not finished")]
     which = torch.randint(len(views), (pairs,), generator=generator)
-    samples = torch.randint(cache.num_samples, (pairs,), generator=generator)
+    samples = shown[torch.randint(len(shown), (pairs,), generator=generator)]
     feed = job.feed(job.splits.train, job.policy)
     divergences = []
     for position in which.unique().tolist():

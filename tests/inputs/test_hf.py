@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from stages.errors import DatasetError
-from stages.inputs.datasets import Feeding, load_dataset, load_splits
+from stages.inputs.datasets import Feeding, Skip, load_dataset, load_splits
 from stages.inputs.datasets.compressed import SAMPLED_MODES
 from stages.inputs.datasets.dataset import fixed_sample
 from stages.inputs.feed import ViewFeed, pixel_probes
@@ -220,8 +220,12 @@ def test_hidden_labels(tmp_path: Path) -> None:
 def test_a_missing_image(tmp_path: Path) -> None:
     images = [{"bytes": png(pixels_of(i)), "path": None} for i in range(3)]
     made = table([*images, None])
+    spec = saved(tmp_path / "set", train=made)
     with pytest.raises(DatasetError, match=r"image 3 of .*\(train\) is missing"):
-        load_dataset(saved(tmp_path / "set", train=made), "train")
+        load_dataset(spec, "train").load(3)
+    left_out = load_dataset(spec, "train", skips=[Skip("train", 3)])
+    assert left_out.shown.tolist() == [0, 1, 2]
+    assert not bool(left_out.load(3).any())
 
 
 def test_one_split_alone(tmp_path: Path) -> None:

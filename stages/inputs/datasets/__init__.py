@@ -4,6 +4,7 @@ Small images of one size are decoded once into a uint8 tensor; anything else is 
 (`feed.py` does that in workers). A dataset's digests do not depend on which of the two it is.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from stages.errors import DatasetError
@@ -13,20 +14,24 @@ from stages.inputs.datasets.dataset import (
     PUBLISHED_STATISTICS,
     Feeding,
     ImageDataset,
+    Skip,
     Split,
     Statistics,
 )
 from stages.inputs.datasets.files import folder, imagenet
 from stages.inputs.datasets.hf import hugging_face
+from stages.inputs.datasets.skipping import read_skip_list
 
 __all__ = [
     "PUBLISHED_STATISTICS",
     "Feeding",
     "ImageDataset",
+    "Skip",
     "Split",
     "Statistics",
     "load_dataset",
     "load_splits",
+    "read_skip_list",
 ]
 
 
@@ -37,25 +42,28 @@ def load_dataset(
     feeding: Feeding = "auto",
     download: bool = False,
     rescan: bool = False,
+    skips: Iterable[Skip] = (),
 ) -> ImageDataset:
     """One split of `digits`, `cifar10`, `cifar100`, `fashion-mnist`, `imagenet`, `folder:DIR`,
-    `hf:DIR` or `module:callable`. rescan: list folders of images again, see `manifest.py`.
+    `hf:DIR` or `module:callable`. rescan: list folders of images again, see `manifest.py`. skips:
+    samples to leave out, of any split; the first that speaks of a sample counts.
 
     Raises DatasetError if it is missing, unreadable, or has fewer than two classes.
     """
     kind, _, argument = spec.partition(":")
+    mine = [skip for skip in skips if skip.split == split]
     if kind == "folder":
-        dataset = folder(Path(argument), split, feeding, rescan)
+        dataset = folder(Path(argument), split, feeding, rescan, mine)
     elif kind == "hf":
-        dataset = hugging_face(Path(argument), split, feeding)
+        dataset = hugging_face(Path(argument), split, feeding, mine)
     elif spec == "digits":
-        dataset = digits(split)
+        dataset = digits(split, mine)
     elif spec in TORCHVISION:
-        dataset = torchvision_arrays(spec, split, root, download)
+        dataset = torchvision_arrays(spec, split, root, download, mine)
     elif spec == "imagenet":
-        dataset = imagenet(split, root, feeding, rescan)
+        dataset = imagenet(split, root, feeding, rescan, mine)
     elif argument:
-        dataset = from_callable(spec, split, feeding)
+        dataset = from_callable(spec, split, feeding, mine)
     else:
         raise DatasetError(
             f"unknown dataset '{spec}'",
@@ -84,10 +92,12 @@ def load_splits(
     feeding: Feeding = "auto",
     download: bool = False,
     rescan: bool = False,
+    skips: Iterable[Skip] = (),
 ) -> tuple[ImageDataset, ImageDataset]:
     """The training and the test split, which must have the same classes."""
-    train = load_dataset(spec, "train", root, feeding, download, rescan)
-    test = load_dataset(spec, "test", root, feeding, download, rescan)
+    skips = list(skips)
+    train = load_dataset(spec, "train", root, feeding, download, rescan, skips)
+    test = load_dataset(spec, "test", root, feeding, download, rescan, skips)
     if train.class_names != test.class_names:
         only = sorted(set(train.class_names) ^ set(test.class_names))
         raise DatasetError(

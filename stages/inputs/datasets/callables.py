@@ -1,5 +1,6 @@
 """Datasets that somebody's own code returns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,14 @@ from stages.errors import DatasetError
 from stages.inputs.datasets.dataset import (
     Feeding,
     ImageDataset,
+    Skip,
     Split,
     digest,
     fixed_sample,
     in_memory,
     shape_and_bytes,
 )
+from stages.inputs.datasets.skipping import blackened, skipped_numbers
 from stages.inputs.imported import imported
 
 MOST_CLASSES = 2**20
@@ -42,7 +45,9 @@ class _MapStyle:
         return image
 
 
-def from_callable(spec: str, split: Split, feeding: Feeding) -> ImageDataset:
+def from_callable(
+    spec: str, split: Split, feeding: Feeding, skips: Sequence[Skip] = ()
+) -> ImageDataset:
     source = imported(spec, "dataset", DatasetError)(split)
     size = len(source)
     labels = getattr(source, "targets", None)
@@ -63,7 +68,8 @@ def from_callable(spec: str, split: Split, feeding: Feeding) -> ImageDataset:
     class_names = getattr(source, "classes", None)
     if class_names is None:
         class_names = [str(c) for c in range(int(labels.max()) + 1 if size else 0)]
-    load = _MapStyle(source)
+    source_of, found = _MapStyle(source), skipped_numbers(skips, size, f"{spec} ({split})")
+    load = blackened(source_of, found, size)
     return ImageDataset(
         spec,
         split,
@@ -71,5 +77,6 @@ def from_callable(spec: str, split: Split, feeding: Feeding) -> ImageDataset:
         labels,
         load,
         in_memory(load, size, feeding),
-        digest(part for i in fixed_sample(size) for part in shape_and_bytes(load(i))),
+        digest(part for i in fixed_sample(size) for part in shape_and_bytes(source_of(i))),
+        skips=tuple(found),
     )

@@ -4,7 +4,7 @@ import errno
 import shlex
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ Mode = Literal["L", "RGB"]
 SAMPLED_MODES = 64
 """How many images decide whether a dataset is grey; one in colour among grey is an error."""
 GREY = ("1", "L", "LA")
+_DEEP = ("I", "F")
 
 # Images of up to 179 million pixels are read as any others; larger ones Pillow itself refuses.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -31,8 +32,8 @@ def decode(source: Path | bytes, name: str, mode: Mode, dataset: str = "") -> Te
 
     dataset: what `pipeline check-data` has to be given, for the error's remedy.
     """
-    with _opened(source, name, dataset) as image:
-        if image.mode.startswith(("I", "F")):
+    with opened(source, name, dataset) as image:
+        if image.mode.startswith(_DEEP):
             raise DatasetError(
                 f"image {name} has more than 8 bits a channel",
                 f"Convert the images to 8 bits. {_left_out(dataset)}",
@@ -48,12 +49,15 @@ def decode(source: Path | bytes, name: str, mode: Mode, dataset: str = "") -> Te
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
-def common_mode(images: Iterable[tuple[Path | bytes, str]], dataset: str = "") -> Mode:
-    """Grey if all of these (source, name) are, else colour. Only their headers are read."""
+def common_mode(images: Iterable[tuple[Path | bytes, str]]) -> Mode:
+    """Grey if all of these (source, name) are, else colour. Only their headers are read; one that
+    cannot be read, or has too many bits, is told of when it is decoded.
+    """
     modes = set()
     for source, name in images:
-        with _opened(source, name, dataset) as image:
-            modes.add(image.mode)
+        with suppress(DatasetError), opened(source, name) as image:
+            if not image.mode.startswith(_DEEP):
+                modes.add(image.mode)
     return "L" if modes and modes.issubset(GREY) else "RGB"
 
 
@@ -63,7 +67,7 @@ def check_command(kind: str, root: str | Path | None = None) -> str:
 
 
 @contextmanager
-def _opened(source: Path | bytes, name: str, dataset: str) -> Iterator[Image.Image]:
+def opened(source: Path | bytes, name: str, dataset: str = "") -> Iterator[Image.Image]:
     """An image being read. Raises DatasetError, naming it, for whatever cannot be read."""
     try:
         with Image.open(source if isinstance(source, Path) else BytesIO(source)) as image:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -31,13 +32,32 @@ PUBLISHED_STATISTICS: dict[str, Statistics] = {
 }
 
 
+class Skip(msgspec.Struct, frozen=True, order=True):
+    """One sample that is left out. Given by a path, or by a number; known by both.
+
+    path: of its file, relative to the split's folder; None where there are no files. bytes: the
+    file's size, which the dataset's digest is taken from if the file is deleted or replaced.
+    """
+
+    split: Split
+    sample: int | None = None
+    path: str | None = None
+    bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As a line of a list has it."""
+        return f"{self.split}:{self.sample}" if self.path is None else f"{self.split}/{self.path}"
+
+
 @dataclass(frozen=True)
 class ImageDataset:
     """One split of a dataset.
 
     labels: int64 (N,). load: index -> uint8 (C, H, W). images: uint8 (N, C, H, W) where they are
     held in memory, else None. images_digest: hex, of the content or, for folders, of the relative
-    paths and file sizes in order. notes: what a user has to be told of it, a line each.
+    paths and file sizes in order. notes: what a user has to be told of it, a line each. skips:
+    samples that are neither trained on nor measured; their pixels are black.
     """
 
     name: str
@@ -48,6 +68,7 @@ class ImageDataset:
     images: Tensor | None
     images_digest: str
     notes: tuple[str, ...] = ()
+    skips: tuple[Skip, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,6 +78,16 @@ class ImageDataset:
         """(C, H, W) of the first image."""
         channels, height, width = self.load(0).shape
         return channels, height, width
+
+    @property
+    def skipped(self) -> Tensor:
+        """int64, ascending: the samples that are left out."""
+        return samples_of(self.skips, self.split)
+
+    @property
+    def shown(self) -> Tensor:
+        """int64, ascending: all samples but those that are left out."""
+        return without(torch.arange(len(self)), self.skipped)
 
     @property
     def labels_digest(self) -> str:
@@ -70,7 +101,7 @@ class ImageDataset:
         if self.name in PUBLISHED_STATISTICS:
             return PUBLISHED_STATISTICS[self.name]
         count, total, squares = 0, torch.tensor(0), torch.tensor(0)
-        for index in fixed_sample(len(self)):
+        for index in without(torch.tensor(fixed_sample(len(self))), self.skipped).tolist():
             pixels = self.load(index).flatten(1).long()  # integer sums are exact
             count += pixels.shape[1]
             total, squares = total + pixels.sum(1), squares + (pixels**2).sum(1)
@@ -78,6 +109,17 @@ class ImageDataset:
         variance = (squares.double() - count * mean**2) / max(1, count - 1)
         std = variance.clamp(min=0).sqrt()
         return _rounded(mean / 255), _rounded((std / 255).clamp(min=1e-3))
+
+
+def samples_of(skips: Iterable[Skip], split: Split = "train") -> Tensor:
+    """int64, ascending: the samples of a split that are left out."""
+    numbers = {s.sample for s in skips if s.split == split and s.sample is not None}
+    return torch.tensor(sorted(numbers), dtype=torch.int64)
+
+
+def without(samples: Tensor, skipped: Tensor) -> Tensor:
+    """`samples` (int64) in their order, but for those in `skipped` (int64)."""
+    return samples[~torch.isin(samples, skipped)] if len(skipped) else samples
 
 
 def in_memory(load: Callable[[int], Tensor], size: int, feeding: Feeding) -> Tensor | None:

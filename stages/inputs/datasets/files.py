@@ -19,6 +19,7 @@ from stages.inputs.datasets.compressed import (
 from stages.inputs.datasets.dataset import (
     Feeding,
     ImageDataset,
+    Skip,
     Split,
     digest,
     fixed_sample,
@@ -26,6 +27,7 @@ from stages.inputs.datasets.dataset import (
 )
 from stages.inputs.datasets.listing import list_folder, not_taken, split_folder
 from stages.inputs.datasets.manifest import FolderListing, remembered
+from stages.inputs.datasets.skipping import blackened, skipped_files
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,36 @@ class _ImageFiles:
     command: str
 
     def __call__(self, index: int) -> Tensor:
+        return decode(*self.compressed(index), self.mode, self.command)
+
+    def compressed(self, index: int) -> tuple[Path, str]:
+        """The file, and what to call it."""
         path = self.root / self.paths[index]
-        return decode(path, str(path), self.mode, self.command)
+        return path, str(path)
 
 
-def folder(root: Path, split: Split, feeding: Feeding, rescan: bool = False) -> ImageDataset:
+def folder(
+    root: Path, split: Split, feeding: Feeding, rescan: bool = False, skips: Sequence[Skip] = ()
+) -> ImageDataset:
     root = root.expanduser()
     base = split_folder(root, split)
     listing = remembered("folder", base, lambda: list_folder(base), rescan)
-    return _from_files("folder", split, base, listing, feeding, check_command(f"folder:{root}"))
+    command = check_command(f"folder:{root}")
+    return _from_files("folder", split, base, listing, feeding, command, skips)
 
 
 def imagenet(
-    split: Split, root: str | None, feeding: Feeding, rescan: bool = False
+    split: Split,
+    root: str | None,
+    feeding: Feeding,
+    rescan: bool = False,
+    skips: Sequence[Skip] = (),
 ) -> ImageDataset:
     folder = Path(root or "data/downloads/imagenet").expanduser()
     base = folder / ("train" if split == "train" else "val")  # as torchvision has it
     listing = remembered("imagenet", base, lambda: _list_imagenet(folder, base), rescan)
     command = check_command("imagenet", root)
-    return _from_files("imagenet", split, base, listing, feeding, command)
+    return _from_files("imagenet", split, base, listing, feeding, command, skips)
 
 
 def _list_imagenet(folder: Path, base: Path) -> FolderListing:
@@ -88,17 +101,25 @@ def _listing(class_names: Sequence[str], files: list[tuple[int, str, int]]) -> F
 
 
 def _from_files(
-    name: str, split: Split, base: Path, listing: FolderListing, feeding: Feeding, command: str
+    name: str,
+    split: Split,
+    base: Path,
+    listing: FolderListing,
+    feeding: Feeding,
+    command: str,
+    skips: Sequence[Skip],
 ) -> ImageDataset:
     """command: what `pipeline check-data` has to be given for this dataset."""
-    paths = tuple(listing.paths)
+    notes = not_taken(base, listing, f"pipeline check-data {command}")
+    listing, found = skipped_files(listing, skips, str(base))
+    paths, left_out = tuple(listing.paths), {skip.sample for skip in found}
     lines = (
         f"{path}\t{size}\n".encode(errors="surrogateescape")
         for path, size in zip(paths, listing.sizes, strict=True)
     )
-    sampled = (base / paths[index] for index in fixed_sample(len(paths))[:SAMPLED_MODES])
-    mode = common_mode(((path, str(path)) for path in sampled), command)
-    load = _ImageFiles(base, paths, mode, command)
+    sampled = [i for i in fixed_sample(len(paths))[:SAMPLED_MODES] if i not in left_out]
+    mode = common_mode(((path := base / paths[i]), str(path)) for i in sampled)
+    load = blackened(_ImageFiles(base, paths, mode, command), found, len(paths))
     return ImageDataset(
         name,
         split,
@@ -107,5 +128,6 @@ def _from_files(
         load,
         in_memory(load, len(paths), feeding),
         digest(lines),
-        not_taken(base, listing, f"pipeline check-data {command}"),
+        notes,
+        tuple(found),
     )

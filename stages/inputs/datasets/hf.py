@@ -1,6 +1,6 @@
 """Datasets of Hugging Face's `datasets`, as `save_to_disk` leaves them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,11 +20,13 @@ from stages.inputs.datasets.compressed import (
 from stages.inputs.datasets.dataset import (
     Feeding,
     ImageDataset,
+    Skip,
     Split,
     digest,
     fixed_sample,
     in_memory,
 )
+from stages.inputs.datasets.skipping import blackened, skipped_numbers
 
 SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "val")}
 
@@ -56,8 +58,17 @@ class _StoredImages:
                 f"cannot read image {name}: {error}", "Save it with embed_external_files=True."
             ) from error
 
+    def stored(self, index: int) -> bytes:
+        """The image's bytes as they are stored; none where it cannot be had."""
+        try:
+            return self.compressed(index)[0]
+        except DatasetError:
+            return b""
 
-def hugging_face(root: Path, split: Split, feeding: Feeding) -> ImageDataset:
+
+def hugging_face(
+    root: Path, split: Split, feeding: Feeding, skips: Sequence[Skip] = ()
+) -> ImageDataset:
     """One split of a DatasetDict. Its images are identified by the stored bytes of a fixed sample.
 
     Raises DatasetError if there is not exactly one column of images and one of class labels.
@@ -95,18 +106,22 @@ def hugging_face(root: Path, split: Split, feeding: Feeding) -> ImageDataset:
 
     stored = table.select_columns([image]).with_format(None)
     stored = stored.cast_column(image, datasets.Image(decode=False))
-    command = check_command(f"hf:{root}")
-    images, sampled = _StoredImages(stored, image, where, command), fixed_sample(len(table))
-    mode = common_mode((images.compressed(i) for i in sampled[:SAMPLED_MODES]), command)
-    load = _StoredImages(stored, image, where, command, mode)
+    command, size = check_command(f"hf:{root}"), len(table)
+    found = skipped_numbers(skips, size, where)
+    left_out, sampled = {skip.sample for skip in found}, fixed_sample(size)
+    images = _StoredImages(stored, image, where, command)
+    shown = [i for i in sampled[:SAMPLED_MODES] if i not in left_out]
+    mode = common_mode((images.stored(i), "") for i in shown)
+    load = blackened(_StoredImages(stored, image, where, command, mode), found, size)
     return ImageDataset(
         "hf",
         split,
         tuple(table.features[label].names),
         torch.from_numpy(labels.astype("int64")),
         load,
-        in_memory(load, len(table), feeding),
-        digest(part for i in sampled for part in _length_and_bytes(images.compressed(i)[0])),
+        in_memory(load, size, feeding),
+        digest(part for i in sampled for part in _length_and_bytes(images.stored(i))),
+        skips=tuple(found),
     )
 
 

@@ -43,6 +43,12 @@ def extensions() -> frozenset[str]:
     return frozenset(e for e, f in known.items() if f in Image.OPEN and f not in _NO_PIXELS)
 
 
+def split_of_folder(name: str) -> Split | None:
+    """The split that a folder of this name may be."""
+    splits = (s for s, groups in _LAYOUTS.items() if any(name.lower() in g for g in groups))
+    return next(splits, None)
+
+
 def split_folder(root: Path, split: Split) -> Path:
     """The folder of a split. Raises DatasetError if there is none, or more than one."""
     found = _subfolders(root)
