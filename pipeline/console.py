@@ -1,6 +1,7 @@
 """What a person sees: bars and tables on a terminal, plain lines in a log, rank 0 only."""
 
 import os
+import re
 import time
 from collections.abc import Sequence
 
@@ -20,6 +21,20 @@ LOG_SECONDS = 10.0
 """In a log, a running task says how far it is this often."""
 
 
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
+    "\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+"""Control, bidirectional and zero-width characters; surrogates of file names that are no UTF-8."""
+
+
+def visible(text: str, keep: str = "") -> str:
+    """The text with characters that a terminal or a browser would obey written out: U+202E becomes
+    \\u202e. keep: characters that stay as they are.
+    """
+    return _UNSEEN.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
+
+
 class Console:
     """The `Reporter` of the command line."""
 
@@ -32,11 +47,13 @@ class Console:
         self._offset = 0.0
 
     def say(self, text: str) -> None:
-        self._rich.print(text.rstrip("\n"), markup=False, highlight=False, emoji=False)
+        text = visible(text.rstrip("\n"), keep="\n")
+        self._rich.print(text, markup=False, highlight=False, emoji=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         self.finish()
-        texts = [[str(cell) for cell in row] for row in rows]
+        texts = [[visible(str(cell)) for cell in row] for row in rows]
+        title, columns = visible(title), [visible(column) for column in columns]
         if self._rich.is_terminal:
             table = Table(*map(escape, columns), title=escape(title), title_justify="left")
             for row in texts:
@@ -49,7 +66,7 @@ class Console:
             self.say("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
 
     def progress(self, task: str, done: float, total: float, unit: str) -> None:
-        now = time.monotonic()
+        now, task = time.monotonic(), visible(task)
         if task != self._task:
             self.finish()
             self._task, self._started, self._spoken, self._offset = task, now, now, done

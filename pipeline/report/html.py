@@ -4,6 +4,8 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.console import visible
+
 
 class Html(str):
     """Text that is HTML already and is not escaped again."""
@@ -45,8 +47,10 @@ def _piece(content: Content) -> str:
 
 
 def _text(value: str | float) -> str:
-    """Numbers with every digit they have: a reader of the page gets them back exactly."""
-    return value if isinstance(value, str) else repr(value)
+    """Numbers with every digit they have: a reader of the page gets them back exactly. Characters
+    that a browser would obey are written out.
+    """
+    return visible(value) if isinstance(value, str) else repr(value)
 
 
 def number(value: float, text: str, **attributes: str | float | None) -> Html:

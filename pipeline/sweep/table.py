@@ -15,7 +15,7 @@ import msgspec
 
 from pipeline.compared import budget, deciding, differing
 from pipeline.config import convert, flat, put
-from pipeline.console import Console
+from pipeline.console import Console, visible
 from pipeline.sweep.grid import Run
 from pipeline.sweep.results import Result
 from stages.errors import ConfigError
@@ -191,13 +191,19 @@ def table_markdown(results: Sequence[Result], wanted: dict[str, Any] | None) -> 
     parts = []
     for table in tables(results, wanted):
         rows = [table.columns, ["---"] * len(table.columns), *table.rows]
-        lines = [f"## {table.title}", "", *("| " + " | ".join(_cells(r)) + " |" for r in rows)]
-        parts.append("\n".join([*lines, *(f"\nfailed: {n}: {e}" for n, e in table.failed)]))
+        lines = [
+            f"## {visible(table.title)}",
+            "",
+            *("| " + " | ".join(_cells(r)) + " |" for r in rows),
+        ]
+        parts.append(
+            "\n".join([*lines, *(f"\nfailed: {visible(f'{n}: {e}')}" for n, e in table.failed)])
+        )
     return "\n\n".join(parts) + "\n"
 
 
 def _cells(row: Sequence[str]) -> list[str]:
-    return [cell.replace("|", "\\|") for cell in row]
+    return [visible(cell).replace("|", "\\|") for cell in row]
 
 
 def show_results(

@@ -66,6 +66,36 @@ def test_cells_come_out_as_they_are(
     assert all(word in text for word in ("data [x]", "[/]", "KD [red]", "[/b]"))
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred", "\\x1b[31mred"),
+        ("a\rb\x00\x7f\x9b", "a\\rb\\x00\\x7f\\x9b"),
+        ("abc\u202egnp.exe", "abc\\u202egnp.exe"),
+        ("\u2066x\u2069", "\\u2066x\\u2069"),
+        ("z\u200bw\ufeff", "z\\u200bw\\ufeff"),
+        ("\udcff", "\\udcff"),
+        ("naïve 猫 שלום", "naïve 猫 שלום"),
+    ],
+)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_a_terminal_would_obey_is_shown(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    shown: str,
+    terminal: bool,
+) -> None:
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    console = Console()
+    console.say(text)
+    console.table(text, (text,), [(text,)])
+    out = capsys.readouterr().out
+    assert out.count(shown) == 4
+    assert text == shown or text not in out
+
+
 def test_colons_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
     Console().say("dataset module:cat:x")
     assert capsys.readouterr().out == "dataset module:cat:x\n"
