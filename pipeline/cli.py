@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from pipeline.ending import check_folder, run
 from pipeline.import_path import current_folder_last
 from pipeline.options import (
     augment_option,
@@ -24,15 +25,16 @@ from stages.errors import PipelineError
 
 
 def main() -> None:
-    """Run a command. Exit code 2 for an error of the user's or the surroundings'."""
-    current_folder_last()
-    if several_ranks():
-        run_rank(cli)
+    """Run a command, and exit with the code that `pipeline.ending` describes."""
     try:
-        cli(prog_name="pipeline")
+        check_folder()
     except PipelineError as error:
         tell(error)
         sys.exit(error.exit_code)
+    current_folder_last()
+    if several_ranks():
+        run_rank(cli)
+    sys.exit(run(cli))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -318,7 +320,7 @@ def train_student_command(cache: str, **given: Any) -> None:
     click.option(
         "--skip", metavar="FILE", help="Test images to leave out; else the run's own list."
     ),
-    click.option("--batch-size", type=click.IntRange(1)),
+    click.option("--batch-size", type=click.IntRange(1, 2**20)),
     click.option(
         "--cache",
         "caches",
@@ -353,7 +355,11 @@ def evaluate_command(run: str, **given: Any) -> None:
 @options(
     click.option("--out", help="The sweep's folder; else the file's `out`, else runs/<its name>."),
     click.option("--dry-run", is_flag=True, help="Only check, and show what would be done."),
-    click.option("--workers", type=int, help="Processes; on each GPU where there are several."),
+    click.option(
+        "--workers",
+        type=click.IntRange(1, 1024),
+        help="Processes; on each GPU where there are several.",
+    ),
     click.option("--scheduler", help="Address of a Dask cluster; processes here if left out."),
 )
 def sweep_command(file: str, **given: Any) -> None:
@@ -382,7 +388,9 @@ def inspect_command(cache: str) -> None:
 @click.argument("cache")
 @options(
     click.option(
-        "--live", type=click.IntRange(1), help="Run the teacher on so many random rows as well."
+        "--live",
+        type=click.IntRange(1, 10**9),
+        help="Run the teacher on so many random rows as well.",
     ),
     click.option("--pixels", is_flag=True, help="Compare with the dataset's pixels as well."),
     click.option("--repair", is_flag=True, help="Compute again what is damaged."),
@@ -458,7 +466,7 @@ def report_command(paths: tuple[str, ...], **given: Any) -> None:
         "--student", "students", multiple=True, metavar="M", help="A model; may be repeated."
     ),
     click.option("--weights", help="The teacher's, to compare with running it on every batch."),
-    click.option("--batch-size", type=click.IntRange(1)),
+    click.option("--batch-size", type=click.IntRange(1, 2**20)),
     click.option("--turns", type=click.IntRange(1), help="How often everything is done; 3."),
     click.option("--seconds", type=float, help="Epochs that take longer are cut short; 4."),
     click.option("--out", metavar="FILE.json", help="Write every measured time there as well."),
@@ -478,7 +486,7 @@ def bench_command(cache: str, out: str | None, **given: Any) -> None:
 @cli.command("demo")
 @click.option("--out", default="demo-out", show_default=True, help="Where everything goes.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier demo.")
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1, 1000))
 def demo_command(out: str, overwrite: bool, seeds: int) -> None:
     """All three stages on the embedded digits, in minutes on a CPU."""
     from pipeline.console import Console

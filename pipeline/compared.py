@@ -23,12 +23,14 @@ the same images, views, teachers, model and optimisation."""
 def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     """Of settings by dotted keys, those that decide a result.
 
-    What is None or False counts as left out: an older run has not the settings newer than it.
+    What is None or False counts as left out: an older run has not the settings newer than it. So do
+    digests of what a run was made from, which older runs have not.
     """
     return {
         key: value
         for key, value in config.items()
-        if key not in INDIFFERENT and value is not None and value is not False
+        if not (key in INDIFFERENT or key.startswith("made_from."))
+        if value is not None and value is not False
     }
 
 

@@ -4,6 +4,7 @@ What comes later wins: defaults, then --config, then flags, then --set.
 """
 
 import difflib
+import math
 import operator
 import re
 import types
@@ -14,10 +15,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import msgspec
 import yaml
 
+from pipeline.console import visible
 from stages.errors import ConfigError, PipelineError
 from stages.inputs.imported import modules_in, trust
 
 Config = TypeVar("Config", bound=msgspec.Struct)
+MOST_BYTES, MOST_VALUES = 2**20, 100_000
+"""Of a YAML file: more would take seconds to read, and no configuration has as many."""
+MOST_SHOWN = 200
+"""Letters of a message: a key or value may be as long as the file."""
 
 
 def read_config(
@@ -38,7 +44,7 @@ def read_config(
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise ConfigError(f"--set {override} has no '='", "Write --set key=value.")
+            raise ConfigError(f"--set {_cut(override)} has no '='", "Write --set key=value.")
         check_key(kind, key)
         wants_text = str in alternatives(field_type(kind, key)) and text != "null"
         put(values, key, text if wants_text else _yaml(text, f"--set {override}"))
@@ -69,7 +75,11 @@ def convert(kind: type[Config], values: dict[str, Any]) -> Config:
         if section(field.type) and values.get(field.name) is None:
             values[field.name] = {}
     try:
-        return msgspec.convert(values, kind, strict=False)
+        converted = msgspec.convert(values, kind, strict=False)
+        _check_finite(msgspec.to_builtins(converted))
+        return converted
+    except RecursionError as error:
+        raise ConfigError("the configuration is nested too deeply") from error
     except msgspec.ValidationError as error:
         if isinstance(error.__cause__, PipelineError):
             raise error.__cause__ from None
@@ -86,14 +96,20 @@ def convert(kind: type[Config], values: dict[str, Any]) -> Config:
         raise ConfigError(f"{key or 'configuration'}: {_plain(message)}{near}") from None
 
 
+def _check_finite(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a number that is none, or that no 64 bits hold."""
+    for key, value in flat(values).items():
+        numbers = value if isinstance(value, (list, tuple)) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            told = tuple(value) if isinstance(value, (list, tuple)) else value
+            raise ConfigError(f"{key} must be finite, was {told}")
+        if any(isinstance(n, int) and not -(2**63) <= n < 2**63 for n in numbers):
+            raise ConfigError(f"{key} must be a number of at most 64 bits")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """What a file of keys and values holds. Raises ConfigError."""
-    try:
-        values = _yaml(path.read_text(), str(path))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not a text file in UTF-8") from error
+    values = load_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} does not hold keys and values")
     for key in values:
@@ -102,6 +118,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for made in ("kind", "classes", "made_from"):  # what a run's own config.yaml says of itself
         values.pop(made, None)
     return values
+
+
+def load_yaml(path: Path) -> Any:
+    """What a YAML file holds, as plain values. Raises ConfigError, also for what would take long
+    or much memory.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ConfigError(f"{path} has more than {MOST_BYTES:,} bytes: no configuration has")
+        return _yaml(content.decode(), str(path))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file in UTF-8") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -113,7 +145,9 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     line = key.start_mark.line + 1
-                    raise ConfigError(f"'{key.value}' in line {line} is given twice")
+                    raise ConfigError(
+                        f"'{key.value}' in line {line} is given twice", "Leave one of them out."
+                    )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -126,12 +160,38 @@ _Loader.add_implicit_resolver(
 
 
 def _yaml(text: str, where: str) -> Any:
+    where = _cut(where)
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded(node, {}) > MOST_VALUES:
+            raise ConfigError(f"{where}: its aliases stand for more than {MOST_VALUES:,} values")
+        return loader.construct_document(node)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error.cause}", "Leave one of them out.") from error
+        raise ConfigError(f"{where}: {error.cause}", error.remedy) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where} is nested too deeply") from error
+    except Exception as error:  # PyYAML lets out what int(), a date or a tag of another kind raises
+        raise ConfigError(f"{where} has a value that cannot be read: {error}") from error
+
+
+def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, with every alias written out."""
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES  # an alias of something that it lies in
+        children = (
+            [part for pair in node.value for part in pair]
+            if isinstance(node, yaml.MappingNode)
+            else node.value
+            if isinstance(node, yaml.SequenceNode)
+            else []
+        )
+        known[id(node)] = 1 + sum(_expanded(child, known) for child in children)
+    return known[id(node)]
 
 
 def check_key(kind: type[msgspec.Struct], key: str) -> None:
@@ -139,6 +199,7 @@ def check_key(kind: type[msgspec.Struct], key: str) -> None:
     known = list(keys_of(kind))
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        key = visible(_cut(key))
         raise ConfigError(f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
 
 
@@ -197,4 +258,8 @@ def _choices(kind: Any) -> tuple[str, ...]:
 
 
 def _plain(message: str) -> str:
-    return message[:1].lower() + message[1:].replace("`", "'")
+    return _cut(message[:1].lower() + message[1:].replace("`", "'"))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

@@ -4,6 +4,8 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from typing import Any
+from weakref import WeakSet
 
 from rich.console import Console as Rich
 from rich.markup import escape
@@ -16,6 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from pipeline.ending import CLOSED, cannot_write, drop_output
+from stages.errors import RunError
 
 LOG_SECONDS = 10.0
 """In a log, a running task says how far it is this often."""
@@ -35,11 +40,29 @@ def visible(text: str, keep: str = "") -> str:
     return _UNSEEN.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
 
 
+class _Output(Rich):
+    """Standard output. One that nobody reads any more ends the command without a word, one that
+    takes nothing more with an error.
+    """
+
+    def on_broken_pipe(self) -> None:
+        drop_output()
+        raise SystemExit(CLOSED)
+
+    def print(self, *things: Any, **how: Any) -> None:
+        try:
+            super().print(*things, **how)
+        except OSError as error:
+            drop_output()
+            raise RunError(*cannot_write(error)) from error
+
+
 class Console:
     """The `Reporter` of the command line."""
 
     def __init__(self) -> None:
-        self._rich = Rich(quiet=os.environ.get("RANK", "0") != "0", soft_wrap=True)
+        _CONSOLES.add(self)
+        self._rich = _Output(quiet=os.environ.get("RANK", "0") != "0", soft_wrap=True)
         self._task = ""
         self._bar: Progress | None = None
         self._bar_task: TaskID | None = None
@@ -104,6 +127,15 @@ class Console:
         assert self._bar_task is not None
         rate = (done - self._offset) / max(1e-9, time.monotonic() - self._started)
         self._bar.update(self._bar_task, completed=done, rate=f"{rate:,.0f}")
+
+
+_CONSOLES: WeakSet[Console] = WeakSet()
+
+
+def finish_all() -> None:
+    """Take every bar off the terminal."""
+    for console in _CONSOLES:
+        console.finish()
 
 
 def counted(count: int, what: str) -> str:

@@ -9,6 +9,7 @@ import click
 
 from stages.errors import ConfigError, PipelineError
 
+NEWLINE = "\n"
 ON_SEVERAL_RANKS = ("cache-teacher", "train-student")
 
 
@@ -38,19 +39,23 @@ def run_rank(command: click.Group) -> NoReturn:
         with told_once() as mine:
             if mine:
                 tell(error)
-        code = getattr(error, "exit_code", 1)  # of ours and of click's
+        stopped = 130 if isinstance(error, click.Abort) else 1
+        code = getattr(error, "exit_code", stopped)  # of ours and of click's
     sys.exit(code)
 
 
 def tell(error: Exception) -> None:
     """Cause and remedy, what click has to say (Ctrl-C is its Abort), or the traceback."""
     if isinstance(error, PipelineError):
-        click.echo(f"error: {error.cause}", err=True)
+        from pipeline.console import visible
+
+        click.echo(f"error: {visible(error.cause, keep=NEWLINE)}", err=True)
         if error.remedy:
-            click.echo(error.remedy, err=True)
+            click.echo(visible(error.remedy, keep=NEWLINE), err=True)
     elif isinstance(error, click.ClickException):
         error.show()
     elif isinstance(error, click.Abort):
-        click.echo("Aborted!", err=True)
+        click.echo("error: stopped by Ctrl-C", err=True)
+        click.echo("What was saved or committed is kept: the same command goes on.", err=True)
     else:
         traceback.print_exception(error)

@@ -33,7 +33,15 @@ from stages.inputs.feed import Normalise, ViewFeed
 from stages.inputs.models import Model, load_model
 from stages.inputs.outputs import Adapted, Outputs, output_order
 from stages.inputs.views import ViewPolicy
-from stages.training.config import DataSettings, Dtype, Settings, positive, within
+from stages.training.config import (
+    MOST_IN_A_BATCH,
+    DataSettings,
+    Dtype,
+    Settings,
+    counted,
+    positive,
+    within,
+)
 from stages.training.setup import (
     Splits,
     check_output,
@@ -83,9 +91,9 @@ class CacheConfig(Settings, frozen=True):
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        positive("views", self.views)
+        counted("views", self.views, 10**6)
         within("seed", self.seed, -(2**63), 2**63 - 1)
-        positive("batch_size", self.batch_size)
+        counted("batch_size", self.batch_size, MOST_IN_A_BATCH)
         positive("block_rows", self.block_rows)
         check_encoding(self.encoding)
         if self.max_kl is not None:

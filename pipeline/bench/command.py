@@ -23,12 +23,15 @@ from stages.inputs.models import build_model
 from stages.repair import recorded_job
 from stages.train_student import StudentConfig
 from stages.training.config import (
+    MOST_IN_A_BATCH,
     DataSettings,
     Dtype,
     ModelSettings,
     Settings,
     TrainSettings,
+    counted,
     positive,
+    within,
 )
 from stages.training.setup import load_data, skips_of
 
@@ -53,8 +56,10 @@ class BenchSettings(Settings, frozen=True, kw_only=True):
     seconds: float = 4.0
 
     def __post_init__(self) -> None:
-        positive("--turns", self.turns)
+        counted("--turns", self.turns, 1000)
+        counted("--batch-size", self.batch_size, MOST_IN_A_BATCH)
         positive("--seconds", self.seconds)
+        within("--seconds", self.seconds, 0, 86_400)
         if self.students and self.dataset is None:
             raise ConfigError("--student needs the images", "Give --dataset as well.")
         if self.weights is not None and not self.students:

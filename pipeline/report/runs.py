@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
-from pipeline.config import flat
+from pipeline.config import flat, load_yaml
+from stages.errors import ConfigError
 from stages.objectives.losses import DEFINITIONS
 from stages.training.history import Summary
 
@@ -94,8 +94,11 @@ class LeftOut:
 def read_run(path: Path, name: str) -> Run | LeftOut:
     """A run directory, by the name it has on the page."""
     try:
-        config = flat(yaml.safe_load((path / "config.yaml").read_text()))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
+        settings = load_yaml(path / "config.yaml")
+        if not isinstance(settings, dict):
+            raise ConfigError("it holds no settings")
+        config = flat(settings)
+    except ConfigError as error:
         return LeftOut(name, "unreadable", f"config.yaml: {_first_line(error)}")
     file, metrics = path / "summary.json", path / "metrics.jsonl"
     if not file.exists():

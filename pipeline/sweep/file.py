@@ -17,7 +17,7 @@ import msgspec
 from pipeline.config import check_key, convert, field_type, read_yaml, section
 from stages.errors import ConfigError
 from stages.train_student import StudentConfig
-from stages.training.config import Settings, positive
+from stages.training.config import MOST_WORKERS, Settings, counted, positive
 
 
 class SweepFile(Settings, frozen=True, kw_only=True):
@@ -37,7 +37,7 @@ class SweepFile(Settings, frozen=True, kw_only=True):
     workers: int = 1
 
     def __post_init__(self) -> None:
-        positive("workers", self.workers)
+        counted("workers", self.workers, MOST_WORKERS)
         if self.together is not True and self.together is not False:
             positive("together", self.together)
         for name in ("runs", "seeds"):

@@ -7,12 +7,9 @@ Killed? The same command goes on: finished runs are kept, half-way ones resume f
 epoch, with the bits of a sweep that was never stopped.
 """
 
-import contextlib
 import os
-import signal
 import textwrap
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -51,7 +48,7 @@ def run_sweep(
     """Train every run of a sweep file that is not finished; return what came of all of them.
 
     flags: `out`, `workers`. Raises ConfigError or another PipelineError before anything starts,
-    RunError at the end if runs failed, or when stopped by SIGTERM or Ctrl+C.
+    RunError at the end if runs failed. Its workers end with it, also where a signal stops it.
     """
     # 1) what is to be done, and whether it can be
     if "RANK" in os.environ:
@@ -70,7 +67,7 @@ def run_sweep(
         return []
 
     # 2) train what is not finished
-    with directory.held(), _stopped_by_signals():
+    with directory.held():
         progress = directory.progress(checked.runs)
         directory.record(Path(file).read_text(), checked.runs)
         ledger = Ledger(checked, directory, progress, console, sweep.baseline)
@@ -104,27 +101,6 @@ def _place(runs: Sequence[Run], sweep: SweepFile, scheduler: str | None) -> Plac
     workers = sweep.workers * max(1, gpus)
     threads = max(1, torch.get_num_threads() // workers)
     return Place(folder, threads, gpus, tuple(trusted()))
-
-
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and Ctrl+C end the workers and become a RunError; a second one is not waited for."""
-
-    def stop(number: int, _: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if main else None
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise RunError(
-            f"the sweep was stopped by {error.args[0] if error.args else 'Ctrl+C'}",
-            "Go on with the same command.",
-        ) from error
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _tell_failures(results: Sequence[Result]) -> None:

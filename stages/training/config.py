@@ -12,6 +12,10 @@ from stages.errors import ConfigError
 from stages.inputs.datasets import Feeding
 from stages.objectives.bias import BiasMode, Reduction, Schedule
 
+MOST_IN_A_BATCH, LARGEST_SIDE, MOST_WORKERS = 2**20, 2**14, 1024
+"""Samples, pixels and processes: more are a slip of the finger, and would fail much later."""
+TEMPERATURES = 1e-2, 1e4
+"""Of a loss or a rectification: beyond, softmax in float32 is one class, or all alike."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -45,8 +49,8 @@ class TrainSettings(Settings, frozen=True):
     compile: bool = False
 
     def __post_init__(self) -> None:
-        positive("train.epochs", self.epochs)
-        positive("train.batch_size", self.batch_size)
+        counted("train.epochs", self.epochs, 10**6)
+        counted("train.batch_size", self.batch_size, MOST_IN_A_BATCH)
         positive("train.lr", self.lr)
         within("train.momentum", self.momentum, 0, 1)
         within("train.warmup", self.warmup, 0, 1)
@@ -92,6 +96,7 @@ class LossSettings(Settings, frozen=True):
         for name in ("temperature", "sure_temperature"):
             if (value := getattr(self, name)) is not None:
                 positive(f"loss.{name}", value)
+                within(f"loss.{name}", value, *TEMPERATURES)
         for name in ("ce_weight", "weight", "warmup", "alpha", "beta", "gamma"):
             if (value := getattr(self, name)) is not None:
                 within(f"loss.{name}", value, 0, math.inf)
@@ -136,12 +141,14 @@ class DataSettings(Settings, frozen=True):
     val_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.image_size is not None:
-            positive("data.image_size", self.image_size)
+        for name in ("image_size", "resize"):
+            if (side := getattr(self, name)) is not None:
+                counted(f"data.{name}", side, LARGEST_SIDE)
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"data.val_fraction must be in [0, 1), was {self.val_fraction}")
         if self.workers < 0:
             raise ConfigError(f"data.workers must not be negative, was {self.workers}")
+        within("data.workers", self.workers, 0, MOST_WORKERS)
 
 
 class ModelSettings(Settings, frozen=True):
@@ -154,6 +161,13 @@ class ModelSettings(Settings, frozen=True):
     std: tuple[float, ...] | None = None
     image_size: int | None = None
     init: str | None = None
+
+
+def counted(name: str, value: int, most: int) -> None:
+    """Raise ConfigError unless 0 < value <= most."""
+    positive(name, value)
+    if value > most:
+        raise ConfigError(f"{name} must be at most {most:,}, was {value:.3g}")
 
 
 def positive(name: str, value: float) -> None:

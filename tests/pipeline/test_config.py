@@ -101,6 +101,14 @@ def test_flags_fill_sections_that_the_file_leaves_out(tmp_path: Path) -> None:
 
 # ---- what is wrong --------------------------------------------------------------------------
 
+
+def bomb(level: str, seed: str = "[1]") -> str:
+    """YAML of a few lines whose aliases stand for 2^30 values."""
+    lines = [f"a0: &a0 {seed}"]
+    lines += [f"a{n}: &a{n} {level.format(f'a{n - 1}', n)}" for n in range(1, 31)]
+    return "\n".join(lines)
+
+
 WRONG_TEXT = {
     "unknown-key": ("train: {lrr: 1}", "unknown key 'train.lrr'; did you mean 'train.lr'?"),
     "unknown-section": ("trian: {lr: 1}", "unknown key 'trian'; did you mean 'train'?"),
@@ -124,6 +132,22 @@ WRONG_TEXT = {
     "a-list": ("- 1\n- 2", "does not hold keys and values"),
     "a-word": ("hello", "does not hold keys and values"),
     "empty": ("", "does not hold keys and values"),
+    "5000-deep": ("train: " + "[" * 5000 + "]" * 5000, "given.yaml is nested too deeply"),
+    "5000-digits": (f"seed: {{data: {'9' * 5000}}}", "a value that cannot be read"),
+    "no-date": ("train: {lr: 2001-13-45}", "a value that cannot be read"),
+    "no-number": ("train: {lr: !!float ''}", "a value that cannot be read"),
+    "a-bomb-of-lists": (bomb("[*{0}, *{0}]"), "its aliases stand for more than 100,000 values"),
+    "a-bomb-of-keys": (
+        bomb("{{? a{1} : 1, ? <<  : [*{0}, *{0}]}}", "{a: 1}"),
+        "its aliases stand for more than 100,000 values",
+    ),
+    "a-circle": ("train: &a [*a]", "its aliases stand for more than 100,000 values"),
+    "tabs": ("train:\n\tlr: 1", "given.yaml is not YAML"),
+    "a-megabyte": ("# " + "x" * 2**20, "has more than 1,048,576 bytes"),
+    "given-twice-below": ("train: {lr: 1, lr: 2}", "'lr' in line 1 is given twice"),
+    "nan-in-a-list": ("model: {mean: [.nan]}", r"model\.mean must be a finite number, was nan"),
+    "80-bits": (f"train: {{epochs: {10**23}}}", r"train\.epochs must be"),
+    "a-long-key": ("? " + "x" * 5000 + "\n: 1", r"unknown key 'x{200}\.\.\.'"),
 }
 WRONG_SET = {
     "unknown-key": ("train.lrr=1", "unknown key 'train.lrr'; did you mean 'train.lr'?"),
@@ -138,6 +162,11 @@ WRONG_SET = {
     "inside-a-value": ("train.lr.x=1", r"unknown key 'train\.lr\.x'"),
     "value-for-a-section": ("train=5", r"train: expected 'object', got 'int'"),
     "null": ("train.lr=null", r"train\.lr: expected 'float', got 'null'"),
+    "5000-deep": ("train.lr=" + "[" * 5000 + "]" * 5000, "nested too deeply"),
+    "5000-digits": ("train.epochs=" + "9" * 5000, "a value that cannot be read"),
+    "a-long-value": ("train.optimizer=" + "x" * 5000, r"train\.optimizer: .*x\.\.\."),
+    "80-bits": (f"train.epochs={10**23}", r"train\.epochs must be"),
+    "a-key-of-5000-parts": (".".join("x" * 5000) + "=1", "unknown key"),
 }
 
 
@@ -145,6 +174,7 @@ def one_clear_error(error: PipelineError) -> None:
     lines = str(error).splitlines()
     assert 1 <= len(lines) <= 3
     assert "Traceback" not in str(error)
+    assert len(str(error)) < 600
     assert "`" not in error.cause
     assert "$" not in error.cause
 

@@ -1,0 +1,262 @@
+"""How commands end: absurd numbers, outputs that take nothing, signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from pipeline.cli import cli, main
+from pipeline.console import Console
+from pipeline.ending import KEPT, stopped
+from pipeline.options import Numbers
+from stages.cache import LogitCache
+from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.rectify import RectifyConfig, rectify
+from stages.training.config import DataSettings
+from stages.verify import verify
+
+ROOT = Path(__file__).parents[2]
+ABSURD = ("0", "-1", "1e308", "nan", "inf", "1e23", str(10**23), "", "x")
+NUMBERS = (click.INT.__class__, click.FLOAT.__class__, click.IntRange, click.FloatRange, Numbers)
+
+
+def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int | str | None:
+    """The exit code of `pipeline` with these words, in this process."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["pipeline", *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return left.value.code
+
+
+def numeric_options() -> list[tuple[str, str]]:
+    return [
+        (name, max(option.opts, key=len))
+        for name, command in cli.commands.items()
+        for option in command.params
+        if isinstance(option, click.Option) and isinstance(option.type, NUMBERS)
+        if not option.is_flag
+    ]
+
+
+def needed(command: click.Command) -> list[str]:
+    """Words for whatever a command must be given; none of it exists."""
+    words = []
+    for parameter in command.params:
+        if isinstance(parameter, click.Argument):
+            words.append("nowhere")
+        elif parameter.required:
+            words += [parameter.opts[-1], "new"]
+        elif "--dataset" in parameter.opts:
+            words += ["--dataset", "folder:nowhere"]
+    more = {"train-teacher": "--model resnet8", "cache-teacher": "--weights nowhere --views 1"}
+    more["train-student"] = "--student resnet8"
+    return [*words, *more.get(command.name or "", "").split()]
+
+
+@pytest.mark.parametrize(("name", "option"), numeric_options())
+def test_an_absurd_number_is_one_error(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    option: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo-out").mkdir()
+    (tmp_path / "demo-out" / "mine").touch()  # a demo never starts
+    key = option.strip("-").replace("-", "_")
+    (whole,) = [
+        isinstance(parameter.type, (click.INT.__class__, click.IntRange))
+        for parameter in cli.commands[name].params
+        if option in parameter.opts
+    ]
+    for value in ABSURD:
+        assert run([name, *needed(cli.commands[name]), option, value], monkeypatch) == 2, value
+        told = capsys.readouterr().err
+        assert "Traceback" not in told
+        assert sum(line.lower().startswith("error:") for line in told.splitlines()) == 1
+        if value in ("nan", "inf", "", "x") or (whole and value == str(10**23)):
+            assert key in told.replace("-", "_"), (value, told)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-out"]
+
+
+# ---- outputs that take nothing more -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["inspect", "verify", "rectify", "report"])
+@pytest.mark.parametrize(("where", "code"), [("/dev/full", 2), ("a closed pipe", 141)])
+def test_an_output_that_takes_nothing_is_one_error(
+    small_copy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    where: str,
+    code: int,
+) -> None:
+    monkeypatch.chdir(small_copy.parent)
+    if where == "/dev/full":
+        output = open(where, "w")  # noqa: SIM115
+    else:
+        read, write = os.pipe()
+        os.close(read)
+        output = os.fdopen(write, "w")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert run([name, str(small_copy)], monkeypatch) == code
+    output.close()  # the interpreter's own last flush would fail here
+    told = capfd.readouterr().err
+    assert "Traceback" not in told
+    assert ("cannot write the output" in told) == (code == 2)
+    assert code == 2 or told == ""
+
+
+def outside(words: list[str], folder: Path, **more: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *words],
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
+
+
+def test_help_that_nobody_can_read(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        process = outside(["--help"], tmp_path, stdout=full)
+        told = process.communicate(timeout=60)[1]
+    assert (process.returncode, told.splitlines()[0]) == (
+        2,
+        "error: cannot write the output: No space left on device",
+    )
+
+
+def test_a_folder_that_was_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(["inspect", "x.zarr"], monkeypatch) == 2
+    assert "has been deleted" in capsys.readouterr().err
+    os.chdir(tmp_path)
+
+
+# ---- signals ----------------------------------------------------------------------------------
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_a_stopped_command_says_what_is_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    def work(**_: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    # a shell lets what it starts in the background ignore Ctrl-C, and tests may be that
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(cli.commands[name], "callback", work)
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run([name, *needed(cli.commands[name])], monkeypatch) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 2
+    assert f"{name} was stopped by " in told[0]
+    assert told[1] == KEPT.get(name, told[1])
+
+
+def test_what_is_kept_depends_on_what_was_asked_for() -> None:
+    commands = set(cli.commands)
+    kept = {
+        words: stopped(signal.SIGINT, words.split(), commands)[1]
+        for words in ("verify c", "verify c --repair", "cache-teacher --dry-run", "cache-teacher")
+    }
+    assert "as it was" in kept["verify c"]
+    assert "Repaired blocks are kept" in kept["verify c --repair"]
+    assert "Nothing was written" in kept["cache-teacher --dry-run"]
+    assert "Committed blocks are kept" in kept["cache-teacher"]
+
+
+def stop(process: subprocess.Popen[str], begun: Callable[[], bool], number: signal.Signals) -> str:
+    """Send a signal as soon as something has begun; what was said."""
+    until = time.monotonic() + 120
+    while not begun() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    assert process.poll() is None, process.stderr and process.stderr.read()
+    process.send_signal(number)
+    return process.communicate(timeout=120)[1]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_rectification_that_is_stopped_lets_go_of_the_cache(
+    cache_copy: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with monkeypatch.context() as patch:
+        patch.setattr(Console, "progress", lambda *_: os.kill(os.getpid(), number))
+        assert run(["rectify", str(cache_copy)], monkeypatch) == code
+    signal.signal(signal.SIGINT, before)
+    assert run(["rectify", str(cache_copy)], monkeypatch) == 0
+    assert verify(cache_copy).faults == []
+
+
+@pytest.mark.slow
+def test_a_pass_and_a_rectification_that_are_stopped_go_on(
+    tmp_path: Path, teacher_run: Path
+) -> None:
+    """Real processes and real signals; what was committed is kept, and the same work ends whole."""
+    out = tmp_path / "c.zarr"
+    words = f"cache-teacher --dataset digits --weights {teacher_run} --out {out} --views 6"
+    words += " --augment pad-crop:pad=2 --encoding float32 --device cpu --set block_rows=200"
+    how = {
+        "stdout": subprocess.DEVNULL,
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
+
+    process = outside(words.split(), tmp_path, **how)
+    records = out / "commits" / "logits"
+    told = stop(process, lambda: records.is_dir() and any(records.iterdir()), signal.SIGINT)
+    assert process.returncode == 130, told
+    assert told.strip().splitlines()[-1] == KEPT["cache-teacher"]
+    cache = LogitCache.open(out)
+    missing = len(cache.commits.missing(range(6)))
+    assert 0 < missing < 6 * cache.grid.num_blocks
+    teacher = TeacherSettings(weights=str(teacher_run))
+    config = CacheConfig(
+        data=DataSettings(dataset="digits"),
+        teacher=teacher,
+        views=6,
+        augment="pad-crop:pad=2",
+        encoding="float32",
+        block_rows=200,
+        device="cpu",
+    )
+    assert cache_teacher(prepare(config), out).computed_blocks == missing
+
+    process = outside(["rectify", str(out)], tmp_path, **how)
+    records = out / "commits" / "rectified" / "pairwise-T4"
+    told = stop(process, lambda: records.is_dir() and any(records.rglob("*.json")), signal.SIGTERM)
+    assert process.returncode == 143, told
+    assert told.strip().splitlines()[-1] == KEPT["rectify"]
+    rectify(out, RectifyConfig())
+    assert verify(out).faults == []
