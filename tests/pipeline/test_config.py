@@ -145,7 +145,7 @@ WRONG_TEXT = {
     "tabs": ("train:\n\tlr: 1", "given.yaml is not YAML"),
     "a-megabyte": ("# " + "x" * 2**20, "has more than 1,048,576 bytes"),
     "given-twice-below": ("train: {lr: 1, lr: 2}", "'lr' in line 1 is given twice"),
-    "nan-in-a-list": ("model: {mean: [.nan]}", r"model\.mean must be a finite number, was nan"),
+    "nan-in-a-list": ("model: {mean: [.nan]}", r"model\.mean must be finite, was"),
     "80-bits": (f"train: {{epochs: {10**23}}}", r"train\.epochs must be"),
     "a-long-key": ("? " + "x" * 5000 + "\n: 1", r"unknown key 'x{200}\.\.\.'"),
 }
