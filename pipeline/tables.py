@@ -6,6 +6,7 @@ from typing import Any
 from pipeline.console import Console, counted, duration, size
 from stages.cache import LogitCache
 from stages.cache.encoding import Encoding, Fidelity
+from stages.cache_job import normalisation_text
 from stages.cache_plan import CachePlan
 from stages.cache_teacher import CacheSummary
 from stages.verify import Fault, Verified
@@ -22,13 +23,14 @@ def show_cache(path: str, console: Console) -> None:
     parameters = ", ".join(f"{k}={v}" for k, v in identity.views.parameters.items())
     versions = ", ".join(f"{k} {v}" for k, v in cache.provenance.get("versions", {}).items())
     made_from = cache.provenance.get("config", {}).get("teacher", {})
-    dataset = identity.dataset
+    dataset, source = identity.dataset, str(cache.provenance.get("normalisation", ""))
+    normalised = identity.teacher.mean, identity.teacher.std, source
     console.table(
         str(path),
         ("what", "value"),
         [
             ("teacher", f"{identity.teacher.architecture}, weights {identity.teacher.weights}"),
-            ("normalisation", f"mean {identity.teacher.mean}, std {identity.teacher.std}"),
+            ("normalisation", normalisation_text(*normalised)),
             ("input size", identity.teacher.image_size or "the images' own"),
             ("computed in", identity.compute_dtype),
             (
@@ -120,6 +122,7 @@ def show_plan(console: Console, out: str, plan: CachePlan) -> None:
         [
             ("samples x views", f"{plan.samples:,} x {plan.views:,}"),
             ("blocks (missing)", f"{plan.blocks:,} ({plan.missing_blocks:,})"),
+            ("teacher sees", plan.normalisation),
             ("encoding", plan.encoding),
             (
                 "on disk",
@@ -201,6 +204,7 @@ def show_cached(console: Console, out: str, summary: CacheSummary) -> None:
             ("test split", f"{summary.test_top1:.2%}", "", ""),
         ],
     )
+    console.say(f"images were normalised with {summary.normalisation}")
 
 
 def show_verified(console: Console, path: str, verified: Verified, faults: Sequence[Fault]) -> None:

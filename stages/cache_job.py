@@ -49,7 +49,9 @@ from stages.training.setup import (
     dataset_identity,
     load_data,
     normalisation,
+    normalisation_source,
     skips_of,
+    small_image_notes,
 )
 
 _ROW_ORDER = 4  # a stream of the view seed, apart from those of training
@@ -104,7 +106,7 @@ class CacheConfig(Settings, frozen=True):
 class CacheJob:
     """Everything stage one needs, loaded and checked; make it with `prepare`.
 
-    told: whoever runs it has seen `notes` already.
+    normalised: where the normalisation comes from. told: whoever runs it has seen `notes` already.
     """
 
     config: CacheConfig
@@ -116,11 +118,18 @@ class CacheJob:
     identity: Identity
     device: torch.device
     ranks: Ranks = ALONE
+    normalised: str = ""
     told: bool = False
 
     @property
     def num_classes(self) -> int:
         return len(self.splits.train.class_names)
+
+    @property
+    def normalisation(self) -> str:
+        """Mean and standard deviation, and where they come from, in words."""
+        teacher = self.identity.teacher
+        return normalisation_text(teacher.mean, teacher.std, self.normalised)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -186,6 +195,9 @@ def prepare(
     if mean is std is None and model.statistics is None and begun and train.skips:
         mean, std = begun.statistics  # measured when its images were whole
     mean, std = normalisation(model, train, mean, std)
+    notes = small_image_notes(model.architecture, train, image_size)
+    source_of_mean = normalisation_source(model, teacher.mean is not None)
+    model = replace(model, notes=(*model.notes, *notes))
     identity = Identity(
         teacher=TeacherIdentity(
             architecture=model.architecture,
@@ -205,7 +217,25 @@ def prepare(
         model = replace(model, module=Adapted(model.module, teacher.outputs, order))
     place(model.module, device, config.channels_last).eval()
     normalise = Normalise(mean, std, model.channels, device, config.channels_last)
-    return CacheJob(config, splits, policy, image_size, model, normalise, identity, device, ranks)
+    return CacheJob(
+        config=config,
+        splits=splits,
+        policy=policy,
+        image_size=image_size,
+        model=model,
+        normalise=normalise,
+        normalised=source_of_mean,
+        identity=identity,
+        device=device,
+        ranks=ranks,
+    )
+
+
+def normalisation_text(mean: Sequence[float], std: Sequence[float], source: str) -> str:
+    """mean 0.491, 0.482, 0.447, std 0.247, 0.243, 0.262, of run runs/teacher."""
+    shown = [", ".join(f"{value:.4g}" for value in values) for values in (mean, std)]
+    every = " for every channel" if len(mean) == 1 else ""
+    return f"mean {shown[0]}, std {shown[1]}{every}" + (f", {source}" if source else "")
 
 
 def row_order(job: CacheJob) -> Tensor:

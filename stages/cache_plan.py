@@ -46,7 +46,7 @@ class CachePlan:
     None where there is no knowing, in an object store. samples_per_second: of one rank, computed
     and written; hours: of all together. fixed_*: of what does not grow with the views: documents,
     labels, the test split; their seconds are those that are still to come. doubts: whether the
-    teacher knows the dataset, see `teacher_doubts`.
+    teacher knows the dataset, see `teacher_doubts`. normalisation: in words, with its source.
     """
 
     samples: int
@@ -64,6 +64,7 @@ class CachePlan:
     fixed_bytes: float = 0.0
     fixed_seconds: float = 0.0
     doubts: tuple[str, ...] = ()
+    normalisation: str = ""
 
     @property
     def missing_share(self) -> float:
@@ -141,6 +142,7 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
         fixed_bytes=made_bytes
         + len(job.splits.test) * _half_row_bytes(encodings, job.num_classes)
         + blocks * (_RECORD_BYTES + _OBJECT_BYTES * (len(coding.arrays()) + 1)),
+        normalisation=job.normalisation,
         doubts=tuple(teacher_doubts(logits, labels, train.class_names)),
         fixed_seconds=(0 if cache else made_seconds + fitted) + (0 if eval_there else tested),
     )

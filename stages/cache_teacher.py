@@ -80,6 +80,7 @@ class CacheSummary:
     views: int
     train_top1: list[float]
     test_top1: float
+    normalisation: str = ""
 
 
 def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = None) -> CacheSummary:
@@ -130,7 +131,7 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
                 _cache_test_split(job, cache, record)
             for commits in (cache.commits, cache.eval_commits):
                 commits.compact_rest()
-            return _summary(cache, len(missing))
+            return _summary(cache, len(missing), job.normalisation)
 
         return first_rank_does(ranks, finish)
 
@@ -262,13 +263,14 @@ def _see(cache: LogitCache, blocks: list[tuple[int, int]]) -> None:
         time.sleep(1)
 
 
-def _summary(cache: LogitCache, computed_blocks: int) -> CacheSummary:
+def _summary(cache: LogitCache, computed_blocks: int, normalisation: str) -> CacheSummary:
     top1 = cache.top1_per_view
     return CacheSummary(
         computed_blocks=computed_blocks,
         views=len(top1),
         train_top1=[*top1.values()],
         test_top1=cache.eval_top1(),
+        normalisation=normalisation,
     )
 
 
@@ -313,6 +315,7 @@ def _provenance(job: CacheJob) -> dict[str, object]:
         "config": msgspec.to_builtins(job.config),
         "device": device_name(job.device),
         "versions": versions(),
+        "normalisation": job.normalised,
     }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,9 +16,10 @@ from stages.cache_plan import plan_cache
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.errors import ModelError, PipelineError
 from stages.evaluate import evaluate_run
+from stages.inputs.imported import trusting
 from stages.repair import recorded_job
 from stages.teacher_checks import teacher_doubts
-from stages.training.setup import Splits
+from stages.training.setup import Splits, small_image_notes
 
 ORDER = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
 
@@ -135,9 +137,39 @@ def test_evaluate_refuses_another_order(
     monkeypatch: pytest.MonkeyPatch, teacher_run: Path, digits: Splits
 ) -> None:
     other = reordered(digits, ORDER).test
-    monkeypatch.setattr("stages.evaluate.load_dataset", lambda *_: other)
+    monkeypatch.setattr("stages.evaluate.load_dataset", lambda *_, **__: other)
     with pytest.raises(PipelineError, match="another order"):
         evaluate_run(teacher_run)
+
+
+# ---- normalisation --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "of run "),
+        ({"weights": "FILE", "architecture": "resnet8"}, "dataset's images"),
+        ({"mean": (0.5,), "std": (0.25,)}, "mean 0.5, std 0.25 for every channel, as given"),
+    ],
+)
+def test_where_the_normalisation_comes_from_is_told(
+    tmp_path: Path, cache_config: CacheConfig, digits: Splits, changes: dict[str, Any], told: str
+) -> None:
+    if "weights" in changes:
+        changes = {**changes, "weights": f"{cache_config.teacher.weights}/model.safetensors"}
+    job = prepare(with_teacher(cache_config, **changes), digits)
+    assert told in job.normalisation
+    summary = cache_teacher(job, tmp_path / "c.zarr")
+    assert summary.normalisation == job.normalisation
+    assert LogitCache.open(tmp_path / "c.zarr").provenance["normalisation"] in job.normalisation
+
+
+def test_a_network_for_large_images_is_told_of(digits: Splits) -> None:
+    (note,) = small_image_notes("resnet18", digits.train, None)
+    assert "'ResNet18'" in note
+    assert small_image_notes("resnet18", digits.train, 224) == ()
+    assert small_image_notes("resnet8", digits.train, None) == ()
 
 
 # ---- models of one's own --------------------------------------------------------------------
@@ -275,4 +307,5 @@ def test_a_cache_of_probabilities_is_loaded_again_alike(
     config = own_config(cache_config, f"{own}:probabilities", outputs="probabilities")
     job = prepare(config)
     cache_teacher(job, tmp_path / "c.zarr")
-    assert recorded_job(tmp_path / "c.zarr").identity == job.identity
+    with trusting(own):
+        assert recorded_job(tmp_path / "c.zarr").identity == job.identity

@@ -5,7 +5,6 @@ A name is looked up among the CIFAR families of the distillation literature, the
 """
 
 import contextlib
-import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,25 +20,24 @@ from stages.inputs.checkpoints import (
     check_tensors,
     fitted,
     read_checkpoint,
+    recorded_statistics,
     weights_file,
 )
-from stages.inputs.cifar_models import cifar_model, cifar_model_names
+from stages.inputs.cifar_models import cifar_model, cifar_name, resolved_name
 from stages.inputs.datasets import Statistics
 from stages.inputs.imported import check_trusted, imported, names_code
 from stages.inputs.outputs import told
-
-_INITIALISED = ("googlenet", "inception_v3")
-"""torchvision warns where these are not told that they shall be."""
+from stages.inputs.pretrained import pretrained_model, timm_model, torchvision_model
 
 
 @dataclass(frozen=True)
 class Model:
     """A network and what belongs to it.
 
-    channels: what its input takes. statistics: the normalisation it was trained with and
-    image_size: the side of its input in pixels, both None where they are unknown. notes: what was
-    chosen when its weights were read, for people, a line each. classes: the names of its outputs in
-    order, None where they are unknown.
+    channels: what its input takes. statistics: the normalisation it was trained with, and source:
+    whose that is; image_size: the side of its input in pixels; None where they are unknown. notes:
+    what was chosen when its weights were read, for people, a line each. classes: the names of its
+    outputs in order, None where they are unknown.
     """
 
     module: nn.Module
@@ -47,6 +45,7 @@ class Model:
     channels: int
     statistics: Statistics | None = None
     image_size: int | None = None
+    source: str = ""
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
 
@@ -58,25 +57,32 @@ def build_model(name: str, num_classes: int, channels: int) -> Model:
     """
     kind, _, argument = name.partition(":")
     if kind == "timm":
-        return Model(_timm(argument, num_classes, pretrained=False), name, 3)
+        return Model(timm_model(argument, num_classes), name, 3)
     if argument:
         return Model(_imported(name, num_classes), name, 3)
-    try:
-        return Model(cifar_model(name, num_classes, channels), name, channels)
-    except KeyError:
-        return Model(_torchvision(name, num_classes), name, 3)
+    if (spelled := cifar_name(name)) is not None:
+        return Model(cifar_model(spelled, num_classes, channels), spelled, channels)
+    return Model(torchvision_model(name, num_classes), name, 3)
 
 
-def load_model(name: str | None, weights: str | None, num_classes: int, channels: int) -> Model:
+def load_model(
+    name: str | None,
+    weights: str | None,
+    num_classes: int,
+    channels: int,
+    new_head: bool = False,
+) -> Model:
     """A model with its weights.
 
     weights: a run directory (brings its architecture and normalisation; `name` may be None), a file
     as `stages.inputs.checkpoints` reads them, with `#KEY` for one of several, or `pretrained`; None
-    for a `module:callable` that brings its own.
+    for a `module:callable` that brings its own. new_head: published weights of another number of
+    classes do, with a last layer that is not trained.
+
     Raises ModelError if they are missing or do not fit.
     """
     if weights == "pretrained":
-        return _pretrained(name or "", num_classes)
+        return _published(name or "", num_classes, new_head)
     if weights is None:
         if name is None or not names_code(name):
             raise ModelError(
@@ -84,7 +90,7 @@ def load_model(name: str | None, weights: str | None, num_classes: int, channels
             )
         built = build_model(name, num_classes, channels)
         note = f"no --weights: {name} is used with those that it was made with"
-        return replace(built, notes=(note,))
+        return replace(built, notes=(note,), **_own_statistics(built, name))
     path, key = weights_file(weights)
     if not path.exists():
         raise ModelError(f"no weights at {path}", "Give a run directory, a file, or 'pretrained'.")
@@ -96,53 +102,25 @@ def load_model(name: str | None, weights: str | None, num_classes: int, channels
         raise ModelError(
             f"{path} does not say which model it is for", "Give the model's name: --teacher NAME."
         )
-    if run and name != run["architecture"]:
+    if run and resolved_name(name) != resolved_name(run["architecture"]):
         raise ModelError(
             f"run {path} holds a {run['architecture']}, not a {name}", "Leave the model's name out."
         )
-    built = build_model(name, num_classes, channels)
+    built = build_model(run.get("architecture", name), num_classes, channels)
     checkpoint = read_checkpoint(path / "model.safetensors" if run else path, key)
     loaded = _with_weights(built, checkpoint, num_classes)
-    statistics = (run["mean"], run["std"]) if run else None
+    if not run:
+        return replace(loaded, **_checkpoint_statistics(loaded, checkpoint))
     return replace(
         loaded,
-        statistics=statistics,
+        statistics=(run["mean"], run["std"]),
+        source=f"run {path}",
         image_size=run.get("image_size"),
         classes=run.get("classes"),
     )
 
 
 # ---- by name --------------------------------------------------------------------------------
-
-
-def _torchvision(name: str, num_classes: int, **options: Any) -> nn.Module:
-    from torchvision.models import get_model, list_models
-
-    if name not in list_models():
-        known = [*cifar_model_names(), *list_models()]
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ModelError(
-            f"unknown model '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""),
-            "Known: the CIFAR families (resnet8x4, wrn_16_2, vgg8, resnet9_w8, ...), torchvision's "
-            "names, timm:NAME, module:callable.",
-        )
-    if name in _INITIALISED:
-        options["init_weights"] = True
-    module: nn.Module = get_model(name, weights=None, num_classes=num_classes, **options)
-    return module
-
-
-def _timm(name: str, num_classes: int, pretrained: bool) -> Any:
-    try:
-        import timm
-    except ImportError as error:
-        raise ModelError(
-            f"timm:{name} needs timm", "Install it: pip install 'teacher-cache[timm]'."
-        ) from error
-    try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
-    except RuntimeError as error:
-        raise ModelError(f"timm has no model '{name}': {error}") from error
 
 
 def _imported(spec: str, num_classes: int) -> nn.Module:
@@ -181,38 +159,45 @@ def _called(make: Any, spec: str, num_classes: int) -> Any:
     return make(*arguments)
 
 
-def _pretrained(name: str, num_classes: int) -> Model:
-    kind, _, argument = name.partition(":")
-    try:
-        if kind == "timm":
-            module = _timm(argument, num_classes, pretrained=True)
-            config = module.default_cfg
-            return Model(module, name, 3, (config["mean"], config["std"]), config["input_size"][-1])
-        from torchvision.models import get_model, get_model_weights
+def _published(name: str, num_classes: int, new_head: bool) -> Model:
+    """A model with the weights that torchvision or timm publish."""
+    found = pretrained_model(name, num_classes, new_head)
+    notes: tuple[str, ...] = ()
+    if found.fresh:
+        new = f"{', '.join(found.fresh[:4])}{', ...' if len(found.fresh) > 4 else ''}"
+        notes = (f"pretrained {name} has {found.classes} classes: new and untrained are {new}",)
+    return Model(
+        module=found.module,
+        architecture=name,
+        channels=3,
+        statistics=found.statistics,
+        image_size=found.image_size,
+        source=f"the pretrained {name}",
+        notes=notes,
+    )
 
-        available: Any = get_model_weights(name)
-        chosen = available.DEFAULT
-        if len(chosen.meta["categories"]) != num_classes:
-            raise ModelError(
-                f"pretrained {name} has {len(chosen.meta['categories'])} classes, the dataset has "
-                f"{num_classes}",
-                "Fine-tune it first and give the run or its weights.",
-            )
-        transform = chosen.transforms()
-        module = get_model(name, weights=chosen)
-        statistics = (tuple(transform.mean), tuple(transform.std))
-        return Model(module, name, 3, statistics, transform.crop_size[0])
-    except OSError as error:
-        raise ModelError(
-            f"the pretrained weights of {name} cannot be downloaded: {error}",
-            "Download them elsewhere and give the file with --weights.",
-        ) from error
-    except (ValueError, AttributeError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(
-            f"there are no pretrained weights for '{name}'", "Give a run directory or a file."
-        ) from error
+
+# ---- normalisation --------------------------------------------------------------------------
+
+
+def _own_statistics(model: Model, source: str) -> dict[str, Any]:
+    """As timm's models carry it, in whatever somebody's callable returns."""
+    config = getattr(model.module, "pretrained_cfg", None)
+    found = recorded_statistics({"pretrained_cfg": config})
+    return {"statistics": found, "source": f"{source}'s pretrained_cfg"} if found else {}
+
+
+def _checkpoint_statistics(model: Model, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint says of its normalisation; timm's training script leaves it to the model
+    where it was not told otherwise.
+    """
+    if found := recorded_statistics(checkpoint.document, checkpoint.path):
+        return {"statistics": found, "source": f"{checkpoint.path.name}'s own configuration"}
+    document = checkpoint.document
+    script = document.get("args") if isinstance(document, Mapping) else None
+    if model.architecture.startswith("timm:") and hasattr(script, "mean"):
+        return _own_statistics(model, model.architecture)
+    return {}
 
 
 # ---- weights --------------------------------------------------------------------------------
@@ -243,7 +228,7 @@ def _with_weights(built: Model, checkpoint: Checkpoint, num_classes: int) -> Mod
                 f"{path} lacks the auxiliary heads of {built.architecture}",
                 "Name a callable that builds the model without them.",
             )
-        module = _torchvision(built.architecture, num_classes, aux_logits=False)
+        module = torchvision_model(built.architecture, num_classes, aux_logits=False)
     own = module.state_dict()
     tensors = {name: found.tensors[name] for name in own}
     _check_shapes(own, tensors, path, num_classes)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stages.cache.identity import DatasetIdentity, SkippedSample
 from stages.errors import ConfigError, ModelError
+from stages.inputs.cifar_models import SMALL, counterpart
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import (
     ImageDataset,
@@ -112,13 +113,16 @@ def make_model(
     if settings.init is None:
         model = build_model(settings.architecture, classes, channels)
     else:
-        model = load_model(settings.architecture, settings.init, classes, channels)
+        model = load_model(settings.architecture, settings.init, classes, channels, new_head=True)
     mean, std = normalisation(model, dataset, settings.mean, settings.std)
+    size = settings.image_size or image_size or model.image_size
+    notes = small_image_notes(model.architecture, dataset, size)
+    model = replace(model, notes=(*model.notes, *notes))
     resolved = ModelSettings(
         architecture=model.architecture,
         mean=mean,
         std=std,
-        image_size=settings.image_size or image_size or model.image_size,
+        image_size=size,
         init=settings.init,
     )
     return model, resolved
@@ -148,6 +152,29 @@ def normalisation(
     for value in chosen[1]:
         positive("std", value)
     return chosen
+
+
+def normalisation_source(model: Model, given: bool) -> str:
+    """Where a model's normalisation comes from, for people. given: it was asked for."""
+    if given:
+        return "as given"
+    if model.statistics is not None:
+        return f"of {model.source}"
+    return "of the dataset's images: the weights do not say theirs"
+
+
+def small_image_notes(
+    architecture: str, dataset: ImageDataset, image_size: int | None
+) -> tuple[str, ...]:
+    """A hint where a network for large images is given small ones, and one for those exists."""
+    side = image_size or max(dataset.shape[1:])
+    named = counterpart(architecture)
+    if side > SMALL or named is None:
+        return ()
+    return (
+        f"{architecture} is made for images of 224 pixels, these have {side}: the CIFAR network "
+        f"is '{named}'",
+    )
 
 
 def held_out(

@@ -3,7 +3,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.inputs.cifar_models import cifar_model, cifar_model_names
+from stages.inputs.cifar_models import (
+    cifar_model,
+    cifar_model_names,
+    cifar_name,
+    counterpart,
+)
 from stages.inputs.cifar_models.shufflenet import _shuffle
 
 PUBLISHED = {
@@ -13,6 +18,8 @@ PUBLISHED = {
     "resnet110": 1_736_564,
     "resnet8x4": 1_233_540,
     "resnet32x4": 7_433_860,
+    "ResNet18": 11_220_132,
+    "ResNet34": 21_328_292,
     "ResNet50": 23_705_252,
     "wrn_16_2": 703_284,
     "wrn_40_1": 569_780,
@@ -30,9 +37,32 @@ ALIASES = {
     "ShuffleNetV2": "ShuffleV2",
     "resnet50_cifar": "ResNet50",
     "resnet9_w64": "resnet9",
+    "wrn-40-2": "wrn_40_2",
+    "WRN-16-2": "wrn_16_2",
+    "wrn16x4": "wrn_16_4",
+    "vgg8_bn": "vgg8",
+    "mobilenetv2": "mobile_half",
+    "shufflev2": "ShuffleV2",
+    "cifar_resnet20": "resnet20",
+    "cifar100_resnet56": "resnet56",
+    "cifar10_vgg13_bn": "vgg13",
+    "cifar_resnet18": "ResNet18",
+    "resnet34_cifar": "ResNet34",
 }
 UNKNOWN = ["", "resnet50", "resnet18", "resnet21", "VGG8", "vgg13_bn", "resnet9_w", "resnet9_w0"]
-UNKNOWN += ["resnet9_w08", "wrn", "wrn_17_2", "wrn_4_2", "wrn_16_0", "wrn_16_02", "wrn_16_2 "]
+UNKNOWN += [
+    "cifar_",
+    "cifar_resnet21",
+    "cifar",
+    "wrn-41-2",
+    "resnet9_w08",
+    "wrn",
+    "wrn_17_2",
+    "wrn_4_2",
+    "wrn_16_0",
+    "wrn_16_02",
+    "wrn_16_2 ",
+]
 KEYS = {
     "resnet8x4": {
         "conv1.weight": (32, 3, 3, 3),
@@ -52,6 +82,15 @@ KEYS = {
         "layer3.5.bn3.bias": (1024,),
         "layer4.2.conv3.weight": (2048, 512, 1, 1),
         "linear.weight": (100, 2048),
+    },
+    "ResNet18": {
+        "conv1.weight": (64, 3, 3, 3),
+        "layer1.1.conv2.weight": (64, 64, 3, 3),
+        "layer2.0.shortcut.0.weight": (128, 64, 1, 1),
+        "layer2.0.shortcut.1.running_mean": (128,),
+        "layer4.1.bn2.bias": (512,),
+        "linear.weight": (100, 512),
+        "linear.bias": (100,),
     },
     "wrn_16_2": {
         "conv1.weight": (16, 3, 3, 3),
@@ -99,6 +138,7 @@ KEYS = {
 }
 STATE_DICT_SIZES = {
     "resnet8x4": 62,
+    "ResNet18": 122,
     "ResNet50": 320,
     "wrn_16_2": 83,
     "vgg13": 72,
@@ -291,6 +331,35 @@ def test_aliases(alias: str, name: str) -> None:
     assert {k: v.shape for k, v in state.items()} == {
         k: v.shape for k, v in cifar_model(name, 10).state_dict().items()
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded"),
+    [
+        ("wrn-40-2", "wrn_40_2"),
+        ("cifar_resnet20", "resnet20"),
+        ("MobileNetV2", "MobileNetV2"),  # as caches that exist have it
+        ("resnet18", None),
+        ("vgg13_bn", None),
+    ],
+)
+def test_what_is_recorded_of_a_spelling(name: str, recorded: str | None) -> None:
+    assert cifar_name(name) == recorded
+
+
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("resnet18", "ResNet18"),
+        ("timm:resnet34.a1_in1k", "ResNet34"),
+        ("vgg13_bn", "vgg13"),
+        ("mobilenet_v2", "mobile_half"),
+        ("vit_b_16", None),
+        ("resnet20", None),
+    ],
+)
+def test_counterparts_of_networks_for_large_images(name: str, small: str | None) -> None:
+    assert counterpart(name) == small
 
 
 def test_names_are_distinct() -> None:

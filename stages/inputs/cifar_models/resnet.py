@@ -18,15 +18,24 @@ def _projection(cin: int, cout: int, stride: int) -> nn.Module:
 class _BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: (B, cin, H, W) -> (B, cout, H/stride, W/stride)."""
 
+    side = "downsample"
+    """What the shortcut is called."""
+
     def __init__(self, cin: int, cout: int, stride: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = conv(cin, cout, 3, stride), nn.BatchNorm2d(cout)
         self.conv2, self.bn2 = conv(cout, cout), nn.BatchNorm2d(cout)
-        self.downsample = _projection(cin, cout, stride)
+        self.add_module(self.side, _projection(cin, cout, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+        return torch.relu(self.bn2(self.conv2(y)) + self.get_submodule(self.side)(x))
+
+
+class _ShortcutBlock(_BasicBlock):
+    """The same, as the networks with four stages name it."""
+
+    side = "shortcut"
 
 
 class _Bottleneck(nn.Module):
@@ -62,6 +71,24 @@ def build_resnet(
         avgpool=nn.AdaptiveAvgPool2d(1),
         flatten=nn.Flatten(),
         fc=nn.Linear(stages[2], num_classes),
+    )
+    return initialise(model)
+
+
+def build_wide_stem(depths: Sequence[int], num_classes: int, channels: int) -> nn.Sequential:
+    """Four stages of basic blocks, 64 to 512 channels; H and W fall by 8."""
+    first, second, third, fourth = depths
+    model = named(
+        conv1=conv(channels, 64),
+        bn1=nn.BatchNorm2d(64),
+        relu=nn.ReLU(),
+        layer1=stage(_ShortcutBlock, 64, 64, first, 1),
+        layer2=stage(_ShortcutBlock, 64, 128, second, 2),
+        layer3=stage(_ShortcutBlock, 128, 256, third, 2),
+        layer4=stage(_ShortcutBlock, 256, 512, fourth, 2),
+        avgpool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        linear=nn.Linear(512, num_classes),
     )
     return initialise(model)
 

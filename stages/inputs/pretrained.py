@@ -1,0 +1,144 @@
+"""Models of torchvision and timm by name, untrained or with the weights that these publish."""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from stages.errors import ModelError
+from stages.inputs.cifar_models import cifar_model_names
+from stages.inputs.datasets import Statistics
+
+_INITIALISED = ("googlenet", "inception_v3")
+"""torchvision warns where these are not told that they shall be; their published weights take
+images that the model itself normalises again."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model with published weights, and how its images were normalised.
+
+    fresh: the parameters that are new, where it was given another number of classes.
+    """
+
+    module: nn.Module
+    statistics: Statistics
+    image_size: int
+    fresh: tuple[str, ...]
+    classes: int
+
+
+def torchvision_model(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """An untrained model of torchvision. Raises ModelError, suggesting the nearest name."""
+    from torchvision.models import get_model, list_models
+
+    if name not in list_models():
+        known = [*cifar_model_names(), *list_models()]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise ModelError(
+            f"unknown model '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""),
+            "Known: the CIFAR families (resnet8x4, wrn_16_2, vgg8, resnet9_w8, ...), torchvision's "
+            "names, timm:NAME, module:callable.",
+        )
+    if name in _INITIALISED:
+        options["init_weights"] = True
+    module: nn.Module = get_model(name, weights=None, num_classes=num_classes, **options)
+    return module
+
+
+def timm_model(name: str, num_classes: int, pretrained: bool = False) -> Any:
+    """A model of timm, without weights or with its own. Raises ModelError."""
+    timm = _timm(name)
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    except RuntimeError as error:
+        raise ModelError(f"timm has no model '{name}': {error}") from error
+
+
+def pretrained_model(name: str, num_classes: int, new_head: bool) -> Pretrained:
+    """A model with its published weights. new_head: give it an untrained last layer where it was
+    trained on another number of classes.
+
+    Raises ModelError where there are none, they cannot be downloaded, or the classes differ.
+    """
+    kind, _, argument = name.partition(":")
+    try:
+        if kind == "timm":
+            return _of_timm(argument, num_classes, new_head)
+        return _of_torchvision(name, num_classes, new_head)
+    except OSError as error:
+        raise ModelError(
+            f"the pretrained weights of {name} cannot be downloaded: {error}",
+            "Download them elsewhere and give the file with --weights.",
+        ) from error
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"there are no pretrained weights for '{name}'", "Give a run directory or a file."
+        ) from error
+
+
+# ---- details --------------------------------------------------------------------------------
+
+
+def _timm(name: str) -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ModelError(
+            f"timm:{name} needs timm", "Install it: pip install 'teacher-cache[timm]'."
+        ) from error
+    return timm
+
+
+def _of_timm(name: str, num_classes: int, new_head: bool) -> Pretrained:
+    published = _timm(name).get_pretrained_cfg(name)
+    if published is not None:  # before anything is downloaded
+        _check_classes(f"timm:{name}", published.num_classes, num_classes, new_head)
+    module = timm_model(name, num_classes, pretrained=True)
+    config = module.pretrained_cfg
+    theirs = int(config.get("num_classes") or num_classes)
+    _check_classes(f"timm:{name}", theirs, num_classes, new_head)
+    heads = config.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    fresh = [n for n in module.state_dict() if n.startswith(tuple(f"{head}." for head in heads))]
+    return Pretrained(
+        module,
+        (tuple(config["mean"]), tuple(config["std"])),
+        config["input_size"][-1],
+        tuple(fresh) if theirs != num_classes else (),
+        theirs,
+    )
+
+
+def _of_torchvision(name: str, num_classes: int, new_head: bool) -> Pretrained:
+    from torchvision.models import get_model, get_model_weights
+
+    available: Any = get_model_weights(name)
+    chosen = available.DEFAULT
+    theirs = len(chosen.meta["categories"])
+    _check_classes(name, theirs, num_classes, new_head)
+    fresh: list[str] = []
+    if theirs == num_classes:
+        module = get_model(name, weights=chosen)
+    else:
+        options = {"transform_input": True} if name in _INITIALISED else {}
+        module = torchvision_model(name, num_classes, **options)
+        own, state = module.state_dict(), chosen.get_state_dict(progress=False, check_hash=True)
+        fresh = [n for n in own if n not in state or own[n].shape != state[n].shape]
+        module.load_state_dict(
+            {n: t for n, t in state.items() if n in own and n not in fresh}, strict=False
+        )
+    transform = chosen.transforms()
+    statistics = (tuple(transform.mean), tuple(transform.std))
+    return Pretrained(module, statistics, transform.crop_size[0], tuple(fresh), theirs)
+
+
+def _check_classes(name: str, theirs: int, ours: int, new_head: bool) -> None:
+    if theirs != ours and not new_head:
+        raise ModelError(
+            f"pretrained {name} has {theirs} classes, the dataset has {ours}",
+            "Fine-tune it first (train-teacher --init pretrained) and give the run.",
+        )
