@@ -9,11 +9,13 @@ from typing import Any
 
 import msgspec
 import pytest
-from damage import edit_json, edit_record, flip, tree
+from damage import edit_attributes, edit_json, edit_record, flip, tree
 
 from stages.cache import LogitCache
+from stages.cache.identity import identity_from_json
 from stages.cache.records import seal_records, unsealed
 from stages.cache_teacher import CacheJob, cache_teacher
+from stages.errors import CacheError
 from stages.rectify import RectifyConfig, rectify
 from stages.repair import repair
 from stages.verify import verify
@@ -234,6 +236,35 @@ def test_repair_does_not_believe_one_document_that_claims_more_than_all_others(
 
     assert repair(store, job, verify(store).faults).faults == []
     assert differing(store, rectified) == []
+
+
+@pytest.mark.timeout(60)
+def test_a_cache_that_claims_too_many_samples_is_told_in_a_second_and_little_memory(
+    rectified: Path, tmp_path: Path
+) -> None:
+    """By every document alike, and sealed: no other number contradicts it."""
+    store = Path(shutil.copytree(rectified, tmp_path / "c.zarr"))
+    samples = 10**12
+
+    def identity(attributes: dict[str, Any]) -> None:
+        attributes["identity"]["dataset"]["num_samples"] = samples
+        attributes["identity_digest"] = identity_from_json(attributes["identity"], "").digest()
+
+    def whole(document: dict[str, Any]) -> None:
+        document["shape"] = [samples]
+        document["chunk_grid"]["configuration"]["chunk_shape"] = [samples]
+
+    edit_attributes(store, identity)
+    for name in ("dataset_index", "label"):
+        edit_json(store / name / "zarr.json", whole)
+    for name in LOGITS:
+        edit_json(store / name / "zarr.json", lambda d: d["shape"].__setitem__(1, samples))
+
+    try:
+        faults = verify(store).faults
+    except CacheError:
+        return
+    assert 1 <= len(faults) < 10_000
 
 
 ABSURD: dict[str, Callable[[dict[str, Any]], object]] = {

@@ -21,7 +21,7 @@ _VIEWS_AT_ONCE = 4
 """Whose records are in memory, and whose blocks the threads share."""
 
 _MISSING_NAMED = 1000
-"""Blocks that are not there, of views without any record; of more the number is told."""
+"""Blocks of a view that are not there, and those of views without records; of more, how many."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,19 @@ def _missing_views(cache: LogitCache, part: Part, files: Mapping[int, object]) -
 
 
 def _missing(cache: LogitCache, part: Part, view: int, found: ViewRecords) -> list[Fault]:
-    """The blocks that should have a record and have none."""
+    """The blocks that should have a record and have none; many are told together."""
     if not (found if part.views is None else view in part.views):
         return []
-    name = part.commits.part
-    return [
+    name, blocks = part.commits.part, cache.grid.num_blocks
+    missing = islice((b for b in range(blocks) if b not in found), _MISSING_NAMED)
+    faults = [
         Fault(f"{name}, view {view}, block {block}", "is not there", name, view, block)
-        for block in range(cache.grid.num_blocks)
-        if block not in found
+        for block in missing
     ]
+    there = sum(0 <= block < blocks for block in found)
+    if rest := blocks - there - len(faults):
+        faults.append(Fault(f"{name}, view {view}", f"{rest} more blocks are not there"))
+    return faults
 
 
 def _block_faults(

@@ -616,7 +616,7 @@ DENIED = [
     "my.zarr/zarr.json",
     "commits/attributes.json",
     "label/zarr.json",
-    "label/c/0",
+    "my.zarr/label/c/0",
     "logits/c/0/0/0",
     "commits/logits/v00000.json",
     "commits/eval/v00000.json",
