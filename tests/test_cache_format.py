@@ -102,8 +102,9 @@ def is_of_type(value: Any, told: str) -> bool:
     return isinstance(value, TYPES[told]) and isinstance(value, bool) == (told == "boolean")
 
 
-OPTIONAL = {"skipped"}
-"""Where no sample is left out there is none; tests/test_skipping.py has caches with it."""
+OPTIONAL = {"skipped", "teacher.outputs", "teacher.class_order"}
+"""Left out where nothing is out of the ordinary: tests/test_skipping.py and
+tests/test_teacher_checks.py have caches with them."""
 
 
 def assert_fields(found: Json, told: dict[str, str]) -> None:
