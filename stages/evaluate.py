@@ -9,15 +9,12 @@ probability, as a student of several was trained.
 """
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
-import yaml
 from torch import Tensor
 
 from stages.cache import LogitCache
@@ -28,6 +25,7 @@ from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.imported import check_trusted
 from stages.inputs.models import Model, load_model
 from stages.inputs.outputs import output_order
+from stages.inputs.run_files import read_config, read_summary
 from stages.reporting import Reporter, Silent
 from stages.scores import ClassScore, Comparison, Scores, class_scores, compare, score
 from stages.training.config import DataSettings, TrainSettings
@@ -134,15 +132,14 @@ class _Run:
 
 
 def _read_run(path: Path) -> _Run:
+    config = read_config(path)
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
         data = msgspec.convert(config["data"], DataSettings)
         train = msgspec.convert(config["train"], TrainSettings)
         caches = (config["cache"], *config.get("also", ())) if "cache" in config else ()
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        what = "no config.yaml" if isinstance(error, OSError) else " ".join(str(error).split())
+    except (KeyError, TypeError, ValueError) as error:
         raise RunError(
-            f"{path} is not a run directory: {what}",
+            f"{path} is not a run directory: {' '.join(str(error).split())}",
             "Give the --out of train-teacher or train-student.",
         ) from error
     if not (path / "model.safetensors").exists():
@@ -154,9 +151,8 @@ def _read_run(path: Path) -> _Run:
 
 def _recorded_top1(path: Path) -> float | None:
     try:
-        summary: dict[str, Any] = json.loads((path / "summary.json").read_text())
-        return float(summary["selected"]["test_top1"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return float((read_summary(path) or {})["selected"]["test_top1"])
+    except (ValueError, KeyError, TypeError):
         return None
 
 

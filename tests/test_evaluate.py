@@ -249,7 +249,7 @@ def cut_weights(run: Path) -> None:
         (break_config, RunError, "not a run directory"),
         (unknown_key, RunError, "speed"),
         (no_weights, RunError, "no weights yet"),
-        (cut_weights, ModelError, "cannot be read"),
+        (cut_weights, ModelError, "safetensors is damaged"),
     ],
 )
 def test_what_is_no_finished_run(

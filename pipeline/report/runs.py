@@ -7,8 +7,9 @@ from typing import Any
 
 import msgspec
 
-from pipeline.config import flat, load_yaml
-from stages.errors import ConfigError
+from pipeline.config import flat
+from stages.errors import RunError
+from stages.inputs.run_files import check_file, read_config, read_summary
 from stages.objectives.losses import DEFINITIONS
 from stages.training.history import Summary
 
@@ -94,20 +95,21 @@ class LeftOut:
 def read_run(path: Path, name: str) -> Run | LeftOut:
     """A run directory, by the name it has on the page."""
     try:
-        settings = load_yaml(path / "config.yaml")
-        if not isinstance(settings, dict):
-            raise ConfigError("it holds no settings")
-        config = flat(settings)
-    except ConfigError as error:
-        return LeftOut(name, "unreadable", f"config.yaml: {_first_line(error)}")
+        config = flat(read_config(path))
+    except RunError as error:
+        return LeftOut(name, "unreadable", error.cause)
     file, metrics = path / "summary.json", path / "metrics.jsonl"
     if not file.exists():
         done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
         planned = config.get("train.epochs", "?")
         return LeftOut(name, "unfinished", f"{done} of {planned} epochs are done")
     try:
+        read_summary(path)
+        check_file(path, metrics.name)
         history = _history(metrics)
         summary = msgspec.json.decode(file.read_bytes(), type=Summary)
+    except RunError as error:
+        return LeftOut(name, "unreadable", error.cause)
     except _UnreadableError as error:
         return LeftOut(name, "unreadable", str(error))
     except (OSError, msgspec.DecodeError) as error:

@@ -4,7 +4,7 @@ Each cache, dataset and model is opened once, however many runs use it. Loading 
 downloads it once, where that is asked for, and not in every process.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,11 +22,12 @@ from stages.train_student import StudentConfig
 from stages.training.compiled import check_compiler
 from stages.training.config import DataSettings, ModelSettings, SeedSettings
 from stages.training.ensemble import teacher_top1
-from stages.training.setup import load_data, skips_of
+from stages.training.setup import load_data, skips_of, split_digests
 from stages.training.student_checks import (
     cached_policy,
     check_dataset,
     check_students,
+    made_from,
     slab_plan,
 )
 
@@ -36,10 +37,12 @@ class Checked:
     """Runs that can be started, and what is known about their teachers.
 
     teacher_top1: by run name, in [0, 1]; None where a cache has no logits of the test split.
+    made_from: by run name, digests of caches and images, see `stages.training.same_run`.
     """
 
     runs: list[Run]
     teacher_top1: dict[str, float | None]
+    made_from: dict[str, dict[str, Any]]
 
 
 def check_runs(runs: Sequence[Run], reporter: Reporter | None = None) -> Checked:
@@ -62,7 +65,7 @@ def check_runs(runs: Sequence[Run], reporter: Reporter | None = None) -> Checked
             data, [r for r in checked if r.config.data == data], known, reporter or Silent()
         )
     top1 = {run.name: known.teacher_top1(run.config) for run in checked}
-    return Checked(checked, top1)
+    return Checked(checked, top1, known.made_from)
 
 
 @dataclass
@@ -71,7 +74,9 @@ class _Known:
 
     caches: dict[str, LogitCache] = field(default_factory=dict)
     objectives: dict[StudentConfig, StudentConfig] = field(default_factory=dict)
+    views: dict[StudentConfig, int] = field(default_factory=dict)
     top1: dict[tuple[str, ...], float | None] = field(default_factory=dict)
+    made_from: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def cache(self, path: str) -> LogitCache:
         if path not in self.caches:
@@ -90,7 +95,16 @@ class _Known:
             checked = check_students([alike], self.cache(config.cache))
             slab_plan(checked.caches, checked.configs[0], len(checked.views))
             self.objectives[alike] = checked.configs[0]
+            self.views[checked.configs[0]] = len(checked.views)
         return msgspec.structs.replace(self.objectives[alike], model=config.model, seed=config.seed)
+
+    def note_origins(self, run: Run, images: Mapping[str, str]) -> None:
+        """Remember what a run is made from. images: digests of both splits."""
+        alike = msgspec.structs.replace(
+            run.config, model=ModelSettings(architecture=""), seed=SeedSettings()
+        )
+        caches = made_from(run.config, self.members(run.config), self.views[alike])
+        self.made_from[run.name] = {**images, **caches}
 
     def teacher_top1(self, config: StudentConfig) -> float | None:
         """Test accuracy of the cache's teacher; of several, that of their mean probabilities."""
@@ -110,10 +124,12 @@ def _check_data(data: DataSettings, runs: Sequence[Run], known: _Known, reporter
             data, skips_of(c.skips for run in runs for c in known.members(run.config))
         )
     channels, classes = splits.train.shape[0], len(splits.train.class_names)
+    images = split_digests(splits)
     seen: set[Any] = set()
     for run in runs:
         config, model = run.config, run.config.model
         with _named(run):
+            known.note_origins(run, images)
             for cache in known.members(config):
                 if (cache.path, config.accept_pixel_drift) not in seen:
                     policy, drift = cached_policy(cache), config.accept_pixel_drift

@@ -18,12 +18,13 @@ from typing import Any
 import msgspec
 
 from pipeline.sweep.grid import Run
-from stages.cache.identity import differences
 from stages.cache.location import cache_around
 from stages.cache.lock import exclusive
 from stages.errors import RunError
+from stages.inputs.run_files import read_config, read_summary
 from stages.train_student import StudentConfig
 from stages.training.history import Summary
+from stages.training.same_run import MADE_FROM, check_same
 
 _FORMAT = "teacher-cache-sweep"
 
@@ -46,8 +47,10 @@ class SweepDirectory:
         """The folder of a run."""
         return self.path / name
 
-    def progress(self, runs: Sequence[Run]) -> dict[str, Progress]:
-        """How far each run is, by name; nothing is written.
+    def progress(
+        self, runs: Sequence[Run], made_from: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> dict[str, Progress]:
+        """How far each run is, by name; nothing is written. made_from: as `Checked` has it.
 
         Raises RunError if the folder holds something else, or runs that are not in this sweep.
         """
@@ -63,8 +66,8 @@ class SweepDirectory:
                 f"Choose another out, or delete {self.run(missing[0])}.",
             )
         for run in runs:
-            self._check_same(run, recorded.get(run.name))
-        return {run.name: self._progress(run.name) for run in runs}
+            self._check_same(run, recorded.get(run.name), (made_from or {}).get(run.name, {}))
+        return {run.name: self._progress(run) for run in runs}
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -108,33 +111,50 @@ class SweepDirectory:
             "sweep.json.partial"
         }
 
-    def _check_same(self, run: Run, recorded: Any) -> None:
-        if not _holds_something(self.run(run.name)):
+    def _check_same(self, run: Run, recorded: Any, made_from: Mapping[str, Any]) -> None:
+        folder = self.run(run.name)
+        if not _holds_something(folder):
             return
         try:  # through the struct: what is new since then has its default
             before = msgspec.to_builtins(msgspec.convert(recorded, StudentConfig))
         except msgspec.ValidationError:
             before = recorded or {}
         now = msgspec.to_builtins(run.config)
-        for settings in (before, now):
-            settings.get("train", {}).pop("compile", None)  # as for a run of its own
-        if differing := differences(json.loads(json.dumps(now)), json.loads(json.dumps(before))):
-            raise RunError(
-                f"{self.run(run.name)} was trained with other settings: {'; '.join(differing[:3])}",
-                "Choose another out, or delete that folder.",
-            )
+        if made_from:
+            now[MADE_FROM] = {**made_from, "init": _place(now)}
+            before[MADE_FROM] = {**_origins(folder, made_from), "init": _place(before)}
+        try:
+            check_same(folder, now, before)
+        except RunError as error:
+            raise RunError(error.cause, "Choose another out, or delete that folder.") from error
 
-    def _progress(self, name: str) -> Progress:
-        folder = self.run(name)
-        with contextlib.suppress(OSError, ValueError):  # one that is damaged is written again
-            summary = json.loads((folder / "summary.json").read_bytes())
-            msgspec.convert(summary, Summary)
-            return Progress(summary=summary)
+    def _progress(self, run: Run) -> Progress:
+        folder = self.run(run.name)
+        with contextlib.suppress(RunError, ValueError):  # one that is damaged is written again
+            if (summary := read_summary(folder)) is not None:
+                told = msgspec.convert(summary, Summary)
+                if told.epochs >= run.config.train.epochs:
+                    return Progress(summary=summary)
         if not (folder / "last.pt").exists():
             return Progress()
         with contextlib.suppress(OSError):
             return Progress(epochs=len((folder / "metrics.jsonl").read_text().splitlines()))
         return Progress()
+
+
+def _origins(folder: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was made from; ours where it does not say."""
+    try:
+        found = read_config(folder).get(MADE_FROM)
+    except RunError:  # told when it is gone on with
+        found = None
+    return {key: found.get(key) for key in ours} if isinstance(found, dict) else dict(ours)
+
+
+def _place(config: Mapping[str, Any]) -> str | None:
+    """Where the weights lie that a run starts from, however its path is spelled."""
+    init = (config.get("model") or {}).get("init")
+    return str(Path(init).resolve()) if init not in (None, "pretrained") else init
 
 
 def _holds_something(folder: Path) -> bool:

@@ -63,12 +63,14 @@ def run_sweep(
     place = _place(checked.runs, sweep, scheduler)
     workers = sweep.workers * max(1, place.gpus)
     if dry_run:
-        show_plan(console, checked.runs, directory.progress(checked.runs), workers)
+        show_plan(
+            console, checked.runs, directory.progress(checked.runs, checked.made_from), workers
+        )
         return []
 
     # 2) train what is not finished
     with directory.held():
-        progress = directory.progress(checked.runs)
+        progress = directory.progress(checked.runs, checked.made_from)
         directory.record(Path(file).read_text(), checked.runs)
         ledger = Ledger(checked, directory, progress, console, sweep.baseline)
         ledger.write()

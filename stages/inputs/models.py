@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor, nn
 
-from stages.errors import ModelError, PipelineError
+from stages.errors import ModelError, PipelineError, RunError
 from stages.inputs.checkpoints import (
     Checkpoint,
     check_tensors,
@@ -28,6 +27,7 @@ from stages.inputs.datasets import Statistics
 from stages.inputs.imported import check_trusted, imported, names_code
 from stages.inputs.outputs import told
 from stages.inputs.pretrained import pretrained_model, timm_model, torchvision_model
+from stages.inputs.run_files import check_file, read_config
 
 
 @dataclass(frozen=True)
@@ -204,18 +204,26 @@ def _checkpoint_statistics(model: Model, checkpoint: Checkpoint) -> dict[str, An
 
 
 def _run_config(path: Path) -> dict[str, Any]:
-    """Architecture and normalisation of a run directory, from its config.yaml."""
+    """Architecture and normalisation of a run directory, from its config.yaml.
+
+    Raises ModelError where there is none, or it or the weights of a finished run are damaged.
+    """
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
+        config = read_config(path)
+        check_file(path, "model.safetensors")
+    except RunError as error:
+        raise ModelError(error.cause, error.remedy) from error
+    try:
         model, classes = config["model"], config.get("classes")
         known = {key: model[key] for key in ("architecture", "mean", "std", "image_size")}
         known["classes"] = None if classes is None else tuple(map(str, classes))
-        return {**known, "mean": tuple(known["mean"]), "std": tuple(known["std"])}
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        known |= {"mean": tuple(known["mean"]), "std": tuple(known["std"])}
+    except (KeyError, TypeError) as error:
         raise ModelError(
             f"{path} is not a run directory: {error}",
             "A run directory holds config.yaml and model.safetensors.",
         ) from error
+    return known
 
 
 def _with_weights(built: Model, checkpoint: Checkpoint, num_classes: int) -> Model:

@@ -17,7 +17,6 @@ from stages.errors import ConfigError
 from stages.inputs.datasets import Statistics
 from stages.inputs.feed import Normalise, ViewFeed
 from stages.inputs.models import Model
-from stages.inputs.run_files import sha256
 from stages.inputs.views import ViewPolicy
 from stages.reporting import Reporter
 from stages.training.compiled import prepare_compiler
@@ -29,10 +28,10 @@ from stages.training.same_run import MADE_FROM
 from stages.training.setup import (
     Splits,
     check_output,
-    dataset_identity,
     held_out,
     make_evaluations,
     make_model,
+    split_digests,
 )
 from stages.training.trainer import Trainer, steps_per_epoch
 
@@ -201,7 +200,7 @@ def _run_directory(
     run: Planned, made: _Made, splits: Splits, reporter: Reporter, ranks: Ranks
 ) -> RunDirectory:
     to, config = run.destination, msgspec.structs.replace(run.config, model=made.settings)
-    of = {**_digests_of(splits), **run.made_from, "init": made.init_digest}
+    of = {**split_digests(splits), **run.made_from, "init": made.init_digest}
     settings = {"kind": to.kind, **msgspec.to_builtins(config)}
     plain = {**settings, "classes": [*splits.train.class_names], MADE_FROM: of}
     prepared: list[RunDirectory] = []
@@ -214,11 +213,3 @@ def _run_directory(
     directory = prepared[0] if prepared else RunDirectory(to.out, plain, goes_on)
     reporter.say(yaml.safe_dump(settings, sort_keys=False))  # not a thousand names
     return directory
-
-
-def _digests_of(splits: Splits) -> dict[str, str]:
-    """What the images are, wherever they lie."""
-    return {
-        name: sha256(msgspec.json.encode(dataset_identity(split)))[:32]
-        for name, split in (("train_split", splits.train), ("test_split", splits.test))
-    }

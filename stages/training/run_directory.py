@@ -215,11 +215,14 @@ class RunDirectory:
         try:
             yield
         except OSError as error:
-            kept = f"{self.kept_epochs} finished epochs are kept" if self.kept_epochs else ""
+            kept = (
+                f"Epochs up to {self.kept_epochs} are kept"
+                if self.kept_epochs
+                else "No epoch is finished"
+            )
             raise RunError(
                 f"{self.path} cannot be written: {error.strerror or error}",
-                (kept or "Nothing is lost but this epoch")
-                + ": make room or make it writable, then give the same command with --resume.",
+                f"{kept}: make room or make it writable, then give the same command with --resume.",
             ) from error
 
 

@@ -23,6 +23,7 @@ from stages.inputs.datasets.dataset import without
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.models import Model, build_model, load_model
 from stages.inputs.outputs import Outputs, are_probabilities, logits_of, told
+from stages.inputs.run_files import sha256
 from stages.inputs.views import ViewPolicy, view_policy
 from stages.reporting import Reporter
 from stages.training.config import (
@@ -91,6 +92,14 @@ def dataset_identity(dataset: ImageDataset) -> DatasetIdentity:
         labels=dataset.labels_digest,
         images=dataset.images_digest,
     )
+
+
+def split_digests(splits: Splits) -> dict[str, str]:
+    """What the images of both splits are, wherever they lie."""
+    return {
+        name: sha256(msgspec.json.encode(dataset_identity(split)))[:32]
+        for name, split in (("train_split", splits.train), ("test_split", splits.test))
+    }
 
 
 def chosen_policy(

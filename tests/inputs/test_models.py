@@ -323,9 +323,9 @@ def no_weights(run: Path) -> None:
     ("spoil", "message"),
     [
         pytest.param(no_config, "is not a run directory", id="no config"),
-        pytest.param(empty_config, "is not a run directory", id="empty config"),
+        pytest.param(empty_config, "config.yaml is damaged", id="empty config"),
         pytest.param(incomplete_config, "is not a run directory", id="incomplete config"),
-        pytest.param(broken_config, "is not a run directory", id="broken config"),
+        pytest.param(broken_config, "config.yaml is damaged", id="broken config"),
         pytest.param(no_statistics, "is not a run directory", id="no statistics"),
         pytest.param(no_weights, r"no weights at .*safetensors\nHas the run", id="no weights"),
     ],

@@ -140,7 +140,7 @@ def test_pixels_that_have_drifted_are_told_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, grid = Words(), {"accept_pixel_drift": True}
-    monkeypatch.setattr("stages.training.student_checks.pixel_probes", lambda *_: [0] * 256)
+    monkeypatch.setattr("stages.training.student_checks.pixel_probes", lambda *_: [1] * 256)
 
     with pytest.raises(PipelineError, match="256 of 256 pixel probes"):
         check_runs(runs_of([{}]))
@@ -220,8 +220,36 @@ def test_a_folder_of_another_sweep_is_refused(folder: Path) -> None:
 
     with pytest.raises(RunError, match="another sweep: its run dkd-s0 is not in this one"):
         directory.progress(runs_of([{"loss.name": "ce"}]))
-    with pytest.raises(RunError, match=r"was trained with other settings: train\.epochs"):
+    with pytest.raises(RunError, match=r"was started with other settings: train\.lr"):
+        directory.progress(runs_of([{"loss.name": "dkd"}], base={"train.lr": 7}))
+    with pytest.raises(RunError, match="was started for 30 epochs and cannot have 7: the learning"):
         directory.progress(runs_of([{"loss.name": "dkd"}], base={"train.epochs": 7}))
+
+
+def test_finished_runs_are_given_more_epochs_where_their_schedule_allows_it(folder: Path) -> None:
+    constant = {"train.schedule": "constant"}
+    runs = runs_of([{}], base=constant)
+    directory = recorded(folder / "out", runs)
+    start(directory, runs[0], epochs=30, done=True)
+
+    more = runs_of([{}], base=constant | {"train.epochs": 40})
+
+    assert list(directory.progress(more).values()) == [Progress(30)]
+
+
+def test_a_cache_may_move_and_not_become_another(folder: Path) -> None:
+    runs = runs_of([{}])
+    directory = recorded(folder / "out", runs)
+    start(directory, runs[0], epochs=30, done=True)
+    of = {runs[0].name: {"caches": ["one"], "views": 3}}
+    config = directory.run(runs[0].name) / "config.yaml"
+    config.write_text("kind: student\nmade_from: {caches: [one], views: 3, init: null}\n")
+    moved = runs_of([{}], base={"cache": f"{folder}/elsewhere/"})
+
+    assert directory.progress(moved, of)[runs[0].name].summary is not None
+    of[runs[0].name]["caches"] = ["another"]
+    with pytest.raises(RunError, match=r"other settings: made_from\.caches"):
+        directory.progress(runs, of)
 
 
 def test_a_folder_that_holds_something_else_is_refused(folder: Path) -> None:

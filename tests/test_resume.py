@@ -1,0 +1,351 @@
+"""Going on with a run: what may have moved, what must be the same, what a damaged run says."""
+
+import contextlib
+import dataclasses
+import errno
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from helpers import DIGITS, Words, first, metrics, same_weights
+
+from stages.cache_teacher import CacheJob, cache_teacher
+from stages.errors import PipelineError, RunError
+from stages.evaluate import evaluate_run
+from stages.inputs.run_files import read_config, sha256
+from stages.rectify import RectifyConfig, rectify
+from stages.reporting import Silent
+from stages.train_student import StudentConfig, student_trainer, train_student, train_together
+from stages.training import student_checks
+from stages.training.config import BiasSettings, ModelSettings, TrainSettings
+from stages.training.setup import Splits
+
+TRAIN = TrainSettings(epochs=2, batch_size=100, schedule="constant", lr=0.05)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_probes() -> Iterator[None]:
+    """Pixel probes are the larger part of these runs, and tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(student_checks, "pixel_probes", lambda *_: [])
+        patch.setattr(student_checks, "zip_longest", lambda *_: ())
+        yield
+
+
+@pytest.fixture(scope="module")
+def splits(digits: Splits) -> Splits:
+    """Those of `small_cache`."""
+    return Splits(first(digits.train, 300), first(digits.test, 100))
+
+
+def config_of(cache: Path | str, **changes: Any) -> StudentConfig:
+    config = StudentConfig(
+        cache=str(cache),
+        data=DIGITS,
+        model=ModelSettings(architecture="resnet8"),
+        train=TRAIN,
+        device="cpu",
+    )
+    return msgspec.structs.replace(config, **changes)
+
+
+def trained_for(epochs: int, **changes: Any) -> TrainSettings:
+    return msgspec.structs.replace(TRAIN, epochs=epochs, **changes)
+
+
+@pytest.fixture(scope="module")
+def two_epochs(small_cache: Path, splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Read only."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    train_student(config_of(small_cache), run, splits=splits)
+    return run
+
+
+@pytest.fixture(scope="module")
+def three_epochs(
+    small_cache: Path, splits: Splits, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A finished run of one epoch more. Read only."""
+    run = tmp_path_factory.mktemp("three") / "run"
+    train_student(config_of(small_cache, train=trained_for(3)), run, splits=splits)
+    return run
+
+
+@pytest.fixture
+def my_run(two_epochs: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(two_epochs, tmp_path / "run"))
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file but the log, which says when."""
+    return {file.name: file.read_bytes() for file in run.iterdir() if file.name != "log.txt"}
+
+
+# ---- more epochs ----------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_given_more_epochs(
+    small_cache: Path, splits: Splits, my_run: Path, three_epochs: Path
+) -> None:
+    summary = train_student(
+        config_of(small_cache, train=trained_for(3)), my_run, resume=True, splits=splits
+    )
+    assert summary["epochs"] == 3
+    assert same_weights(my_run, three_epochs)
+    assert read_config(my_run) == read_config(three_epochs)
+
+
+def test_a_finished_run_says_so(small_cache: Path, splits: Splits, my_run: Path) -> None:
+    words, before = Words(), contents(my_run)
+    train_student(config_of(small_cache), my_run, resume=True, splits=splits, reporter=words)
+    assert any("is finished already: 2 epochs" in line for line in words.lines)
+    assert contents(my_run) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (
+            {"train": trained_for(2, schedule="cosine")},
+            "the learning rate of train.schedule=cosine",
+        ),
+        ({"train": trained_for(2, schedule="onecycle")}, "the learning rate of train"),
+        ({"bias": BiasSettings(mode="rectify")}, "the weights of bias.schedule=cosine"),
+    ],
+)
+def test_epochs_that_others_depend_on_cannot_be_changed(
+    small_cache: Path, splits: Splits, tmp_path: Path, changes: dict[str, Any], why: str
+) -> None:
+    config = config_of(small_cache, **changes)
+    student_trainer(config, tmp_path / "run", splits=splits).learner.begin()
+    more = msgspec.structs.replace(config.train, epochs=3)
+    with pytest.raises(RunError, match=f"2 epochs and cannot have 3: {why}") as refused:
+        student_trainer(
+            msgspec.structs.replace(config, train=more), tmp_path / "run", True, splits=splits
+        )
+    assert "--epochs 2" in refused.value.remedy
+
+
+def test_epochs_that_are_done_cannot_be_taken_back(
+    small_cache: Path, splits: Splits, my_run: Path
+) -> None:
+    before = contents(my_run)
+    with pytest.raises(RunError, match="has had 2 epochs already, not 1"):
+        train_student(
+            config_of(small_cache, train=trained_for(1)), my_run, resume=True, splits=splits
+        )
+    assert contents(my_run) == before
+
+
+# ---- what has moved -------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_where_its_cache_has_moved_to(
+    small_cache: Path, splits: Splits, my_run: Path, three_epochs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(small_cache, tmp_path / "moved.zarr")
+    with contextlib.chdir(tmp_path):
+        config = config_of("./moved.zarr/", train=trained_for(3))
+        train_student(config, my_run, resume=True, splits=splits)
+    assert same_weights(my_run, three_epochs)
+    assert read_config(my_run)["cache"] == "./moved.zarr/"
+
+
+def test_weights_to_start_from_may_move(
+    small_cache: Path, splits: Splits, two_epochs: Path, tmp_path: Path
+) -> None:
+    def starting_from(weights: Path) -> StudentConfig:
+        return config_of(
+            small_cache, model=ModelSettings(architecture="resnet8", init=str(weights))
+        )
+
+    weights = tmp_path / "w.safetensors"
+    shutil.copy(two_epochs / "model.safetensors", weights)
+    student_trainer(starting_from(two_epochs), tmp_path / "run", splits=splits).learner.begin()
+    student_trainer(starting_from(weights), tmp_path / "run", True, splits=splits)
+    other = tmp_path / "other"
+    train_student(config_of(small_cache, train=trained_for(1)), other, splits=splits)
+    with pytest.raises(RunError, match=r"other settings: made_from\.init"):
+        student_trainer(starting_from(other), tmp_path / "run", True, splits=splits)
+
+
+def test_another_cache_in_the_same_place_is_refused(
+    small_job: CacheJob, splits: Splits, tmp_path: Path
+) -> None:
+    cache, run = tmp_path / "cache.zarr", tmp_path / "run"
+    cache_teacher(small_job, cache)
+    student_trainer(config_of(cache), run, splits=splits).learner.begin()
+    shutil.rmtree(cache)
+    other = msgspec.structs.replace(small_job.config, encoding="float16")
+    cache_teacher(dataclasses.replace(small_job, config=other), cache)
+    with pytest.raises(RunError, match=r"other settings: made_from\.caches"):
+        student_trainer(config_of(cache), run, True, splits=splits)
+
+
+def test_another_rectification_of_the_same_name_is_refused(
+    small_copy: Path, splits: Splits, tmp_path: Path
+) -> None:
+    config = config_of(small_copy, bias=BiasSettings(mode="rectify", schedule="constant"))
+    student_trainer(config, tmp_path / "run", splits=splits).learner.begin()
+    shutil.rmtree(small_copy / "rectified")
+    rectify(small_copy, RectifyConfig(method="swap", name="pairwise-T4"))
+    with pytest.raises(RunError, match=r"other settings: made_from\.rectified\.method"):
+        student_trainer(config, tmp_path / "run", True, splits=splits)
+
+
+# ---- damage ---------------------------------------------------------------------------------
+
+
+def rewritten(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """last.pt with something changed, whole."""
+    state = torch.load(run / "last.pt", weights_only=True)
+    change(state)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    (run / "last.pt").write_bytes(content + b"\nsha256 " + sha256(content).encode() + b"\n")
+
+
+MISFITS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no-model": lambda state: state.pop("model"),
+    "no-optimizer": lambda state: state.pop("optimizer"),
+    "no-history": lambda state: state.pop("history"),
+    "another-model": lambda state: state.update(model=torch.nn.Linear(2, 2).state_dict()),
+    "another-shape": lambda state: state["model"].update(
+        {name: tensor[:1] for name, tensor in state["model"].items() if tensor.dim() == 4}
+    ),
+    "another-optimizer": lambda state: state.update(
+        optimizer=torch.optim.Adam(torch.nn.Linear(2, 2).parameters()).state_dict()
+    ),
+    "another-run": lambda state: state.update(settings="0" * 64),
+    "an-epoch-missing": lambda state: state["history"].pop(),
+    "words": lambda state: state.update(position="first"),
+}
+
+
+@pytest.mark.parametrize("change", MISFITS.values(), ids=MISFITS)
+def test_a_checkpoint_that_does_not_fit_is_one_error(
+    small_cache: Path, splits: Splits, my_run: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    rewritten(my_run, change)
+    before = contents(my_run)
+    with pytest.raises(RunError, match=r"last\.pt (does not fit|is damaged)") as told:
+        train_student(
+            config_of(small_cache, train=trained_for(3)), my_run, resume=True, splits=splits
+        )
+    assert len(str(told.value).splitlines()) <= 3
+    assert contents(my_run) == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "model.safetensors", "summary.json"])
+def test_what_a_checkpoint_knows_is_mended(
+    small_cache: Path, splits: Splits, my_run: Path, name: str
+) -> None:
+    before = contents(my_run)
+    (my_run / name).write_bytes(b"damaged")
+    train_student(config_of(small_cache), my_run, resume=True, splits=splits)
+    assert contents(my_run) == before
+
+
+def test_damaged_weights_of_a_finished_run_are_not_used(
+    small_cache: Path, splits: Splits, my_run: Path, tmp_path: Path
+) -> None:
+    weights = my_run / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 64
+    weights.write_bytes(content)
+    starts = config_of(small_cache, model=ModelSettings(architecture="resnet8", init=str(my_run)))
+    with pytest.raises(PipelineError, match=r"model\.safetensors is damaged"):
+        train_student(starts, tmp_path / "next", splits=splits)
+    with pytest.raises(PipelineError, match=r"model\.safetensors is damaged"):
+        evaluate_run(my_run, device="cpu")
+
+
+# ---- one writer, and a disk that is full ----------------------------------------------------
+
+
+class Meanwhile(Silent):
+    """Does something at the third batch."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.batches, self.act = 0, act
+
+    def progress(self, task: str, done: float, total: float, unit: str) -> None:
+        self.batches += 1
+        if self.batches == 3:
+            self.act()
+
+
+@pytest.mark.parametrize("way", ["resume", "overwrite"])
+def test_a_second_training_of_the_same_run_is_refused(
+    small_cache: Path, splits: Splits, two_epochs: Path, tmp_path: Path, way: str
+) -> None:
+    config, run = config_of(small_cache), tmp_path / "run"
+
+    def second() -> None:
+        with pytest.raises(RunError, match="another process is writing to"):
+            train_student(config, run, splits=splits, **{way: True})
+        with pytest.raises(RunError, match="another process is writing to"):
+            train_together([config, config], [tmp_path / "new", run], splits=splits, **{way: True})
+
+    train_student(config, run, splits=splits, reporter=Meanwhile(second))
+    assert same_weights(run, two_epochs)
+    assert [line["epoch"] for line in metrics(run)] == [0, 1]
+    train_student(config, tmp_path / "new", splits=splits)  # let go of with the refusal
+
+
+@pytest.mark.parametrize("name", ["last.pt", "model.safetensors"])
+def test_a_full_disk_keeps_the_epochs_before(
+    small_cache: Path,
+    splits: Splits,
+    three_epochs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    config, run = config_of(small_cache, train=trained_for(3)), tmp_path / "run"
+    replaced: list[str] = []
+
+    def replace(temporary: Path, to: Path) -> None:
+        replaced.append(to.name)
+        if to.name == name and replaced.count(name) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        os.rename(temporary, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(RunError, match="cannot be written: No space left") as told:
+            train_student(config, run, splits=splits)
+    assert "Epochs up to 1 are kept" in told.value.remedy
+    assert "--resume" in told.value.remedy
+    train_student(config, run, resume=True, splits=splits)
+    assert same_weights(run, three_epochs)
+
+
+def test_a_disk_that_takes_no_more_is_one_error(small_cache: Path, tmp_path: Path) -> None:
+    """The kernel's own refusal: a limit on the size of files, below that of a checkpoint."""
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "from pipeline.cli import main; main()"
+    )
+    words = "train-teacher --dataset digits --model resnet8 --augment none --epochs 1 --device cpu"
+    run = subprocess.run(
+        [sys.executable, "-c", script, *words.split(), "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2, run.stderr
+    assert "cannot be written: File too large" in run.stderr
+    assert "--resume" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not list((tmp_path / "run").glob("*.partial"))
