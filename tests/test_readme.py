@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,31 @@ def test_every_loss_is_named(place: str) -> None:
         words = re.findall(r"\w+", option.help.partition(":")[0])
         named = [word for word in words if word not in ("default", "or")]
     assert sorted(named) == sorted(DEFINITIONS)
+
+
+# ---- commands -------------------------------------------------------------------------------
+
+
+COMMANDS = sorted(
+    {
+        re.sub(r"\s*\\\n\s*", " ", line).split("  #")[0].removesuffix(" ...").strip()
+        for page in PAGES
+        for line in re.findall(
+            r"^    (pipeline [a-z](?:.*\\\n)*.*)$", page.read_text(), re.MULTILINE
+        )
+    }
+)
+
+
+def test_commands_were_found() -> None:
+    assert len(COMMANDS) > 20
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_options_that_there_are(command: str) -> None:
+    """As a page shows it, it is parsed; `pipeline demo` and the tests of commands run them."""
+    name, *arguments = shlex.split(command)[1:]
+    cli.commands[name].make_context(name, arguments)
 
 
 # ---- the shell ------------------------------------------------------------------------------
