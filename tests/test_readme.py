@@ -127,6 +127,7 @@ COMMANDS = sorted(
         for line in re.findall(
             r"^    (pipeline [a-z](?:.*\\\n)*.*)$", page.read_text(), re.MULTILINE
         )
+        if not line.endswith("...")  # the rest is left out
     }
 )
 
