@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from pipeline.ending import check_folder, run
+from pipeline.home import expanded
 from pipeline.import_path import current_folder_last
 from pipeline.options import (
     augment_option,
@@ -37,7 +38,17 @@ def main() -> None:
     sys.exit(run(cli))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Commands(click.Group):
+    """Commands whose arguments may begin with `~`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [expanded(text) for text in args])
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="teacher-cache")
 @click.pass_context
 def cli(context: click.Context) -> None:

@@ -16,6 +16,7 @@ import msgspec
 import yaml
 
 from pipeline.console import visible
+from pipeline.home import expanded_values
 from stages.errors import ConfigError, PipelineError
 from stages.inputs.imported import modules_in, trust
 
@@ -117,7 +118,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: the key {key!r} is not a text")
     for made in ("kind", "classes", "made_from"):  # what a run's own config.yaml says of itself
         values.pop(made, None)
-    return values
+    found: dict[str, Any] = expanded_values(values)
+    return found
 
 
 def load_yaml(path: Path) -> Any:

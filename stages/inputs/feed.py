@@ -7,6 +7,9 @@ workers, as a sample's partner in a mixed view does not depend on its batch.
 """
 
 import copy
+import errno
+import pickle
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +26,9 @@ from stages.inputs.views import Plain, Shown, ViewPolicy, check_view
 
 PROBES = 256
 NO_PROBE = 0
+_FEW_FILES = re.compile(r"[Tt]oo many open files|ancdata")
+_SHARED_MEMORY = re.compile(r"shared memory|Bus error|/torch_\d|No space left on device")
+_KILLED = re.compile(r"DataLoader worker .*(?:killed by signal: ([\w ]+)|exited unexpectedly)")
 PROBED_VIEWS = 1024
 """Probes are drawn from the first 1,024 views of a policy, however many a cache holds."""
 
@@ -142,7 +148,8 @@ class ViewFeed:
             )
         self._passes += 1
         this_pass = self._passes
-        for part, shown in zip(parts, self._loader, strict=True):
+        shown_by_workers = self._in_order(self._loader)
+        for part, shown in zip(parts, shown_by_workers, strict=True):
             if isinstance(shown, PipelineError):
                 try:
                     raise shown
@@ -151,6 +158,24 @@ class ViewFeed:
             yield self._batch(part, shown)
             if this_pass != self._passes:
                 raise RuntimeError("another pass over this feed began; its workers serve one")
+
+    def _in_order(
+        self, loader: "DataLoader[Shown | PipelineError]"
+    ) -> Iterator[Shown | PipelineError]:
+        """What the workers show. Raises DatasetError where they fail and not the images."""
+        try:
+            shown = iter(loader)
+            while True:
+                try:
+                    batch = next(shown)
+                except StopIteration:
+                    return
+                yield batch
+        except (RuntimeError, OSError, MemoryError, pickle.PicklingError) as error:
+            if not self._workers:
+                raise
+            self.close()
+            raise _worker_error(error, self._workers) from error
 
     def close(self) -> None:
         """Let the workers go; the next pass starts others. Found by the garbage collector, or left
@@ -288,6 +313,32 @@ class _Plan:
 
     def __len__(self) -> int:
         return len(self.parts)
+
+
+def _worker_error(error: BaseException, workers: int) -> DatasetError:
+    """Why decoding stopped, when it is not for an image, and what to do."""
+    text = str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EMFILE, errno.ENFILE) or _FEW_FILES.search(text):
+        return DatasetError(
+            "too many files are open to decode images",
+            f"Raise the limit with `ulimit -n 4096`, or use fewer --workers than {workers}.",
+        )
+    if _SHARED_MEMORY.search(text):
+        return DatasetError(
+            "there is too little shared memory for the workers that decode images (/dev/shm)",
+            "Use --workers 0, or give the container more: docker run --shm-size=8g.",
+        )
+    if match := _KILLED.search(text):
+        return DatasetError(
+            f"a worker that decodes images was ended by the system ({match[1] or 'it exited'})",
+            f"Perhaps memory was short: use fewer --workers than {workers}, or --workers 0.",
+        )
+    lines = text.strip().splitlines() or [type(error).__name__]
+    return DatasetError(
+        f"a worker that decodes images failed: {lines[-1]}",
+        "Use --workers 0 to see where.",
+    )
 
 
 def _as_it_is(batch: Any) -> Any:

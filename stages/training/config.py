@@ -162,6 +162,10 @@ class ModelSettings(Settings, frozen=True):
     image_size: int | None = None
     init: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            counted("model.image_size", self.image_size, LARGEST_SIDE)
+
 
 def counted(name: str, value: int, most: int) -> None:
     """Raise ConfigError unless 0 < value <= most."""
