@@ -16,6 +16,7 @@ ViewRecords = dict[int, Record]
 """The committed blocks of one view: block -> record."""
 
 
+_OF_A_BLOCK = re.compile(r"/b(\d+)\.json$")
 _SEALED = re.compile(rb'\{"digest":"([0-9a-f]{64})","records":(\[.*\])\}', re.DOTALL)
 
 
@@ -46,6 +47,8 @@ def unpacked(view: int, files: Mapping[str, bytes | None]) -> tuple[ViewRecords,
             records = {int(record["block"]): record for record in unsealed(content)}
             if any(int(record["view"]) != view for record in records.values()):
                 raise ValueError("these are the records of another view")
+            if (named := _OF_A_BLOCK.search(key)) and [*records] != [int(named[1])]:
+                raise ValueError("this is the record of another block")
         except (TypeError, KeyError, ValueError):
             damaged.append(key)
         else:
