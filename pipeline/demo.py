@@ -4,6 +4,7 @@ The images are 8 x 8 and shifted by up to three pixels: 49 views, all of them ca
 far cuts a digit in half, so that even a good teacher is wrong on a few percent of the views.
 """
 
+import contextlib
 import json
 import shutil
 import statistics
@@ -18,6 +19,7 @@ from pipeline.report import write_report
 from pipeline.sweep.grid import Run
 from pipeline.sweep.results import Result, as_lines
 from pipeline.sweep.table import spread
+from stages.cache.lock import exclusive
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.errors import RunError
 from stages.rectify import RectifyConfig, rectify
@@ -31,6 +33,7 @@ from stages.training.config import (
     SeedSettings,
     TrainSettings,
 )
+from stages.training.run_directory import foreign_files, held, remove_run
 from stages.training.setup import load_data
 
 DATA = DataSettings(dataset="digits")
@@ -57,8 +60,17 @@ STUDENTS: dict[str, tuple[LossSettings, BiasSettings]] = {
 
 
 def run_demo(out: str, console: Console, overwrite: bool = False, seeds: int = 3) -> None:
-    """Teacher, cache, rectification, students, a table and a page; everything under `out`."""
-    folder = _fresh_folder(Path(out), overwrite)
+    """Teacher, cache, rectification, students, a table and a page; everything under `out`.
+
+    Raises RunError if `out` is used by another demo, or holds anything but an earlier one.
+    """
+    folder = Path(out)
+    with held(folder):
+        _make_room(folder, overwrite)
+        _run(folder, console, seeds)
+
+
+def _run(folder: Path, console: Console, seeds: int) -> None:
     cache = folder / "digits.zarr"
     splits = load_data(DATA)
     seconds: dict[str, float] = {}
@@ -150,12 +162,63 @@ def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - started
 
 
-def _fresh_folder(folder: Path, overwrite: bool) -> Path:
-    if folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise RunError(f"{folder} is not empty", "Add --overwrite, or choose another --out.")
-        if not (folder / "digits.zarr").exists() and not (folder / "teacher").exists():
-            raise RunError(f"{folder} holds something else than a demo", "Choose another --out.")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+# ---- what an earlier demo has left ----------------------------------------------------------
+
+_FILES = ("results.json", "report.html")
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    """Remove an earlier demo by the names of its files. Raises RunError, before anything is
+    removed, unless it is wanted and nothing else lies there.
+    """
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise RunError(f"{folder} is not empty", "Add --overwrite, or choose another --out.")
+    runs = [folder / "teacher", *_folders(folder / "students")]
+    if foreign := [*_foreign(folder, runs)]:
+        raise RunError(
+            f"{folder} holds what no demo has made: {', '.join(map(str, foreign[:3]))}"
+            + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""),
+            "Move it elsewhere, or choose another --out.",
+        )
+    with contextlib.ExitStack() as stack:
+        for run in runs:
+            if run.exists():
+                stack.enter_context(held(run))
+        for run in runs:
+            if run.exists():
+                remove_run(run)
+        cache = folder / "digits.zarr"
+        if cache.exists():
+            with exclusive(cache):
+                shutil.rmtree(cache)
+        files = [folder / "students" / "results.jsonl", *(folder / name for name in _FILES)]
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def _foreign(folder: Path, runs: list[Path]) -> Iterator[Path]:
+    """What lies in a demo's folder and is not of a demo."""
+    known = {"teacher", "students", "digits.zarr", *_FILES}
+    for path in (folder, *runs, folder / "students", folder / "digits.zarr"):
+        if path.is_symlink() and path != folder:
+            yield path
+    yield from (path for path in sorted(folder.iterdir()) if path.name not in known)
+    for run in runs:
+        if run.exists():
+            yield from (run / name for name in foreign_files(run))
+    if (students := folder / "students").exists():
+        files = (path for path in sorted(students.iterdir()) if not path.is_dir())
+        yield from (path for path in files if path.name != "results.jsonl")
+    if (cache := folder / "digits.zarr").exists():
+        yield from (path for path in sorted(cache.iterdir()) if not _of_a_cache(path))
+
+
+def _of_a_cache(path: Path) -> bool:
+    """Whether it is a part of a store: its document, its records, or an array or a group."""
+    return path.name in ("zarr.json", "commits") or (path / "zarr.json").is_file()
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []

@@ -18,7 +18,7 @@ import torch
 from helpers import DIGITS, Words, first, metrics, same_weights
 
 from stages.cache_teacher import CacheJob, cache_teacher
-from stages.errors import PipelineError, RunError
+from stages.errors import ConfigError, PipelineError, RunError
 from stages.evaluate import evaluate_run
 from stages.inputs.run_files import read_config, sha256
 from stages.rectify import RectifyConfig, rectify
@@ -349,3 +349,40 @@ def test_a_disk_that_takes_no_more_is_one_error(small_cache: Path, tmp_path: Pat
     assert "--resume" in run.stderr
     assert "Traceback" not in run.stderr
     assert not list((tmp_path / "run").glob("*.partial"))
+
+
+# ---- batches of one -------------------------------------------------------------------------
+
+
+class Flat(torch.nn.Sequential):
+    """Batch norm over one value a channel and image."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(
+            torch.nn.Flatten(),
+            torch.nn.Linear(3 * 64, num_classes),
+            torch.nn.BatchNorm1d(num_classes),
+        )
+
+
+def test_batch_norm_over_one_value_is_told_before_training(
+    small_cache: Path, splits: Splits, tmp_path: Path
+) -> None:
+    model = ModelSettings(architecture=f"{__name__}:Flat")
+    one = msgspec.structs.replace(TRAIN, batch_size=1)
+    config = config_of(small_cache, model=model, train=one)
+    with pytest.raises(ConfigError, match="cannot train on batches of one image") as refused:
+        train_student(config, tmp_path / "run", splits=splits)
+    assert "--batch-size 2" in refused.value.remedy
+    assert not (tmp_path / "run").exists()
+    # 299 of 300 samples in a batch leave one: it joins them
+    left = msgspec.structs.replace(TRAIN, batch_size=299, epochs=1)
+    train_student(config_of(small_cache, model=model, train=left), tmp_path / "run", splits=splits)
+
+
+def test_batches_of_one_are_trained_on_where_the_model_can(
+    small_cache: Path, splits: Splits, tmp_path: Path
+) -> None:
+    config = config_of(small_cache, train=msgspec.structs.replace(TRAIN, batch_size=1, epochs=1))
+    trainer = student_trainer(config, tmp_path / "run", splits=splits)
+    assert trainer.learner.steps == 300

@@ -27,6 +27,7 @@ from stages.training.run_directory import RunDirectory
 from stages.training.same_run import MADE_FROM
 from stages.training.setup import (
     Splits,
+    check_batch_of_one,
     check_output,
     held_out,
     make_evaluations,
@@ -100,6 +101,8 @@ def make_trainer(
     feeds = [feed, *(feed.another() for _ in range(planned[0].views - 1))]
     for model in models:
         check_output(model.model, model.statistics, train, policy, image_size)
+        if settings.batch_size == ranks.world:
+            check_batch_of_one(model.model, model.statistics, train, policy, image_size)
     samples, validation = held_out(len(train), data.val_fraction, config.seed.data, train.skipped)
     if policy.mixes and len(validation):
         raise ConfigError(

@@ -4,22 +4,20 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.errors import ConfigError
 from stages.training.groups import ChunkGroups
+from stages.training.memory import free_memory
 
 RESIDENT_BYTES = 2**30
 """Slabs of all views are kept where they take no more together; on a GPU see `resident_bytes`."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def parse_bytes(text: str, name: str) -> int:
@@ -38,17 +36,10 @@ def in_words(count: float) -> str:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free where targets are held: on the GPU, or what this process may still take.
-
-    A container may take less than its machine has (cgroup version 2).
-    """
+    """Memory that is free where targets are held: on the GPU, or what this process may take."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    available = int(psutil.virtual_memory().available)
-    try:
-        return min(available, int(_CONTAINER_LIMIT.read_text()))
-    except (OSError, ValueError):  # no such file, or 'max'
-        return available
+    return free_memory()
 
 
 def slab_bytes(caches: Sequence[LogitCache], rows: int, views: int = 1) -> int:

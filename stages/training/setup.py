@@ -1,5 +1,6 @@
 """What teachers and students need before the first step: images, model, evaluations."""
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -269,3 +270,27 @@ def check_output(
             f"{model.architecture} returns probabilities (rows that sum to 1), not logits",
             "Return what goes into the softmax; --outputs probabilities takes a teacher's log.",
         )
+
+
+def check_batch_of_one(
+    model: Model,
+    statistics: Statistics,
+    dataset: ImageDataset,
+    policy: ViewPolicy,
+    image_size: int | None,
+) -> None:
+    """Raise ConfigError where a model cannot train on one image at a time, as with batch norm over
+    a single value a channel. Weights and generators stay as they are.
+    """
+    cpu = torch.device("cpu")
+    feed = ViewFeed(dataset, policy, cpu, image_size, workers=0)
+    normalise = Normalise(*statistics, model.channels, cpu, channels_last=False)
+    batch = next(feed.batches(torch.arange(1), 0, 1))
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            copy.deepcopy(model.module).train()(normalise(batch.pixels))
+    except ValueError as error:
+        raise ConfigError(
+            f"{model.architecture} cannot train on batches of one image: {error}",
+            "Give --batch-size 2 or more for every process.",
+        ) from error

@@ -1,13 +1,17 @@
-"""The demo's settings, without running it."""
+"""The demo's settings, and what it removes, without running it."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from helpers import RUN_FILES
 
 from pipeline import demo
 from pipeline.console import Console
+from stages.errors import RunError
+from stages.training.run_directory import held
 
 
 def structs_in(value: Any, where: str) -> Iterator[tuple[str, msgspec.Struct]]:
@@ -66,3 +70,69 @@ def test_the_table_says_what_was_measured(capsys: pytest.CaptureFixture[str], se
         if seeds == 1
         else ["7", "87.00%", "±", "2.83", "+6.00", "1.5", "s"]
     )
+
+
+# ---- an earlier demo ------------------------------------------------------------------------
+
+
+def write(file: Path, text: str = "text") -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """What a demo leaves, in small."""
+    out = tmp_path / "demo"
+    for run in ("teacher", "students/KD-0"):
+        for name in RUN_FILES:
+            write(out / run / name)
+    for name in ("zarr.json", "label/zarr.json", "label/c/0", "commits/logits/0"):
+        write(out / "digits.zarr" / name)
+    for name in ("students/results.jsonl", "results.json", "report.html"):
+        write(out / name)
+    return out
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()}
+
+
+def test_an_earlier_demo_is_removed(earlier: Path) -> None:
+    demo._make_room(earlier, overwrite=True)
+    assert not files_in(earlier)
+
+
+@pytest.mark.parametrize(
+    "mine",
+    [
+        "notes.txt",
+        "teacher/notes.txt",
+        "students/notes.txt",
+        "students/KD-0/inner/config.yaml",
+        "digits.zarr/mine/notes.txt",
+        "data/train/0/0.png",
+    ],
+)
+def test_what_no_demo_has_made_stays(earlier: Path, mine: str) -> None:
+    write(earlier / mine)
+    before = files_in(earlier)
+    with pytest.raises(RunError, match="what no demo has made") as refused:
+        demo.run_demo(str(earlier), Console(), overwrite=True)
+    assert str(earlier / mine.split("/inner")[0].split("/notes")[0].split("/train")[0]) in str(
+        refused.value
+    )
+    assert files_in(earlier) == before
+
+
+def test_a_demo_needs_a_folder_of_its_own(earlier: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not empty"):
+        demo.run_demo(str(earlier), Console())
+    with (
+        held(earlier),
+        pytest.raises(RunError, match="another process is writing to"),
+    ):
+        demo.run_demo(str(earlier), Console(), overwrite=True)
+    with pytest.raises(RunError, match=r"results\.json"):
+        demo.run_demo(str(earlier / "results.json"), Console(), overwrite=True)
+    assert "teacher/last.pt" in files_in(earlier)

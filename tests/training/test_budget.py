@@ -12,7 +12,7 @@ from stages.cache import LogitCache
 from stages.cache.encoding.klt import Klt
 from stages.cache.targets import ViewTargets
 from stages.errors import ConfigError
-from stages.training import budget
+from stages.training import budget, memory
 from stages.training.budget import (
     RESIDENT_BYTES,
     SlabPlan,
@@ -57,15 +57,56 @@ def test_words_can_be_given_back(count: int) -> None:
     assert count <= back <= count * 1.01 + 1
 
 
-def test_available_memory_is_plausible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert 2**20 < available_bytes(CPU) < 2**50
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(budget, "_CONTAINER_LIMIT", limit)
-    unlimited = available_bytes(CPU)
-    limit.write_text("max\n")
-    assert available_bytes(CPU) > unlimited / 2
-    limit.write_text("1048576\n")
-    assert available_bytes(CPU) == 2**20
+FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+SECOND = ("memory.max", "memory.current", "inactive_file")
+MIB = 2**20
+
+
+def group(
+    folder: Path, names: tuple[str, str, str], limit: int | str, used: int, files: int
+) -> None:
+    """A control group's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {files}\nactive_file 7\n")
+
+
+@pytest.mark.parametrize(
+    ("names", "line", "root"),
+    [
+        pytest.param(SECOND, "0::{}", "", id="version-2"),
+        pytest.param(FIRST, "4:memory:{}", "memory", id="version-1"),
+        pytest.param(FIRST, "4:cpu,memory:{}", "memory", id="version-1-shared"),
+    ],
+)
+def test_memory_of_a_container_is_what_its_limit_leaves(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    names: tuple[str, str, str],
+    line: str,
+    root: str,
+) -> None:
+    mounted, own = tmp_path / "cgroup", tmp_path / "own"
+    monkeypatch.setattr(memory, "_MOUNTED", mounted)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", own)
+    assert 2**20 < (free := available_bytes(CPU)) < 2**50  # none is known
+
+    own.write_text("1:name=systemd:/\n" + line.format("/job/step") + "\n")
+    group(mounted / root / "job/step", names, 300 * MIB, 200 * MIB, 0)
+    assert available_bytes(CPU) == 100 * MIB
+    group(mounted / root / "job/step", names, 300 * MIB, 200 * MIB, 50 * MIB)
+    assert available_bytes(CPU) == 150 * MIB
+    group(mounted / root / "job", names, 900 * MIB, 800 * MIB, 20 * MIB)  # the one around it
+    assert available_bytes(CPU) == 120 * MIB
+    group(mounted / root / "job", names, 100 * MIB, 200 * MIB, 0)
+    assert available_bytes(CPU) == 0
+
+    own.write_text(line.format("/of/the/host") + "\n")  # as a container sees its own, mounted
+    group(mounted / root, names, 60 * MIB, 20 * MIB, 0)
+    assert available_bytes(CPU) == 40 * MIB
+    group(mounted / root, names, "max" if names is SECOND else 2**63 - 4096, 20 * MIB, 0)
+    assert available_bytes(CPU) > free / 2
 
 
 # ---- plans ----------------------------------------------------------------------------------
