@@ -11,6 +11,7 @@ from stages.errors import ConfigError
 from stages.objectives.losses import (
     CTKD,
     DEFINITIONS,
+    LOSSES,
     PARAMETERS,
     TeacherRows,
     TemperedRows,
@@ -165,7 +166,7 @@ def test_any_loss_is_built_and_called_alike(name: str) -> None:
             assert refused.value.remedy
             continue
         value = loss(student, teacher, labels)
-        expected = DEFINITIONS[name].loss(student, teacher, labels, **parameters)
+        expected = LOSSES[name](student, teacher, labels, **parameters)
         assert torch.equal(value, expected)
         assert value.shape == ()
 

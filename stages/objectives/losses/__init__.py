@@ -37,6 +37,7 @@ from stages.objectives.losses.wsld import wsld
 __all__ = [
     "CTKD",
     "DEFINITIONS",
+    "LOSSES",
     "LSKD",
     "PARAMETERS",
     "TeacherRows",
@@ -108,6 +109,11 @@ DEFINITIONS: dict[str, Definition] = {
     "rc": Definition(rc, 1.0, 1.0),
     "wsld": Definition(wsld, 1.0, 2.25),
 }
+
+LOSSES: dict[str, Callable[..., Any]] = {name: d.loss for name, d in DEFINITIONS.items()}
+"""The functions themselves, by their names on the command line: (student_logits, teacher_logits,
+labels, ...) -> a loss; `ctkd`, which learns, is a module's class.
+"""
 
 LSKD: dict[str, dict[str, float]] = {
     "kd": {"temperature": 2.0, "weight": 9.0},
