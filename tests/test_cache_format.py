@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import zarr
 from helpers import DIGITS, first
 from numpy.typing import NDArray
 
@@ -196,7 +197,7 @@ def test_the_reader_refuses_what_is_not_there(my_copy: Path) -> None:
         read(my_copy, 0, RECTIFIED, 4.0)
     shard = my_copy / "logits_code/c/0/1/0"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="logits_code/c/0/1/0 is cut off"):
+    with pytest.raises(ValueError, match="logits_code/c/0/1/0 is damaged"):
         read(my_copy, 0)
     records = my_copy / "commits/logits/v00001.json"
     records.write_bytes(records.read_bytes().replace(b'"right":', b'"Right":', 1))
@@ -228,7 +229,7 @@ def test_the_reader_knows_blocks_that_are_not_compacted(my_copy: Path) -> None:
 def test_the_reader_is_short_and_imports_nothing_of_ours() -> None:
     text = fenced("test", "reader")
 
-    assert len([line for line in text.splitlines() if line.strip()]) <= 60
+    assert len([line for line in text.splitlines() if line.strip()]) <= 64
     assert not re.search("stages|pipeline|torch", text)
 
 
@@ -522,10 +523,18 @@ def by_block(store: Path, part: str) -> set[str]:
 def assert_described(store: Path, objects: dict[str, Json]) -> None:
     for key, described in objects.items():
         content = (store / key).read_bytes()
+        parts = described.pop("parts", [])
         assert described == {
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
         }
+        assert bool(parts) != key.startswith("eval_")
+        at = 0
+        for length, digest in parts:
+            assert digest == hashlib.sha256(content[at : at + length]).hexdigest()[:16]
+            at += length
+        if parts:
+            assert (at, parts[-1][0]) == (len(content), 16 * (len(parts) - 1) + 4)
 
 
 def test_the_fields_within_a_rectified_blocks_record(stores: dict[str, Path]) -> None:
@@ -617,6 +626,24 @@ def test_the_digests_of_a_store(stores: dict[str, Path], name: str) -> None:
         digest_of.update(f"{array}\ttorch.float32\t{tuple(values.shape)}\n".encode())
         digest_of.update(values.numpy().astype("<f4").tobytes())
     assert about["digest"] == digest_of.hexdigest()[:32]
+
+
+@each_store
+def test_the_digests_of_arrays(stores: dict[str, Path], name: str) -> None:
+    told = attributes(stores[name])["arrays"]
+    assert told.keys() == {"dataset_index", "label", "eval_label"}
+    for array, digest in told.items():
+        values = np.asarray(LogitCache.open(stores[name]).group[array][:])  # type: ignore[index]
+        line = f"{array}\ttorch.{values.dtype}\t{values.shape}\n".encode()
+        assert digest == hashlib.sha256(line + values.tobytes()).hexdigest()[:32]
+
+
+@pytest.mark.parametrize("array", ["label", "dataset_index"])
+def test_the_reader_refuses_arrays_of_another_cache(my_copy: Path, array: str) -> None:
+    root: Any = zarr.open_group(my_copy)
+    root[array][:] = root[array][:][::-1]
+    with pytest.raises(ValueError, match=f"{array} is damaged"):
+        READER["read_view"](my_copy, 0)
 
 
 def test_what_is_hashed_of_an_encoding_is_printed() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.bench.excerpt import decoded_at, excerpt_rows
 from pipeline.bench.measure import Figure, Ratio, in_turns, steadily
-from stages.cache import LogitCache
+from stages.cache import LogitCache, arrays
 
 BATCH = 256
 _ORDER = 0
@@ -42,6 +42,26 @@ def slab_pass(cache: LogitCache, device: torch.device) -> Pass:
             targets.rows(part, temperature)
 
     return read
+
+
+def hashing_ratio(cache: LogitCache, turns: int) -> Ratio:
+    """A view as a student reads it, every byte compared with its record, against the same arrays
+    read by Zarr alone.
+    """
+    rows, view = excerpt_rows(cache), cache.complete_views[0]
+    runs, names = [slice(0, rows)], (*cache.encoding.arrays(), "prediction")
+    works: dict[str, Pass] = {
+        "hashed": lambda: cache.read_view(view, runs=runs),
+        "plain": lambda: [arrays.read_rows(cache.group, name, view, runs) for name in names],
+    }
+    on_cpu = torch.device("cpu")
+    times = in_turns({name: steadily(work, on_cpu) for name, work in works.items()}, turns)
+    return Ratio(
+        name=f"a view read and hashed, {cache.encoding.name} / read by Zarr alone",
+        ours=times["hashed"],
+        yardstick=times["plain"],
+        note=f"{rows:,} x {cache.num_classes}, nothing decoded to logits",
+    )
 
 
 def raw_pass(path: Path, rows: int, device: torch.device) -> Pass:
@@ -104,6 +124,7 @@ def reading_figures(
             Ratio(name=f"{a} / {b}", ours=times[a], yardstick=times[b], note=notes.get(b, note))
             for a, b in pairs
         ),
+        *(hashing_ratio(cache, turns) for cache in caches),
         *(rows_per_second(name, rows, taken) for name, taken in times.items()),
     ]
 

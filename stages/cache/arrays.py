@@ -14,10 +14,12 @@ from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
+from stages.cache.checked import described
 from stages.cache.commits import CommitLog
+from stages.cache.identity import weights_digest
 from stages.cache.layout import ArraySpec, BlockGrid, block_key, whole_key
 from stages.cache.location import Location, answered, ask, open_store
-from stages.cache.objects import described, write_object
+from stages.cache.objects import write_object
 from stages.cache.records import Record
 from stages.errors import CacheError, UnansweredError
 
@@ -90,6 +92,11 @@ def create_array(
     )
 
 
+def array_digest(name: str, spec: ArraySpec, values: Tensor) -> str:
+    """sha256 (hex, 32 digits) of the values of an array, in its stored dtype."""
+    return weights_digest({name: values.to(getattr(torch, spec.dtype))})
+
+
 def read_array(group: zarr.Group, name: str, *where: int | slice) -> Tensor:
     """Values of an array, as a tensor of the nearest dtype torch has arithmetic for.
 
@@ -142,7 +149,7 @@ def _values(array: zarr.Array[Any], *where: int | slice) -> Tensor:
     try:
         with answered(array.store_path):
             values = np.asarray(array[where if where else slice(None)])
-    except UnansweredError:
+    except CacheError:  # not answered, or found to be damaged already
         raise
     except Exception as error:  # codecs raise what they like on damaged bytes
         raise CacheError(
@@ -183,7 +190,7 @@ def write_block(
         shard = encode_shard(specs[name], grid, block, values)
         key = block_key(f"{group.path}/{name}".lstrip("/"), specs[name], view, block)
         write_object(group.store, key, shard)
-        objects[key] = described(shard)
+        objects[key] = described(shard, grid.chunks_per_block)
     commits.commit(view, block, {**record, "rows": [rows.start, rows.stop], "objects": objects})
 
 

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from zarr.abc.store import Store
 
@@ -252,6 +253,19 @@ class CommitLog:
         """
         blocks = range(self.num_blocks) if block is None else [block]
         self._check_sizes(object_sizes(view, blocks, self.of_view(view)))
+
+    def objects_of(self, view: int) -> dict[str, Any]:
+        """What the records of a view know of its objects, by key."""
+        objects: dict[str, Any] = {}
+        for block, record in self.of_view(view).items():
+            known = record.get("objects")
+            if not isinstance(known, dict):
+                raise CacheError(
+                    f"the commit record of block {block} of view {view} is not readable",
+                    "Run `pipeline verify CACHE --repair`: it computes that block again.",
+                )
+            objects |= known
+        return objects
 
     def check_all_objects(self, views: Iterable[int] | None = None) -> None:
         """As `check_objects`, of every committed block of these views, None for all; also raised

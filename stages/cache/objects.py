@@ -1,9 +1,7 @@
 """The objects of a store, whatever holds it: bytes under keys, read, written, listed, measured."""
 
 import asyncio
-import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
@@ -75,8 +73,3 @@ def folders(store: Store, folder: str) -> list[str]:
         return [name async for name in store.list_dir(folder)]
 
     return sorted(n for n in ask(store, collect()) if not n.endswith(("zarr.json", ".partial")))
-
-
-def described(content: bytes) -> dict[str, Any]:
-    """Size and sha256 of an object, as a record keeps them."""
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -10,6 +10,7 @@ import zarr
 from torch import Tensor
 
 from stages.cache import arrays, layout
+from stages.cache.checked import checked
 from stages.cache.commits import CommitLog
 from stages.cache.documents import array_fault, check_seal, sealed
 from stages.cache.layout import ArraySpec, BlockGrid
@@ -120,9 +121,10 @@ class Rectification:
 
     def read_values(self, view: int, runs: Sequence[slice]) -> RectifiedValues:
         """The replaced logits of some runs of rows of a complete view."""
+        group = checked(self.group, self.commits.objects_of(view))
         return RectifiedValues(
-            arrays.read_rows(self.group, "label_logit", view, runs),
-            arrays.read_rows(self.group, "predicted_logit", view, runs),
+            arrays.read_rows(group, "label_logit", view, runs),
+            arrays.read_rows(group, "predicted_logit", view, runs),
         )
 
     def check_temperature(self, temperature: float) -> None:

@@ -32,6 +32,7 @@ class RootAttributes(msgspec.Struct, frozen=True):
     identity: dict[str, Any]
     identity_digest: str
     encoding: EncodingAttributes
+    arrays: dict[str, str]
     provenance: dict[str, Any]
     pixel_probes: list[int]
     fidelity: Fidelity | None = None

@@ -21,6 +21,7 @@ import zarr
 from torch import Tensor
 
 from stages.cache import arrays, layout, root
+from stages.cache.checked import checked, described
 from stages.cache.commits import CommitLog
 from stages.cache.create import all_arrays, create_store
 from stages.cache.documents import array_fault
@@ -35,7 +36,7 @@ from stages.cache.encoding import (
 from stages.cache.identity import Identity, SkippedSample, identity_from_json
 from stages.cache.layout import BlockGrid
 from stages.cache.location import Location, location
-from stages.cache.objects import described, folders, read_object, write_object
+from stages.cache.objects import folders, read_object, write_object
 from stages.cache.records import Record
 from stages.cache.rectified import Rectification, RectificationSettings
 from stages.cache.targets import ViewTargets
@@ -93,6 +94,7 @@ class LogitCache:
         self.encoding: Encoding = restored(
             attributes.encoding, self.num_classes, lambda name: arrays.read_array(group, name)
         )
+        self._array_digests = attributes.arrays
         if faults := self.document_faults():
             raise CacheError(f"{path}: {faults[0]}", "Run `pipeline verify CACHE --repair`.")
         self.commits = CommitLog(group.store, "logits", self.grid.num_blocks)
@@ -101,10 +103,16 @@ class LogitCache:
     # ---- making and opening -------------------------------------------------------------
 
     @staticmethod
-    def open(path: str | Path, writable: bool = False) -> "LogitCache":
-        """The cache at `path`. Raises CacheError if there is none, or a newer version."""
+    def open(path: str | Path, writable: bool = False, check: bool = True) -> "LogitCache":
+        """The cache at `path`. Raises CacheError if there is none, or a newer version, or if what
+        is read here is not what was written: attributes, documents, and the arrays that all views
+        share. check: False leaves these arrays until they are used.
+        """
         where = location(path)
-        return LogitCache(where, arrays.open_group(where, writable))
+        cache = LogitCache(where, arrays.open_group(where, writable))
+        if check:
+            _ = cache.dataset_index, cache.row_labels, cache.eval_labels
+        return cache
 
     @staticmethod
     def create(
@@ -251,12 +259,28 @@ class LogitCache:
     @cached_property
     def dataset_index(self) -> Tensor:
         """int64 (N,): the sample of each row."""
-        return arrays.read_array(self._group, "dataset_index")
+        return self._whole("dataset_index")
 
     @cached_property
     def row_labels(self) -> Tensor:
         """int64 (N,): the label of each row."""
-        return arrays.read_array(self._group, "label")
+        return self._whole("label")
+
+    @cached_property
+    def eval_labels(self) -> Tensor:
+        """int64 (M,): the labels of the test split."""
+        return self._whole("eval_label")
+
+    def _whole(self, name: str) -> Tensor:
+        """An array that is written once. Raises CacheError unless it is what was written."""
+        values = arrays.read_array(self._group, name)
+        spec = layout.base_arrays(self.num_classes)[name]
+        if arrays.array_digest(name, spec, values) != self._array_digests.get(name):
+            raise CacheError(
+                f"{self.path}: array '{name}' is damaged: its values are not those written",
+                "Run `pipeline verify CACHE --repair`.",
+            )
+        return values
 
     @cached_property
     def row_of(self) -> Tensor:
@@ -319,7 +343,7 @@ class LogitCache:
         return ViewTargets(
             encoding=self.encoding,
             arrays=self._encoded(view, *runs),
-            predictions=arrays.read_rows(self._group, "prediction", view, runs),
+            predictions=arrays.read_rows(self._checked(view), "prediction", view, runs),
             labels=labels,
             row_of=row_of,
             rectified=values,
@@ -378,34 +402,36 @@ class LogitCache:
         """The teacher's logits on the test split, float32 (M, C), each row minus its maximum; the
         labels, int64 (M,). Accuracy is that of `eval_predictions`.
         """
-        self._require_eval()
-        logits = arrays.read_array(self._group, "eval_logits").float()
-        return logits, arrays.read_array(self._group, "eval_label")
+        return self._eval("eval_logits").float(), self.eval_labels
 
     def eval_predictions(self) -> Tensor:
         """int64 (M,): the teacher's argmax on the test split, of the exact rows."""
-        self._require_eval()
-        return arrays.read_array(self._group, "eval_prediction").long()
+        return self._eval("eval_prediction").long()
 
     def eval_top1(self) -> float:
         """The teacher's accuracy on the test split, in [0, 1]."""
-        labels = arrays.read_array(self._group, "eval_label")
-        return float((self.eval_predictions() == labels)[self.eval_shown].double().mean())
+        right = self.eval_predictions() == self.eval_labels
+        return float(right[self.eval_shown].double().mean())
 
-    def _require_eval(self) -> None:
+    def _eval(self, name: str) -> Tensor:
         if not self.eval_commits.is_complete(0):
             raise CacheError(
                 f"{self.path} has no logits of the test split yet",
                 "Run `pipeline cache-teacher` again to finish it.",
             )
         self.eval_commits.check_objects(0)
+        return arrays.read_array(checked(self._group, self.eval_commits.objects_of(0)), name)
+
+    def _checked(self, view: int) -> zarr.Group:
+        """The arrays of a view, whose bytes are compared with its records as they are read."""
+        return checked(self._group, self.commits.objects_of(view))
 
     def _predictions(self, view: int, *runs: slice) -> Tensor:
-        return arrays.read_rows(self._group, "prediction", view, runs).long()
+        return arrays.read_rows(self._checked(view), "prediction", view, runs).long()
 
     def _encoded(self, view: int, *runs: slice) -> dict[str, Tensor]:
-        names = self.encoding.arrays()
-        return {name: arrays.read_rows(self._group, name, view, runs) for name in names}
+        group, names = self._checked(view), self.encoding.arrays()
+        return {name: arrays.read_rows(group, name, view, runs) for name in names}
 
     def _require_view(self, commits: CommitLog, view: int) -> None:
         if not 0 <= view < self.num_views:

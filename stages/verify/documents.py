@@ -6,7 +6,7 @@ import torch
 from zarr.abc.store import Store
 
 from stages.cache import LogitCache, root
-from stages.cache.arrays import get_array, open_group, read_array
+from stages.cache.arrays import get_array, open_group
 from stages.cache.create import all_arrays
 from stages.cache.documents import is_canonical
 from stages.cache.location import Location
@@ -81,7 +81,7 @@ def whole_array_faults(cache: LogitCache) -> Iterator[Fault]:
             yield Fault("dataset_index", "is not a permutation of the samples")
         elif labels_digest(cache.labels) != identity.labels:
             yield Fault("label", "the labels are not those of the identity")
-        read_array(cache.group, "eval_label")
+        _ = cache.eval_labels
     except UnansweredError:
         raise
     except CacheError as error:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from zarr.storage import LocalStore
 
 from stages.cache import commits
+from stages.cache.checked import described
 from stages.cache.commits import CommitLog
-from stages.cache.objects import described, list_objects, read_object, write_object
+from stages.cache.objects import list_objects, read_object, write_object
 from stages.cache.records import Record, seal_records, unsealed
 from stages.errors import CacheError
 
