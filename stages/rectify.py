@@ -43,8 +43,8 @@ __all__ = [
     "rectify_rows",
 ]
 
-_NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9][\w.+-]*")
-"""What can name a group of the store."""
+_NAME = re.compile(r"(?!zarr\.json)[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}(?<!\.partial)", re.IGNORECASE)
+"""What can name a group of the store: on any disk, and apart from what the store itself uses."""
 
 
 class RectifyConfig(Settings, frozen=True):
@@ -68,8 +68,9 @@ class RectifyConfig(Settings, frozen=True):
             positive("views", self.views)
         if self.name is not None and not _NAME.fullmatch(self.name):
             raise ConfigError(
-                f"'{self.name}' cannot name a rectification",
-                "Use letters, digits, '.', '_', '+' and '-'.",
+                f"{self.name[:100]!r} cannot name a rectification",
+                "Use up to 100 letters, digits, '.', '_', '+' and '-', a letter or a digit first, "
+                "but not 'zarr.json', and not '.partial' at the end.",
             )
         if self.space == "logit" and self.method == "blend":
             raise ConfigError(

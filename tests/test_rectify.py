@@ -749,7 +749,12 @@ def test_more_views_than_the_cache_has(cache_copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a/b", "..", ".", "../logits", "/x", "", ".hidden", "-x", "a b", "a\n", "wrong\\x"]
+    "name",
+    [
+        *("a/b", "..", ".", "../logits", "/x", "", ".hidden", "-x", "a b", "a\n", "wrong\\x"),
+        *("zarr.json", "Zarr.JSON", "x.partial", "x.PARTIAL", "x" * 101, "x" * 300),
+        *("caf\u00e9", "x\u202egnp", "x\x1b[2J", "x\0"),
+    ],
 )
 def test_a_name_is_the_name_of_a_folder(cache_copy: Path, name: str) -> None:
     before = {p: p.stat().st_mtime_ns for p in cache_copy.rglob("*")}

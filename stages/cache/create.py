@@ -57,7 +57,7 @@ def create_store(
             "identity": identity.to_json(),
             "identity_digest": identity.digest(),
             "encoding": encoding_attributes(coding),
-            "arrays": {
+            "shared_arrays": {
                 name: arrays.array_digest(name, spec, whole[name])
                 for name, spec in layout.base_arrays(classes).items()
                 if name in whole

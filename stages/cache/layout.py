@@ -12,6 +12,16 @@ VERSION = 1
 
 MAX_VIEWS = 1_000_000
 """What says that there are more is damaged."""
+ARRAYS = (
+    *("dataset_index", "label", "prediction", "eval_label", "eval_logits", "eval_prediction"),
+    *("logits", "logits_code", "logits_scale", "logits_offset"),
+    *("klt_basis", "klt_mean", "klt_step", "topk_index", "topk_value", "topk_tail"),
+)
+"""Every array that the root of some cache has."""
+FOLDERS = (*ARRAYS, "commits", "rectified")
+"""What lies right under a root, beside its document. Anything else is not ours."""
+RECTIFIED_ARRAYS = ("wrong", "label_logit", "predicted_logit", "log_distribution")
+
 MAX_BLOCK_ROWS = 65_536
 MAX_BLOCK_BYTES = 512 * 2**20
 """Of decoded float32 rows: what one block costs in memory at the most."""

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from stages.cache.layout import FOLDERS
 from stages.cache.location import Location, told, unreachable
 from stages.errors import CacheError
 
@@ -125,11 +126,19 @@ os.register_at_fork(after_in_child=_release_in_child)
 def half_written(where: Location) -> list[Path]:
     """What a killed writer left of objects: never part of a cache, they get their name whole.
 
-    Object stores have none: a PUT is whole or nothing.
+    Object stores have none: a PUT is whole or nothing. Folders that are not ours are not looked at.
     """
     if isinstance(where, str):
         return []
-    return [p for p in where.rglob("*.partial") if _TEMPORARY.search(p.name)]
+    found = [p for p in where.iterdir() if is_half_written(p.name)]
+    for name in FOLDERS:
+        found += [p for p in (where / name).rglob("*.partial") if is_half_written(p.name)]
+    return found
+
+
+def is_half_written(name: str) -> bool:
+    """Whether a file has the name that Zarr's local store gives one until it is whole."""
+    return _TEMPORARY.search(name) is not None
 
 
 def remove_half_written(where: Location) -> None:

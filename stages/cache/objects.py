@@ -7,6 +7,7 @@ from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
 
 from stages.cache.location import ask
+from stages.cache.lock import is_half_written
 
 
 def read_object(store: Store, key: str) -> bytes | None:
@@ -55,21 +56,37 @@ def list_objects(store: Store, prefix: str) -> list[str]:
     return ask(store, collect())
 
 
-def first_object(store: Store) -> str | None:
-    """The key of some object, None if there is none at all."""
+def first_entry(store: Store) -> str | None:
+    """The name of something right under the root that somebody put there, None if there is none.
+
+    Nothing further down is looked at: the root may be a whole disk.
+    """
 
     async def first() -> str | None:
-        async for key in store.list_prefix(""):
-            return key
+        async for name in store.list_dir(""):
+            if not (name in _DROPPED or name.startswith("._") or is_half_written(name)):
+                return name
         return None
 
     return ask(store, first())
 
 
+_DROPPED = (".DS_Store", "Thumbs.db", "desktop.ini", "lost+found")
+"""What systems leave in folders by themselves."""
+
+
 def folders(store: Store, folder: str) -> list[str]:
-    """The names right under a folder, but for documents and what a killed writer left."""
+    """The names right under a folder, but for its document, hidden files and what a killed writer
+    left.
+    """
+    return [name for name in entries(store, folder) if name != "zarr.json"]
+
+
+def entries(store: Store, folder: str) -> list[str]:
+    """As `folders`, with the document where there is one. Of what is a file: nothing."""
 
     async def collect() -> list[str]:
         return [name async for name in store.list_dir(folder)]
 
-    return sorted(n for n in ask(store, collect()) if not n.endswith(("zarr.json", ".partial")))
+    found = ask(store, collect())
+    return sorted(name for name in found if not (name.startswith(".") or is_half_written(name)))

@@ -14,8 +14,8 @@ from stages.cache.documents import check_seal, sealed
 from stages.cache.encoding import EncodingAttributes, Fidelity
 from stages.cache.identity import SkippedSample
 from stages.cache.location import Location, ask, open_store
-from stages.cache.lock import half_written, remove_half_written
-from stages.cache.objects import first_object, list_objects, read_object, write_object
+from stages.cache.lock import remove_half_written
+from stages.cache.objects import first_entry, read_object, write_object
 from stages.cache.records import seal_records, unsealed
 from stages.cache.stores import readable
 from stages.errors import CacheError
@@ -32,7 +32,7 @@ class RootAttributes(msgspec.Struct, frozen=True):
     identity: dict[str, Any]
     identity_digest: str
     encoding: EncodingAttributes
-    arrays: dict[str, str]
+    shared_arrays: dict[str, str]
     provenance: dict[str, Any]
     pixel_probes: list[int]
     fidelity: Fidelity | None = None
@@ -43,29 +43,31 @@ def exists(where: Location) -> bool:
     """Whether a finished root lies there: not in an empty folder, nor in what an interrupted
     creation left. Raises CacheError if something else lies there.
     """
-    if isinstance(where, str):
-        store = open_store(where, read_only=True)
-        if read_object(store, "zarr.json") is None:
-            if there := first_object(store):
+    if isinstance(where, Path):
+        with readable(where):
+            if not where.exists():
+                return False
+            if not where.is_dir():
                 raise CacheError(
-                    f"{where} holds something that is not a cache: {there}",
-                    "Choose a prefix with nothing under it.",
+                    f"{where} is not a teacher-logit cache: it is a file",
+                    "Choose a folder that is empty, or not there.",
                 )
-            return False
-    with readable(Path(where)):
-        if isinstance(where, Path) and (
-            not where.exists()
-            or (where.is_dir() and set(where.iterdir()) <= set(half_written(where)))
-        ):
-            return False
+    store = open_store(where, read_only=True)
+    if read_object(store, "zarr.json") is None:
+        if there := first_entry(store):
+            raise CacheError(
+                f"{where} is not a teacher-logit cache: it holds {there}",
+                "Choose a place with nothing in it.",
+            )
+        return False
     return open_group(where).attrs.asdict() != UNFINISHED
 
 
 def unfinished_group(where: Location) -> zarr.Group:
     """An empty root group, marked as unfinished; replaces one that is so marked.
 
-    The mark goes down first and stays until the attributes replace it, so that nothing but our own
-    leftovers is ever removed.
+    The mark goes down first and stays until the attributes replace it, and only what has a name of
+    ours is removed.
     """
     if exists(where):
         raise CacheError(f"there is a cache at {where} already", "Choose another path.")
@@ -76,10 +78,8 @@ def unfinished_group(where: Location) -> zarr.Group:
     if read_object(store, "zarr.json") is None:
         # A copy: zarr keeps the dict and changes it with the attributes.
         return zarr.create_group(store, zarr_format=3, attributes=dict(UNFINISHED))
-    for key in {key.partition("/")[0] for key in list_objects(store, "")}:
-        if key != "zarr.json":
-            ask(store, store.delete_dir(key))
-            ask(store, store.delete(key))
+    for name in layout.FOLDERS:
+        ask(store, store.delete_dir(name))
     return open_group(where, writable=True)
 
 

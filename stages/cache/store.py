@@ -36,7 +36,7 @@ from stages.cache.encoding import (
 from stages.cache.identity import Identity, SkippedSample, identity_from_json
 from stages.cache.layout import BlockGrid
 from stages.cache.location import Location, location
-from stages.cache.objects import folders, read_object, write_object
+from stages.cache.objects import entries, folders, write_object
 from stages.cache.records import Record
 from stages.cache.rectified import Rectification, RectificationSettings
 from stages.cache.targets import ViewTargets
@@ -94,7 +94,7 @@ class LogitCache:
         self.encoding: Encoding = restored(
             attributes.encoding, self.num_classes, lambda name: arrays.read_array(group, name)
         )
-        self._array_digests = attributes.arrays
+        self._array_digests = attributes.shared_arrays
         if faults := self.document_faults():
             raise CacheError(f"{path}: {faults[0]}", "Run `pipeline verify CACHE --repair`.")
         self.commits = CommitLog(group.store, "logits", self.grid.num_blocks)
@@ -546,9 +546,9 @@ class LogitCache:
         """The names of this cache's rectifications."""
         store, names = self._group.store, []
         for name in folders(store, "rectified"):
-            if read_object(store, f"rectified/{name}/zarr.json") is None:
+            if "zarr.json" not in entries(store, f"rectified/{name}"):
                 if not folders(store, f"commits/rectified/{name}"):
-                    continue  # a creation that stopped at its first step
+                    continue  # a creation that stopped at its first step, or not ours
                 raise CacheError(
                     f"{self.path}: the metadata of rectification '{name}' are missing",
                     "Run `pipeline verify CACHE --repair`.",
@@ -575,6 +575,7 @@ class LogitCache:
         Raises CacheError if it has others.
         """
         if name not in self.rectifications:
+            self._check_free(name)
             group = self._group.create_group(f"rectified/{name}", overwrite=True)
             CommitLog(self._group.store, f"rectified/{name}", self.grid.num_blocks).clear()
             Rectification.create(group, self.grid, self.sizes, settings, self.identity.digest())
@@ -587,3 +588,13 @@ class LogitCache:
                 "Choose another --name.",
             )
         return rectification
+
+    def _check_free(self, name: str) -> None:
+        """Raise CacheError if somebody else has put something where a rectification would lie."""
+        ours = set(layout.RECTIFIED_ARRAYS)
+        if theirs := [n for n in folders(self._group.store, f"rectified/{name}") if n not in ours]:
+            raise CacheError(
+                f"{self.path}: rectified/{name} holds something that is no rectification: "
+                f"{theirs[0]}",
+                "Choose another --name.",
+            )

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import torch
 from zarr.abc.store import Store
 
-from stages.cache import LogitCache, root
+from stages.cache import LogitCache, layout, root
 from stages.cache.arrays import get_array, open_group
 from stages.cache.create import all_arrays
-from stages.cache.documents import is_canonical
+from stages.cache.documents import is_empty_group, is_intact
 from stages.cache.location import Location
-from stages.cache.objects import folders, read_object
+from stages.cache.objects import entries, folders, read_object
 from stages.cache.records import unsealed
 from stages.cache.rectified import Rectification
 from stages.errors import CacheError, UnansweredError
@@ -38,32 +38,36 @@ def root_faults(where: Location) -> Iterator[Fault]:
 
 
 def document_faults(where: Location) -> list[Fault]:
-    """Documents that Zarr would not have written so."""
+    """Documents that say more than Zarr reads in them; what is not ours is passed over."""
     store = open_group(where).store
     faults = [
         Fault(key, "the document is damaged")
         for key in _document_keys(store)
-        if not is_canonical(read_object(store, key) or b"")
+        if not is_intact(read_object(store, key) or b"")
     ]
     faults += [
         Fault(f"{folder}/zarr.json", "the document is not what was written")
         for folder in ("commits", "rectified")
-        if read_object(store, f"{folder}/zarr.json") != _EMPTY_GROUP
+        if not is_empty_group(read_object(store, f"{folder}/zarr.json") or b"")
     ]
     return faults
 
 
 def _document_keys(store: Store) -> Iterator[str]:
     yield "zarr.json"
-    rectified = [f"rectified/{name}" for name in folders(store, "rectified")]
-    for folder in [*folders(store, ""), *rectified]:
+    rectified = [f"rectified/{name}" for name in _rectified_folders(store)]
+    for folder in [*(n for n in folders(store, "") if n in layout.FOLDERS), *rectified]:
         yield f"{folder}/zarr.json"
     for folder in rectified:
-        for name in folders(store, folder):
+        for name in set(folders(store, folder)) & set(layout.RECTIFIED_ARRAYS):
             yield f"{folder}/{name}/zarr.json"
 
 
-_EMPTY_GROUP = b'{\n  "attributes": {},\n  "zarr_format": 3,\n  "node_type": "group"\n}'
+def _rectified_folders(store: Store) -> list[str]:
+    """The names under rectified/ that hold anything of a rectification."""
+    ours = {"zarr.json", *layout.RECTIFIED_ARRAYS}
+    names = folders(store, "rectified")
+    return [name for name in names if ours.intersection(entries(store, f"rectified/{name}"))]
 
 
 def whole_array_faults(cache: LogitCache) -> Iterator[Fault]:
@@ -122,4 +126,4 @@ def rectification_names(cache: LogitCache, faults: list[Fault]) -> list[str]:
         faults.append(Fault("rectified", error.cause))
         known = set()
     store = cache.group.store
-    return sorted(known | {*folders(store, "rectified"), *folders(store, "commits/rectified")})
+    return sorted(known | {*_rectified_folders(store), *folders(store, "commits/rectified")})

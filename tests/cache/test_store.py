@@ -1,5 +1,6 @@
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from stages.cache.identity import DatasetIdentity, Identity, TeacherIdentity, Vi
 from stages.cache.records import unsealed
 from stages.cache.rectified import RectificationSettings
 from stages.errors import CacheError
+from stages.verify.documents import document_faults
 
 ROWS, CLASSES, TEST_ROWS = 10, 3, 4
 BLOCKS = 3  # of 4, 4 and 2 rows
@@ -304,9 +306,8 @@ def test_the_only_chunk_of_an_array_that_is_gone_is_noticed(
     if harm == "gone":
         (path / name / "c/0").unlink()
 
-    cache = LogitCache.open(path)
     with pytest.raises(CacheError, match=f"{name}: its values are missing"):
-        _ = cache.eval_logits() if name == "eval_label" else cache.labels
+        LogitCache.open(path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"zarr_format": 3}'])
@@ -574,6 +575,83 @@ def test_what_is_somebody_elses_is_never_taken_for_free_and_never_emptied(
     assert {p: p.read_bytes() for p in theirs.rglob("*") if p.is_file()} == before
 
 
+THEIRS = {
+    ".DS_Store": b"\0\0\0\1Bud1",
+    "mine/notes.txt": b"dear diary",
+    "mine/label/c/0": b"a label of mine",
+    "readme.md": b"# hello",
+}
+
+
+def put(path: Path, files: dict[str, bytes] = THEIRS) -> None:
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+
+
+def there(path: Path) -> dict[str, bytes]:
+    return {name: (path / name).read_bytes() for name in THEIRS}
+
+
+def test_what_lies_beside_an_interrupted_creation_stays(path: Path) -> None:
+    by_hand(only(UNFINISHED))(path)
+    put(path)
+
+    assert not LogitCache.exists(path)
+    create(path)
+
+    assert there(path) == THEIRS
+    assert LogitCache.open(path).complete_views == []  # nothing of ours was left over
+
+
+def test_what_lies_beside_a_cache_is_no_part_of_it(path: Path) -> None:
+    put(path)
+    put(path, {"rectified/notes.txt": b"mine", "rectified/.DS_Store": b"", "rectified/x/y": b"z"})
+    put(path, {"commits/.DS_Store": b"", "commits/logits/.DS_Store": b"", "label/.DS_Store": b""})
+
+    cache = LogitCache.open(path, writable=True)
+
+    assert (cache.complete_views, cache.rectifications) == ([0, 1], [])
+    assert document_faults(path) == []
+    with pytest.raises(CacheError, match="rectified/x holds something that is no rectification: y"):
+        cache.create_rectification("x", SETTINGS)
+    assert (path / "rectified/x/y").read_bytes() == b"z"
+    cache.create_rectification("r", SETTINGS)
+    assert LogitCache.open(path).rectifications == ["r"]
+    assert there(path) == THEIRS
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "._a"])
+def test_what_a_system_drops_into_an_empty_folder_is_in_nobodys_way(
+    tmp_path: Path, name: str
+) -> None:
+    put(tmp_path / "c.zarr", {name: b"x"})
+    assert not LogitCache.exists(tmp_path / "c.zarr")
+    create(tmp_path / "c.zarr")
+    assert (tmp_path / "c.zarr" / name).exists()
+
+
+def test_a_large_folder_is_refused_without_a_walk_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, {"home/me/deep/down/file": b"x"})
+    looked_at = []
+
+    def scandir(folder: str) -> object:
+        looked_at.append(Path(folder))
+        return scan(folder)
+
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "walk", lambda *_, **__: pytest.fail("walks"))
+    monkeypatch.setattr(Path, "rglob", lambda *_: pytest.fail("walks"))
+    with pytest.raises(CacheError, match="not a teacher-logit cache: it holds home"):
+        create(tmp_path)
+    with pytest.raises(CacheError, match="not a teacher-logit cache: it holds "):
+        LogitCache.exists("/")
+    assert set(looked_at) <= {tmp_path, Path("/")}
+
+
 def test_a_cache_is_never_replaced(path: Path) -> None:
     before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
@@ -717,6 +795,43 @@ def test_a_kill_while_growing_is_mended_by_growing_again(
 
     assert array_bytes(path) == array_bytes(tmp_path / "whole.zarr")
     assert LogitCache.open(path).num_views == 4
+
+
+SPELLINGS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "compact": lambda d: json.dumps(d, separators=(",", ":")),
+    "sorted": lambda d: json.dumps(d, sort_keys=True, indent=4),
+    "without-defaults": lambda d: json.dumps(
+        {k: v for k, v in d.items() if k != "storage_transformers"}, indent=1
+    ),
+}
+
+
+@pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS)
+def test_documents_of_another_version_of_zarr_are_no_damage(
+    path: Path, spell: Callable[[dict[str, Any]], str]
+) -> None:
+    LogitCache.open(path, writable=True).create_rectification("r", SETTINGS)
+    for file in path.rglob("zarr.json"):
+        document = json.loads(file.read_text())
+        file.write_text(spell(document))
+        if document["node_type"] == "group" and not document["attributes"]:
+            file.write_text(spell({**document, "consolidated_metadata": None}))
+
+    assert document_faults(path) == []
+    assert LogitCache.open(path).complete_views == [0, 1]
+
+
+@pytest.mark.parametrize("key", ["", "label", "logits", "commits", "rectified"])
+def test_a_document_that_says_something_else_is_a_fault(path: Path, key: str) -> None:
+    file = path / key / "zarr.json"
+    document = json.loads(file.read_text())
+    for name, value in {"zarr_format": 3.0001, "more": 1, "node_type": "grope"}.items():
+        file.write_text(json.dumps({**document, name: value}))
+        try:
+            found = [fault.where for fault in document_faults(path)]
+        except CacheError:
+            found = [f"{key}/zarr.json".lstrip("/")]  # the root cannot be opened at all
+        assert f"{key}/zarr.json".lstrip("/") in found, (name, value)
 
 
 def test_only_codecs_of_the_specification_and_no_pickle(path: Path) -> None:
