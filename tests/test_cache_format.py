@@ -49,8 +49,6 @@ SPECS = {
 MATERIALISED = "klt"
 RECTIFIED = "pairwise-T4"
 
-OPTIONAL = ("teacher.outputs", "teacher.class_order")
-
 Json = dict[str, Any]
 Row = dict[str, str]
 
@@ -447,8 +445,7 @@ def test_the_fields_of_the_attributes(stores: dict[str, Path], name: str) -> Non
     found = attributes(stores[name])
 
     assert_fields(found, fields("root"))
-    always = {f: t for f, t in fields("identity").items() if f not in OPTIONAL}
-    assert_fields(flattened(found["identity"]), always)
+    assert_fields(flattened(found["identity"]), fields("identity"))
     assert_fields(found["encoding"], fields("encoding"))
     assert_fields(found["provenance"], fields("provenance"))
     assert_fields(found["fidelity"], fields("fidelity"))

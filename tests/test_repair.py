@@ -14,7 +14,16 @@ from typing import Any
 import msgspec
 import pytest
 import zarr
-from damage import edit_attributes, edit_record, everything, flip, flipped, same, tree
+from damage import (
+    edit_attributes,
+    edit_record,
+    everything,
+    flip,
+    flipped,
+    same,
+    same_content,
+    tree,
+)
 from helpers import Words
 from safetensors.torch import load_file, save_file
 
@@ -59,8 +68,10 @@ def records(store: Path) -> list[dict[tuple[int, int], dict[str, Any]]]:
 
 
 def differing(store: Path, truth: dict[str, bytes]) -> list[str]:
+    """The files with another content; of documents, that say something else."""
     found = tree(store)
-    return sorted(key for key in {*found, *truth} if found.get(key) != truth.get(key))
+    keys = {*found, *truth}
+    return sorted(k for k in keys if not same_content(k, found.get(k), truth.get(k)))
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from damage import (
     flipped,
     harmed,
     refused_or_true,
+    same_content,
     tree,
 )
 from helpers import Words, first
@@ -143,7 +144,8 @@ def test_any_flipped_byte_is_found_and_never_read(small_copy: Path, flips: int, 
         key = draw.choice(kinds[number % len(kinds)])
         at, mask = draw.randrange(len(contents[key])), draw.randrange(1, 256)
         with harmed(small_copy / key, flipped(contents[key], at, mask)):
-            if not found_by_verify(small_copy):
+            changed = (small_copy / key).read_bytes()
+            if not found_by_verify(small_copy) and not same_content(key, changed, contents[key]):
                 missed.append((key, at, mask))
             if not refused_or_true(small_copy, truth):
                 read.append((key, at, mask))

@@ -254,14 +254,15 @@ class CommitLog:
         blocks = range(self.num_blocks) if block is None else [block]
         self._check_sizes(object_sizes(view, blocks, self.of_view(view)))
 
-    def objects_of(self, view: int) -> dict[str, Any]:
-        """What the records of a view know of its objects, by key."""
+    def objects_of(self, view: int, block: int | None = None) -> dict[str, Any]:
+        """What the records of a view (or of one block of it) know of its objects, by key."""
         objects: dict[str, Any] = {}
-        for block, record in self.of_view(view).items():
-            known = record.get("objects")
+        records = self.of_view(view)
+        for number in records if block is None else [block]:
+            known = records[number].get("objects")
             if not isinstance(known, dict):
                 raise CacheError(
-                    f"the commit record of block {block} of view {view} is not readable",
+                    f"the commit record of block {number} of view {view} is not readable",
                     "Run `pipeline verify CACHE --repair`: it computes that block again.",
                 )
             objects |= known

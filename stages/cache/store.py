@@ -316,7 +316,8 @@ class LogitCache:
         of rows, None for all.
         """
         self._require_view(self.commits, view)
-        return self._predictions(view, rows or slice(0, self.num_samples))
+        runs = [rows or slice(0, self.num_samples)]
+        return self._read(view, ["prediction"], runs)["prediction"].long()
 
     # ---- reading ------------------------------------------------------------------------
 
@@ -340,10 +341,11 @@ class LogitCache:
             rectification = self.rectification(rectified)
             self._require_view(rectification.commits, view)
             values = rectification.read_values(view, runs)
+        read = self._read(view, (*self.encoding.arrays(), "prediction"), runs)
         return ViewTargets(
             encoding=self.encoding,
-            arrays=self._encoded(view, *runs),
-            predictions=arrays.read_rows(self._checked(view), "prediction", view, runs),
+            predictions=read.pop("prediction"),
+            arrays=read,
             labels=labels,
             row_of=row_of,
             rectified=values,
@@ -378,13 +380,10 @@ class LogitCache:
                 "Run `pipeline cache-teacher` again to finish it.",
             )
         self.commits.check_objects(view, block)
-        rows = self.grid.rows(block)
-        return EncodedBlock(
-            self.encoding,
-            self._encoded(view, rows),
-            self.row_labels[rows],
-            self._predictions(view, rows),
-        )
+        rows, names = self.grid.rows(block), (*self.encoding.arrays(), "prediction")
+        read = self._read(view, names, [rows], block)
+        predictions = read.pop("prediction").long()
+        return EncodedBlock(self.encoding, read, self.row_labels[rows], predictions)
 
     def distribution(
         self, view: int, rectified: str | None = None, temperature: float = 1.0
@@ -422,15 +421,13 @@ class LogitCache:
         self.eval_commits.check_objects(0)
         return arrays.read_array(checked(self._group, self.eval_commits.objects_of(0)), name)
 
-    def _checked(self, view: int) -> zarr.Group:
-        """The arrays of a view, whose bytes are compared with its records as they are read."""
-        return checked(self._group, self.commits.objects_of(view))
-
-    def _predictions(self, view: int, *runs: slice) -> Tensor:
-        return arrays.read_rows(self._checked(view), "prediction", view, runs).long()
-
-    def _encoded(self, view: int, *runs: slice) -> dict[str, Tensor]:
-        group, names = self._checked(view), self.encoding.arrays()
+    def _read(
+        self, view: int, names: Iterable[str], runs: Sequence[slice], block: int | None = None
+    ) -> dict[str, Tensor]:
+        """Some runs of rows of a view, or of one block of it, whose bytes are compared with the
+        records as they are read.
+        """
+        group = checked(self._group, self.commits.objects_of(view, block))
         return {name: arrays.read_rows(group, name, view, runs) for name in names}
 
     def _require_view(self, commits: CommitLog, view: int) -> None:
