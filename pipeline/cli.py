@@ -5,6 +5,21 @@ from typing import Any
 
 import click
 
+from pipeline.choices import (
+    BIAS,
+    DATASET,
+    DEVICE,
+    ENCODINGS,
+    FILE,
+    FOLDER,
+    LOSSES,
+    METHODS,
+    MODEL,
+    SPACES,
+    WEIGHTS,
+    Names,
+    shown,
+)
 from pipeline.ending import check_folder, run
 from pipeline.home import expanded
 from pipeline.import_path import current_folder_last
@@ -68,9 +83,13 @@ def cli(context: click.Context) -> None:
 @cli.command("train-teacher")
 @options(
     click.option(
-        "--model", help="A CIFAR-family name, a torchvision name, timm:NAME or module:callable."
+        "--model",
+        type=MODEL,
+        help="A CIFAR-family name, a torchvision name, timm:NAME or module:callable.",
     ),
-    click.option("--init", help="Weights to start from: a run, FILE, FILE#KEY or 'pretrained'."),
+    click.option(
+        "--init", type=WEIGHTS, help="Weights to start from: a run, FILE, FILE#KEY or 'pretrained'."
+    ),
     augment_option,
 )
 @data_options
@@ -103,10 +122,13 @@ def train_teacher_command(**given: Any) -> None:
 @trust_option
 @options(
     click.option(
-        "--teacher", help="The model's name; may be left out where --weights is a run directory."
+        "--teacher",
+        type=MODEL,
+        help="The model's name; may be left out where --weights is a run directory.",
     ),
     click.option(
         "--weights",
+        type=WEIGHTS,
         help="A run directory, .safetensors, a checkpoint (FILE#KEY for one of several sets of "
         "weights), or 'pretrained'.",
     ),
@@ -125,11 +147,13 @@ def train_teacher_command(**given: Any) -> None:
     augment_option,
     click.option("--seed", type=int, help="Of the views."),
     click.option(
-        "--encoding", help="float32, float16, uint8, klt, topk:k=10, or auto (the default)."
+        "--encoding",
+        type=Names(ENCODINGS),
+        help="float32, float16, uint8, klt, topk:k=10, or auto (the default).",
     ),
     click.option("--max-kl", type=float, help="Mean KL that the encoding must hold, at T=1."),
     click.option("--batch-size", type=int),
-    click.option("--out", required=True, help="The cache, for example cache.zarr."),
+    click.option("--out", type=FOLDER, required=True, help="The cache, for example cache.zarr."),
     click.option("--dry-run", is_flag=True, help="Only say how large and how long it would be."),
     click.option(
         "--check",
@@ -205,14 +229,18 @@ def cache_teacher_command(**given: Any) -> None:
 
 
 @cli.command("check-data")
-@click.argument("dataset")
+@click.argument("dataset", type=DATASET)
 @options(
-    click.option("--root", help="Where torchvision's datasets lie."),
-    click.option("--workers", type=click.IntRange(0), help="Threads; one a core if left out."),
+    click.option("--root", type=FOLDER, help="Where torchvision's datasets lie."),
+    click.option(
+        "--workers", type=click.IntRange(0, 1024), help="Threads; one a core if left out."
+    ),
     click.option(
         "--check", default="all", show_default=True, help="How many images of each split, or all."
     ),
-    click.option("--skip-out", metavar="FILE", help="Write what is broken there, for --skip."),
+    click.option(
+        "--skip-out", type=FILE, metavar="FILE", help="Write what is broken there, for --skip."
+    ),
 )
 def check_data_command(dataset: str, **given: Any) -> None:
     """Decode every image: list what is broken, odd, twice there or not taken.
@@ -227,11 +255,15 @@ def check_data_command(dataset: str, **given: Any) -> None:
 
 
 @cli.command("rectify")
-@click.argument("cache")
+@click.argument("cache", type=FOLDER)
 @options(
-    click.option("--method", help="pairwise (default), swap or blend."),
+    click.option(
+        "--method", type=Names(METHODS), metavar=shown(METHODS), help="pairwise if left out."
+    ),
     click.option("--temperature", type=float, help="Of the loss that will use it; 4 if left out."),
-    click.option("--space", help="probability-T (default), probability-1 or logit."),
+    click.option(
+        "--space", type=Names(SPACES), metavar=shown(SPACES), help="probability-T if left out."
+    ),
     click.option("--name", help="<method>-T<temperature> if left out."),
     click.option("--views", type=int, help="Only the first so many views."),
     click.option("--scheduler", help="Address of a Dask cluster; threads here if left out."),
@@ -257,23 +289,29 @@ def rectify_command(cache: str, **given: Any) -> None:
 
 @cli.command("train-student")
 @trust_option
-@click.argument("cache")
+@click.argument("cache", type=FOLDER)
 @options(
     click.option(
-        "--student", help="A CIFAR-family name, a torchvision name, timm:NAME or module:callable."
+        "--student",
+        type=MODEL,
+        help="A CIFAR-family name, a torchvision name, timm:NAME or module:callable.",
     ),
-    click.option("--init", help="Weights to start from: a run, FILE, FILE#KEY or 'pretrained'."),
+    click.option(
+        "--init", type=WEIGHTS, help="Weights to start from: a run, FILE, FILE#KEY or 'pretrained'."
+    ),
     click.option(
         "--loss",
-        help="kd (default), dkd, nkd, dist, mlkd, ctkd, ttm, wttm, rld, la, ka_lsr, lr, rc, wsld; "
-        "or ce: the cache's views without its targets.",
+        type=Names(LOSSES),
+        metavar="NAME",
+        help=f"{', '.join(LOSSES)}. kd if left out; ce: the cache's views without its targets.",
     ),
     click.option("--temperature", type=float, help="Of the loss; its own default if left out."),
-    click.option("--bias", help="none (default), eliminate or rectify."),
+    click.option("--bias", type=Names(BIAS), metavar=shown(BIAS), help="none if left out."),
     click.option("--rectified", help="Which rectification; may be left out where there is one."),
     click.option("--views", type=int, help="Only the first so many views."),
     click.option(
         "--also",
+        type=FOLDER,
         multiple=True,
         metavar="CACHE",
         help="Another teacher's cache of the same views, to be averaged; may be repeated.",
@@ -323,25 +361,33 @@ def train_student_command(cache: str, **given: Any) -> None:
 
 @cli.command("evaluate")
 @trust_option
-@click.argument("run")
+@click.argument("run", type=FOLDER)
 @options(
-    click.option("--dataset", help="The run's own if left out."),
-    click.option("--root", help="Where torchvision's datasets lie, if they have moved."),
+    click.option("--dataset", type=DATASET, help="The run's own if left out."),
+    click.option(
+        "--root", type=FOLDER, help="Where torchvision's datasets lie, if they have moved."
+    ),
     click.option("--download", is_flag=True, help="Let torchvision download what is missing."),
     click.option(
-        "--skip", metavar="FILE", help="Test images to leave out; else the run's own list."
+        "--skip",
+        type=FILE,
+        metavar="FILE",
+        help="Test images to leave out; else the run's own list.",
     ),
     click.option("--batch-size", type=click.IntRange(1, 2**20)),
     click.option(
         "--cache",
         "caches",
+        type=FOLDER,
         multiple=True,
         metavar="CACHE",
         help="Compare with its teacher; a student's own cache if left out. May be repeated: the "
         "teachers are averaged.",
     ),
-    click.option("--device", help="cpu, cuda, cuda:N; a GPU where there is one if left out."),
-    click.option("--out", metavar="FILE.json", help="Write everything there as well."),
+    click.option(
+        "--device", type=DEVICE, help="cpu, cuda, cuda:N; a GPU where there is one if left out."
+    ),
+    click.option("--out", type=FILE, metavar="FILE.json", help="Write everything there as well."),
 )
 def evaluate_command(run: str, **given: Any) -> None:
     """Measure a run on the test split, and compare a student with its teacher."""
@@ -362,9 +408,13 @@ def evaluate_command(run: str, **given: Any) -> None:
 
 @cli.command("sweep")
 @trust_option
-@click.argument("file", metavar="SWEEP.yaml")
+@click.argument("file", type=FILE, metavar="SWEEP.yaml")
 @options(
-    click.option("--out", help="The sweep's folder; else the file's `out`, else runs/<its name>."),
+    click.option(
+        "--out",
+        type=FOLDER,
+        help="The sweep's folder; else the file's `out`, else runs/<its name>.",
+    ),
     click.option("--dry-run", is_flag=True, help="Only check, and show what would be done."),
     click.option(
         "--workers",
@@ -385,7 +435,7 @@ def sweep_command(file: str, **given: Any) -> None:
 
 
 @cli.command("inspect")
-@click.argument("cache")
+@click.argument("cache", type=FOLDER)
 def inspect_command(cache: str) -> None:
     """Show what a cache is: where it came from, how complete and how large it is."""
     from pipeline.console import Console
@@ -396,7 +446,7 @@ def inspect_command(cache: str) -> None:
 
 @cli.command("verify")
 @trust_option
-@click.argument("cache")
+@click.argument("cache", type=FOLDER)
 @options(
     click.option(
         "--live",
@@ -405,10 +455,10 @@ def inspect_command(cache: str) -> None:
     ),
     click.option("--pixels", is_flag=True, help="Compare with the dataset's pixels as well."),
     click.option("--repair", is_flag=True, help="Compute again what is damaged."),
-    click.option("--dataset", help="As it was cached from, if it has moved."),
-    click.option("--root", help="Where the dataset lies, if it has moved."),
-    click.option("--weights", help="The teacher's, if they have moved."),
-    click.option("--device", help="auto, cpu, cuda, cuda:1, ..."),
+    click.option("--dataset", type=DATASET, help="As it was cached from, if it has moved."),
+    click.option("--root", type=FOLDER, help="Where the dataset lies, if it has moved."),
+    click.option("--weights", type=WEIGHTS, help="The teacher's, if they have moved."),
+    click.option("--device", type=DEVICE, help="auto, cpu, cuda, cuda:1, ..."),
 )
 def verify_command(cache: str, **given: Any) -> None:
     """Check every byte of a cache against what its stages promised.
@@ -450,12 +500,14 @@ def verify_command(cache: str, **given: Any) -> None:
 
 @cli.command("report")
 @trust_option
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", type=FOLDER, nargs=-1, required=True, metavar="PATH...")
 @options(
-    click.option("--out", default="report.html", show_default=True, help="The page."),
+    click.option("--out", type=FILE, default="report.html", show_default=True, help="The page."),
     click.option("--overwrite", is_flag=True, help="Replace a file that is no report."),
-    click.option("--dataset", help="Where the images of a cache are, if they have moved."),
-    click.option("--root", help="Where the dataset lies, if it has moved."),
+    click.option(
+        "--dataset", type=DATASET, help="Where the images of a cache are, if they have moved."
+    ),
+    click.option("--root", type=FOLDER, help="Where the dataset lies, if it has moved."),
 )
 def report_command(paths: tuple[str, ...], **given: Any) -> None:
     """One self-contained page about caches, runs, sweeps, or folders of those."""
@@ -469,18 +521,29 @@ def report_command(paths: tuple[str, ...], **given: Any) -> None:
 
 @cli.command("bench")
 @trust_option
-@click.argument("cache")
+@click.argument("cache", type=FOLDER)
 @options(
-    click.option("--dataset", help="As it was cached from, to see what training costs."),
-    click.option("--root", help="Where torchvision's datasets lie."),
     click.option(
-        "--student", "students", multiple=True, metavar="M", help="A model; may be repeated."
+        "--dataset", type=DATASET, help="As it was cached from, to see what training costs."
     ),
-    click.option("--weights", help="The teacher's, to compare with running it on every batch."),
+    click.option("--root", type=FOLDER, help="Where torchvision's datasets lie."),
+    click.option(
+        "--student",
+        "students",
+        type=MODEL,
+        multiple=True,
+        metavar="M",
+        help="A model; may be repeated.",
+    ),
+    click.option(
+        "--weights", type=WEIGHTS, help="The teacher's, to compare with running it on every batch."
+    ),
     click.option("--batch-size", type=click.IntRange(1, 2**20)),
     click.option("--turns", type=click.IntRange(1), help="How often everything is done; 3."),
     click.option("--seconds", type=float, help="Epochs that take longer are cut short; 4."),
-    click.option("--out", metavar="FILE.json", help="Write every measured time there as well."),
+    click.option(
+        "--out", type=FILE, metavar="FILE.json", help="Write every measured time there as well."
+    ),
 )
 @compute_options
 def bench_command(cache: str, out: str | None, **given: Any) -> None:
@@ -495,7 +558,9 @@ def bench_command(cache: str, out: str | None, **given: Any) -> None:
 
 
 @cli.command("demo")
-@click.option("--out", default="demo-out", show_default=True, help="Where everything goes.")
+@click.option(
+    "--out", type=FOLDER, default="demo-out", show_default=True, help="Where everything goes."
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier demo.")
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(1, 1000))
 def demo_command(out: str, overwrite: bool, seeds: int) -> None:

@@ -6,6 +6,8 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from pipeline.choices import AUGMENT, DATASET, DEVICE, DTYPES, FILE, FOLDER, Names, shown
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -34,6 +36,7 @@ class Numbers(click.ParamType[tuple[float, ...]]):
 
 augment_option = click.option(
     "--augment",
+    type=AUGMENT,
     metavar="POLICY",
     help="Views: pad-crop-flip, pad-crop:pad=2, resized-crop-flip, none or v2:module:callable; on "
     "top of one, with '+', trivial-augment or rand-augment:n=2,m=9, erasing:p=0.25, and last "
@@ -42,10 +45,11 @@ augment_option = click.option(
 data_options = options(
     click.option(
         "--dataset",
+        type=DATASET,
         help="digits, cifar10, cifar100, fashion-mnist, imagenet, folder:DIR, hf:DIR or "
         "module:callable.",
     ),
-    click.option("--root", help="Where torchvision's datasets lie."),
+    click.option("--root", type=FOLDER, help="Where torchvision's datasets lie."),
     click.option(
         "--download", is_flag=True, default=None, help="Let torchvision download what is missing."
     ),
@@ -57,6 +61,7 @@ data_options = options(
     ),
     click.option(
         "--skip",
+        type=FILE,
         metavar="FILE",
         help="Images to leave out, one a line, as `pipeline check-data` writes them.",
     ),
@@ -97,11 +102,18 @@ train_options = options(
     ),
 )
 compute_options = options(
-    click.option("--device", help="cpu, cuda, cuda:N; a GPU where there is one if left out."),
-    click.option("--dtype", help="float32, or autocast to bfloat16 or float16."),
+    click.option(
+        "--device", type=DEVICE, help="cpu, cuda, cuda:N; a GPU where there is one if left out."
+    ),
+    click.option(
+        "--dtype",
+        type=Names(DTYPES),
+        metavar=shown(DTYPES),
+        help="float32, or autocast to bfloat16 or float16.",
+    ),
 )
 config_options = options(
-    click.option("--config", "file", help="YAML file with any of the keys."),
+    click.option("--config", "file", type=FILE, help="YAML file with any of the keys."),
     click.option(
         "--set",
         "overrides",
@@ -111,7 +123,7 @@ config_options = options(
     ),
 )
 run_options = options(
-    click.option("--out", required=True, help="The run directory."),
+    click.option("--out", type=FOLDER, required=True, help="The run directory."),
     click.option("--resume", is_flag=True, help="Go on with the run that is there."),
     click.option("--overwrite", is_flag=True, help="Replace the run that is there."),
     click.option(

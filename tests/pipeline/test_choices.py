@@ -1,0 +1,148 @@
+"""What Tab completes: the names that the stages know, without importing them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from click.shell_completion import get_completion_class
+from torchvision.models import list_models
+
+from pipeline import choices
+from pipeline.cli import cli
+from stages.cache.encoding import ENCODINGS
+from stages.errors import DatasetError
+from stages.inputs.cifar_models import cifar_model
+from stages.inputs.datasets import load_dataset
+from stages.inputs.views.mixers import MIXERS
+from stages.inputs.views.spec import LAYERS, POLICIES
+from stages.objectives.bias import BiasMode
+from stages.objectives.losses import DEFINITIONS
+from stages.objectives.rectification import Method, Space
+from stages.training.config import Dtype
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_names_are_those_that_the_stages_know() -> None:
+    assert set(choices.LOSSES) == set(DEFINITIONS)
+    assert get_args(BiasMode) == choices.BIAS
+    assert get_args(Method) == choices.METHODS
+    assert get_args(Space) == choices.SPACES
+    assert get_args(Dtype) == choices.DTYPES
+    assert set(choices.ENCODINGS) == {"auto", *ENCODINGS}
+    assert set(choices.POLICIES) == set(POLICIES)
+    assert set(choices.ON_TOP) == {*LAYERS, *MIXERS}
+
+
+@pytest.mark.parametrize("name", choices.DATASETS)
+def test_every_dataset_is_known(tmp_path: Path, name: str) -> None:
+    told = ""
+    try:
+        load_dataset(name, "test", str(tmp_path))
+    except DatasetError as error:  # it is only not there
+        told = error.cause
+    assert "unknown dataset" not in told
+
+
+@pytest.mark.parametrize("name", choices.MODELS[:-1])
+def test_every_model_is_known(name: str) -> None:
+    assert name in list_models() or cifar_model(name, 10, 3) is not None
+
+
+def complete(words: str, shell: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a shell is answered to these words; the last one is what was begun."""
+    begun = "" if words.endswith(" ") else words.split()[-1]
+    monkeypatch.setenv("COMP_WORDS", words)
+    # fish has the begun word itself there, the others its number
+    monkeypatch.setenv("COMP_CWORD", begun if shell == "fish" else str(len(words.split(" ")) - 1))
+    asked = get_completion_class(shell)
+    assert asked is not None
+    return asked(cli, {}, "pipeline", "_PIPELINE_COMPLETE").complete().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("train-student c.zarr --loss t", {"ttm"}),
+        ("train-student c.zarr --bias ", {"none", "eliminate", "rectify"}),
+        ("train-student c.zarr --dtype b", {"bfloat16"}),
+        ("train-student c.zarr --student resnet32", {"resnet32", "resnet32x4"}),
+        ("cache-teacher --encoding k", {"klt"}),
+        ("cache-teacher --dataset fa", {"fashion-mnist"}),
+        ("cache-teacher --augment none+mix", {"none+mixup"}),
+        ("cache-teacher --weights pre", {"pretrained"}),
+        ("rectify c.zarr --method ", {"pairwise", "swap", "blend"}),
+        ("rectify c.zarr --space l", {"logit"}),
+        ("verify c.zarr --device c", {"cpu", "cuda"}),
+    ],
+)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_values_are_offered(
+    monkeypatch: pytest.MonkeyPatch, shell: str, words: str, found: set[str]
+) -> None:
+    text = complete(f"pipeline {words}", shell, monkeypatch)
+    values = {part for line in text for part in line.replace("\t", ",").split(",")}
+    assert found <= values
+    assert "kd" not in values
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("inspect c", "dir"),
+        ("train-student c", "dir"),
+        ("report a b", "dir"),
+        ("train-student c --out r", "dir"),
+        ("train-student c --config f", "file"),
+        ("cache-teacher --weights w", "file"),
+        ("evaluate r --out e", "file"),
+        ("sweep s", "file"),
+    ],
+)
+def test_paths_are_left_to_the_shell(
+    monkeypatch: pytest.MonkeyPatch, words: str, kind: str
+) -> None:
+    assert complete(f"pipeline {words}", "bash", monkeypatch) == [f"{kind},{words.split()[-1]}"]
+
+
+@pytest.mark.parametrize(
+    ("shell", "words", "answer"),
+    [
+        ("bash", "folder : da", ["plain,data/"]),  # bash takes words apart at a colon
+        ("bash", "folder : data/", ["plain,data/images/"]),
+        ("zsh", "folder:da", ["folder:data/"]),
+        ("fish", "folder:da", ["plain,folder:data/"]),
+    ],
+)
+def test_folders_of_images_are_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: str, words: str, answer: list[str]
+) -> None:
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    found = complete(f"pipeline cache-teacher --dataset {words}", shell, monkeypatch)
+    assert set(answer) <= {line.replace("\\:", ":") for line in found}
+    assert not any("data.txt" in line for line in found)
+
+
+def test_an_answer_imports_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pipeline"],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "_PIPELINE_COMPLETE": "bash_complete",
+            "COMP_WORDS": "pipeline train-student c --loss ",
+            "COMP_CWORD": "4",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert set(done.stdout.split()) == {f"plain,{name}" for name in choices.LOSSES}
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "click" in imported
+    assert not imported & {"torch", "torchvision", "zarr", "dask", "numpy", "yaml", "rich"}
