@@ -5,6 +5,7 @@ A name that is not here is no error here: whoever reads it says what is known, a
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class
@@ -31,7 +32,13 @@ MODELS = (
 """The usual ones; every name of torchvision's is known as well."""
 
 
-class Names(click.ParamType):
+if TYPE_CHECKING:
+    Text = click.ParamType[str]
+else:  # older click has no parameters there
+    Text = click.ParamType
+
+
+class Names(Text):
     """A text for which some names are known. folders: prefixes before the path of a folder."""
 
     name = "text"
@@ -61,7 +68,7 @@ class Composed(Names):
         return [CompletionItem(incomplete[:at] + n) for n in names if n.startswith(last)]
 
 
-class Lies(click.ParamType):
+class Lies(Text):
     """A path, completed by the shell: of a folder, or of any file. names: what may stand there."""
 
     name = "path"
