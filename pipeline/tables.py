@@ -122,7 +122,7 @@ def show_plan(console: Console, out: str, plan: CachePlan) -> None:
         [
             ("samples x views", f"{plan.samples:,} x {plan.views:,}"),
             ("blocks (missing)", f"{plan.blocks:,} ({plan.missing_blocks:,})"),
-            ("teacher sees", plan.normalisation),
+            ("normalisation", plan.normalisation),
             ("encoding", plan.encoding),
             (
                 "on disk",

@@ -137,20 +137,12 @@ def saved(wrap: Callable[[dict[str, Tensor]], Any]) -> Callable[[dict[str, Tenso
     return save
 
 
-def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"module.{key}": value for key, value in state.items()}
-
-
 @pytest.mark.parametrize(
     "write",
     [
         pytest.param(run_directory, id="run directory"),
         pytest.param(safetensors, id="safetensors"),
         pytest.param(saved(lambda s: s), id="state dict"),
-        pytest.param(saved(prefixed), id="DataParallel"),
-        pytest.param(saved(lambda s: {"model": s, "epoch": 240}), id="mdistiller"),
-        pytest.param(saved(lambda s: {"state_dict": s, "epoch": 1}), id="state_dict"),
-        pytest.param(saved(lambda s: {"state_dict": prefixed(s)}), id="state_dict, DataParallel"),
     ],
 )
 def test_weights(write: Callable[[dict[str, Tensor], Path], Path], tmp_path: Path) -> None:
