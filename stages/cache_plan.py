@@ -236,7 +236,7 @@ def _half_row_bytes(encodings: list[Measured], num_classes: int) -> float:
 def count_files(coding: Encoding, views: int, blocks_per_view: int) -> int:
     """How many files or objects a finished cache has."""
     arrays = len(coding.arrays()) + 1  # and `prediction`
-    whole = len(coding.calibration_arrays()) + 4  # one chunk each
+    whole = len(coding.calibration_arrays()) + 5  # one chunk each
     # documents of groups and arrays, whole arrays, the copy of the attributes, the test's record
     metadata = 3 + (arrays + whole) + whole + 1 + 1
     return views * (blocks_per_view * arrays + 1) + metadata

@@ -110,10 +110,9 @@ def load_images(
 
 
 def _check_builtin(cache: LogitCache, spec: str, named: bool) -> None:
-    """Raise DatasetError where a cache names code: a stranger's is not run for looking at it."""
-    names_code = ":" in spec and spec.partition(":")[0] not in ("folder", "hf")
-    if not named and (names_code or "v2:" in cache.identity.views.policy):
-        raise DatasetError(f"{spec}, shown as {cache.identity.views.policy}, is code of its own")
+    """Raise ConfigError where a cache names code: a stranger's is not run for looking at it."""
+    policy = cache.identity.views.policy
+    check_trusted(f"cache {cache.path}", policy=policy, name=None if named else spec)
 
 
 def _render(cache: LogitCache, train: ImageDataset, chosen: list[Sample]) -> Images:
