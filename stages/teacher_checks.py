@@ -31,7 +31,7 @@ def teacher_doubts(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -
     if int(counts[commonest]) >= _CONSTANT * rows:
         return [
             f"the teacher takes {int(counts[commonest]) / rows:.1%} of {rows:,} training images "
-            f"for '{class_names[commonest]}': check its weights and its normalisation"
+            f"for {class_names[commonest]!r}: check its weights and its normalisation"
         ]
     top1 = float((predictions == labels).double().mean())
     if better := _better_order(predictions, labels, class_names):
@@ -80,5 +80,5 @@ def _better_order(
     if found - now < max(0.05, noise):
         return None
     seen = [o for o in answers.unique().tolist() if int(label_of_output[o]) != o]
-    shown = [f"output {o} fits '{class_names[int(label_of_output[o])]}'" for o in seen[:3]]
+    shown = [f"output {o} fits {class_names[int(label_of_output[o])]!r}" for o in seen[:3]]
     return ", ".join(shown), found, now

@@ -11,9 +11,10 @@ from torch import Tensor
 from pipeline.report.measured import Draw
 from stages.cache import LogitCache
 from stages.cache.identity import differences
-from stages.errors import DatasetError, IdentityError, PipelineError
+from stages.errors import ConfigError, DatasetError, IdentityError, PipelineError
 from stages.inputs.datasets import ImageDataset, load_dataset
 from stages.inputs.feed import NO_PROBE, ViewFeed, pixel_probes
+from stages.inputs.imported import check_trusted
 from stages.training.setup import dataset_identity, skips_of
 from stages.training.student_checks import cached_policy
 
@@ -106,7 +107,9 @@ def load_images(
     except PipelineError as error:
         if dataset is not None or root is not None:
             raise
-        return Images({}, f"No images: {error.cause}. Name the dataset with --dataset and --root.")
+        names = "Name the dataset with --dataset and --root."
+        help_ = error.remedy if isinstance(error, ConfigError) else names
+        return Images({}, f"No images: {error.cause}. {help_}")
 
 
 def _check_builtin(cache: LogitCache, spec: str, named: bool) -> None:

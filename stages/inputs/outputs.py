@@ -93,7 +93,7 @@ def output_order(
     if wanted is None or len({*theirs}) < len(theirs):
         raise ModelError(
             f"the classes of {source} are in another order: its output {first} is "
-            f"'{theirs[first]}', the dataset's class {first} is '{ours[first]}'",
+            f"{theirs[first]!r}, the dataset's class {first} is {ours[first]!r}",
             "Give --class-order teacher, and its outputs are put into the dataset's order.",
         )
     place = {name: i for i, name in enumerate(theirs)}
