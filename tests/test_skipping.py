@@ -247,6 +247,9 @@ def test_a_skipped_file_may_be_deleted_or_replaced(
     assert ours.labels_digest == theirs.labels_digest
     assert ours.skipped.tolist() == [SAMPLE]
     assert not bool(ours.load(SAMPLE).any())
+    held = load_dataset(f"folder:{world.images}", "train", feeding="memory", skips=skip).images
+    assert held is not None
+    assert torch.equal(held, torch.stack([ours.load(i) for i in range(len(ours))]))
     for i in (0, SAMPLE - 1, SAMPLE + 1, 23):
         assert torch.equal(ours.load(i), theirs.load(i))
 
