@@ -179,6 +179,7 @@ def cache_teacher_command(**given: Any) -> None:
     from pipeline.config import read_config
     from pipeline.console import Console
     from pipeline.tables import show_cached, show_plan
+    from stages.cache.location import check_place
     from stages.cache_job import begun_at
     from stages.cache_plan import plan_cache
     from stages.cache_teacher import CacheConfig, cache_teacher, prepare
@@ -208,6 +209,7 @@ def cache_teacher_command(**given: Any) -> None:
 
     with process_group(ranks):
         config = read_config(CacheConfig, given["file"], flags, given["overrides"])
+        check_place(given["out"])  # also of a dry run
         job = first_rank_before_others(
             ranks, lambda: prepare(config, None, ranks, begun_at(given["out"]))
         )
@@ -337,6 +339,7 @@ def train_student_command(cache: str, **given: Any) -> None:
     from pipeline.console import Console
     from pipeline.tables import show_run
     from stages.train_student import StudentConfig, train_student
+    from stages.training.objective import unused_settings
 
     flags = train_flags(given) | {
         "cache": cache,
@@ -353,6 +356,8 @@ def train_student_command(cache: str, **given: Any) -> None:
     }
     config = read_config(StudentConfig, given["file"], flags, given["overrides"])
     console = Console()
+    if ignored := unused_settings(config.loss):
+        console.say(f"the loss ce uses no teacher: {', '.join(ignored)} changes nothing")
     summary = train_student(
         config, given["out"], given["resume"], given["overwrite"], reporter=console
     )

@@ -23,7 +23,7 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache.encoding import FIT_ROWS, Encoding, is_encoding
 from stages.cache.identity import differences
-from stages.cache.location import Location, location
+from stages.cache.location import Location, check_place, location
 from stages.cache.lock import exclusive, joined, remove_half_written
 from stages.cache.records import Record
 from stages.cache.writer import BackgroundWriter
@@ -91,6 +91,7 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
     """
     ranks, views = job.ranks, job.config.views
     reporter = reporter if reporter and ranks.first else Silent()
+    check_place(out)
     for note in () if job.told else job.notes:
         reporter.say(note)
     with _held(location(out), ranks):

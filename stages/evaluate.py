@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.device import choose_device, forward, place
-from stages.errors import CacheError, IdentityError, ModelError, RunError
+from stages.errors import CacheError, DatasetError, IdentityError, ModelError, RunError
 from stages.inputs.datasets import ImageDataset, Skip, load_dataset, read_skip_list
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.imported import check_trusted
@@ -77,7 +77,15 @@ def evaluate_run(
     own = dataset in (None, data.dataset)
     skips = _skips(skip or (data.skip if own else None), caches or settings.caches if own else ())
     spec = dataset or data.dataset
-    images = load_dataset(spec, "test", where, data.feeding, fetch, skips=skips)
+    try:
+        images = load_dataset(spec, "test", where, data.feeding, fetch, skips=skips)
+    except DatasetError as error:
+        if dataset is not None or root is not None:
+            raise
+        raise DatasetError(
+            f"the images that {run} names cannot be read from here: {error.cause}",
+            "Say where they are now: --dataset or --root.",
+        ) from error
     for note in images.notes:
         reporter.say(note)
     try:
@@ -204,7 +212,7 @@ def _teacher_of(
     except CacheError as error:
         if given:
             raise
-        reporter.say(f"not compared with the teacher: {error.cause}")
+        reporter.say(f"not compared with the teacher: {error.cause}; name its cache with --cache")
         return None, ()
 
 

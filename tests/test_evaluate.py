@@ -19,7 +19,7 @@ from pipeline.cli import cli
 from pipeline.console import Console
 from pipeline.evaluation import show_evaluation
 from stages.cache import LogitCache
-from stages.errors import IdentityError, ModelError, PipelineError, RunError
+from stages.errors import DatasetError, IdentityError, ModelError, PipelineError, RunError
 from stages.evaluate import Evaluated, evaluate_run
 from stages.scores import BINS, calibration, class_scores, compare, score
 from stages.train_student import StudentConfig, train_student
@@ -318,6 +318,9 @@ def test_many_classes_are_shown_by_their_ends(capsys: pytest.CaptureFixture[str]
 
 def test_a_dataset_that_moved_is_given_by_name(my_copy: Path) -> None:
     changed(my_copy, lambda config: config["data"].update(dataset="folder:gone"))
+    with pytest.raises(DatasetError) as told:
+        evaluate_run(my_copy, device="cpu")
+    assert "--dataset" in told.value.remedy
     found = evaluate_run(my_copy, "digits", device="cpu")
     assert found.recorded_top1 is None
     assert found.scores.top1 > 0

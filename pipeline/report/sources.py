@@ -64,8 +64,10 @@ def find_sources(paths: tuple[str, ...]) -> Sources:
 
 def _look(path: Path, name: str, depth: int, sources: Sources, seen: set[Path]) -> None:
     """Add what lies at a path, and below it where it is only a folder."""
-    if path.resolve() in seen or not path.is_dir():
+    if not _is_folder(path) or path.resolve() in seen:
         return
+    if path.is_symlink() and path.resolve() in path.absolute().parents:
+        return  # a circle
     if is_cache(path):
         seen.add(path.resolve())
         try:
@@ -87,8 +89,20 @@ def _look(path: Path, name: str, depth: int, sources: Sources, seen: set[Path]) 
         seen.add(path.resolve())
         _add(read_run(path, name), sources)
     elif depth > 0:
-        for child in _folders(path):
+        try:
+            children = _folders(path)
+        except OSError as error:
+            sources.left_out.append(LeftOut(name, "unreadable", str(error.strerror)))
+            return
+        for child in children:
             _look(child, f"{name}/{child.name}", depth - 1, sources, seen)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # it lies in a folder that may not be looked into
+        return False
 
 
 def _add(found: Run | LeftOut, sources: Sources) -> None:
@@ -99,11 +113,8 @@ def _add(found: Run | LeftOut, sources: Sources) -> None:
 
 
 def _folders(path: Path) -> list[Path]:
-    try:
-        entries = sorted(path.iterdir())
-    except OSError:
-        return []
-    return [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    entries = sorted(path.iterdir())
+    return [entry for entry in entries if _is_folder(entry) and not entry.name.startswith(".")]
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,20 @@ def cache_around(path: Path) -> Path | None:
     return next((folder for folder in path.absolute().parents if is_cache(folder)), None)
 
 
+def check_place(path: str | Path) -> None:
+    """Raise CacheError where no cache can be: inside another one, or below a file."""
+    where = location(path)
+    if not isinstance(where, Path):
+        return
+    if (cache := cache_around(where)) is not None:
+        raise CacheError(f"{where} lies inside the cache {cache}", "Choose another --out.")
+    there = next((folder for folder in where.absolute().parents if folder.exists()), None)
+    if there is not None and not there.is_dir():
+        raise CacheError(
+            f"{where} would lie below {there}, which is a file", "Choose another --out."
+        )
+
+
 def open_store(where: Location, read_only: bool) -> Store:
     """The store at a location; nothing is asked of an object store yet.
 

@@ -40,6 +40,14 @@ def resolved(settings: LossSettings) -> LossSettings:
     return msgspec.structs.replace(settings, **weights | definition.defaults | standard | given)
 
 
+def unused_settings(settings: LossSettings) -> list[str]:
+    """The settings that were given and that the loss `ce` passes over, by dotted keys."""
+    if settings.name != "ce":
+        return []
+    given, plain = map(msgspec.structs.asdict, (settings, LossSettings(name="ce")))
+    return [f"loss.{key}" for key in given if given[key] != plain[key]]
+
+
 def _parameters(settings: LossSettings) -> dict[str, Any]:
     """The loss's own parameters, those that are set."""
     return {key: v for key in PARAMETERS if (v := getattr(settings, key)) is not None}

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,30 @@ def test_code_that_a_cache_names_is_not_run(small_copy: Path, tmp_path: Path) ->
     cache.provenance["config"] = config
     images = load_images(cache, choose_samples(draw_rows(cache, None)), None, None)
     assert "--trust stranger" in images.note
+
+
+def test_folders_of_anything_are_looked_through(
+    everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Junk, circles of links, deep YAML, and a folder that may not be read: a line, or nothing."""
+    (everything / "circle").symlink_to(everything)
+    (everything / "loop").symlink_to(everything / "loop")
+    (everything / "gone").symlink_to("nowhere")
+    (everything / "runs" / "deep").mkdir()
+    (everything / "runs" / "deep" / "config.yaml").write_text("a: " + "[" * 5000 + "]" * 5000)
+    (everything / "notes" / "zarr.json").write_bytes(b"\xff{")
+    (everything / "closed").mkdir()
+    read = Path.iterdir
+
+    def closed(path: Path) -> Iterator[Path]:
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    page = parse(write_report([str(everything)], str(tmp_path / "report.html")))
+    assert "config.yaml" in page.find("tr", data_run="everything/runs/deep")[0].text
+    assert "Permission denied" in page.find("tr", data_run="everything/closed")[0].text
 
 
 # ---- the command ----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from stages.training.objective import (
     rectified_at,
     resolved,
     teacher_temperatures,
+    unused_settings,
 )
 
 NAMES = [name for name in DEFINITIONS if name != "ce"]
@@ -184,3 +185,9 @@ def test_partial_rows_are_not_standardised(name: str) -> None:
 )
 def test_the_temperature_of_rectified_rows(settings: LossSettings, expected: float | None) -> None:
     assert rectified_at(resolved(settings)) == expected
+
+
+def test_settings_that_ce_passes_over_are_named() -> None:
+    given = LossSettings(name="ce", temperature=2.0, beta=1.0)
+    assert unused_settings(given) == ["loss.temperature", "loss.beta"]
+    assert unused_settings(LossSettings(name="kd", temperature=2.0)) == []
