@@ -87,7 +87,7 @@ def _mend_metadata(
     samples, provenance = identity.dataset.num_samples, attributes.provenance
     views = max(1, known_views(group.store, by_block, samples, provenance).views)
     # Before anything that says so is written anew.
-    settings = _rectification_settings(where)
+    settings = _rectification_settings(where, attributes.identity_digest)
     covered = {name: rectified_views(group.store, name, views) for name in settings}
     with TemporaryDirectory() as folder:
         reference = _reference(Path(folder) / "reference", identity, coding, job, views, attributes)
@@ -148,12 +148,12 @@ def _calibrated(where: Location, attributes: RootAttributes, job: CacheJob) -> E
         return coding
 
 
-def _rectification_settings(where: Location) -> dict[str, RectificationSettings]:
+def _rectification_settings(where: Location, identity: str) -> dict[str, RectificationSettings]:
     """Of every rectification, from the records of its blocks: they say it once more."""
     store = open_group(where).store
     found = {}
     for name in {*folders(store, "rectified"), *folders(store, "commits/rectified")}:
-        for _, records, _ in CommitLog(store, f"rectified/{name}", 1).inspect():
+        for _, records, _ in CommitLog(store, f"rectified/{name}", 1, identity).inspect():
             for record in records.values():
                 with contextlib.suppress(KeyError, msgspec.ValidationError):
                     found[name] = msgspec.convert(record["settings"], RectificationSettings)

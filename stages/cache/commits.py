@@ -48,12 +48,14 @@ class CommitLog:
     """The records of one part of a cache: `logits`, or `rectified/<name>`.
 
     Which views there are is looked up once and kept up by `commit`; see `reread`. Whatever gives
-    the records of a view raises CacheError if a file of them is damaged.
+    the records of a view raises CacheError if a file of them is damaged, or is another part's or
+    another cache's. identity: the digest of the cache's; None where any will do.
     """
 
     store: Store
     part: str
     num_blocks: int
+    identity: str | None = None
     _known: dict[int, ViewRecords] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -171,7 +173,7 @@ class CommitLog:
     def _read(self, view: int, whole: bytes | None) -> ViewRecords:
         """The records of a view; `whole` is what its one file holds, None if there is none."""
         if whole is not None:
-            found, damaged = unpacked(view, {self._view_key(view): whole})
+            found, damaged = self._unpacked(view, {self._view_key(view): whole})
         else:
             found, damaged = self._parsed(view, self.block_files(view))
         if damaged:
@@ -191,7 +193,16 @@ class CommitLog:
         contents = dict(zip(block_keys, read_objects(self.store, block_keys), strict=True))
         # Last: a view compacted meanwhile is then found under its one file.
         contents[self._view_key(view)] = read_object(self.store, self._view_key(view))
-        return unpacked(view, contents)
+        return self._unpacked(view, contents)
+
+    def _unpacked(
+        self, view: int, files: Mapping[str, bytes | None]
+    ) -> tuple[ViewRecords, list[str]]:
+        """The records in these files, later ones first; the keys of those that are damaged."""
+        owner = {"part": self.part, "view": view}
+        if self.identity is not None:
+            owner["identity_digest"] = self.identity
+        return unpacked(owner, files)
 
     def reread(self) -> None:
         """Look at the store when records are next asked for: others have written as well."""
@@ -202,7 +213,9 @@ class CommitLog:
 
     def commit(self, view: int, block: int, record: Record) -> None:
         """Make a block exist. Its objects must lie in the store already."""
-        record = {"view": view, "block": block, **record}
+        record = {"part": self.part, "view": view, "block": block, **record}
+        if self.identity is not None:
+            record["identity_digest"] = self.identity
         write_object(self.store, self._block_key(view, block), seal_records([record]))
         if "_listed" in self.__dict__:
             self._listed.setdefault(view, False)

@@ -36,8 +36,13 @@ def unsealed(content: bytes) -> list[Record]:
     return records
 
 
-def unpacked(view: int, files: Mapping[str, bytes | None]) -> tuple[ViewRecords, list[str]]:
-    """The records of a view in some files, later ones first; the keys of those that are damaged."""
+def unpacked(
+    owner: Mapping[str, Any], files: Mapping[str, bytes | None]
+) -> tuple[ViewRecords, list[str]]:
+    """The records of a view in some files, later ones first; the keys of those that are damaged.
+
+    owner: what each record has to say of where it belongs: part and view, and of which cache.
+    """
     found: ViewRecords = {}
     damaged: list[str] = []
     for key, content in files.items():
@@ -45,8 +50,8 @@ def unpacked(view: int, files: Mapping[str, bytes | None]) -> tuple[ViewRecords,
             continue
         try:
             records = {int(record["block"]): record for record in unsealed(content)}
-            if any(int(record["view"]) != view for record in records.values()):
-                raise ValueError("these are the records of another view")
+            if any(record[name] != owner[name] for record in records.values() for name in owner):
+                raise ValueError("these are the records of something else")
             if (named := _OF_A_BLOCK.search(key)) and [*records] != [int(named[1])]:
                 raise ValueError("this is the record of another block")
         except (TypeError, KeyError, ValueError):

@@ -100,7 +100,8 @@ class Rectification:
 
     @cached_property
     def commits(self) -> CommitLog:
-        return CommitLog(self.group.store, f"rectified/{self.name}", self.grid.num_blocks)
+        part, identity = f"rectified/{self.name}", self.group.attrs.asdict()["identity_digest"]
+        return CommitLog(self.group.store, part, self.grid.num_blocks, str(identity))
 
     @property
     def statistics(self) -> dict[str, Any]:

@@ -97,8 +97,9 @@ class LogitCache:
         self._array_digests = attributes.shared_arrays
         if faults := self.document_faults():
             raise CacheError(f"{path}: {faults[0]}", "Run `pipeline verify CACHE --repair`.")
-        self.commits = CommitLog(group.store, "logits", self.grid.num_blocks)
-        self.eval_commits = CommitLog(group.store, "eval", 1)
+        digest = attributes.identity_digest
+        self.commits = CommitLog(group.store, "logits", self.grid.num_blocks, digest)
+        self.eval_commits = CommitLog(group.store, "eval", 1, digest)
 
     # ---- making and opening -------------------------------------------------------------
 

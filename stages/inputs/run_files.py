@@ -1,8 +1,8 @@
 """What others read of a run directory: config.yaml, summary.json and what these say of the rest.
 
-Both carry a sha256 of themselves, and summary.json those of metrics.jsonl and model.safetensors, so
-that damage is an error and not another number. Files that somebody wrote by hand carry none and are
-taken as they are.
+Both carry a sha256 of themselves, and summary.json those of config.yaml, metrics.jsonl and
+model.safetensors, so that damage is an error and not another number. Files that somebody wrote by
+hand carry none and are taken as they are.
 """
 
 import hashlib

@@ -189,8 +189,11 @@ class RunDirectory:
             self.save_model(module)
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
-        """summary.json, with the sha256 of metrics and weights."""
-        digests = {"metrics.jsonl": sha256("".join(self._lines).encode())}
+        """summary.json, with the sha256 of settings, metrics and weights."""
+        digests = {
+            "config.yaml": sha256(self.config_text.encode()),
+            "metrics.jsonl": sha256("".join(self._lines).encode()),
+        }
         if self._weights is not None:
             digests["model.safetensors"] = self._weights
         with self._writing():

@@ -44,7 +44,9 @@ def test_a_block_exists_once_it_is_committed(tmp_path: Path) -> None:
         assert seen.has(0, 1)
         assert not seen.has(1, 0)
         assert not seen.is_complete(0)
-        assert dict(seen.records) == {(0, 1): {"view": 0, "block": 1, "rows": [4, 8]}}
+        assert dict(seen.records) == {
+            (0, 1): {"part": "logits", "view": 0, "block": 1, "rows": [4, 8]}
+        }
 
 
 def test_a_complete_view_becomes_one_file_with_the_same_records(tmp_path: Path) -> None:
