@@ -105,9 +105,12 @@ class Rectification:
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """What stage two measured; empty until it has finished."""
+        """What stage two measured; empty until it has finished, with all views that are there."""
         found: Any = self.group.attrs.asdict().get("statistics", {})
-        return dict(found) if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            return {}
+        measured = found.get("top1_per_view", ())
+        return dict(found) if len(measured) == len(self.commits.listed) else {}
 
     def write_statistics(self, statistics: Mapping[str, Any]) -> None:
         self.group.attrs.put(sealed({**self.group.attrs.asdict(), "statistics": statistics}))

@@ -89,7 +89,6 @@ class LogitCache:
             raise CacheError(f"{path}: the identity does not match its digest")
         self.provenance = attributes.provenance
         self.pixel_probes = attributes.pixel_probes
-        self.fidelity: Fidelity | None = attributes.fidelity
         self.skips: tuple[SkippedSample, ...] = attributes.skipped
         self.encoding: Encoding = restored(
             attributes.encoding, self.num_classes, lambda name: arrays.read_array(group, name)
@@ -100,6 +99,7 @@ class LogitCache:
         digest = attributes.identity_digest
         self.commits = CommitLog(group.store, "logits", self.grid.num_blocks, digest)
         self.eval_commits = CommitLog(group.store, "eval", 1, digest)
+        self.fidelity = self._of_all_views(attributes.fidelity)
 
     # ---- making and opening -------------------------------------------------------------
 
@@ -496,6 +496,15 @@ class LogitCache:
                 f"{self.encoding.name} was fitted to",
                 "Choose another --out and --encoding uint8 or float16.",
             )
+
+    def _of_all_views(self, fidelity: Fidelity | None) -> Fidelity | None:
+        """A fidelity, unless it was put together before views were added."""
+        views = sum(view < self.num_views for view in self.commits.listed)
+        if fidelity is None or not views:
+            return fidelity
+        most, blocks = checked_rows(self.num_classes), range(self.grid.num_blocks)
+        rows = views * sum(min(most, self.grid.length(block)) for block in blocks)
+        return fidelity if fidelity.rows >= rows else None
 
     def write_fidelity(self) -> None:
         """Put the fidelity of all committed blocks together among the root attributes."""

@@ -320,7 +320,8 @@ def test_records_are_plain_json(tmp_path: Path) -> None:
 
     path = tmp_path / "commits" / "logits" / "v00000" / "b00000.json"
     document = json.loads(path.read_text())
-    assert document["records"] == [{"view": 0, "block": 0, "objects": {"x": {"bytes": 0}}}]
+    known = {"part": "logits", "view": 0, "block": 0, "objects": {"x": {"bytes": 0}}}
+    assert document["records"] == [known]
     text = json.dumps(document["records"], sort_keys=True, separators=(",", ":"))
     assert document["digest"] == hashlib.sha256(text.encode()).hexdigest()
 
@@ -402,17 +403,21 @@ def test_names_that_are_nearly_those_of_views_are_ignored(tmp_path: Path) -> Non
     assert ours.readable() == ({}, [])
 
 
+def record(view: int, block: int) -> dict[str, Any]:
+    return {"part": "logits", "view": view, "block": block}
+
+
 def test_records_of_more_views_than_are_kept_in_memory(tmp_path: Path) -> None:
     views = range(2 * commits._VIEWS_KEPT + 1)
     for view in views:
         write_object(
             LocalStore(tmp_path),
             f"commits/logits/v{view:05d}.json",
-            seal_records([{"view": view, "block": block} for block in range(BLOCKS)]),
+            seal_records([record(view, block) for block in range(BLOCKS)]),
         )
     ours = log(tmp_path)
 
-    expected = {view: {b: {"view": view, "block": b} for b in range(BLOCKS)} for view in views}
+    expected = {view: {b: record(view, b) for b in range(BLOCKS)} for view in views}
     assert dict(ours.each_view()) == expected
     for _ in range(2):
         assert {view: ours.of_view(view) for view in views} == expected
