@@ -68,7 +68,7 @@ class Trainer:
         """Train to the end; go on from last.pt where there is one. A summary for each learner, or
         the RunError of one whose loss is not finite, or whose directory cannot be written.
 
-        Raises StoppedError when stopped by SIGTERM or Ctrl+C, after saving.
+        Raises StoppedError when stopped by SIGTERM or Ctrl-C, after saving.
         """
         use_deterministic(self.settings.deterministic)
         try:
@@ -210,13 +210,13 @@ class StopSignal:
     @property
     def name(self) -> str:
         number = self.number or signal.SIGTERM
-        return "Ctrl+C" if number == signal.SIGINT else signal.Signals(number).name
+        return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopSignal]:
-    """Turn SIGTERM and Ctrl+C into a request; the loop answers after the batch at hand. Another
-    Ctrl+C, two seconds later or more, is not waited for: a launcher may hand on the first as well.
+    """Turn SIGTERM and Ctrl-C into a request; the loop answers after the batch at hand. Another
+    Ctrl-C, two seconds later or more, is not waited for: a launcher may hand on the first as well.
     """
     stop = StopSignal()
 

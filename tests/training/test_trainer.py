@@ -304,7 +304,7 @@ def test_the_first_epoch_warms_up_and_is_not_in_the_time_of_one() -> None:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Ctrl+C raises KeyboardInterrupt, also where whoever runs the tests ignores it."""
+    """Ctrl-C raises KeyboardInterrupt, also where whoever runs the tests ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -359,7 +359,7 @@ def test_a_thread_leaves_signals_to_their_owner() -> None:
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize(("number", "name"), [(SIGNALS[0], "SIGTERM"), (SIGNALS[1], r"Ctrl\+C")])
+@pytest.mark.parametrize(("number", "name"), [(SIGNALS[0], "SIGTERM"), (SIGNALS[1], "Ctrl-C")])
 def test_a_signal_saves_and_says_how_to_go_on(
     my_trainer: MakeTrainer, number: signal.Signals, name: str
 ) -> None:
