@@ -37,6 +37,7 @@ def show_cache(path: str, console: Console) -> None:
                 "dataset",
                 f"{dataset.name}, {dataset.num_samples:,} x {cache.num_classes} classes",
             ),
+            *([("left out", _left_out(cache))] if cache.skips else []),
             ("views", f"{identity.views.policy} ({parameters}), seed {identity.views.seed}"),
             ("identity", cache.identity.digest()),
             ("encoding", encoding_text(cache.encoding)),
@@ -187,6 +188,11 @@ def encoding_text(coding: Encoding) -> str:
     """An encoding by name and parameters."""
     told = ", ".join(f"{key}={value}" for key, value in coding.parameters.items())
     return f"{coding.name} ({told})" if told else coding.name
+
+
+def _left_out(cache: LogitCache) -> str:
+    counts = (f"{len(cache.skipped(split)):,} {split}" for split in ("train", "test"))
+    return f"{' and '.join(counts)} samples"
 
 
 def show_cached(console: Console, out: str, summary: CacheSummary) -> None:

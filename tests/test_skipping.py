@@ -183,6 +183,8 @@ def test_what_the_cache_says_of_itself(gone_on: Gone, reference: LogitCache) -> 
     assert cache.fidelity.rows == 2 * CLASSES * EACH - 1
     assert 2 * TESTED not in cache.eval_shown
     assert len(cache.eval_shown) == CLASSES * TESTED - 1
+    told = CliRunner().invoke(cli, ["inspect", str(gone_on.out)]).output
+    assert "1 train and 1 test samples" in told
 
 
 def test_everything_after_it_needs_no_option(gone_on: Gone, tmp_path: Path) -> None:
