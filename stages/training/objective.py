@@ -119,6 +119,8 @@ def reads_offset(settings: LossSettings) -> bool:
         loss.start_epoch(0)
     student, labels = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 0.5]]), torch.tensor([2, 1])
     teacher = torch.tensor([[0.5, 0.0, 3.0], [2.0, 1.0, 0.0]])
+    if DEFINITIONS[settings.name].views > 1:
+        student, teacher = student.expand(2, -1, -1), teacher.expand(2, -1, -1)
     with torch.no_grad():
         values = [float(loss(student, rows, labels)) for rows in (teacher, teacher + 8)]
     return not math.isclose(*values, rel_tol=1e-3, abs_tol=1e-6)
