@@ -18,8 +18,7 @@ def show_cache(path: str, console: Console) -> None:
     """Print identity, provenance, completeness, size and rectifications of a cache."""
     cache = LogitCache.open(path)
     identity, complete = cache.identity, cache.complete_views
-    sizes = [cache.commits.bytes_of_view(view) for view in complete]
-    per_view = sum(sizes) / len(sizes) if sizes else 0.0
+    there = cache.commits.there()
     parameters = ", ".join(f"{k}={v}" for k, v in identity.views.parameters.items())
     versions = ", ".join(f"{k} {v}" for k, v in cache.provenance.get("versions", {}).items())
     made_from = cache.provenance.get("config", {}).get("teacher", {})
@@ -41,10 +40,15 @@ def show_cache(path: str, console: Console) -> None:
             ("views", f"{identity.views.policy} ({parameters}), seed {identity.views.seed}"),
             ("identity", cache.identity.digest()),
             ("encoding", encoding_text(cache.encoding)),
-            ("complete", f"{len(complete)} of {cache.num_views} views"),
+            (
+                "complete",
+                f"{len(complete)} of {cache.num_views} views, {there.blocks:,} of "
+                f"{cache.num_views * cache.grid.num_blocks:,} blocks",
+            ),
             (
                 "on disk",
-                f"{size(sum(sizes))}, {per_view / cache.num_samples:.1f} bytes a sample and view",
+                f"{size(there.bytes)}, {there.bytes / max(1, there.rows):.1f} bytes a sample and "
+                "view",
             ),
             ("test logits", "yes" if cache.eval_commits.is_complete(0) else "not yet"),
             (

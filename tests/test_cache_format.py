@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import xarray
 import zarr
 from helpers import DIGITS, first
 from numpy.typing import NDArray
@@ -244,6 +245,37 @@ def test_xarray(stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mon
     rows = found["in_order"].isel(view=1).values
     assert (rows == targets.rectified_rows(torch.arange(SAMPLES)).numpy()).all()
     assert (found["wrong"].values == found["better"].wrong.values).all()
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "your-own-code.md").read_text()
+SHOWN = re.findall(r"^\| `(\w+)` \| (`.*?`) \| `(.*?)`(.*?) \|$", PAGE, re.MULTILINE)
+
+
+def test_what_xarray_shows_of_every_encoding_is_told() -> None:
+    assert {name for name, *_ in SHOWN} == set(ENCODINGS)
+
+
+@pytest.mark.parametrize(("name", "arrays", "expression", "more"), SHOWN, ids=lambda x: x[:9])
+def test_what_xarray_shows(
+    stores: dict[str, Path], name: str, arrays: str, expression: str, more: str
+) -> None:
+    store = xarray.open_zarr(stores[name], consolidated=False)
+    told = {array.strip("` ") for array in arrays.split(",")}
+    always = {array for array, row in told_arrays("all").items() if row}
+    assert {str(array) for array in store} == told | always
+    assert store.attrs["encoding"]["name"] == name
+
+    logits = eval(expression, {"store": store})
+
+    cache = LogitCache.open(stores[name])
+    for view in range(VIEWS):
+        rows = cache.read_view(view).rows(cache.dataset_index)
+        if more:  # of topk: some classes
+            rows = rows.gather(1, torch.from_numpy(store.topk_index[view].values.astype("int64")))
+            assert (logits[view].max("k") == 0).all()
+        else:
+            assert logits.dims == ("view", "sample", "class")
+        np.testing.assert_allclose(logits[view].values, rows.numpy(), rtol=1e-5, atol=1e-5)
 
 
 # ---- arrays ----------------------------------------------------------------------------------

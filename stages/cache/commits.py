@@ -43,6 +43,15 @@ _OBJECTS_AT_ONCE = 256
 """Whose sizes are asked for."""
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How many blocks are committed, of how many rows, in how many bytes."""
+
+    blocks: int
+    rows: int
+    bytes: int
+
+
 @dataclass
 class CommitLog:
     """The records of one part of a cache: `logits`, or `rectified/<name>`.
@@ -302,6 +311,15 @@ class CommitLog:
                     f"{self.store}: object {key} {found_there}",
                     "Run `pipeline verify CACHE --repair`: it computes that block again.",
                 )
+
+    def there(self) -> Extent:
+        """How much is committed, also in views that are not complete."""
+        records = [record for _, found in self.each_view() for record in found.values()]
+        return Extent(
+            len(records),
+            sum(stop - start for start, stop in (record["rows"] for record in records)),
+            sum(int(d["bytes"]) for record in records for d in record["objects"].values()),
+        )
 
     def bytes_of_view(self, view: int) -> int:
         """Size of the committed objects of a view."""

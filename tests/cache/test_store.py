@@ -13,6 +13,8 @@ import torch
 import zarr
 from torch import Tensor
 
+from pipeline.console import Console
+from pipeline.tables import show_cache
 from stages.cache import LogitCache, arrays, commits
 from stages.cache.documents import sealed
 from stages.cache.encoding import Float32
@@ -731,6 +733,26 @@ def test_an_interrupted_create_is_replaced(
 
     assert array_bytes(again.path) == array_bytes(whole.path)
     assert (again.path / "zarr.json").read_bytes() == (whole.path / "zarr.json").read_bytes()
+
+
+def test_what_is_there_is_counted_in_unfinished_views_as_well(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = LogitCache.open(path, writable=True)
+    cache.grow(4)
+    write(cache, 3, 2, 0)
+
+    there = LogitCache.open(path).commits.there()
+
+    shards = [*path.glob("logits/c/*/*/0"), *path.glob("prediction/c/*/*")]
+    assert (there.blocks, there.rows) == (8, 2 * ROWS + 6)
+    assert there.bytes == sum(file.stat().st_size for file in shards)
+    show_cache(str(path), Console())
+    shown = capsys.readouterr().out
+    assert "2 of 4 views, 8 of 12 blocks" in shown
+    assert f"{there.bytes / there.rows:.1f} bytes a sample and view" in shown
+    show_cache(str(create(tmp_path / "empty.zarr").path), Console())
+    assert "0 of 2 views, 0 of 6 blocks" in capsys.readouterr().out
 
 
 def test_growing_keeps_what_is_there_and_is_safe_to_repeat(

@@ -329,7 +329,7 @@ def test_all_stages_from_the_command_line(
 
     answer = my_pipeline(f"inspect {cache}")
     assert answer.code == 0
-    for words in ("resnet8", "digits", "2 of 2 views", "swap-T4"):
+    for words in ("resnet8", "digits", "2 of 2 views, 2 of 2 blocks", "swap-T4"):
         assert words in answer.out
 
 
