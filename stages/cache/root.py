@@ -57,7 +57,7 @@ def exists(where: Location) -> bool:
         if there := first_entry(store):
             raise CacheError(
                 f"{where} is not a teacher-logit cache: it holds {there}",
-                "Choose a place with nothing in it.",
+                "Choose a folder or a prefix with nothing in it.",
             )
         return False
     return open_group(where).attrs.asdict() != UNFINISHED

@@ -127,7 +127,7 @@ def test_what_lies_under_a_prefix_is_never_removed(url: str, small_job: CacheJob
     for key, content in others.items():
         put(url, key, content)
 
-    with pytest.raises(CacheError, match="holds something that is not a cache") as caught:
+    with pytest.raises(CacheError, match="is not a teacher-logit cache: it holds") as caught:
         cache_teacher(small_job, url)
 
     assert "prefix" in caught.value.remedy
