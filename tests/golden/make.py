@@ -1,0 +1,92 @@
+"""Make the golden caches: one for each encoding and one of mixed views, and what they must say.
+
+    python tests/golden/make.py
+
+Run once for each version of the format; what is committed stays. `truth.npz` is the teacher's own
+float32 logits, taken before any encoding: `<cache>-<view>` (N, C) in dataset order, `test` (M, C).
+"""
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stages.cache_job import CacheConfig, TeacherSettings, prepare, teacher_logits
+from stages.cache_teacher import cache_teacher
+from stages.inputs.feed import plain_view
+from stages.rectify import RectifyConfig, rectify
+from stages.train_teacher import TeacherConfig, train_teacher
+from stages.training.config import DataSettings, ModelSettings, TrainSettings
+from stages.training.setup import Splits, load_data
+
+HERE = Path(__file__).parent.absolute()
+CACHES = {
+    "float32": ("float32", "pad-crop:pad=1"),
+    "float16": ("float16", "pad-crop:pad=1"),
+    "uint8": ("uint8", "pad-crop:pad=1"),
+    "klt": ("klt", "pad-crop:pad=1"),
+    "topk": ("topk:k=3,temperatures=1/4", "pad-crop:pad=1"),
+    "mixed": ("float16", "pad-crop:pad=1+mixup"),
+}
+VIEWS, SAMPLES, TEST = 2, 24, 10
+
+
+def first(splits: Splits) -> Splits:
+    """A few images of each split."""
+
+    def some(dataset, size):  # type: ignore[no-untyped-def]
+        images, labels = dataset.images[:size], dataset.labels[:size]
+        return dataclasses.replace(dataset, labels=labels, images=images, load=images.__getitem__)
+
+    return Splits(some(splits.train, SAMPLES), some(splits.test, TEST))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    data = DataSettings(dataset="digits", workers=0)
+    whole = load_data(data)
+    teacher = TeacherConfig(
+        data=data,
+        model=ModelSettings(architecture="resnet8"),
+        augment="pad-crop:pad=1",
+        train=TrainSettings(epochs=2),
+        device="cpu",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # so that provenance has no path of this machine
+        train_teacher(teacher, Path("teacher"), splits=whole)
+        truth = {}
+        for name, (encoding, augment) in CACHES.items():
+            config = CacheConfig(
+                data=data,
+                teacher=TeacherSettings(weights="teacher"),
+                views=VIEWS,
+                augment=augment,
+                encoding=encoding,
+                block_rows=12,
+                device="cpu",
+            )
+            job = prepare(config, first(whole))
+            cache_teacher(job, f"{name}.zarr")
+            if name != "mixed":
+                rectify(f"{name}.zarr", RectifyConfig())
+                rectify(f"{name}.zarr", RectifyConfig(method="swap"))
+            feed = job.feed(job.splits.train, job.policy)
+            for view in range(VIEWS):
+                samples = torch.arange(SAMPLES)
+                truth[f"{name}-{view}"] = teacher_logits(job, feed, samples, view).numpy()
+            feed = job.feed(job.splits.test, plain_view(job.image_size, config.data.resize))
+            truth["test"] = teacher_logits(job, feed, torch.arange(TEST), 0).numpy()
+            shutil.rmtree(HERE / f"{name}.zarr", ignore_errors=True)
+            shutil.copytree(f"{name}.zarr", HERE / f"{name}.zarr")
+        truth["train_labels"] = first(whole).train.labels.numpy()
+        truth["test_labels"] = first(whole).test.labels.numpy()
+        np.savez_compressed(HERE / "truth.npz", **truth)
+
+
+if __name__ == "__main__":
+    main()

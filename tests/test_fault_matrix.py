@@ -1,0 +1,60 @@
+"""Every object of a cache and of a run, every harm, every reader: nothing is silently wrong."""
+
+from collections import Counter
+
+import pytest
+from fault_matrix import HARMS, OF_A_CACHE, OF_A_RUN, Cell, Matrix, cells, make_world
+
+from stages.cache_teacher import CacheJob
+
+FINE = ("detected", "harmless", "mended", "no change")
+
+
+@pytest.fixture(scope="module")
+def matrix(small_job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    return Matrix(make_world(small_job, tmp_path_factory.mktemp("matrix")))
+
+
+def sample(matrix: Matrix) -> list[Cell]:
+    """Every object once, and in it every harm and every reader in turn."""
+    everything = list(cells(matrix.world))
+    objects = sorted({(cell.what, cell.key) for cell in everything})
+    chosen = []
+    for number, (what, key) in enumerate(objects):
+        readers = [*OF_A_CACHE] if what == "cache" else [*OF_A_RUN]
+        harm = list(HARMS)[number % len(HARMS)]
+        reader = readers[(number + number // len(HARMS)) % len(readers)]
+        chosen.append(Cell(what, key, harm, reader))
+    return chosen
+
+
+def check(matrix: Matrix, chosen: list[Cell]) -> Counter[str]:
+    outcomes = {cell: matrix.outcome(cell) for cell in chosen}
+    wrong = {cell: outcome for cell, outcome in outcomes.items() if outcome not in FINE}
+
+    assert wrong == {}
+    return Counter(outcomes.values())
+
+
+def test_a_cell_of_every_object_harm_and_reader(matrix: Matrix) -> None:
+    chosen = sample(matrix)
+    assert {cell.harm for cell in chosen} == {*HARMS}
+    assert {cell.reader for cell in chosen} == {*OF_A_CACHE, *OF_A_RUN}
+
+    figures = check(matrix, chosen)
+
+    assert figures["detected"] > len(chosen) / 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(
+    ("what", "reader"), [*(("cache", r) for r in OF_A_CACHE), *(("run", r) for r in OF_A_RUN)]
+)
+def test_every_cell(matrix: Matrix, what: str, reader: str) -> None:
+    chosen = [c for c in cells(matrix.world) if (c.what, c.reader) == (what, reader)]
+
+    figures = check(matrix, chosen)
+
+    assert figures["detected"]
+    print(f"{what}, {reader}: {len(chosen)} cells, {dict(figures)}")  # shown by -s
