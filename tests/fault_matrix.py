@@ -234,7 +234,8 @@ def opened(world: World, store: Path) -> object:
     cache = LogitCache.open(store)
     rectifications = [cache.rectification(name) for name in cache.rectifications]
     views = [cache.complete_views, *(r.commits.complete(2) for r in rectifications)]
-    if views != [[0, 1], [0, 1]] or not all(r.statistics for r in rectifications):
+    known = [cache.fidelity, *(r.statistics for r in rectifications)]
+    if views != [[0, 1], [0, 1]] or not all(known):
         raise ToldError("what is missing is told as missing")
     return (
         cache.num_views,
