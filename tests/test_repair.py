@@ -90,53 +90,6 @@ def tiny_cache(tiny_job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> 
     return path
 
 
-SAMPLE = [
-    ("flipped", "zarr.json"),
-    ("flipped", "logits_code/c/0/1/0"),
-    ("deleted", "prediction/c/1/0"),
-    ("flipped", "klt_basis/c/0/0"),
-    ("empty", "dataset_index/c/0"),
-    ("deleted", "label/zarr.json"),
-    ("deleted", "commits/rectified/pairwise-T4/v00000.json"),
-    ("deleted", "rectified/pairwise-T4/zarr.json"),
-    ("cut", "rectified/pairwise-T4/label_logit/c/1/1"),
-]
-
-
-def check_repaired(
-    tiny_cache: Path, tiny_job: CacheJob, store: Path, cases: list[tuple[str, str]]
-) -> None:
-    truth, draw = tree(tiny_cache), random.Random(0)
-    wrong = []
-    for how, key in cases:
-        shutil.rmtree(store, ignore_errors=True)
-        shutil.copytree(tiny_cache, store)
-        damage(store, key, CUTS[how], draw)
-        left = repair(store, tiny_job, faults_of(store)).faults
-        if left or (others := differing(store, truth)):
-            wrong.append((how, key, left or others))
-
-    assert wrong == []
-
-
-@pytest.mark.parametrize(("how", "key"), SAMPLE, ids=[f"{how}-{key}" for how, key in SAMPLE])
-def test_a_damaged_file_is_as_it_was(
-    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path, how: str, key: str
-) -> None:
-    check_repaired(tiny_cache, tiny_job, tmp_path / "c.zarr", [(how, key)])
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("how", CUTS)
-def test_every_damaged_file_is_as_it_was(
-    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path, how: str
-) -> None:
-    cases = [(how, key) for key in tree(tiny_cache)]
-
-    check_repaired(tiny_cache, tiny_job, tmp_path / "c.zarr", cases)
-
-
 def test_many_things_damaged_at_once_are_as_they_were(
     tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
 ) -> None:
@@ -300,6 +253,7 @@ def test_the_wrong_teacher_repairs_nothing(
     weights = load_file(other / "model.safetensors")
     name = next(iter(weights))
     save_file({**weights, name: -weights[name]}, other / "model.safetensors")
+    (other / "summary.json").unlink()  # which has a digest of the old ones
 
     with pytest.raises(IdentityError, match=r"teacher\.weights: ") as caught:
         recorded_job(cache_copy, weights=str(other))

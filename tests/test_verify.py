@@ -169,54 +169,6 @@ def test_a_flip_inside_a_block_names_exactly_that_block(small_copy: Path, part: 
         assert all(fault.part is not None for fault in faults)
 
 
-CUTS: dict[str, Callable[[bytes], bytes | None]] = {
-    "deleted": lambda content: None,
-    "empty": lambda content: b"",
-    "cut": lambda content: content[: len(content) // 2],
-    "one-byte-short": lambda content: content[:-1],
-    "one-byte-more": lambda content: content + b"\0",
-}
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    "every",
-    [
-        pytest.param(False, id="one-of-a-kind"),
-        pytest.param(True, id="every-file", marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-def test_a_file_that_is_not_whole_is_found_and_never_read(
-    small_copy: Path, cut: Callable[[bytes], bytes | None], every: bool
-) -> None:
-    contents, truth = tree(small_copy), everything(small_copy)
-    number = list(CUTS.values()).index(cut)
-    # one of each kind, and a fifth of the kinds for each of the five cuts
-    keys = list(contents) if every else [kind[-1] for kind in by_kind(list(contents))][number::5]
-    wrong = []
-    for key in keys:
-        with harmed(small_copy / key, cut(contents[key])):
-            if not found_by_verify(small_copy):
-                wrong.append((key, "missed"))
-            if not refused_or_true(small_copy, truth):
-                wrong.append((key, "read"))
-
-    assert wrong == []
-
-
-@pytest.mark.parametrize("array", ["logits_code", "prediction", "rectified/pairwise-T4/wrong"])
-def test_objects_swapped_between_two_blocks_are_found(small_copy: Path, array: str) -> None:
-    end = "/0" if array == "logits_code" else ""
-    one, other = (small_copy / f"{array}/c/1/{block}{end}" for block in (0, 2))
-    left, right = one.read_bytes(), other.read_bytes()
-    one.write_bytes(right)
-    other.write_bytes(left)
-
-    part = "rectified/pairwise-T4" if array.startswith("rectified") else "logits"
-    assert blocks_with_faults(verify(small_copy).faults) == {(part, 1, 0), (part, 1, 2)}
-
-
 # ---- records --------------------------------------------------------------------------------
 
 
@@ -479,6 +431,7 @@ def other_weights(teacher_run: Path, tmp_path_factory: pytest.TempPathFactory) -
     weights = load_file(run / "model.safetensors")
     last = [name for name in weights if weights[name].ndim == 2][-1]
     save_file({**weights, last: -weights[last]}, run / "model.safetensors")
+    (run / "summary.json").unlink()  # which has a digest of the old ones
     return run
 
 
