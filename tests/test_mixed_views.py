@@ -15,7 +15,7 @@ from stages.cache import LogitCache
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
 from stages.errors import ViewError
 from stages.inputs.feed import Batch, ViewFeed
-from stages.inputs.models import logits_of
+from stages.inputs.outputs import logits_of
 from stages.inputs.views import Mixed, Paired
 from stages.objectives.losses import ce, kd, mixed_ce
 from stages.rectify import RectifyConfig, rectify

@@ -503,7 +503,9 @@ class LogitCache:
         if fidelity is None or not views:
             return fidelity
         most, blocks = checked_rows(self.num_classes), range(self.grid.num_blocks)
-        rows = views * sum(min(most, self.grid.length(block)) for block in blocks)
+        unseen = self.row_of[self.skipped()] // self.grid.block_rows
+        left_out = unseen.bincount(minlength=len(blocks)).tolist()
+        rows = views * sum(min(most, self.grid.length(b) - left_out[b]) for b in blocks)
         return fidelity if fidelity.rows >= rows else None
 
     def write_fidelity(self) -> None:

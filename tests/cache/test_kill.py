@@ -71,7 +71,7 @@ def test_killed_and_run_again_equals_undisturbed(
         for name, description in described.items():
             content = expected[name]
             digest = hashlib.sha256(content).hexdigest()
-            assert description == {"bytes": len(content), "sha256": digest}
+            assert (description["bytes"], description["sha256"]) == (len(content), digest)
         for number in range(found["stores"]):
             store = tmp_path / stage / f"killed-{number}"
             leftovers = half_written(store)
