@@ -628,10 +628,7 @@ DENIED = [
 
 @pytest.mark.parametrize(
     "key",
-    [
-        pytest.param(k, marks=[] if k in (DENIED[0], DENIED[4], DENIED[7]) else pytest.mark.slow)
-        for k in DENIED
-    ],
+    [pytest.param(k, marks=[] if k == DENIED[0] else pytest.mark.slow) for k in DENIED],
 )
 def test_an_object_that_is_listed_is_not_taken_for_missing(
     url: str, server: tuple[str, int], tiny_job: CacheJob, tiny_cache: Path, key: str
