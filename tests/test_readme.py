@@ -111,9 +111,9 @@ def test_every_loss_is_named(place: str) -> None:
         (option,) = (o for o in cli.commands["train-student"].params if o.name == "loss")
         assert isinstance(option, click.Option)
         assert option.help is not None
-        assert option.help.startswith(f"{LossSettings().name} (default), ")
-        words = re.findall(r"\w+", option.help.partition(":")[0])
-        named = [word for word in words if word not in ("default", "or")]
+        losses, _, rest = option.help.partition(".")
+        named = re.findall(r"\w+", losses)
+        assert rest.startswith(f" {LossSettings().name} if left out")
     assert sorted(named) == sorted(DEFINITIONS)
 
 

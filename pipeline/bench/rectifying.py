@@ -72,7 +72,8 @@ def plainly_decoded(group: zarr.Group, view: int) -> NDArray[np.float32]:
     encoding: dict[str, Any] = group.attrs.asdict()["encoding"]  # type: ignore[assignment]
     kind = encoding["name"]
     if kind in ("float32", "float16"):
-        return read(group, "logits", view).astype(np.float32, copy=False)
+        logits = read(group, "logits", view).astype(np.float32, copy=False)
+        return logits if kind == "float32" else logits + read(group, "logits_offset", view)[:, None]
     if kind == "topk":
         return _topk(group, view)
     codes = read(group, "logits_code", view).astype(np.float32)
@@ -91,8 +92,9 @@ def _topk(group: zarr.Group, view: int) -> NDArray[np.float32]:
     """At the first temperature that the tails are kept for."""
     encoding: dict[str, Any] = group.attrs.asdict()["encoding"]  # type: ignore[assignment]
     temperature = encoding["parameters"]["temperatures"][0]
-    names = ("index", "value", "tail", "mean", "std")  # the last two are not needed, but read
-    index, values, tails, _, _ = (read(group, f"topk_{name}", view) for name in names)
+    index, values, tails = (
+        read(group, f"topk_{name}", view) for name in ("index", "value", "tail")
+    )
     classes = read(group, "eval_logits").shape[1]
     rest, tail = classes - index.shape[1], tails[:, :1]
     even = temperature * (tail - np.log(max(1, rest)))

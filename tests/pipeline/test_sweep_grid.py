@@ -246,7 +246,7 @@ REFUSED = [
         {"runs": [{"seed.init": "1"}]},
         "seed.init: '1' is not a whole number",
     ),
-    ExpectFail("a large seed", {"seeds": [2**63]}, "seed.data must be in"),
+    ExpectFail("a large seed", {"seeds": [2**63]}, "seeds must be a number of at most 64 bits"),
     ExpectFail(
         "equal runs",
         {"runs": [{"loss.name": ["kd", "dkd"]}, {"label": "mine", "loss.name": "dkd"}]},
