@@ -137,12 +137,15 @@ def test_a_checkpoint_has_the_losses_of_all_ranks(
     monkeypatch.setattr(stages.training.learner, "summed", lambda _, mine: mine + 0.25)
     first = at_rank(0)
     first.position = Position(epoch=0, step=3, totals={"loss": torch.tensor(0.5)})
+    first.run.begin()
     first.save()
+    first.run.release()
     for rank, kept in ((0, 0.75), (1, 0.0)):
         learner = at_rank(rank)
         learner.restore()
         assert learner.position.step == 3
         assert float(learner.position.totals["loss"]) == kept
+        learner.run.release()
 
 
 # ---- who has what ---------------------------------------------------------------------------

@@ -105,8 +105,8 @@ def read_run(path: Path, name: str) -> Run | LeftOut:
         return LeftOut(name, "unfinished", f"{done} of {planned} epochs are done")
     try:
         read_summary(path)
-        for name in ("config.yaml", metrics.name):
-            check_file(path, name)
+        for kept in ("config.yaml", metrics.name):
+            check_file(path, kept)
         history = _history(metrics)
         summary = msgspec.json.decode(file.read_bytes(), type=Summary)
     except RunError as error:

@@ -16,6 +16,13 @@ from stages.inputs.run_files import sha256
 
 MADE_FROM = "made_from"
 """The section of config.yaml with the digests of what a run was made from."""
+_MADE_OF = {
+    "caches": "other caches (the first, or those of --also)",
+    "rectified": "another rectification",
+    "train_split": "other training images",
+    "test_split": "other test images",
+    "init": "other weights to start from",
+}
 _PLACES = ("cache", "also", "data.dataset", "data.root", "model.init")
 _FREE = (
     "tensorboard",
@@ -30,7 +37,8 @@ def check_same(run: Path, now: Mapping[str, Any], before: Mapping[str, Any]) -> 
     """
     ours, theirs = deciding(now), deciding(before)
     epochs = [_pop(settings, "train.epochs") for settings in (ours, theirs)]
-    if differing := differences(ours, theirs):
+    differing = [_in_words(difference) for difference in differences(ours, theirs)]
+    if differing:
         raise RunError(
             f"{run} was started with other settings: {'; '.join(differing[:3])}",
             "Resume with the same command, or start again with --overwrite.",
@@ -55,6 +63,12 @@ def digest_of_settings(config: Mapping[str, Any]) -> str:
     settings = deciding(config)
     _pop(settings, "train.epochs")
     return sha256(json.dumps(_without_none(settings), sort_keys=True).encode())
+
+
+def _in_words(difference: str) -> str:
+    """A difference as `differences` has it; of digests, what they are of."""
+    key = difference.partition(":")[0].partition("[")[0].removeprefix(f"{MADE_FROM}.")
+    return _MADE_OF.get(key, difference)
 
 
 def _bound_to_epochs(settings: Mapping[str, Any]) -> str | None:

@@ -63,7 +63,7 @@ REFUSED = [
     ExpectFail("no cache there", {"cache": "none.zarr"}, "no cache at none.zarr"),
     ExpectFail("an unfinished cache", {"cache": "half.zarr"}, "3 of 5 views are"),
     ExpectFail("too many views", {"views": 9}, "9 views were asked for, the cache has 3"),
-    ExpectFail("more views than words", {"views": 10**30}, f"{10**30} views were asked for"),
+    ExpectFail("more views than there are", {"views": 999_999}, "999999 views were asked for"),
     ExpectFail("an unknown loss", {"loss.name": "kdd"}, "unknown loss 'kdd'"),
     ExpectFail("no rectification", {"bias.mode": "rectify"}, "has no rectifications"),
     ExpectFail(
@@ -248,7 +248,7 @@ def test_a_cache_may_move_and_not_become_another(folder: Path) -> None:
 
     assert directory.progress(moved, of)[runs[0].name].summary is not None
     of[runs[0].name]["caches"] = ["another"]
-    with pytest.raises(RunError, match=r"other settings: made_from\.caches"):
+    with pytest.raises(RunError, match=r"other settings: other caches"):
         directory.progress(runs, of)
 
 
