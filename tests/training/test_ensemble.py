@@ -210,7 +210,7 @@ def test_a_run_resumes_and_leaves_a_record(
     kept = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert kept["also"] == [str(my_caches["other"])]
     alone = student_config(my_caches, "first", bias=BiasSettings(mode=bias))
-    with pytest.raises(RunError, match="other caches .*--also"):
+    with pytest.raises(RunError, match=r"other caches .*--also"):
         train_student(alone, tmp_path / "run", resume=True, splits=digits)
     train_student(config, tmp_path / "run", resume=True, splits=digits)
 
