@@ -342,7 +342,7 @@ def test_a_folder_without_a_cache_is_not_repaired(tiny_job: CacheJob, tmp_path: 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "kills", [pytest.param(2, id="a-few"), pytest.param(60, id="many", marks=pytest.mark.slow)]
+    "kills", [pytest.param(1, id="once"), pytest.param(60, id="many", marks=pytest.mark.slow)]
 )
 def test_a_repair_that_was_killed_is_repeated(
     teacher_run: Path, cache_config: CacheConfig, tmp_path: Path, kills: int

@@ -132,7 +132,7 @@ def test_verify_writes_nothing(
 @pytest.mark.parametrize(
     ("flips", "seed"),
     [
-        pytest.param(80, 0, id="80"),
+        pytest.param(40, 0, id="40"),
         pytest.param(1000, 1, id="1000", marks=pytest.mark.slow),
     ],
 )

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -170,10 +171,10 @@ def test_failed_runs_are_named_and_stop_nobody(eventful: tuple[Path, str, str]) 
     assert "not finite after epoch 1" in found["diverges-s0"]["error"]
     assert "ZeroDivisionError: of the model's own" in found["breaks-s0"]["error"]
     assert "fatal.py:" in found["breaks-s0"]["error"]
-    assert "in broken" in (out / "breaks-s0.error.txt").read_text()
     assert told.startswith("error: 3 of 6 runs failed: diverges-s0 (")
     assert len(told.splitlines()) == 2  # and no warnings
-    assert "failed: breaks-s0: ZeroDivisionError" in (out / "table.md").read_text()
+    table = (out / "table.md").read_text()
+    assert re.search(r"failed: breaks-s0: .*ZeroDivisionError", table)
     assert said.count("] ") == 6
     assert "[6/6]" in said
 
