@@ -9,6 +9,7 @@ touches a block without a record: Zarr itself would silently return zeros for it
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -503,8 +504,9 @@ class LogitCache:
         if fidelity is None or not views:
             return fidelity
         most, blocks = checked_rows(self.num_classes), range(self.grid.num_blocks)
-        unseen = self.row_of[self.skipped()] // self.grid.block_rows
-        left_out = unseen.bincount(minlength=len(blocks)).tolist()
+        left_out: Counter[int] = Counter()
+        if self.skips:  # the places of all samples are worth computing for these alone
+            left_out.update((self.row_of[self.skipped()] // self.grid.block_rows).tolist())
         rows = views * sum(min(most, self.grid.length(b) - left_out[b]) for b in blocks)
         return fidelity if fidelity.rows >= rows else None
 
