@@ -503,11 +503,15 @@ class LogitCache:
         views = sum(view < self.num_views for view in self.commits.listed)
         if fidelity is None or not views:
             return fidelity
-        most, blocks = checked_rows(self.num_classes), range(self.grid.num_blocks)
-        left_out: Counter[int] = Counter()
-        if self.skips:  # the places of all samples are worth computing for these alone
-            left_out.update((self.row_of[self.skipped()] // self.grid.block_rows).tolist())
-        rows = views * sum(min(most, self.grid.length(b) - left_out[b]) for b in blocks)
+        most, grid = checked_rows(self.num_classes), self.grid
+        last = grid.num_blocks - 1
+        of_a_view = last * min(most, grid.block_rows) + min(most, grid.length(last))
+        if self.skips:
+            skipped = Counter((self.row_of[self.skipped()] // grid.block_rows).tolist())
+            for block, left_out in skipped.items():
+                length = grid.length(block)
+                of_a_view -= min(most, length) - min(most, length - left_out)
+        rows = views * of_a_view
         return fidelity if fidelity.rows >= rows else None
 
     def write_fidelity(self) -> None:
