@@ -8,8 +8,8 @@ from benchmarks.cases import Figures
 from benchmarks.worlds import World
 from pipeline.bench.measure import Ratio, in_turns
 from pipeline.bench.training import Bench
+from stages.targets.chunks import slab_bytes
 from stages.train_student import StudentConfig
-from stages.training.budget import slab_bytes
 
 TOGETHER = 8
 ROWS = (

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from stages.cache import LogitCache
 from stages.cache.encoding import Encoding
 from stages.cache.identity import Identity, TeacherIdentity, ViewsIdentity
+from stages.data import Splits, dataset_identity
 from stages.inputs.counter_hash import counter_hash, permute
 from stages.inputs.datasets.dataset import ImageDataset
 from stages.inputs.feed import pixel_probes
 from stages.inputs.views import ViewPolicy, view_policy
-from stages.training.setup import Splits, dataset_identity
 
 SAMPLES, CLASSES, TEST_SAMPLES = 1_281_167, 1000, 5000
 _IMAGE = (3, 8, 8)

@@ -7,6 +7,7 @@ from pathlib import Path
 from stages.cache import LogitCache
 from stages.cache_job import CacheConfig, CacheJob, TeacherSettings, prepare
 from stages.cache_teacher import cache_teacher
+from stages.data import Splits, load_data
 from stages.train_student import StudentConfig
 from stages.train_teacher import TeacherConfig, train_teacher
 from stages.training.config import (
@@ -16,7 +17,6 @@ from stages.training.config import (
     SeedSettings,
     TrainSettings,
 )
-from stages.training.setup import Splits, load_data
 
 VIEWS = 3
 SYNTHETIC = "benchmarks.synthetic:images"

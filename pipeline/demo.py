@@ -21,6 +21,7 @@ from pipeline.sweep.results import Result, as_lines
 from pipeline.sweep.table import spread
 from stages.cache.lock import exclusive
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.data import load_data
 from stages.errors import RunError
 from stages.rectify import RectifyConfig, rectify
 from stages.train_student import StudentConfig, train_student
@@ -34,7 +35,6 @@ from stages.training.config import (
     TrainSettings,
 )
 from stages.training.run_directory import foreign_files, held, remove_run
-from stages.training.setup import load_data
 
 DATA = DataSettings(dataset="digits")
 AUGMENT = "pad-crop:pad=3"

@@ -24,6 +24,17 @@ from stages.cache.identity import (
 from stages.cache.layout import MAX_BLOCK_BYTES, MAX_BLOCK_ROWS, block_grid
 from stages.cache.location import location
 from stages.cache.root import RootAttributes, read_attributes
+from stages.data import (
+    Splits,
+    check_output,
+    chosen_policy,
+    dataset_identity,
+    load_data,
+    normalisation,
+    normalisation_source,
+    skips_of,
+    small_image_notes,
+)
 from stages.device import forward, place
 from stages.distributed import ALONE, Ranks, device_of_rank
 from stages.errors import ModelError, ViewError
@@ -41,17 +52,6 @@ from stages.training.config import (
     counted,
     positive,
     within,
-)
-from stages.training.setup import (
-    Splits,
-    check_output,
-    chosen_policy,
-    dataset_identity,
-    load_data,
-    normalisation,
-    normalisation_source,
-    skips_of,
-    small_image_notes,
 )
 
 _ROW_ORDER = 4  # a stream of the view seed, apart from those of training

@@ -38,6 +38,7 @@ from stages.cache_job import (
     row_order,
     teacher_logits,
 )
+from stages.data import skipped_samples
 from stages.device import device_name, versions
 from stages.distributed import (
     Ranks,
@@ -50,7 +51,6 @@ from stages.errors import CacheError, IdentityError
 from stages.inputs.feed import ViewFeed, pixel_probes, plain_view
 from stages.reporting import Reporter, Silent
 from stages.teacher_checks import teacher_doubts
-from stages.training.setup import skipped_samples
 
 __all__ = [
     "CacheConfig",

@@ -21,14 +21,13 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.encoding import check_temperature
+from stages.data import cached_policy, check_dataset, held_out, load_data, skips_of, usable_views
 from stages.device import choose_device
 from stages.inputs.datasets import Statistics
 from stages.inputs.feed import Normalise, ViewFeed, num_batches, plain_view
 from stages.reporting import Silent
 from stages.training.config import DataSettings
 from stages.training.order import sample_order, view_order
-from stages.training.setup import held_out, load_data, skips_of
-from stages.training.student_checks import cached_policy, check_dataset, usable_views
 
 Item = TypeVar("Item")
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
+from stages.data import Splits
 from stages.errors import DatasetError
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Split, load_dataset
@@ -22,7 +23,6 @@ from stages.inputs.datasets.compressed import Mode, decode, opened
 from stages.inputs.datasets.dataset import without
 from stages.inputs.datasets.listing import split_folder, walk_folder
 from stages.reporting import Reporter, Silent
-from stages.training.setup import Splits
 
 Kind = Literal["broken", "odd mode", "duplicate", "not taken"]
 KINDS: tuple[Kind, ...] = ("broken", "odd mode", "duplicate", "not taken")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
+from stages.data import check_output, skips_of
 from stages.device import choose_device, forward, place
 from stages.errors import CacheError, DatasetError, IdentityError, ModelError, RunError
 from stages.inputs.datasets import ImageDataset, Skip, load_dataset, read_skip_list
@@ -28,9 +29,8 @@ from stages.inputs.outputs import output_order
 from stages.inputs.run_files import read_config, read_summary
 from stages.reporting import Reporter, Silent
 from stages.scores import ClassScore, Comparison, Scores, class_scores, compare, score
+from stages.targets.ensemble import mean_logits
 from stages.training.config import DataSettings, TrainSettings
-from stages.training.ensemble import mean_logits
-from stages.training.setup import check_output, skips_of
 
 _SMALLEST_BATCH = 256
 

@@ -4,7 +4,7 @@
         --loss kd --bias rectify
 
 What a student learns from is a `CachedTask` (`stages.training.student`); what must hold before its
-first step is in `stages.training.student_checks`.
+first step is in `stages.student_checks`.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from stages.cache import LogitCache
+from stages.data import Splits, check_dataset, load_data, skips_of
 from stages.distributed import (
     ALONE,
     Ranks,
@@ -26,16 +27,10 @@ from stages.distributed import (
 )
 from stages.inputs.views import ViewPolicy
 from stages.reporting import Reporter, Silent
+from stages.student_checks import check_students, made_from, slab_plan
+from stages.targets.reader import TargetReader
 from stages.training.assemble import Destination, Planned, make_trainer
-from stages.training.epoch_targets import TargetReader
-from stages.training.setup import Splits, load_data, skips_of
 from stages.training.student import CachedTask, StudentConfig
-from stages.training.student_checks import (
-    check_dataset,
-    check_students,
-    made_from,
-    slab_plan,
-)
 from stages.training.trainer import Outcome, Trainer
 
 __all__ = [

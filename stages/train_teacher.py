@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from stages.data import Splits, chosen_policy, load_data
 from stages.inputs.feed import Batch
 from stages.inputs.views import ViewPolicy
 from stages.objectives.losses import mixed_ce
@@ -15,7 +16,6 @@ from stages.reporting import Reporter, Silent
 from stages.training.assemble import Destination, Planned, make_trainer
 from stages.training.config import RunConfig
 from stages.training.order import view_order
-from stages.training.setup import Splits, chosen_policy, load_data
 
 
 class TeacherConfig(RunConfig, frozen=True, kw_only=True):

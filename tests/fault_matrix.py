@@ -27,6 +27,7 @@ from pipeline.report import write_report
 from stages.cache import LogitCache
 from stages.cache.records import seal_records
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
+from stages.data import Splits
 from stages.errors import PipelineError
 from stages.evaluate import evaluate_run
 from stages.inputs.models import load_model
@@ -41,7 +42,6 @@ from stages.training.config import (
     TrainSettings,
 )
 from stages.training.run_directory import RunDirectory
-from stages.training.setup import Splits
 from stages.verify import verify
 
 NAME = "pairwise-T4"

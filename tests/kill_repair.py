@@ -26,10 +26,10 @@ from helpers import DIGITS, first
 from kill_stages import ended, fork, kill_after, undisturbed
 
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.data import Splits, load_data
 from stages.errors import CacheError
 from stages.rectify import RectifyConfig, rectify
 from stages.repair import repair
-from stages.training.setup import Splits, load_data
 from stages.verify import verify
 
 DAMAGED = (

@@ -84,7 +84,7 @@ def pretended_gpu() -> Iterator[None]:
             "torch.tensor": _then_moved(torch.tensor),
             "torch.as_tensor": _then_moved(torch.as_tensor),
             "stages.inputs.views.crops.permute": _drawn,
-            "stages.training.slabs.ThreadPoolExecutor": _Here,
+            "stages.targets.reader.ThreadPoolExecutor": _Here,
         }.items():
             patch.setattr(name, instead)
         torch._C._ensureCUDADeviceGuardSet()

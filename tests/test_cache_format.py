@@ -31,11 +31,11 @@ from stages.cache.records import seal_records, unsealed
 from stages.cache.rectified import RectificationSettings
 from stages.cache.root import RootAttributes
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.data import Splits
 from stages.inputs.feed import pixel_probes
 from stages.inputs.views import view_policy
 from stages.objectives.rectification import replaced_logits
 from stages.rectify import RectifyConfig, rectify
-from stages.training.setup import Splits
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "cache-format.md").read_text()
 SAMPLES, BLOCK_ROWS, VIEWS = 300, 100, 2

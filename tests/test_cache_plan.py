@@ -13,8 +13,8 @@ from stages.cache.encoding import DEFAULT_MAX_KL, ENCODINGS
 from stages.cache_job import CacheJob, row_order, teacher_logits
 from stages.cache_plan import CachePlan, plan_cache
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.data import Splits
 from stages.errors import CacheError, IdentityError
-from stages.training.setup import Splits
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,7 @@ from stages.cache_teacher import (
     prepare,
     row_order,
 )
+from stages.data import Splits
 from stages.errors import (
     CacheError,
     ConfigError,
@@ -40,7 +41,6 @@ from stages.errors import (
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.views import view_policy
 from stages.repair import repair
-from stages.training.setup import Splits
 from stages.verify import verify
 
 Objects = Callable[[Path], dict[str, bytes]]

@@ -12,6 +12,7 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.cached_epochs import CachedEpochs
+from stages.data import Splits
 from stages.device import place
 from stages.errors import CacheError, ConfigError, DatasetError, IdentityError, PipelineError
 from stages.inputs.models import build_model
@@ -20,7 +21,6 @@ from stages.objectives.losses import kd
 from stages.rectify import RectifyConfig, rectify
 from stages.train_student import StudentConfig, train_student
 from stages.training.config import DataSettings, ModelSettings, TrainSettings
-from stages.training.setup import Splits
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,12 @@ from pipeline.cli import cli
 from pipeline.console import Console
 from pipeline.evaluation import show_evaluation
 from stages.cache import LogitCache
+from stages.data import Splits
 from stages.errors import DatasetError, IdentityError, ModelError, PipelineError, RunError
 from stages.evaluate import Evaluated, evaluate_run
 from stages.scores import BINS, calibration, class_scores, compare, score
 from stages.train_student import StudentConfig, train_student
 from stages.training.config import ModelSettings, TrainSettings
-from stages.training.setup import Splits
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from pipeline.console import Console
 from pipeline.tables import show_cache
 from stages.cache import LogitCache
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.data import Splits, cached_policy
 from stages.errors import ViewError
 from stages.inputs.feed import Batch, ViewFeed
 from stages.inputs.outputs import logits_of
@@ -22,8 +23,6 @@ from stages.rectify import RectifyConfig, rectify
 from stages.train_student import StudentConfig, student_trainer, train_student
 from stages.train_teacher import LabelTask, TeacherConfig, train_teacher
 from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
-from stages.training.setup import Splits
-from stages.training.student_checks import cached_policy
 
 AUGMENT = "pad-crop:pad=1+mixup"
 CPU = torch.device("cpu")

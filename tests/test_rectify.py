@@ -22,11 +22,11 @@ from torch import Tensor
 from stages.cache import LogitCache, arrays
 from stages.cache.documents import sealed
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.data import Splits
 from stages.errors import CacheError, ConfigError
 from stages.objectives.rectification import replaced_logits
 from stages.rectify import Method, RectifyConfig, Space, rectify, rectify_rows
 from stages.tally import Tally
-from stages.training.setup import Splits
 
 METHODS: tuple[Method, ...] = ("pairwise", "swap", "blend")
 SPACES: tuple[Space, ...] = ("probability-T", "probability-1", "logit")

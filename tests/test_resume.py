@@ -18,15 +18,14 @@ import torch
 from helpers import DIGITS, Words, first, metrics, same_weights
 
 from stages.cache_teacher import CacheJob, cache_teacher
+from stages.data import Splits
 from stages.errors import ConfigError, PipelineError, RunError
 from stages.evaluate import evaluate_run
 from stages.inputs.run_files import read_config, sha256
 from stages.rectify import RectifyConfig, rectify
 from stages.reporting import Silent
 from stages.train_student import StudentConfig, student_trainer, train_student, train_together
-from stages.training import student_checks
 from stages.training.config import BiasSettings, ModelSettings, TrainSettings
-from stages.training.setup import Splits
 
 TRAIN = TrainSettings(epochs=2, batch_size=100, schedule="constant", lr=0.05)
 
@@ -35,8 +34,8 @@ TRAIN = TrainSettings(epochs=2, batch_size=100, schedule="constant", lr=0.05)
 def no_probes() -> Iterator[None]:
     """Pixel probes are the larger part of these runs, and tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(student_checks, "pixel_probes", lambda *_: [])
-        patch.setattr(student_checks, "zip_longest", lambda *_: ())
+        patch.setattr("stages.data.pixel_probes", lambda *_: [])
+        patch.setattr("stages.data.zip_longest", lambda *_: ())
         yield
 
 

@@ -20,6 +20,7 @@ from stages.cache_job import begun_at
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
 from stages.cached_epochs import CachedEpochs
 from stages.check_data import check_data, check_sample, write_skip_list
+from stages.data import load_data
 from stages.errors import DatasetError, IdentityError
 from stages.evaluate import evaluate_run
 from stages.inputs.cifar_models import cifar_model
@@ -29,7 +30,6 @@ from stages.rectify import RectifyConfig, rectify
 from stages.repair import recorded_job, repair
 from stages.train_student import StudentConfig, student_trainer, train_student
 from stages.training.config import DataSettings, ModelSettings, TrainSettings
-from stages.training.setup import load_data
 from stages.verify import verify, verify_live, verify_pixels
 
 CLASSES, EACH = 3, 8

@@ -25,19 +25,17 @@ from stages import train_student as stage
 from stages.cache import LogitCache
 from stages.cache.targets import ViewTargets
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.data import Splits, cached_policy, held_out, load_data
 from stages.errors import ConfigError, IdentityError, RunError
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import pixel_probes
 from stages.inputs.views import view_policy
 from stages.reporting import Silent
+from stages.targets.chunks import parse_bytes
 from stages.train_student import StudentConfig, train_student
-from stages.training import student_checks
-from stages.training.budget import parse_bytes
 from stages.training.config import DataSettings, LossSettings, ModelSettings, TrainSettings
-from stages.training.setup import Splits, held_out, load_data
 from stages.training.student import CachedTask
-from stages.training.student_checks import cached_policy
 
 # Two workers are what is tested, also where a container grants one core.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
@@ -213,7 +211,7 @@ def test_probes_are_of_the_teachers_size_and_checked_by_the_student(
         asked.append(image_size)
         return pixel_probes(dataset, policy, image_size)
 
-    monkeypatch.setattr(student_checks, "pixel_probes", spy)
+    monkeypatch.setattr("stages.data.pixel_probes", spy)
     stage.student_trainer(student_config(my_cache, my_folder), tmp_path / "run", splits=my_splits)
     assert asked == [TEACHER_SIZE]
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from stages.cache import LogitCache
 from stages.cache.targets import ViewTargets
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.data import Splits, cached_policy
 from stages.errors import ConfigError, RunError
 from stages.inputs.feed import Batch, ViewFeed
 from stages.objectives.bias import BiasMode
 from stages.objectives.losses import ce
 from stages.objectives.losses.mlkd import mlkd
 from stages.rectify import RectifyConfig, rectify
+from stages.student_checks import check_one_stream
 from stages.train_student import (
     StudentConfig,
     student_trainer,
@@ -33,9 +35,7 @@ from stages.training.config import (
     SeedSettings,
     TrainSettings,
 )
-from stages.training.setup import Splits
 from stages.training.student import CachedTask
-from stages.training.student_checks import cached_policy, check_one_stream
 
 CPU = torch.device("cpu")
 TIMES = {"seconds", "wait_seconds", "images_per_second"}

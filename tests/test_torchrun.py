@@ -13,7 +13,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.ranks import ON_SEVERAL_RANKS
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
-from stages.training.setup import Splits
+from stages.data import Splits
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 VIEWS = 3

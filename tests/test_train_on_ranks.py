@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 import stages.training.learner
 from stages.cache import LogitCache
+from stages.data import Splits
 from stages.distributed import Ranks
 from stages.errors import ConfigError
 from stages.rectify import RectifyConfig, rectify
+from stages.targets.chunks import groups_of_ranks
 from stages.train_student import StudentConfig, student_trainer
 from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
-from stages.training.groups import groups_of_ranks
 from stages.training.learner import Learner, Position
-from stages.training.setup import Splits
 
 EPOCHS, BATCH = 3, 100
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

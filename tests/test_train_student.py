@@ -26,6 +26,7 @@ from stages.cache import LogitCache
 from stages.cache.encoding.floats import Float32
 from stages.cache.targets import ViewTargets
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.data import Splits, held_out, load_data
 from stages.errors import CacheError, ConfigError, IdentityError, PipelineError, RunError
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import ImageDataset
@@ -34,9 +35,10 @@ from stages.inputs.views import view_policy
 from stages.objectives.losses import kd
 from stages.rectify import RectifyConfig, rectify
 from stages.reporting import Silent
+from stages.student_checks import check_students
 from stages.train_student import StudentConfig, train_student
 from stages.train_teacher import TeacherConfig, train_teacher
-from stages.training import run_directory, setup, student_checks
+from stages.training import run_directory, setup
 from stages.training.config import (
     BiasSettings,
     LossSettings,
@@ -44,9 +46,7 @@ from stages.training.config import (
     SeedSettings,
     TrainSettings,
 )
-from stages.training.setup import Splits, held_out, load_data
 from stages.training.student import CachedTask
-from stages.training.student_checks import check_students
 
 SAMPLES, VIEWS, CACHE_BATCH = 400, 6, 90
 POLICY = "pad-crop:pad=2"
@@ -89,7 +89,7 @@ def my_probes() -> Iterator[None]:
         return known[-1][1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(student_checks, "pixel_probes", remembered)
+        patch.setattr("stages.data.pixel_probes", remembered)
         yield
 
 

@@ -13,13 +13,13 @@ from helpers import RUN_FILES, first, metrics, same_weights, weights
 from torch import Tensor
 
 from stages import train_teacher as stage
+from stages.data import Splits, held_out, load_data
 from stages.errors import ConfigError, ModelError, PipelineError, ViewError
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.feed import Batch
 from stages.train_teacher import LabelTask, TeacherConfig, train_teacher
 from stages.training.config import DataSettings, ModelSettings, SeedSettings, TrainSettings
 from stages.training.history import selected_epoch
-from stages.training.setup import Splits, held_out, load_data
 
 
 @pytest.fixture(scope="module")

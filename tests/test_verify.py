@@ -32,11 +32,11 @@ from stages.cache import LogitCache
 from stages.cache.checked import described
 from stages.cache.records import seal_records, unsealed
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.data import Splits
 from stages.errors import CacheError, IdentityError
 from stages.inputs.datasets import ImageDataset
 from stages.rectify import RectifyConfig, rectify
 from stages.repair import check_teacher, recorded_job
-from stages.training.setup import Splits
 from stages.verify import Fault, verify, verify_live, verify_pixels
 
 VIEWS, BLOCKS = 2, 3

@@ -17,6 +17,7 @@ from pipeline.console import Console
 from pipeline.evaluation import check_json
 from stages.cache import LogitCache
 from stages.cache_job import CacheJob
+from stages.data import load_data, skips_of
 from stages.device import choose_device
 from stages.errors import CacheError, ConfigError, ViewError
 from stages.inputs.models import build_model
@@ -33,7 +34,6 @@ from stages.training.config import (
     positive,
     within,
 )
-from stages.training.setup import load_data, skips_of
 
 _FIXED_COSTS = 20_000
 """Samples; stage two on fewer is mostly starting and ending, and not held to its target."""

@@ -14,9 +14,9 @@ from stages import device
 from stages.cache import LogitCache
 from stages.cache_job import CacheConfig, CacheJob, prepare, row_order, teacher_logits
 from stages.cache_teacher import cache_teacher
+from stages.data import Splits
 from stages.errors import ConfigError
 from stages.training.config import Dtype
-from stages.training.setup import Splits
 
 PASS_TARGET = 1.05
 FIXED = "mostly fixed costs"

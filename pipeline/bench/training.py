@@ -18,6 +18,7 @@ from pipeline.bench.measure import Figure, Laps, Ratio, in_turns, steadily
 from pipeline.bench.teacher import forward
 from stages.cache import LogitCache
 from stages.cache_job import CacheJob
+from stages.data import Splits
 from stages.device import choose_device
 from stages.errors import ConfigError
 from stages.inputs.feed import Batch
@@ -28,7 +29,6 @@ from stages.training.assemble import Destination, Planned, make_trainer
 from stages.training.config import LossSettings
 from stages.training.objective import Objective, resolved
 from stages.training.order import view_order
-from stages.training.setup import Splits
 from stages.training.trainer import Trainer
 
 CACHED_TARGET, ADDED_TARGET, ONLINE_TARGET, WAITING_TARGET = 1.02, 0.02, 0.95, 0.01

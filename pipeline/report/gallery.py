@@ -11,12 +11,11 @@ from torch import Tensor
 from pipeline.report.measured import Draw
 from stages.cache import LogitCache
 from stages.cache.identity import differences
+from stages.data import cached_policy, dataset_identity, skips_of
 from stages.errors import ConfigError, DatasetError, IdentityError, PipelineError
 from stages.inputs.datasets import ImageDataset, load_dataset
 from stages.inputs.feed import NO_PROBE, ViewFeed, pixel_probes
 from stages.inputs.imported import check_trusted
-from stages.training.setup import dataset_identity, skips_of
-from stages.training.student_checks import cached_policy
 
 KINDS = {"sure": "Most confident", "drawn": "Drawn at random"}
 EACH = 6

@@ -9,7 +9,7 @@ from stages.cache import LogitCache
 from stages.cache.identity import DatasetIdentity
 from stages.cache.location import is_cache, location
 from stages.errors import PipelineError, RunError
-from stages.training.ensemble import teacher_top1
+from stages.targets.ensemble import teacher_top1
 
 DEPTH = 4
 """How far below a given folder is looked."""

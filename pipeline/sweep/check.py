@@ -13,23 +13,17 @@ import msgspec
 
 from pipeline.sweep.grid import Run, check_distinct
 from stages.cache import LogitCache
+from stages.data import cached_policy, check_dataset, load_data, skips_of, split_digests
 from stages.device import choose_device
 from stages.errors import CacheError, ModelError, PipelineError
 from stages.inputs.checkpoints import weights_file
 from stages.inputs.models import build_model
 from stages.reporting import Reporter, Silent
+from stages.student_checks import check_students, made_from, slab_plan
+from stages.targets.ensemble import teacher_top1
 from stages.train_student import StudentConfig
 from stages.training.compiled import check_compiler
 from stages.training.config import DataSettings, ModelSettings, SeedSettings
-from stages.training.ensemble import teacher_top1
-from stages.training.setup import load_data, skips_of, split_digests
-from stages.training.student_checks import (
-    cached_policy,
-    check_dataset,
-    check_students,
-    made_from,
-    slab_plan,
-)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from pipeline.sweep.grid import Run
 from stages.errors import ConfigError
-from stages.training.student_checks import check_one_stream
+from stages.student_checks import check_one_stream
 
 
 def grouped(runs: Sequence[Run], most: int | None) -> list[list[Run]]:

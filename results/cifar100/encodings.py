@@ -21,9 +21,9 @@ from pipeline.config import read_config
 from pipeline.console import Console
 from stages.cache import LogitCache
 from stages.cache.encoding import FIT_ROWS, fit_encoding, row_kl
+from stages.data import load_data
 from stages.train_student import StudentConfig, student_trainer
 from stages.training.config import DataSettings
-from stages.training.setup import load_data
 
 HERE = Path(__file__).parent
 STUDENTS = ("float32", "uint8", "klt", "topk")

@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 from stages.cache.identity import weights_digest
+from stages.data import Splits, check_output, held_out, split_digests
 from stages.distributed import ALONE, Ranks, device_of_rank, first_rank_does
 from stages.errors import ConfigError
 from stages.inputs.datasets import Statistics
@@ -25,15 +26,7 @@ from stages.training.learner import Learner, RandomState, Task
 from stages.training.order import SampleOrder, sample_order
 from stages.training.run_directory import RunDirectory
 from stages.training.same_run import MADE_FROM
-from stages.training.setup import (
-    Splits,
-    check_batch_of_one,
-    check_output,
-    held_out,
-    make_evaluations,
-    make_model,
-    split_digests,
-)
+from stages.training.setup import check_batch_of_one, make_evaluations, make_model
 from stages.training.trainer import Trainer, steps_per_epoch
 
 

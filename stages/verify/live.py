@@ -5,10 +5,9 @@ import torch
 from stages.cache import LogitCache
 from stages.cache.encoding import row_kl
 from stages.cache_teacher import CacheJob, teacher_logits
+from stages.data import Splits, cached_policy, check_dataset
 from stages.errors import DatasetError, IdentityError, ViewError
 from stages.reporting import Silent
-from stages.training.setup import Splits
-from stages.training.student_checks import cached_policy, check_dataset
 from stages.verify.faults import Fault
 
 _NOISE = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}

@@ -17,11 +17,11 @@ import torch
 
 from stages.cache_job import CacheConfig, TeacherSettings, prepare, teacher_logits
 from stages.cache_teacher import cache_teacher
+from stages.data import Splits, load_data
 from stages.inputs.feed import plain_view
 from stages.rectify import RectifyConfig, rectify
 from stages.train_teacher import TeacherConfig, train_teacher
 from stages.training.config import DataSettings, ModelSettings, TrainSettings
-from stages.training.setup import Splits, load_data
 
 HERE = Path(__file__).parent.absolute()
 CACHES = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.cache.identity import ViewsIdentity
+from stages.data import chosen_policy
 from stages.errors import ViewError
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import ViewFeed, pixel_probes
@@ -31,7 +32,6 @@ from stages.inputs.views import (
     view_policy,
 )
 from stages.inputs.views.transforms import TORCHVISION
-from stages.training.setup import chosen_policy
 
 V2 = "v2:torchvision.transforms.v2:RandomHorizontalFlip"
 

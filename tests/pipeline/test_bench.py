@@ -38,13 +38,13 @@ from pipeline.console import Console
 from stages.cache import LogitCache
 from stages.cache.encoding import ENCODINGS
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.data import Splits
 from stages.errors import CacheError, ConfigError, IdentityError, ModelError, PipelineError
 from stages.inputs.feed import ViewFeed
 from stages.rectify import rectify_rows
 from stages.train_student import StudentConfig
 from stages.training.config import LossSettings, ModelSettings, TrainSettings
 from stages.training.objective import resolved
-from stages.training.setup import Splits
 
 
 def digests(path: Path) -> dict[str, str]:

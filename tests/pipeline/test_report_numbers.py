@@ -21,8 +21,8 @@ from pipeline.report.measured import (
     entropy,
 )
 from stages.cache import LogitCache
+from stages.data import Splits
 from stages.inputs.views import view_policy
-from stages.training.setup import Splits
 
 
 def rows_of(cache: LogitCache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

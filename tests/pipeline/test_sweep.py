@@ -23,10 +23,10 @@ from pipeline.sweep.check import check_runs
 from pipeline.sweep.file import read_sweep
 from pipeline.sweep.grid import expand
 from pipeline.sweep.run import run_sweep
+from stages.data import Splits
 from stages.errors import RunError
 from stages.rectify import RectifyConfig, rectify
 from stages.train_student import train_student
-from stages.training.setup import Splits
 
 MODELS = '''
 """Students that kill the process that builds them: once, or every time, but only in a worker."""

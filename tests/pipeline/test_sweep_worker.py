@@ -14,10 +14,10 @@ from helpers import DIGITS, same_weights
 from pipeline.sweep import worker
 from pipeline.sweep.worker import Failure, Place, Watch, failure, train
 from stages.cache.lock import Hold
+from stages.data import Splits
 from stages.errors import RunError
 from stages.train_student import StudentConfig, train_student
 from stages.training.config import LossSettings, ModelSettings, TrainSettings
-from stages.training.setup import Splits
 
 
 @pytest.fixture(autouse=True)

@@ -14,11 +14,11 @@ from pipeline.cli import main
 from pipeline.sweep.worker import Place, settle
 from stages import cache_plan
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.data import Splits
 from stages.inputs.imported import trusting
 from stages.inputs.views import transforms
 from stages.train_teacher import TeacherConfig, train_teacher
 from stages.training.config import DataSettings, ModelSettings, TrainSettings
-from stages.training.setup import Splits
 
 STRANGER = """
 from pathlib import Path

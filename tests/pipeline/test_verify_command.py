@@ -12,9 +12,9 @@ from PIL import Image
 
 from pipeline.cli import main
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.data import Splits
 from stages.rectify import RectifyConfig, rectify
 from stages.training.config import DataSettings
-from stages.training.setup import Splits
 
 DATASET = """
 from stages.inputs.datasets import load_splits

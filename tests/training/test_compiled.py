@@ -11,12 +11,12 @@ from helpers import DIGITS, first, weights
 from torch import nn
 
 from pipeline.cli import cli
+from stages.data import Splits
 from stages.errors import ConfigError
 from stages.train_teacher import TeacherConfig, train_teacher
 from stages.training import compiled
 from stages.training.compiled import CompiledForward, check_compiler
 from stages.training.config import ModelSettings, TrainSettings
-from stages.training.setup import Splits
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(

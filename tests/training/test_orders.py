@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
+from stages.data import held_out
 from stages.errors import ConfigError
 from stages.training.order import sample_order, view_order
-from stages.training.setup import held_out
 
 SEEDS = range(20)
 

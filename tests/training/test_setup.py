@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from stages.data import Splits, chosen_policy, dataset_identity, normalisation
 from stages.errors import ConfigError, ViewError
 from stages.inputs.feed import plain_view
 from stages.inputs.models import build_model
 from stages.inputs.views import view_policy
 from stages.training.config import SeedSettings
-from stages.training.setup import Splits, chosen_policy, dataset_identity, normalisation
 
 
 @pytest.mark.parametrize(

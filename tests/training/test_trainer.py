@@ -15,6 +15,7 @@ import torch
 from helpers import DIGITS, first, metrics
 from torch import Tensor, nn
 
+from stages.data import Splits
 from stages.errors import RunError, StoppedError
 from stages.inputs.feed import Batch, Normalise, ViewFeed, num_batches, plain_view
 from stages.inputs.views import view_policy
@@ -30,7 +31,7 @@ from stages.training.learner import (
 )
 from stages.training.order import sample_order
 from stages.training.run_directory import RunDirectory
-from stages.training.setup import Splits, make_evaluations, make_model
+from stages.training.setup import make_evaluations, make_model
 from stages.training.trainer import Trainer, stop_on_signals
 
 CPU = torch.device("cpu")

@@ -21,16 +21,15 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.data import Splits
 from stages.errors import CacheError, ConfigError, PipelineError
 from stages.objectives.bias import BiasMode
 from stages.objectives.losses import DEFINITIONS, TemperedRows
 from stages.rectify import RectifyConfig, rectify
+from stages.student_checks import check_objective
 from stages.train_student import StudentConfig, train_student
-from stages.training import student_checks
 from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
-from stages.training.setup import Splits
 from stages.training.student import CachedTask
-from stages.training.student_checks import check_objective
 
 SAMPLES = 150
 
@@ -71,8 +70,7 @@ def my_world(
     rectify(folder / "part", RectifyConfig())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            student_checks,
-            "pixel_probes",
+            "stages.data.pixel_probes",
             lambda *_: LogitCache.open(folder / "whole").pixel_probes,
         )
         yield World(splits, {name: folder / name for name in changes})

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import msgspec
@@ -11,19 +10,16 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache.encoding import check_offset, check_temperature
 from stages.cache.identity import differences
+from stages.data import cached_policy, held_out, usable_views
 from stages.device import choose_device
 from stages.distributed import ALONE, Ranks
-from stages.errors import CacheError, ConfigError, IdentityError
-from stages.inputs.feed import NO_PROBE, pixel_probes
-from stages.inputs.imported import check_trusted
+from stages.errors import CacheError, ConfigError
 from stages.inputs.run_files import sha256
-from stages.inputs.views import Paired, ViewPolicy, check_unmixed, known_policy
-from stages.reporting import Reporter
+from stages.inputs.views import Paired, ViewPolicy, check_unmixed
+from stages.targets.chunks import SlabPlan, groups_of_ranks, parse_bytes, plan_slabs
+from stages.targets.ensemble import NOT_RECTIFIED, open_members
 from stages.training.assemble import Order
-from stages.training.budget import SlabPlan, parse_bytes, plan_slabs
 from stages.training.config import LossSettings
-from stages.training.ensemble import NOT_RECTIFIED, open_members
-from stages.training.groups import groups_of_ranks
 from stages.training.objective import (
     reads_offset,
     rectified_at,
@@ -31,7 +27,6 @@ from stages.training.objective import (
     teacher_temperatures,
     views_seen,
 )
-from stages.training.setup import Splits, dataset_identity, held_out
 from stages.training.student import StudentConfig
 
 
@@ -232,34 +227,6 @@ def shared_views(caches: Sequence[LogitCache], config: StudentConfig) -> list[in
     return views
 
 
-def usable_views(cache: LogitCache, views: int | None, rectified: str | None) -> list[int]:
-    """The views to train from, of the first `views` (None for all). Raises ConfigError if there are
-    fewer, CacheError unless all are complete, and rectified where that is wanted.
-    """
-    count = cache.num_views if views is None else views
-    if not 0 < count <= cache.num_views:
-        raise ConfigError(f"{views} views were asked for, the cache has {cache.num_views}")
-    wanted = range(count)
-    complete, logs = set(cache.complete_views), [cache.commits]
-    stage = "cache-teacher"
-    if rectified is not None:
-        logs.append(cache.rectification(rectified).commits)
-        done = {v for v in complete if logs[-1].is_complete(v)}
-        stage = "cache-teacher" if done == complete else "rectify"
-        complete = done
-    if not complete.issuperset(wanted):
-        leading = next(v for v in range(cache.num_views + 1) if v not in complete)
-        offer = f", or train from what is there with --views {leading}" if leading else ""
-        raise CacheError(
-            f"{cache.path} is not complete: {len(complete)} of {cache.num_views} views are"
-            + (" rectified" if stage == "rectify" else ""),
-            f"Run `pipeline {stage}` again to finish it{offer}.",
-        )
-    for log in logs:  # complete by name: what is damaged or gone shows now, not at its epoch
-        log.check_all_objects(wanted)
-    return list(wanted)
-
-
 def made_from(
     config: StudentConfig, caches: Sequence[LogitCache], num_views: int
 ) -> dict[str, Any]:
@@ -277,40 +244,3 @@ def made_from(
         if name is None
         else msgspec.to_builtins(caches[0].rectification(name).settings),
     }
-
-
-def cached_policy(cache: LogitCache) -> ViewPolicy:
-    """The policy whose views the cache holds. Raises ConfigError for code that nobody trusts."""
-    views = cache.identity.views
-    check_trusted(f"cache {cache.path}", policy=views.policy)
-    return known_policy(views.policy, views.parameters, views.version, views.seed)
-
-
-def check_dataset(
-    cache: LogitCache, splits: Splits, policy: ViewPolicy, accept_drift: bool, reporter: Reporter
-) -> None:
-    """Raise IdentityError unless the student sees the samples and pixels that the teacher saw."""
-    ours = dataset_identity(splits.train)
-    if differing := differences(ours, cache.identity.dataset):
-        raise IdentityError(
-            f"{cache.path} was made from another dataset or order: {'; '.join(differing[:3])}",
-            "Give the dataset that the cache was made from, or cache this one.",
-        )
-    loaded = {(skip.split, skip.sample) for skip in (*splits.train.skips, *splits.test.skips)}
-    if missing := [s for s in cache.skips if (s.split, s.sample) not in loaded]:
-        raise IdentityError(
-            f"{cache.path} leaves out {len(cache.skips)} samples, and these images have "
-            f"{len(missing)} of them",
-            "Load them with load_data(settings, skips_of([cache.skips])).",
-        )
-    probes = pixel_probes(splits.train, policy, cache.identity.teacher.image_size)
-    differ = sum(a != b for a, b in zip_longest(probes, cache.pixel_probes) if a != NO_PROBE)
-    if not differ:
-        return
-    if not accept_drift:
-        raise IdentityError(
-            f"{differ} of {len(probes)} pixel probes of {cache.path} differ: the images are not "
-            "what the teacher saw",
-            "Restore the images or the image libraries, or go on with --accept-pixel-drift.",
-        )
-    reporter.say(f"warning: {differ} of {len(probes)} pixel probes differ from the teacher's")

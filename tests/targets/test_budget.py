@@ -12,8 +12,8 @@ from stages.cache import LogitCache
 from stages.cache.encoding.klt import Klt
 from stages.cache.targets import ViewTargets
 from stages.errors import ConfigError
-from stages.training import budget, memory
-from stages.training.budget import (
+from stages.targets import chunks, memory
+from stages.targets.chunks import (
     RESIDENT_BYTES,
     SlabPlan,
     available_bytes,
@@ -22,7 +22,7 @@ from stages.training.budget import (
     plan_slabs,
     slab_bytes,
 )
-from stages.training.epoch_targets import TargetReader
+from stages.targets.reader import TargetReader
 
 CPU = torch.device("cpu")
 
@@ -191,9 +191,9 @@ def test_one_view_needs_no_room_for_a_second(my_cache: LogitCache) -> None:
 
 def test_two_views_at_once_need_four(my_cache: LogitCache, monkeypatch: pytest.MonkeyPatch) -> None:
     four = slab_bytes([my_cache], 1000, views=4)
-    monkeypatch.setattr(budget, "available_bytes", lambda device: 2 * four)
+    monkeypatch.setattr(chunks, "available_bytes", lambda device: 2 * four)
     assert plan(my_cache, None, views=10, at_once=2).groups is None
-    monkeypatch.setattr(budget, "available_bytes", lambda device: 2 * four - 2)
+    monkeypatch.setattr(chunks, "available_bytes", lambda device: 2 * four - 2)
     assert plan(my_cache, None, views=2, at_once=2).groups is None
     with pytest.raises(ConfigError, match=r"targets of 4 views take .* more than half") as caught:
         plan(my_cache, None, views=10, at_once=2)
@@ -236,9 +236,9 @@ def test_nothing_is_chosen_silently_where_memory_is_short(
     my_cache: LogitCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = slab_bytes([my_cache], 1000, views=2)
-    monkeypatch.setattr(budget, "available_bytes", lambda device: 2 * two)
+    monkeypatch.setattr(chunks, "available_bytes", lambda device: 2 * two)
     assert plan(my_cache, None).groups is None
-    monkeypatch.setattr(budget, "available_bytes", lambda device: 2 * two - 2)
+    monkeypatch.setattr(chunks, "available_bytes", lambda device: 2 * two - 2)
     with pytest.raises(ConfigError, match=r"targets of 2 views take .* more than half") as caught:
         plan(my_cache, None)
     word = caught.value.remedy.split()[2]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from stages.training.slabs import SlabReader
+from stages.targets.reader import SlabReader
 
 VIEWS = [2, 0, 1, 1, 0, 2]
 

@@ -18,15 +18,15 @@ from stages.cache import LogitCache
 from stages.cache.encoding import Float32
 from stages.cache.targets import ViewTargets
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.data import Splits
 from stages.errors import CacheError, ConfigError, IdentityError, RunError
+from stages.student_checks import shared_views
+from stages.targets.ensemble import EnsembleTargets, open_members
 from stages.train_student import StudentConfig, student_trainer, train_student
 from stages.train_teacher import TeacherConfig, train_teacher
 from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
-from stages.training.ensemble import EnsembleTargets, open_members
 from stages.training.order import sample_order
-from stages.training.setup import Splits
 from stages.training.student import CachedTask
-from stages.training.student_checks import shared_views
 
 SAMPLES, CLASSES, VIEWS = 60, 7, 3
 

@@ -1,0 +1,284 @@
+"""What every stage asks about images: splits, views, normalisation, and which cache is of them."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import msgspec
+import torch
+from torch import Tensor
+
+from stages.cache import LogitCache
+from stages.cache.identity import DatasetIdentity, SkippedSample, differences
+from stages.errors import CacheError, ConfigError, IdentityError, ModelError
+from stages.inputs.cifar_models import SMALL, counterpart
+from stages.inputs.counter_hash import permute
+from stages.inputs.datasets import ImageDataset, Skip, Statistics, load_splits, read_skip_list
+from stages.inputs.datasets.dataset import without
+from stages.inputs.feed import NO_PROBE, Normalise, ViewFeed, pixel_probes, plain_view
+from stages.inputs.imported import check_trusted
+from stages.inputs.models import Model
+from stages.inputs.outputs import Outputs, are_probabilities, logits_of, told
+from stages.inputs.run_files import sha256
+from stages.inputs.views import ViewPolicy, known_policy, view_policy
+from stages.reporting import Reporter
+from stages.training.config import DataSettings, positive
+from stages.training.order import Stream
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Both splits of a dataset, loaded once; several runs may share them."""
+
+    train: ImageDataset
+    test: ImageDataset
+
+    def tell(self, reporter: Reporter) -> None:
+        """Say what a user has to know of these images."""
+        for split in (self.train, self.test):
+            for note in split.notes:
+                reporter.say(note)
+            if split.skips:
+                reporter.say(
+                    f"{len(split.skips):,} of {len(split):,} {split.split} samples skipped"
+                )
+
+
+def load_data(settings: DataSettings, skips: Iterable[Skip] = ()) -> Splits:
+    """The dataset of a run. skips: samples to leave out beside those of the settings' own list, as
+    a cache has them; what it says of a file counts. Raises DatasetError.
+    """
+    own = [] if settings.skip is None else read_skip_list(settings.skip)
+    return Splits(
+        *load_splits(
+            settings.dataset,
+            settings.root,
+            settings.feeding,
+            settings.download,
+            settings.rescan,
+            [*skips, *own],
+        )
+    )
+
+
+def skips_of(lists: Iterable[Iterable[SkippedSample]]) -> list[Skip]:
+    """The samples that any of these lists, as caches keep them, leaves out."""
+    return [msgspec.convert(msgspec.to_builtins(s), Skip) for skips in lists for s in skips]
+
+
+def skipped_samples(splits: Splits) -> list[SkippedSample]:
+    """The samples that are left out, as a cache keeps them."""
+    skips = (*splits.train.skips, *splits.test.skips)
+    return [msgspec.convert(msgspec.to_builtins(skip), SkippedSample) for skip in skips]
+
+
+def held_out(
+    num_samples: int, fraction: float, seed: int, skipped: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Training and held-out samples: int64, each in dataset order, disjoint; none that is skipped.
+
+    Raises ConfigError if there is nothing to hold out, or nothing left to train on.
+    """
+    shuffled = permute(torch.arange(num_samples), num_samples, seed, Stream.HELD_OUT)
+    if skipped is not None:
+        shuffled = without(shuffled, skipped)
+        num_samples = len(shuffled)
+    out = round(num_samples * fraction)
+    if num_samples - out < 2 or (fraction > 0 and out == 0):
+        raise ConfigError(
+            f"data.val_fraction {fraction:g} of {num_samples} samples leaves {num_samples - out} "
+            f"for training and {out} held out"
+        )
+    return shuffled[out:].sort().values, shuffled[:out].sort().values
+
+
+def dataset_identity(dataset: ImageDataset) -> DatasetIdentity:
+    """What a cache and whoever uses it must agree on about the images."""
+    return DatasetIdentity(
+        name=dataset.name,
+        split=dataset.split,
+        num_samples=len(dataset),
+        class_names=dataset.class_names,
+        labels=dataset.labels_digest,
+        images=dataset.images_digest,
+    )
+
+
+def split_digests(splits: Splits) -> dict[str, str]:
+    """What the images of both splits are, wherever they lie."""
+    return {
+        name: sha256(msgspec.json.encode(dataset_identity(split)))[:32]
+        for name, split in (("train_split", splits.train), ("test_split", splits.test))
+    }
+
+
+def check_dataset(
+    cache: LogitCache, splits: Splits, policy: ViewPolicy, accept_drift: bool, reporter: Reporter
+) -> None:
+    """Raise IdentityError unless the student sees the samples and pixels that the teacher saw."""
+    ours = dataset_identity(splits.train)
+    if differing := differences(ours, cache.identity.dataset):
+        raise IdentityError(
+            f"{cache.path} was made from another dataset or order: {'; '.join(differing[:3])}",
+            "Give the dataset that the cache was made from, or cache this one.",
+        )
+    loaded = {(skip.split, skip.sample) for skip in (*splits.train.skips, *splits.test.skips)}
+    if missing := [s for s in cache.skips if (s.split, s.sample) not in loaded]:
+        raise IdentityError(
+            f"{cache.path} leaves out {len(cache.skips)} samples, and these images have "
+            f"{len(missing)} of them",
+            "Load them with load_data(settings, skips_of([cache.skips])).",
+        )
+    probes = pixel_probes(splits.train, policy, cache.identity.teacher.image_size)
+    differ = sum(a != b for a, b in zip_longest(probes, cache.pixel_probes) if a != NO_PROBE)
+    if not differ:
+        return
+    if not accept_drift:
+        raise IdentityError(
+            f"{differ} of {len(probes)} pixel probes of {cache.path} differ: the images are not "
+            "what the teacher saw",
+            "Restore the images or the image libraries, or go on with --accept-pixel-drift.",
+        )
+    reporter.say(f"warning: {differ} of {len(probes)} pixel probes differ from the teacher's")
+
+
+def chosen_policy(
+    augment: str, seed: int, image_size: int | None, resize: int | None
+) -> ViewPolicy:
+    """The view policy asked for; `none` shows what evaluation shows."""
+    if augment == "none":
+        return plain_view(image_size, resize)
+    return view_policy(augment, seed, plain_view(image_size, resize))
+
+
+def cached_policy(cache: LogitCache) -> ViewPolicy:
+    """The policy whose views the cache holds. Raises ConfigError for code that nobody trusts."""
+    views = cache.identity.views
+    check_trusted(f"cache {cache.path}", policy=views.policy)
+    return known_policy(views.policy, views.parameters, views.version, views.seed)
+
+
+def usable_views(cache: LogitCache, views: int | None, rectified: str | None) -> list[int]:
+    """The views to train from, of the first `views` (None for all). Raises ConfigError if there are
+    fewer, CacheError unless all are complete, and rectified where that is wanted.
+    """
+    count = cache.num_views if views is None else views
+    if not 0 < count <= cache.num_views:
+        raise ConfigError(f"{views} views were asked for, the cache has {cache.num_views}")
+    wanted = range(count)
+    complete, logs = set(cache.complete_views), [cache.commits]
+    stage = "cache-teacher"
+    if rectified is not None:
+        logs.append(cache.rectification(rectified).commits)
+        done = {v for v in complete if logs[-1].is_complete(v)}
+        stage = "cache-teacher" if done == complete else "rectify"
+        complete = done
+    if not complete.issuperset(wanted):
+        leading = next(v for v in range(cache.num_views + 1) if v not in complete)
+        offer = f", or train from what is there with --views {leading}" if leading else ""
+        raise CacheError(
+            f"{cache.path} is not complete: {len(complete)} of {cache.num_views} views are"
+            + (" rectified" if stage == "rectify" else ""),
+            f"Run `pipeline {stage}` again to finish it{offer}.",
+        )
+    for log in logs:  # complete by name: what is damaged or gone shows now, not at its epoch
+        log.check_all_objects(wanted)
+    return list(wanted)
+
+
+def normalisation(
+    model: Model,
+    dataset: ImageDataset,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What was asked for, else the model's own, else the dataset's: mean and std per channel."""
+    if (mean is None) != (std is None):
+        raise ConfigError("mean and std belong together", "Give both --mean and --std, or neither.")
+    if mean is not None and std is not None:
+        given = mean, std
+    else:
+        given = model.statistics or dataset.statistics()
+    chosen = tuple(map(float, given[0])), tuple(map(float, given[1]))
+    for name, values in zip(("mean", "std"), chosen, strict=True):
+        if len(values) not in (1, dataset.shape[0], model.channels):
+            raise ConfigError(
+                f"{name} has {len(values)} numbers, the images have {dataset.shape[0]} channel(s)"
+            )
+    if not all(map(math.isfinite, chosen[0])):
+        raise ConfigError(f"mean must be finite, was {chosen[0]}")
+    for value in chosen[1]:
+        positive("std", value)
+    return chosen
+
+
+def normalisation_source(model: Model, given: bool) -> str:
+    """Where a model's normalisation comes from, for people. given: it was asked for."""
+    if given:
+        return "as given"
+    if model.statistics is not None:
+        return f"of {model.source}"
+    return "of the dataset's images: the weights do not say theirs"
+
+
+def small_image_notes(
+    architecture: str, dataset: ImageDataset, image_size: int | None
+) -> tuple[str, ...]:
+    """A hint where a network for large images is given small ones, and one for those exists."""
+    side = image_size or max(dataset.shape[1:])
+    named = counterpart(architecture)
+    if side > SMALL or named is None:
+        return ()
+    return (
+        f"{architecture} is made for images of 224 pixels, these have {side}: the CIFAR network "
+        f"is '{named}'",
+    )
+
+
+def check_output(
+    model: Model,
+    statistics: Statistics,
+    dataset: ImageDataset,
+    policy: ViewPolicy,
+    image_size: int | None,
+    outputs: Outputs = "logits",
+) -> None:
+    """Run two samples through a model, on the CPU, where it is before it is placed.
+
+    Raises ModelError unless it gives a logit for each of the dataset's classes, or a probability
+    where `outputs` says so.
+    """
+    cpu = torch.device("cpu")
+    feed = ViewFeed(dataset, policy, cpu, image_size, workers=0)
+    normalise = Normalise(*statistics, model.channels, cpu, channels_last=False)
+    batch = next(feed.batches(torch.arange(min(2, len(dataset))), 0, 2))
+    num_classes = len(dataset.class_names)
+    model.module.eval()
+    try:
+        with torch.inference_mode():
+            found = model.module(normalise(batch.pixels))
+    except Exception as error:
+        pixels = tuple(batch.pixels.shape[1:])
+        raise ModelError(
+            f"{model.architecture} cannot take images of {pixels}: {told(error)}",
+            "Give --image-size, or another model.",
+        ) from error
+    logits = logits_of(found)
+    shape = tuple(logits.shape)
+    if shape != (len(batch.samples), num_classes):
+        raise ModelError(
+            f"{model.architecture} gives logits of shape {shape} for {len(batch.samples)} images; "
+            f"the dataset has {num_classes} classes",
+            "Use a model with one output per class.",
+        )
+    if are_probabilities(logits.float()) != (outputs == "probabilities"):
+        if outputs == "probabilities":
+            raise ModelError(
+                f"the outputs of {model.architecture} are no probabilities: rows do not sum to 1",
+                "Leave --outputs out.",
+            )
+        raise ModelError(
+            f"{model.architecture} returns probabilities (rows that sum to 1), not logits",
+            "Return what goes into the softmax; --outputs probabilities takes a teacher's log.",
+        )

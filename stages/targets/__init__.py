@@ -1,0 +1,1 @@
+"""What an epoch of a student learns from: the rows of its view, from one cache or several."""
