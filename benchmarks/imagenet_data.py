@@ -20,7 +20,7 @@ from stages.cache.identity import Identity, TeacherIdentity, ViewsIdentity
 from stages.data import Splits, dataset_identity
 from stages.inputs.counter_hash import counter_hash, permute
 from stages.inputs.datasets.dataset import ImageDataset
-from stages.inputs.feed import pixel_probes
+from stages.inputs.probes import pixel_probes
 from stages.inputs.views import ViewPolicy, view_policy
 
 SAMPLES, CLASSES, TEST_SAMPLES = 1_281_167, 1000, 5000

@@ -71,7 +71,7 @@ def cli(context: click.Context) -> None:
 
     Start with `pipeline demo`.
     """
-    from stages.inputs.imported import trusting
+    from stages.user_code import trusting
 
     check_ranks(context.invoked_subcommand)
     context.with_resource(trusting())  # what this command names, and no longer than it runs

@@ -18,7 +18,7 @@ import yaml
 from pipeline.console import visible
 from pipeline.home import expanded_values
 from stages.errors import ConfigError, PipelineError
-from stages.inputs.imported import modules_in, trust
+from stages.user_code import modules_in, trust
 
 Config = TypeVar("Config", bound=msgspec.Struct)
 MOST_BYTES, MOST_VALUES = 2**20, 100_000
@@ -55,7 +55,7 @@ def read_config(
 
 
 def trust_named(config: msgspec.Struct) -> None:
-    """The modules that a user's configuration names are trusted: see `stages.inputs.imported`."""
+    """The modules that a user's configuration names are trusted: see `stages.user_code`."""
     keys = ("data.dataset", "model.architecture", "teacher.architecture", "augment")
     known = {*keys_of(type(config))}
     specs = [operator.attrgetter(key)(config) for key in keys if key in known]

@@ -140,11 +140,11 @@ def trust_option(command: Command) -> Command:
 
     @functools.wraps(command)
     def run(*args: Any, trust: tuple[str, ...], **given: Any) -> Any:
-        from stages.inputs import imported
+        from stages import user_code
 
         several = given.get("students") or ()
         specs = [given.get(name) for name in ("dataset", "teacher", "student", "augment")]
-        imported.trust(*trust, *imported.modules_in(*specs, *several))
+        user_code.trust(*trust, *user_code.modules_in(*specs, *several))
         return command(*args, **given)
 
     add = click.option(

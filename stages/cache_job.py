@@ -41,8 +41,8 @@ from stages.errors import ModelError, ViewError
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Skip, Statistics
 from stages.inputs.feed import Normalise, ViewFeed
+from stages.inputs.model_outputs import Adapted, Outputs, output_order
 from stages.inputs.models import Model, load_model
-from stages.inputs.outputs import Adapted, Outputs, output_order
 from stages.inputs.views import ViewPolicy
 from stages.training.config import (
     MOST_IN_A_BATCH,

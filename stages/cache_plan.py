@@ -26,7 +26,7 @@ from stages.cache_job import CacheJob, check_finite, row_order, teacher_logits
 from stages.cache_teacher import missing_blocks, open_existing
 from stages.device import versions
 from stages.errors import CacheError
-from stages.inputs.feed import PROBES
+from stages.inputs.probes import PROBES
 from stages.teacher_checks import teacher_doubts
 
 MEASURED_SECONDS = 2.0

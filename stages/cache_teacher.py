@@ -48,7 +48,8 @@ from stages.distributed import (
     wait_for_all,
 )
 from stages.errors import CacheError, IdentityError
-from stages.inputs.feed import ViewFeed, pixel_probes, plain_view
+from stages.inputs.feed import ViewFeed, plain_view
+from stages.inputs.probes import pixel_probes
 from stages.reporting import Reporter, Silent
 from stages.teacher_checks import teacher_doubts
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import ConfigError
-from stages.inputs.outputs import failure, logits_of
+from stages.inputs.model_outputs import failure, logits_of
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

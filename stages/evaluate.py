@@ -23,14 +23,14 @@ from stages.device import choose_device, forward, place
 from stages.errors import CacheError, DatasetError, IdentityError, ModelError, RunError
 from stages.inputs.datasets import ImageDataset, Skip, load_dataset, read_skip_list
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
-from stages.inputs.imported import check_trusted
+from stages.inputs.model_outputs import output_order
 from stages.inputs.models import Model, load_model
-from stages.inputs.outputs import output_order
 from stages.inputs.run_files import read_config, read_summary
 from stages.reporting import Reporter, Silent
 from stages.scores import ClassScore, Comparison, Scores, class_scores, compare, score
 from stages.targets.ensemble import mean_logits
 from stages.training.config import DataSettings, TrainSettings
+from stages.user_code import check_trusted
 
 _SMALLEST_BATCH = 256
 

@@ -21,7 +21,7 @@ from stages.errors import (
     UnansweredError,
 )
 from stages.inputs.checkpoints import weights_file
-from stages.inputs.imported import check_trusted
+from stages.user_code import check_trusted
 
 _FOLDERS = ("folder:", "hf:")
 _CHANGED = ("dataset.images: ", "dataset.num_samples: ", "dataset.labels: ")

@@ -32,7 +32,7 @@ from stages.cache.rectified import RectificationSettings
 from stages.cache.root import RootAttributes
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.data import Splits
-from stages.inputs.feed import pixel_probes
+from stages.inputs.probes import pixel_probes
 from stages.inputs.views import view_policy
 from stages.objectives.rectification import replaced_logits
 from stages.rectify import RectifyConfig, rectify

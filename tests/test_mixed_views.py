@@ -16,7 +16,7 @@ from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_t
 from stages.data import Splits, cached_policy
 from stages.errors import ViewError
 from stages.inputs.feed import Batch, ViewFeed
-from stages.inputs.outputs import logits_of
+from stages.inputs.model_outputs import logits_of
 from stages.inputs.views import Mixed, Paired
 from stages.objectives.losses import ce, kd, mixed_ce
 from stages.rectify import RectifyConfig, rectify

@@ -25,7 +25,7 @@ from stages.errors import DatasetError, IdentityError
 from stages.evaluate import evaluate_run
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import Skip, load_dataset, read_skip_list
-from stages.inputs.feed import NO_PROBE, pixel_probes
+from stages.inputs.probes import NO_PROBE, pixel_probes
 from stages.rectify import RectifyConfig, rectify
 from stages.repair import recorded_job, repair
 from stages.train_student import StudentConfig, student_trainer, train_student

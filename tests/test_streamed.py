@@ -29,7 +29,7 @@ from stages.data import Splits, cached_policy, held_out, load_data
 from stages.errors import ConfigError, IdentityError, RunError
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import ImageDataset
-from stages.inputs.feed import pixel_probes
+from stages.inputs.probes import pixel_probes
 from stages.inputs.views import view_policy
 from stages.reporting import Silent
 from stages.targets.chunks import parse_bytes

@@ -30,7 +30,8 @@ from stages.data import Splits, held_out, load_data
 from stages.errors import CacheError, ConfigError, IdentityError, PipelineError, RunError
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import ImageDataset
-from stages.inputs.feed import Normalise, pixel_probes
+from stages.inputs.feed import Normalise
+from stages.inputs.probes import pixel_probes
 from stages.inputs.views import view_policy
 from stages.objectives.losses import kd
 from stages.rectify import RectifyConfig, rectify

@@ -14,8 +14,9 @@ from stages.cache.identity import differences
 from stages.data import cached_policy, dataset_identity, skips_of
 from stages.errors import ConfigError, DatasetError, IdentityError, PipelineError
 from stages.inputs.datasets import ImageDataset, load_dataset
-from stages.inputs.feed import NO_PROBE, ViewFeed, pixel_probes
-from stages.inputs.imported import check_trusted
+from stages.inputs.feed import ViewFeed
+from stages.inputs.probes import NO_PROBE, pixel_probes
+from stages.user_code import check_trusted
 
 KINDS = {"sure": "Most confident", "drawn": "Drawn at random"}
 EACH = 6

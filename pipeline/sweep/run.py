@@ -31,7 +31,7 @@ from pipeline.sweep.together import grouped
 from pipeline.sweep.worker import Place
 from stages.dask_client import existing_cluster
 from stages.errors import ConfigError, RunError
-from stages.inputs.imported import trusted, trusting
+from stages.user_code import trusted, trusting
 
 _MOST_NAMED, _LONGEST = 5, 80
 """Failed runs in the final message, and letters of their errors; results.jsonl has all of them."""

@@ -20,11 +20,11 @@ import torch
 from stages.cache import LogitCache
 from stages.data import Splits, load_data, skips_of
 from stages.errors import PipelineError, RunError
-from stages.inputs.imported import trusting
 from stages.reporting import Silent
 from stages.train_student import StudentConfig, train_student, train_together
 from stages.training.config import DataSettings
 from stages.training.run_directory import held
+from stages.user_code import trusting
 
 _ONE_AT_A_TIME = threading.Lock()
 """First weights come from torch's global generator: students of one process take turns, also where

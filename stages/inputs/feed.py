@@ -7,30 +7,19 @@ workers, as a sample's partner in a mixed view does not depend on its batch.
 """
 
 import copy
-import errno
 import pickle
-import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from stages.errors import DatasetError, PipelineError
-from stages.inputs.counter_hash import bounded, counter_hash
+from stages.errors import PipelineError
 from stages.inputs.datasets import ImageDataset
+from stages.inputs.rendered import BatchPlan, RenderedViews, as_it_is, worker_error
 from stages.inputs.views import Plain, Shown, ViewPolicy, check_view
-
-PROBES = 256
-NO_PROBE = 0
-_FEW_FILES = re.compile(r"[Tt]oo many open files|ancdata")
-_SHARED_MEMORY = re.compile(r"shared memory|Bus error|/torch_\d|No space left on device")
-_KILLED = re.compile(r"DataLoader worker .*(?:killed by signal: ([\w ]+)|exited unexpectedly)")
-PROBED_VIEWS = 1024
-"""Probes are drawn from the first 1,024 views of a policy, however many a cache holds."""
 
 
 def plain_view(image_size: int | None, resize: int | None) -> Plain:
@@ -88,10 +77,10 @@ class ViewFeed:
     ) -> None:
         self.dataset, self.policy, self.device = dataset, policy, device
         self.image_size = image_size
-        self._rendered = _RenderedViews(dataset, policy, image_size)
+        self._rendered = RenderedViews(dataset, policy, image_size)
         self._workers = workers
         self._loader: DataLoader[Shown | PipelineError] | None = None
-        self._plan, self._passes = _Plan(), 0
+        self._plan, self._passes = BatchPlan(), 0
         self._images: Tensor | None = None
         if dataset.images is not None and policy.batched and self._at_own_size(dataset.images):
             self._images = _on_device(dataset.images, device)
@@ -99,7 +88,7 @@ class ViewFeed:
     def another(self) -> "ViewFeed":
         """A feed of the same views that is read at the same time; images in memory are shared."""
         feed = copy.copy(self)
-        feed._loader, feed._plan, feed._passes = None, _Plan(), 0
+        feed._loader, feed._plan, feed._passes = None, BatchPlan(), 0
         return feed
 
     def _at_own_size(self, images: Tensor) -> bool:
@@ -140,7 +129,7 @@ class ViewFeed:
             self._loader = DataLoader(
                 self._rendered,
                 batch_sampler=self._plan,
-                collate_fn=_as_it_is,
+                collate_fn=as_it_is,
                 num_workers=self._workers,
                 persistent_workers=self._workers > 0,
                 pin_memory=self.device.type == "cuda",
@@ -175,7 +164,7 @@ class ViewFeed:
             if not self._workers:
                 raise
             self.close()
-            raise _worker_error(error, self._workers) from error
+            raise worker_error(error, self._workers) from error
 
     def close(self) -> None:
         """Let the workers go; the next pass starts others. Found by the garbage collector, or left
@@ -209,29 +198,6 @@ def num_batches(samples: int, batch_size: int) -> int:
     return -(-samples // batch_size) - joined
 
 
-def pixel_probes(
-    dataset: ImageDataset, policy: ViewPolicy, image_size: int | None, seed: int = 0
-) -> list[int]:
-    """crc32 of the uint8 pixels of 256 fixed (view, sample) pairs; NO_PROBE where a skipped sample
-    is shown.
-
-    The pairs depend on the policy and the number of samples, not on how many views are cached.
-    """
-    rendered = _RenderedViews(dataset, policy, image_size)
-    probe = torch.arange(PROBES)
-    views = bounded(counter_hash(seed, probe, 0), min(policy.count or PROBED_VIEWS, PROBED_VIEWS))
-    samples = bounded(counter_hash(seed, probe, 1), len(dataset))
-    pairs = list(zip(samples.tolist(), views.tolist(), strict=True))
-    shown = rendered.shown(pairs)
-    unseen = torch.isin(samples, dataset.skipped)
-    if shown.partners is not None:
-        unseen |= torch.isin(shown.partners, dataset.skipped)
-    return [
-        NO_PROBE if skipped else zlib.crc32(image.numpy().tobytes())
-        for image, skipped in zip(shown.images, unseen.tolist(), strict=True)
-    ]
-
-
 class Normalise:
     """uint8 pixels (B, C, H, W) -> float32, each channel by mean and standard deviation.
 
@@ -258,91 +224,6 @@ class Normalise:
             pixels = pixels.expand(-1, self._channels, -1, -1)
         values = torch.empty(pixels.shape, device=pixels.device, memory_format=self._format)
         return values.copy_(pixels).mul_(self._scale).add_(self._shift)
-
-
-# ---- details --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _RenderedViews(Dataset[Shown]):
-    """Views as workers render them, one by one; indexed by (sample, view)."""
-
-    dataset: ImageDataset
-    policy: ViewPolicy
-    image_size: int | None
-
-    def shown(self, pairs: Sequence[tuple[int, int]]) -> Shown:
-        """View v of sample i for every pair (i, v); the images may differ in size."""
-        samples, views = torch.tensor(pairs).T
-        size = None if self.image_size is None else (self.image_size,) * 2
-        return self.policy.show(self._load, len(self.dataset), samples, views, size)
-
-    def _load(self, samples: Tensor) -> list[Tensor]:
-        held = self.dataset.images
-        if held is not None:  # decoded already
-            return list(held[samples])
-        return [self.dataset.load(sample) for sample in samples.tolist()]
-
-    def __getitems__(self, pairs: list[tuple[int, int]]) -> Shown | PipelineError:
-        # An error is returned and not raised: DataLoader would wrap it in a worker's traceback.
-        try:
-            shown = self.shown(pairs)
-        except PipelineError as error:
-            return error
-        images = list(shown.images)
-        if any(image.shape != images[0].shape for image in images):
-            return DatasetError(
-                f"images differ in size: {tuple(images[0].shape)} and others",
-                "Give --image-size, and --augment resized-crop-flip or none.",
-            )
-        return shown._replace(images=torch.stack(images))
-
-    def __getitem__(self, pair: tuple[int, int]) -> Shown:
-        return self.shown([pair])
-
-
-@dataclass
-class _Plan:
-    """The batches of the next pass; set before each one, read by the loader in this process."""
-
-    parts: Sequence[Tensor] = ()
-    view: int = 0
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return ([(sample, self.view) for sample in part.tolist()] for part in self.parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-
-def _worker_error(error: BaseException, workers: int) -> DatasetError:
-    """Why decoding stopped, when it is not for an image, and what to do."""
-    text = str(error)
-    number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.EMFILE, errno.ENFILE) or _FEW_FILES.search(text):
-        return DatasetError(
-            "too many files are open to decode images",
-            f"Raise the limit with `ulimit -n 4096`, or use fewer --workers than {workers}.",
-        )
-    if _SHARED_MEMORY.search(text):
-        return DatasetError(
-            "there is too little shared memory for the workers that decode images (/dev/shm)",
-            "Use --workers 0, or give the container more: docker run --shm-size=8g.",
-        )
-    if match := _KILLED.search(text):
-        return DatasetError(
-            f"a worker that decodes images was ended by the system ({match[1] or 'it exited'})",
-            f"Perhaps memory was short: use fewer --workers than {workers}, or --workers 0.",
-        )
-    lines = text.strip().splitlines() or [type(error).__name__]
-    return DatasetError(
-        f"a worker that decodes images failed: {lines[-1]}",
-        "Use --workers 0 to see where.",
-    )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch  # __getitems__ has made a batch already
 
 
 def _on_device(images: Tensor, device: torch.device) -> Tensor:

@@ -24,10 +24,10 @@ from stages.inputs.checkpoints import (
 )
 from stages.inputs.cifar_models import cifar_model, cifar_name, resolved_name
 from stages.inputs.datasets import Statistics
-from stages.inputs.imported import check_trusted, imported, names_code
-from stages.inputs.outputs import told
-from stages.inputs.pretrained import pretrained_model, timm_model, torchvision_model
+from stages.inputs.library_models import pretrained_model, timm_model, torchvision_model
+from stages.inputs.model_outputs import told
 from stages.inputs.run_files import check_file, read_config
+from stages.user_code import check_trusted, imported, names_code
 
 
 @dataclass(frozen=True)

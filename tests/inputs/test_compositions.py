@@ -12,7 +12,8 @@ from stages.cache.identity import ViewsIdentity
 from stages.data import chosen_policy
 from stages.errors import ViewError
 from stages.inputs.datasets import ImageDataset
-from stages.inputs.feed import ViewFeed, pixel_probes
+from stages.inputs.feed import ViewFeed
+from stages.inputs.probes import pixel_probes
 from stages.inputs.views import (
     Composed,
     Cutmix,

@@ -13,15 +13,8 @@ from torch import Tensor
 
 from stages.errors import DatasetError, ViewError
 from stages.inputs.datasets import Feeding, ImageDataset, load_dataset
-from stages.inputs.feed import (
-    PROBES,
-    Batch,
-    Normalise,
-    ViewFeed,
-    num_batches,
-    pixel_probes,
-    plain_view,
-)
+from stages.inputs.feed import Batch, Normalise, ViewFeed, num_batches, plain_view
+from stages.inputs.probes import PROBES, pixel_probes
 from stages.inputs.views import Plain, view_policy
 
 # Two workers are what is tested, also where a container grants one core.

@@ -16,7 +16,8 @@ from stages.errors import DatasetError
 from stages.inputs.datasets import Feeding, Skip, load_dataset, load_splits
 from stages.inputs.datasets.compressed import SAMPLED_MODES
 from stages.inputs.datasets.dataset import fixed_sample
-from stages.inputs.feed import ViewFeed, pixel_probes
+from stages.inputs.feed import ViewFeed
+from stages.inputs.probes import pixel_probes
 from stages.inputs.views import view_policy
 
 datasets = pytest.importorskip("datasets")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from stages.errors import ConfigError, DatasetError, ViewError
 from stages.inputs.datasets import ImageDataset
-from stages.inputs.feed import Batch, ViewFeed, pixel_probes
+from stages.inputs.feed import Batch, ViewFeed
+from stages.inputs.probes import pixel_probes
 from stages.inputs.views import Cutmix, Mixed, Mixer, Mixup, mixes, view_policy
 from stages.inputs.views.policy import Stream
 from stages.inputs.views.tables import folded_beta

@@ -15,10 +15,10 @@ from pipeline.sweep.worker import Place, settle
 from stages import cache_plan
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.data import Splits
-from stages.inputs.imported import trusting
 from stages.inputs.views import transforms
 from stages.train_teacher import TeacherConfig, train_teacher
 from stages.training.config import DataSettings, ModelSettings, TrainSettings
+from stages.user_code import trusting
 
 STRANGER = """
 from pathlib import Path

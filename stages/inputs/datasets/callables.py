@@ -26,7 +26,7 @@ from stages.inputs.datasets.dataset import (
     without,
 )
 from stages.inputs.datasets.skipping import blackened, skipped_numbers
-from stages.inputs.imported import imported
+from stages.user_code import imported
 
 MOST_CLASSES = 2**20
 READ_TWICE = 8

@@ -22,8 +22,8 @@ from torchvision.transforms.v2 import functional as tv
 
 from stages.errors import ViewError
 from stages.inputs.counter_hash import counter_hash
-from stages.inputs.imported import imported
 from stages.inputs.views.policy import Parameters, Stream, ViewPolicy, views_of
+from stages.user_code import imported
 
 TORCHVISION = str(torchvision.__version__).split("+")[0]
 """Without the build: 0.26.0+cpu and 0.26.0+cu130 transform alike."""

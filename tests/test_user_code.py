@@ -3,7 +3,7 @@
 import pytest
 
 from stages.errors import ConfigError
-from stages.inputs.imported import check_trusted, modules_in, trust, trusted, trusting
+from stages.user_code import check_trusted, modules_in, trust, trusted, trusting
 
 
 @pytest.mark.parametrize(

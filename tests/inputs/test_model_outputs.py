@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stages.device import forward
 from stages.errors import ConfigError, ModelError
-from stages.inputs.outputs import Adapted, are_probabilities, logits_of, output_order
+from stages.inputs.model_outputs import Adapted, are_probabilities, logits_of, output_order
 
 Auxiliary = namedtuple("Auxiliary", ["logits", "aux_logits"])
 LOSS = torch.tensor(1.5)
@@ -61,7 +61,7 @@ def _broken(images: Tensor) -> Tensor:
 
 def test_a_model_that_fails_is_named_with_its_line() -> None:
     line = _broken.__code__.co_firstlineno + 1
-    with pytest.raises(ModelError, match=rf"KeyError: 'gamma' \(.*test_outputs.py:{line}\)"):
+    with pytest.raises(ModelError, match=rf"KeyError: 'gamma' \(.*test_model_outputs.py:{line}\)"):
         forward(_broken, torch.zeros(2, 3, 4, 4), "float32")
 
 

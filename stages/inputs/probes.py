@@ -1,0 +1,39 @@
+"""Pixel probes: checksums of some views, by which a cache knows the images it was made from."""
+
+import zlib
+
+import torch
+
+from stages.inputs.counter_hash import bounded, counter_hash
+from stages.inputs.datasets import ImageDataset
+from stages.inputs.rendered import RenderedViews
+from stages.inputs.views import ViewPolicy
+
+PROBES = 256
+NO_PROBE = 0
+"""In the place of a checksum: a skipped sample is shown there."""
+PROBED_VIEWS = 1024
+"""Probes are drawn from the first 1,024 views of a policy, however many a cache holds."""
+
+
+def pixel_probes(
+    dataset: ImageDataset, policy: ViewPolicy, image_size: int | None, seed: int = 0
+) -> list[int]:
+    """crc32 of the uint8 pixels of 256 fixed (view, sample) pairs; NO_PROBE where a skipped sample
+    is shown.
+
+    The pairs depend on the policy and the number of samples, not on how many views are cached.
+    """
+    rendered = RenderedViews(dataset, policy, image_size)
+    probe = torch.arange(PROBES)
+    views = bounded(counter_hash(seed, probe, 0), min(policy.count or PROBED_VIEWS, PROBED_VIEWS))
+    samples = bounded(counter_hash(seed, probe, 1), len(dataset))
+    pairs = list(zip(samples.tolist(), views.tolist(), strict=True))
+    shown = rendered.shown(pairs)
+    unseen = torch.isin(samples, dataset.skipped)
+    if shown.partners is not None:
+        unseen |= torch.isin(shown.partners, dataset.skipped)
+    return [
+        NO_PROBE if skipped else zlib.crc32(image.numpy().tobytes())
+        for image, skipped in zip(shown.images, unseen.tolist(), strict=True)
+    ]

@@ -1,0 +1,105 @@
+"""Views rendered image by image, in DataLoader workers: what they show, and what their errors mean.
+
+A batch is one request to a worker, by (sample, view), so that a mixed view's partners are loaded
+with it.
+"""
+
+import errno
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stages.errors import DatasetError, PipelineError
+from stages.inputs.datasets import ImageDataset
+from stages.inputs.views import Shown, ViewPolicy
+
+_FEW_FILES = re.compile(r"[Tt]oo many open files|ancdata")
+_SHARED_MEMORY = re.compile(r"shared memory|Bus error|/torch_\d|No space left on device")
+_KILLED = re.compile(r"DataLoader worker .*(?:killed by signal: ([\w ]+)|exited unexpectedly)")
+
+
+@dataclass(frozen=True)
+class RenderedViews(Dataset[Shown]):
+    """Views as workers render them, one by one; indexed by (sample, view)."""
+
+    dataset: ImageDataset
+    policy: ViewPolicy
+    image_size: int | None
+
+    def shown(self, pairs: Sequence[tuple[int, int]]) -> Shown:
+        """View v of sample i for every pair (i, v); the images may differ in size."""
+        samples, views = torch.tensor(pairs).T
+        size = None if self.image_size is None else (self.image_size,) * 2
+        return self.policy.show(self._load, len(self.dataset), samples, views, size)
+
+    def _load(self, samples: Tensor) -> list[Tensor]:
+        held = self.dataset.images
+        if held is not None:  # decoded already
+            return list(held[samples])
+        return [self.dataset.load(sample) for sample in samples.tolist()]
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> Shown | PipelineError:
+        # An error is returned and not raised: DataLoader would wrap it in a worker's traceback.
+        try:
+            shown = self.shown(pairs)
+        except PipelineError as error:
+            return error
+        images = list(shown.images)
+        if any(image.shape != images[0].shape for image in images):
+            return DatasetError(
+                f"images differ in size: {tuple(images[0].shape)} and others",
+                "Give --image-size, and --augment resized-crop-flip or none.",
+            )
+        return shown._replace(images=torch.stack(images))
+
+    def __getitem__(self, pair: tuple[int, int]) -> Shown:
+        return self.shown([pair])
+
+
+@dataclass
+class BatchPlan:
+    """The batches of the next pass; set before each one, read by the loader in this process."""
+
+    parts: Sequence[Tensor] = ()
+    view: int = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return ([(sample, self.view) for sample in part.tolist()] for part in self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def worker_error(error: BaseException, workers: int) -> DatasetError:
+    """Why decoding stopped, when it is not for an image, and what to do."""
+    text = str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EMFILE, errno.ENFILE) or _FEW_FILES.search(text):
+        return DatasetError(
+            "too many files are open to decode images",
+            f"Raise the limit with `ulimit -n 4096`, or use fewer --workers than {workers}.",
+        )
+    if _SHARED_MEMORY.search(text):
+        return DatasetError(
+            "there is too little shared memory for the workers that decode images (/dev/shm)",
+            "Use --workers 0, or give the container more: docker run --shm-size=8g.",
+        )
+    if match := _KILLED.search(text):
+        return DatasetError(
+            f"a worker that decodes images was ended by the system ({match[1] or 'it exited'})",
+            f"Perhaps memory was short: use fewer --workers than {workers}, or --workers 0.",
+        )
+    lines = text.strip().splitlines() or [type(error).__name__]
+    return DatasetError(
+        f"a worker that decodes images failed: {lines[-1]}",
+        "Use --workers 0 to see where.",
+    )
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch  # __getitems__ has made a batch already
