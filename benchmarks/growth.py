@@ -48,8 +48,8 @@ from benchmarks.synthetic_cache import CLASSES, TEST_SAMPLES, labels_of, new_cac
 from pipeline.bench.measure import Figure, new_report, peak_memory, seconds
 from pipeline.console import Console
 from stages.cache import LogitCache
-from stages.cache.objects import write_object
-from stages.cache.records import seal_records
+from stages.cache.commits import seal_records
+from stages.cache.storage import write_object
 from stages.rectify import RectifyConfig, rectify
 from stages.verify import verify
 

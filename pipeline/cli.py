@@ -179,7 +179,7 @@ def cache_teacher_command(**given: Any) -> None:
     from pipeline.config import read_config
     from pipeline.console import Console
     from pipeline.tables import show_cached, show_plan
-    from stages.cache.location import check_place
+    from stages.cache.storage import check_place
     from stages.cache_job import begun_at
     from stages.cache_plan import plan_cache
     from stages.cache_teacher import CacheConfig, cache_teacher, prepare

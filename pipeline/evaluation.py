@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from pipeline.console import Console
-from stages.cache.location import cache_around
+from stages.cache.storage import cache_around
 from stages.errors import ConfigError
 from stages.evaluate import Evaluated
 from stages.scores import ClassScore, Scores

@@ -22,8 +22,8 @@ from stages.cache.identity import (
     weights_digest,
 )
 from stages.cache.layout import MAX_BLOCK_BYTES, MAX_BLOCK_ROWS, block_grid
-from stages.cache.location import location
-from stages.cache.root import RootAttributes, read_attributes
+from stages.cache.metadata import RootAttributes, read_attributes
+from stages.cache.storage import location
 from stages.data import (
     Splits,
     check_output,

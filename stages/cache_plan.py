@@ -21,7 +21,7 @@ from stages.cache.encoding import (
     measure_all,
 )
 from stages.cache.layout import BlockGrid, block_grid
-from stages.cache.location import location
+from stages.cache.storage import location
 from stages.cache_job import CacheJob, check_finite, row_order, teacher_logits
 from stages.cache_teacher import missing_blocks, open_existing
 from stages.device import versions

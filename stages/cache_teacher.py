@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
+from stages.cache.blocks import BackgroundWriter
+from stages.cache.commits import Record
 from stages.cache.encoding import FIT_ROWS, Encoding, is_encoding
 from stages.cache.identity import differences
-from stages.cache.location import Location, check_place, location
-from stages.cache.lock import exclusive, joined, remove_half_written
-from stages.cache.records import Record
-from stages.cache.writer import BackgroundWriter
+from stages.cache.lock import exclusive, joined
+from stages.cache.storage import Location, check_place, location, remove_half_written
 from stages.cache_job import (
     CacheConfig,
     CacheJob,

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import msgspec
 
-from stages.cache import root as cache_root
+from stages.cache import metadata
 from stages.cache.arrays import open_group
 from stages.cache.identity import differences, identity_from_json
-from stages.cache.location import Location, location
-from stages.cache.root import RootAttributes
+from stages.cache.metadata import RootAttributes
+from stages.cache.storage import Location, location
 from stages.cache_job import Begun
 from stages.cache_teacher import CacheConfig, CacheJob, prepare
 from stages.errors import (
@@ -110,18 +110,18 @@ def check_teacher(path: str | Location, job: CacheJob) -> None:
 def trusted_attributes(where: Location, mend: bool = False) -> RootAttributes:
     """The root attributes, or their copy where they are damaged; `mend` writes it back."""
     try:
-        return cache_root.read_attributes(where, open_group(where).attrs.asdict())
+        return metadata.read_attributes(where, open_group(where).attrs.asdict())
     except UnansweredError:
         raise
     except CacheError as error:
-        copy = cache_root.copied_attributes(where)
+        copy = metadata.copied_attributes(where)
         if copy is None:
             raise CacheError(
                 f"{where} cannot be repaired, its root attributes are damaged or not a cache's: "
                 f"{error.cause}",
                 "Copy zarr.json from another copy of this cache, or cache again.",
             ) from error
-        attributes = cache_root.read_attributes(where, copy)
+        attributes = metadata.read_attributes(where, copy)
         if mend:
-            cache_root.restore_attributes(where, copy)
+            metadata.restore_attributes(where, copy)
         return attributes

@@ -22,9 +22,9 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache.encoding import check_offset, check_temperature
 from stages.cache.layout import threads_at_once
-from stages.cache.location import Location
-from stages.cache.lock import exclusive, remove_half_written
+from stages.cache.lock import exclusive
 from stages.cache.rectified import Rectification, RectificationSettings
+from stages.cache.storage import Location, remove_half_written
 from stages.dask_client import existing_cluster
 from stages.errors import CacheError, ConfigError
 from stages.inputs.views import check_unmixed

@@ -16,18 +16,15 @@ from typing import Any
 import msgspec
 from zarr.abc.store import Store
 
-from stages.cache import LogitCache, root
+from stages.cache import LogitCache, metadata
 from stages.cache.arrays import open_group, read_array
 from stages.cache.commits import CommitLog
-from stages.cache.create import all_arrays
-from stages.cache.documents import check_seal
 from stages.cache.encoding import Encoding, restored
 from stages.cache.identity import Identity, identity_from_json
-from stages.cache.location import Location, location
 from stages.cache.lock import exclusive
-from stages.cache.objects import folders, read_object, write_object
+from stages.cache.metadata import RootAttributes, all_arrays, check_seal
 from stages.cache.rectified import RectificationSettings
-from stages.cache.root import RootAttributes
+from stages.cache.storage import Location, folders, location, read_object, write_object
 from stages.cache.witnesses import known_views, rectified_views
 from stages.cache_teacher import (
     CacheJob,
@@ -82,7 +79,7 @@ def _mend_metadata(
     coding = _calibrated(where, attributes, job)
     group = open_group(where, writable=True)
     if any(root_faults(where)):  # the copy is damaged
-        root.write_attributes(group, group.attrs.asdict())
+        metadata.write_attributes(group, group.attrs.asdict())
     by_block = [n for n, spec in all_arrays(job.num_classes, coding).items() if spec.by_block]
     samples, provenance = identity.dataset.num_samples, attributes.provenance
     views = max(1, known_views(group.store, by_block, samples, provenance).views)

@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 from launch import Launch, Launcher
 
-from stages.cache.commits import CommitLog
-from stages.cache.records import Record
+from stages.cache.commits import CommitLog, Record
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
 from stages.distributed import Ranks, process_group
 from stages.errors import ModelError

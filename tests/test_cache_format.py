@@ -23,13 +23,11 @@ from helpers import DIGITS, first
 from numpy.typing import NDArray
 
 from stages.cache import LogitCache, layout
-from stages.cache.create import all_arrays
-from stages.cache.documents import sealed
+from stages.cache.commits import seal_records, unsealed
 from stages.cache.encoding import ENCODINGS, EncodingAttributes, Fidelity, TopK
 from stages.cache.identity import Identity, weights_digest
-from stages.cache.records import seal_records, unsealed
+from stages.cache.metadata import RootAttributes, all_arrays, sealed
 from stages.cache.rectified import RectificationSettings
-from stages.cache.root import RootAttributes
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.data import Splits
 from stages.inputs.probes import pixel_probes

@@ -16,7 +16,8 @@ from helpers import DIGITS, first, metrics
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.cache import LogitCache, arrays
+from stages.cache import LogitCache
+from stages.cache.blocks import BlockGroup
 from stages.cache.encoding import DEFAULT_MAX_KL, Fidelity, Klt
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
 from stages.data import Splits
@@ -235,9 +236,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         return write(*arguments)
 
-    write = arrays.write_block
+    write = BlockGroup.write
     with monkeypatch.context() as patch:
-        patch.setattr(arrays, "write_block", stopped)
+        patch.setattr(BlockGroup, "write", stopped)
         for stop_at in (1, 3, 2):  # noqa: B007, read by `stopped`
             calls = 0
             with pytest.raises(KeyboardInterrupt):

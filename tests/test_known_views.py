@@ -12,8 +12,8 @@ import pytest
 from damage import edit_attributes, edit_json, edit_record, flip, tree
 
 from stages.cache import LogitCache
+from stages.cache.commits import seal_records, unsealed
 from stages.cache.identity import identity_from_json
-from stages.cache.records import seal_records, unsealed
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.errors import CacheError
 from stages.rectify import RectifyConfig, rectify

@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stages.cache import LogitCache, arrays
-from stages.cache.documents import sealed
+from stages.cache import LogitCache
+from stages.cache.blocks import BlockGroup
+from stages.cache.metadata import sealed
 from stages.cache_teacher import CacheConfig, cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, ConfigError
@@ -626,9 +627,9 @@ def test_a_failing_block_keeps_what_was_done(
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(*arguments)
 
-    original = arrays.write_block
+    original = BlockGroup.write
     with monkeypatch.context() as patch:
-        patch.setattr(arrays, "write_block", full)
+        patch.setattr(BlockGroup, "write", full)
         with pytest.raises(CacheError, match="cannot be written: No space left on device"):
             rectify(cache_copy, RectifyConfig())
     assert 3 <= len(LogitCache.open(cache_copy).rectification("pairwise-T4").commits.records) < 9

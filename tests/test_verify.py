@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 from zarr.storage import LocalStore
 
 from stages.cache import LogitCache
-from stages.cache.checked import described
-from stages.cache.records import seal_records, unsealed
+from stages.cache.commits import seal_records, unsealed
+from stages.cache.stores import described
 from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, IdentityError

@@ -1,6 +1,5 @@
 """The whole page, and the file it is written to."""
 
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -18,8 +17,9 @@ from pipeline.report.student_part import (
     teacher_part,
 )
 from stages.cache import LogitCache
-from stages.cache.location import cache_around
+from stages.cache.storage import cache_around
 from stages.errors import RunError
+from stages.files import replace_file
 from stages.reporting import Reporter, Silent
 from stages.scores import BINS
 
@@ -50,9 +50,7 @@ def write_report(
     content = page(sources, Options(dataset, root), reporter)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.partial")
-        temporary.write_bytes(content.encode(errors="replace"))
-        os.replace(temporary, file)
+        replace_file(file, content.encode(errors="replace"))
     except OSError as error:
         raise RunError(f"cannot write {out}: {error.strerror}", "Choose another --out.") from error
     return file

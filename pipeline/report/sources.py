@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.report.runs import LeftOut, Run, read_run, read_sweep
 from stages.cache import LogitCache
 from stages.cache.identity import DatasetIdentity
-from stages.cache.location import is_cache, location
+from stages.cache.storage import is_cache, location
 from stages.errors import PipelineError, RunError
 from stages.targets.ensemble import teacher_top1
 

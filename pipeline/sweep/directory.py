@@ -9,7 +9,6 @@ NAME/          an ordinary run directory for every run
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from typing import Any
 import msgspec
 
 from pipeline.sweep.grid import Run
-from stages.cache.location import cache_around
 from stages.cache.lock import exclusive
+from stages.cache.storage import cache_around
 from stages.errors import RunError
+from stages.files import replace_file
 from stages.inputs.run_files import read_config, read_summary
 from stages.train_student import StudentConfig
 from stages.training.history import Summary
@@ -89,9 +89,7 @@ class SweepDirectory:
 
     def write(self, name: str, text: str) -> None:
         """Replace a file whole."""
-        temporary = self.path / f"{name}.partial"
-        temporary.write_text(text)
-        os.replace(temporary, self.path / name)
+        replace_file(self.path / name, text.encode())
 
     def _recorded(self) -> dict[str, Any] | None:
         """What every run was asked to be; None for a new or empty folder."""

@@ -14,13 +14,9 @@ from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from stages.cache.checked import described
-from stages.cache.commits import CommitLog
 from stages.cache.identity import weights_digest
-from stages.cache.layout import ArraySpec, BlockGrid, block_key, whole_key
-from stages.cache.location import Location, answered, ask, open_store
-from stages.cache.objects import write_object
-from stages.cache.records import Record
+from stages.cache.layout import ArraySpec, BlockGrid, BlockId, block_key, whole_key
+from stages.cache.storage import Location, answered, ask, open_store
 from stages.errors import CacheError, UnansweredError
 
 
@@ -169,31 +165,6 @@ def _has_bytes(array: zarr.Array[Any]) -> bool:
         return False
 
 
-def write_block(
-    group: zarr.Group,
-    commits: CommitLog,
-    grid: BlockGrid,
-    where: tuple[int, int],
-    arrays: Mapping[str, Tensor],
-    specs: Mapping[str, ArraySpec],
-    record: Record,
-) -> None:
-    """Write block (view, block) of some arrays, one shard each, then its commit record.
-
-    A shard is made in memory and put down whole, so that its record knows its digest and nothing
-    that lies there is read.
-    """
-    view, block = where
-    rows = grid.rows(block)
-    objects = {}
-    for name, values in arrays.items():
-        shard = encode_shard(specs[name], grid, block, values)
-        key = block_key(f"{group.path}/{name}".lstrip("/"), specs[name], view, block)
-        write_object(group.store, key, shard)
-        objects[key] = described(shard, grid.chunks_per_block)
-    commits.commit(view, block, {**record, "rows": [rows.start, rows.stop], "objects": objects})
-
-
 def encode_shard(spec: ArraySpec, grid: BlockGrid, block: int, values: Tensor) -> bytes:
     """One block of an array as the bytes of its shard. values: (n, ...), the block's rows."""
     objects: dict[str, Buffer] = {}
@@ -201,7 +172,7 @@ def encode_shard(spec: ArraySpec, grid: BlockGrid, block: int, values: Tensor) -
     sizes = dict(zip(spec.dimensions, shape, strict=True))
     array = create_array(zarr.create_group(MemoryStore(objects)), "a", spec, sizes, grid)
     array[0, grid.rows(block)] = values.numpy().astype(array.dtype, copy=False)
-    return objects[block_key("a", spec, 0, block)].to_bytes()
+    return objects[block_key("a", spec, BlockId(0, block))].to_bytes()
 
 
 def encode_whole(spec: ArraySpec, values: Tensor) -> bytes:

@@ -6,6 +6,7 @@ Zarr shard of each array with a view and a sample dimension, so that one writer 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 FORMAT = "teacher-logit-cache"
 VERSION = 1
@@ -28,6 +29,13 @@ MAX_BLOCK_BYTES = 512 * 2**20
 MAX_CHUNK_ROWS = 8_192
 MAX_DECODED_BYTES = 2**30
 """Of the float32 rows that all threads of a stage may have decoded at once."""
+
+
+class BlockId(NamedTuple):
+    """Which block: a view, and the number of its run of rows."""
+
+    view: int
+    block: int
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,6 @@ def whole_key(array: str, spec: ArraySpec) -> str:
     return f"{array}/c" + "/0" * len(spec.dimensions)
 
 
-def block_key(array: str, spec: ArraySpec, view: int, block: int) -> str:
+def block_key(array: str, spec: ArraySpec, at: BlockId) -> str:
     """The object that holds a block of an array (Zarr's default chunk keys)."""
-    return f"{array}/c/{view}/{block}" + "/0" * (len(spec.dimensions) - 2)
+    return f"{array}/c/{at.view}/{at.block}" + "/0" * (len(spec.dimensions) - 2)

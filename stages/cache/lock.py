@@ -4,19 +4,15 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from stages.cache.layout import FOLDERS
-from stages.cache.location import Location, told, unreachable
+from stages.cache.storage import Location, told, unreachable
 from stages.errors import CacheError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.partial$")
-"""How zarr's local store names a file until it is whole."""
 
 
 @contextlib.contextmanager
@@ -121,27 +117,3 @@ def _release_in_child() -> None:
 
 _HOLDS: "weakref.WeakSet[Hold]" = weakref.WeakSet()
 os.register_at_fork(after_in_child=_release_in_child)
-
-
-def half_written(where: Location) -> list[Path]:
-    """What a killed writer left of objects: never part of a cache, they get their name whole.
-
-    Object stores have none: a PUT is whole or nothing. Folders that are not ours are not looked at.
-    """
-    if isinstance(where, str):
-        return []
-    found = [p for p in where.iterdir() if is_half_written(p.name)]
-    for name in FOLDERS:
-        found += [p for p in (where / name).rglob("*.partial") if is_half_written(p.name)]
-    return found
-
-
-def is_half_written(name: str) -> bool:
-    """Whether a file has the name that Zarr's local store gives one until it is whole."""
-    return _TEMPORARY.search(name) is not None
-
-
-def remove_half_written(where: Location) -> None:
-    """Delete what a killed writer left; only who holds the store knows that it was killed."""
-    for leftover in half_written(where):
-        leftover.unlink()

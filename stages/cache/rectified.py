@@ -10,11 +10,10 @@ import zarr
 from torch import Tensor
 
 from stages.cache import arrays, layout
-from stages.cache.checked import checked
-from stages.cache.commits import CommitLog
-from stages.cache.documents import array_fault, check_seal, sealed
-from stages.cache.layout import ArraySpec, BlockGrid
-from stages.cache.records import Record
+from stages.cache.blocks import BlockGroup
+from stages.cache.commits import CommitLog, Record
+from stages.cache.layout import ArraySpec, BlockGrid, BlockId
+from stages.cache.metadata import array_fault, check_seal, sealed
 from stages.cache.targets import RectifiedValues
 from stages.errors import CacheError
 
@@ -103,6 +102,10 @@ class Rectification:
         part, identity = f"rectified/{self.name}", self.group.attrs.asdict()["identity_digest"]
         return CommitLog(self.group.store, part, self.grid.num_blocks, str(identity))
 
+    @cached_property
+    def blocks(self) -> BlockGroup:
+        return BlockGroup(self.group, self.commits, self.grid, self.specs)
+
     @property
     def statistics(self) -> dict[str, Any]:
         """What stage two measured; empty until it has finished, with all views that are there."""
@@ -119,17 +122,11 @@ class Rectification:
         self, view: int, block: int, values: Mapping[str, Tensor], record: Record
     ) -> None:
         """Write and commit a block: its arrays as layout.py names them."""
-        arrays.write_block(
-            self.group, self.commits, self.grid, (view, block), values, self.specs, record
-        )
+        self.blocks.write(BlockId(view, block), values, record)
 
     def read_values(self, view: int, runs: Sequence[slice]) -> RectifiedValues:
         """The replaced logits of some runs of rows of a complete view."""
-        group = checked(self.group, self.commits.objects_of(view))
-        return RectifiedValues(
-            arrays.read_rows(group, "label_logit", view, runs),
-            arrays.read_rows(group, "predicted_logit", view, runs),
-        )
+        return RectifiedValues(**self.blocks.read(["label_logit", "predicted_logit"], view, runs))
 
     def check_temperature(self, temperature: float) -> None:
         """Raise CacheError unless the rectification can be used at this temperature."""

@@ -21,11 +21,9 @@ import torch
 import zarr
 from torch import Tensor
 
-from stages.cache import arrays, layout, root
-from stages.cache.checked import checked, described
-from stages.cache.commits import CommitLog
-from stages.cache.create import all_arrays, create_store
-from stages.cache.documents import array_fault
+from stages.cache import arrays, layout, metadata
+from stages.cache.blocks import BlockGroup
+from stages.cache.commits import CommitLog, Record
 from stages.cache.encoding import (
     Encoding,
     Fidelity,
@@ -35,11 +33,11 @@ from stages.cache.encoding import (
     restored,
 )
 from stages.cache.identity import Identity, SkippedSample, identity_from_json
-from stages.cache.layout import BlockGrid
-from stages.cache.location import Location, location
-from stages.cache.objects import entries, folders, write_object
-from stages.cache.records import Record
+from stages.cache.layout import BlockGrid, BlockId
+from stages.cache.metadata import all_arrays, array_fault, create_store
 from stages.cache.rectified import Rectification, RectificationSettings
+from stages.cache.storage import Location, entries, folders, location, write_object
+from stages.cache.stores import checked, described
 from stages.cache.targets import ViewTargets
 from stages.cache.witnesses import Claim, known_views
 from stages.errors import CacheError
@@ -84,7 +82,7 @@ class LogitCache:
     def __init__(self, path: Location, group: zarr.Group) -> None:
         self.path = path
         self._group = group
-        attributes = root.read_attributes(path, group.attrs.asdict())
+        attributes = metadata.read_attributes(path, group.attrs.asdict())
         self.identity: Identity = identity_from_json(attributes.identity, str(path))
         if self.identity.digest() != attributes.identity_digest:
             raise CacheError(f"{path}: the identity does not match its digest")
@@ -99,6 +97,9 @@ class LogitCache:
             raise CacheError(f"{path}: {faults[0]}", "Run `pipeline verify CACHE --repair`.")
         digest = attributes.identity_digest
         self.commits = CommitLog(group.store, "logits", self.grid.num_blocks, digest)
+        specs = all_arrays(self.num_classes, self.encoding).items()
+        by_block = {name: spec for name, spec in specs if spec.by_block}
+        self.blocks = BlockGroup(group, self.commits, self.grid, by_block)
         self.eval_commits = CommitLog(group.store, "eval", 1, digest)
         self.fidelity = self._of_all_views(attributes.fidelity)
 
@@ -152,8 +153,8 @@ class LogitCache:
 
     @staticmethod
     def exists(path: str | Path) -> bool:
-        """Whether a cache can be opened at `path`; see `root.exists`."""
-        return root.exists(location(path))
+        """Whether a cache can be opened at `path`; see `metadata.exists`."""
+        return metadata.exists(location(path))
 
     def grow(self, num_views: int) -> None:
         """Make room for more views in every array, rectifications included. Safe to repeat:
@@ -171,7 +172,7 @@ class LogitCache:
             self.skips = tuple(sorted([*self.skips, *more]))
             attributes = self._group.attrs.asdict()
             skipped = msgspec.to_builtins(self.skips)
-            root.write_attributes(self._group, {**attributes, "skipped": skipped})
+            metadata.write_attributes(self._group, {**attributes, "skipped": skipped})
 
     # ---- what it is ---------------------------------------------------------------------
 
@@ -202,8 +203,7 @@ class LogitCache:
         """How many views anything in the cache knows of: more than `num_views` where the arrays
         have been damaged.
         """
-        specs = all_arrays(self.num_classes, self.encoding).items()
-        by_block = [name for name, spec in specs if spec.by_block]
+        by_block = list(self.blocks.specs)
         return known_views(self._group.store, by_block, self.num_samples, self.provenance)
 
     @property
@@ -319,7 +319,7 @@ class LogitCache:
         """
         self._require_view(self.commits, view)
         runs = [rows or slice(0, self.num_samples)]
-        return self._read(view, ["prediction"], runs)["prediction"].long()
+        return self.blocks.read(["prediction"], view, runs)["prediction"].long()
 
     # ---- reading ------------------------------------------------------------------------
 
@@ -343,7 +343,7 @@ class LogitCache:
             rectification = self.rectification(rectified)
             self._require_view(rectification.commits, view)
             values = rectification.read_values(view, runs)
-        read = self._read(view, (*self.encoding.arrays(), "prediction"), runs)
+        read = self.blocks.read(self.blocks.specs, view, runs)
         return ViewTargets(
             encoding=self.encoding,
             predictions=read.pop("prediction"),
@@ -382,8 +382,8 @@ class LogitCache:
                 "Run `pipeline cache-teacher` again to finish it.",
             )
         self.commits.check_objects(view, block)
-        rows, names = self.grid.rows(block), (*self.encoding.arrays(), "prediction")
-        read = self._read(view, names, [rows], block)
+        rows = self.grid.rows(block)
+        read = self.blocks.read(self.blocks.specs, view, [rows], block)
         predictions = read.pop("prediction").long()
         return EncodedBlock(self.encoding, read, self.row_labels[rows], predictions)
 
@@ -422,15 +422,6 @@ class LogitCache:
             )
         self.eval_commits.check_objects(0)
         return arrays.read_array(checked(self._group, self.eval_commits.objects_of(0)), name)
-
-    def _read(
-        self, view: int, names: Iterable[str], runs: Sequence[slice], block: int | None = None
-    ) -> dict[str, Tensor]:
-        """Some runs of rows of a view, or of one block of it, whose bytes are compared with the
-        records as they are read.
-        """
-        group = checked(self._group, self.commits.objects_of(view, block))
-        return {name: arrays.read_rows(group, name, view, runs) for name in names}
 
     def _require_view(self, commits: CommitLog, view: int) -> None:
         if not 0 <= view < self.num_views:
@@ -478,16 +469,7 @@ class LogitCache:
         }
         if bool(unseen.any()):
             record["skipped"] = samples[unseen].sort().values.tolist()
-        specs = all_arrays(self.num_classes, self.encoding)
-        arrays.write_block(
-            self._group,
-            self.commits,
-            self.grid,
-            (view, block),
-            encoded | {"prediction": predictions},
-            specs,
-            record,
-        )
+        self.blocks.write(BlockId(view, block), encoded | {"prediction": predictions}, record)
         self.commits.compact(view)
 
     def _check_calibration(self, fidelity: Fidelity) -> None:
@@ -523,8 +505,8 @@ class LogitCache:
         ]
         if (fidelity := combined(parts)) != self.fidelity:
             self.fidelity = fidelity
-            known = self._group.attrs.asdict()
-            root.write_attributes(self._group, {**known, "fidelity": msgspec.to_builtins(fidelity)})
+            known, plain = self._group.attrs.asdict(), msgspec.to_builtins(fidelity)
+            metadata.write_attributes(self._group, {**known, "fidelity": plain})
 
     def write_eval_logits(self, logits: Tensor, record: Record) -> None:
         """The teacher's logits on the test split, float32 (M, C). Kept are rows minus their maximum

@@ -15,9 +15,9 @@ from typing import Any
 from zarr.abc.store import Store
 
 from stages.cache.commits import CommitLog
-from stages.cache.documents import check_seal
 from stages.cache.layout import MAX_VIEWS, rectified_arrays
-from stages.cache.objects import folders, read_object
+from stages.cache.metadata import check_seal
+from stages.cache.storage import folders, read_object
 from stages.errors import CacheError, UnansweredError
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")

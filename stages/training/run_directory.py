@@ -14,7 +14,6 @@ One process writes to it at a time: it holds the folder from `prepare` to `relea
 import contextlib
 import io
 import json
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +25,10 @@ import yaml
 from safetensors.torch import save
 from torch import nn
 
-from stages.cache.location import cache_around
 from stages.cache.lock import Hold
+from stages.cache.storage import cache_around
 from stages.errors import RunError
+from stages.files import replace_file
 from stages.inputs.run_files import (
     config_text,
     damaged,
@@ -103,9 +103,9 @@ class RunDirectory:
         with self._writing():
             if not self.goes_on:
                 remove_run(self.path)
-            self._replace("config.yaml", self.config_text.encode())
+            replace_file(self.path / "config.yaml", self.config_text.encode())
             self._lines = [json.dumps(line) + "\n" for line in history]
-            self._replace("metrics.jsonl", "".join(self._lines).encode())
+            replace_file(self.path / "metrics.jsonl", "".join(self._lines).encode())
             (self.path / "summary.json").unlink(missing_ok=True)
             if self._events is not None:
                 self._events.go_on(history)
@@ -129,7 +129,8 @@ class RunDirectory:
         torch.save({**state, "settings": self._settings, "weights": self._weights}, buffer)
         content = buffer.getvalue()
         with self._writing():
-            self._replace("last.pt", content, _TRAILER + sha256(content).encode() + b"\n")
+            parts = [content, _TRAILER, sha256(content).encode(), b"\n"]
+            replace_file(self.path / "last.pt", parts)
 
     def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
         """The state to go on from, None if there is none yet. Raises RunError if it is damaged, or
@@ -179,7 +180,7 @@ class RunDirectory:
         # save_file would make it readable by its owner only
         content = _plain_weights(module)
         with self._writing():
-            self._replace("model.safetensors", content)
+            replace_file(self.path / "model.safetensors", content)
         self._weights = sha256(content)
 
     def mend_model(self, module: nn.Module) -> None:
@@ -197,20 +198,9 @@ class RunDirectory:
         if self._weights is not None:
             digests["model.safetensors"] = self._weights
         with self._writing():
-            self._replace("summary.json", summary_text(summary, digests).encode())
+            replace_file(self.path / "summary.json", summary_text(summary, digests).encode())
 
     # ---- writing ------------------------------------------------------------------------
-
-    def _replace(self, name: str, *parts: bytes) -> None:
-        temporary = self.path / f"{name}.partial"
-        try:
-            with temporary.open("wb") as file:
-                file.writelines(parts)
-            os.replace(temporary, self.path / name)
-        except OSError:
-            with contextlib.suppress(OSError):  # on a full disk it is in the way
-                temporary.unlink()
-            raise
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

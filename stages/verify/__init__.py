@@ -8,9 +8,9 @@ the rows they were made from. With a teacher, also that it still says what the c
 with the dataset, that its pixels are still those the teacher saw (`pixels`).
 """
 
-from stages.cache import LogitCache, root
-from stages.cache.location import Location, location
-from stages.cache.records import ViewRecords
+from stages.cache import LogitCache, metadata
+from stages.cache.commits import ViewRecords
+from stages.cache.storage import Location, location
 from stages.errors import CacheError, UnansweredError
 from stages.reporting import Reporter, Silent
 from stages.verify.blocks import check_blocks
@@ -33,11 +33,11 @@ def verify(path: str | Location, reporter: Reporter | None = None, threads: int 
     """Look at every object of a cache. Raises CacheError if there is none."""
     reporter, where = reporter or Silent(), location(path)
     try:
-        there = root.exists(where)
+        there = metadata.exists(where)
     except UnansweredError:
         raise
     except CacheError:
-        if root.copied_attributes(where) is None:
+        if metadata.copied_attributes(where) is None:
             raise
         there = True
     if not there:

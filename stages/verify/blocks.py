@@ -9,10 +9,9 @@ from itertools import islice
 from zarr.abc.store import Store
 
 from stages.cache import LogitCache
-from stages.cache.commits import CommitLog
-from stages.cache.layout import ArraySpec, block_key, threads_at_once
-from stages.cache.objects import read_object
-from stages.cache.records import Record, ViewRecords
+from stages.cache.commits import CommitLog, Record, ViewRecords
+from stages.cache.layout import ArraySpec, BlockId, block_key, threads_at_once
+from stages.cache.storage import read_object
 from stages.errors import CacheError, UnansweredError
 from stages.reporting import Reporter
 from stages.verify.faults import Fault, Verified
@@ -117,7 +116,8 @@ def _block_faults(
 
     if not (0 <= view < cache.num_views and 0 <= block < cache.grid.num_blocks):
         return 0, faults(["is outside the arrays"])
-    keys = {block_key(f"{part.folder}{n}", spec, view, block) for n, spec in part.specs.items()}
+    at = BlockId(view, block)
+    keys = {block_key(f"{part.folder}{n}", spec, at) for n, spec in part.specs.items()}
     rows, size = cache.grid.rows(block), 0
     try:
         size, whats = object_faults(cache.group.store, record, keys)

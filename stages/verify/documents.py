@@ -5,14 +5,12 @@ from collections.abc import Iterator
 import torch
 from zarr.abc.store import Store
 
-from stages.cache import LogitCache, layout, root
+from stages.cache import LogitCache, layout, metadata
 from stages.cache.arrays import get_array, open_group
-from stages.cache.create import all_arrays
-from stages.cache.documents import is_empty_group, is_intact
-from stages.cache.location import Location
-from stages.cache.objects import entries, folders, read_object
-from stages.cache.records import unsealed
+from stages.cache.commits import unsealed
+from stages.cache.metadata import all_arrays, is_empty_group, is_intact
 from stages.cache.rectified import Rectification
+from stages.cache.storage import Location, entries, folders, read_object
 from stages.errors import CacheError, UnansweredError
 from stages.inputs.datasets.dataset import labels_digest
 from stages.verify.blocks import object_faults
@@ -23,18 +21,18 @@ def root_faults(where: Location) -> Iterator[Fault]:
     """Of the root's attributes, without which nothing else can be judged; and of their copy."""
     try:
         group = open_group(where)
-        root.read_attributes(where, group.attrs.asdict())
+        metadata.read_attributes(where, group.attrs.asdict())
     except UnansweredError:
         raise
     except CacheError as error:
         yield Fault("root attributes", error.cause)
         return
     try:
-        (copy,) = unsealed(read_object(group.store, root.COPY) or b"")
+        (copy,) = unsealed(read_object(group.store, metadata.COPY) or b"")
         if copy != group.attrs.asdict():
-            yield Fault(root.COPY, "is not a copy of the root's attributes")
+            yield Fault(metadata.COPY, "is not a copy of the root's attributes")
     except ValueError:
-        yield Fault(root.COPY, "is damaged")
+        yield Fault(metadata.COPY, "is damaged")
 
 
 def document_faults(where: Location) -> list[Fault]:

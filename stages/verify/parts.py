@@ -7,8 +7,8 @@ import torch
 
 from stages.cache import LogitCache
 from stages.cache.arrays import read_array
-from stages.cache.create import all_arrays
-from stages.cache.records import Record, ViewRecords
+from stages.cache.commits import Record, ViewRecords
+from stages.cache.metadata import all_arrays
 from stages.cache.rectified import Rectification
 from stages.errors import CacheError
 from stages.rectify import RectifyConfig, rectified_block

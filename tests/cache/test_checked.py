@@ -17,10 +17,10 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from stages.cache import LogitCache, arrays
-from stages.cache.checked import CheckedStore, described
 from stages.cache.encoding import Float32
 from stages.cache.layout import ArraySpec, BlockGrid
 from stages.cache.rectified import RectificationSettings
+from stages.cache.stores import CheckedStore, described
 from stages.errors import CacheError
 
 SPEC = ArraySpec(("view", "sample", "class"), "uint8")  # of random bytes: no shard is compressed

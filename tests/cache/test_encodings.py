@@ -40,7 +40,7 @@ from stages.cache.encoding import (
     row_kl,
     topk,
 )
-from stages.cache.measure import row_bytes_on_disk
+from stages.cache.encoding.choose import row_bytes_on_disk
 from stages.errors import CacheError, ConfigError, PipelineError
 
 Rows = NDArray[np.float32]

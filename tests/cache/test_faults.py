@@ -33,7 +33,7 @@ from zarr.storage import LocalStore
 from stages.cache import LogitCache
 from stages.cache.encoding import Klt, TopK
 from stages.cache.identity import identity_from_json
-from stages.cache.lock import half_written
+from stages.cache.storage import half_written
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.errors import CacheError, PipelineError
 from stages.rectify import RectifyConfig, rectify

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from stages.cache import LogitCache
-from stages.cache.lock import half_written
+from stages.cache.storage import half_written
 
 HELPER = Path(__file__).with_name("kill_stages.py")
 VIEWS, BLOCKS = 2, 14

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from stages.cache.layout import (
     MAX_BLOCK_BYTES,
     MAX_CHUNK_ROWS,
+    BlockId,
     base_arrays,
     block_grid,
     block_key,
@@ -73,7 +74,7 @@ def test_threads_hold_no_more_than_a_gigabyte_of_decoded_rows(
 def test_block_keys_are_the_objects_zarr_writes(finished_cache: Path) -> None:
     specs = {"prediction": base_arrays(10)["prediction"]}
     keys = {
-        block_key(name, spec, view, block)
+        block_key(name, spec, BlockId(view, block))
         for name, spec in specs.items()
         for view in range(3)
         for block in range(3)
@@ -91,7 +92,7 @@ def test_block_keys_are_the_objects_zarr_writes(finished_cache: Path) -> None:
     ],
 )
 def test_block_key(name: str, view: int, block: int, key: str) -> None:
-    assert block_key(name, rectified_arrays(materialise=True)[name], view, block) == key
+    assert block_key(name, rectified_arrays(materialise=True)[name], BlockId(view, block)) == key
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from uuid import uuid4
 import pytest
 
 from stages.cache import lock
+from stages.cache.storage import half_written
 from stages.errors import CacheError, ModelError
 
 # Loads the one file: importing stages.cache would bring torch, which takes seconds.
@@ -111,6 +112,6 @@ def test_only_what_zarr_left_half_written_counts_and_nothing_is_removed(tmp_path
     before = set(tmp_path.rglob("*"))
 
     with lock.exclusive(tmp_path):
-        assert lock.half_written(tmp_path) == [ours]
+        assert half_written(tmp_path) == [ours]
 
     assert set(tmp_path.rglob("*")) == before

@@ -23,7 +23,7 @@ from damage import everything, flipped, same, tree
 from helpers import DIGITS, Words
 
 from pipeline.cli import main
-from stages.cache import LogitCache, location
+from stages.cache import LogitCache, storage
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.errors import CacheError, UnansweredError
 from stages.rectify import RectifyConfig, rectify
@@ -607,7 +607,7 @@ def test_the_time_for_retries_is_a_positive_number(
 def test_retries_go_on_for_a_minute_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TEACHER_CACHE_RETRY_SECONDS", raising=False)
 
-    assert location.retry_seconds() == 60
+    assert storage.retry_seconds() == 60
 
 
 # ---- 404 of what is there -------------------------------------------------------------------

@@ -16,10 +16,10 @@ from torch import Tensor
 from pipeline.console import Console
 from pipeline.tables import show_cache
 from stages.cache import LogitCache, arrays, commits
-from stages.cache.documents import sealed
+from stages.cache.commits import unsealed
 from stages.cache.encoding import Float32
 from stages.cache.identity import DatasetIdentity, Identity, TeacherIdentity, ViewsIdentity
-from stages.cache.records import unsealed
+from stages.cache.metadata import sealed
 from stages.cache.rectified import RectificationSettings
 from stages.errors import CacheError
 from stages.verify.documents import document_faults

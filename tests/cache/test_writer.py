@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from stages.cache.blocks import BackgroundWriter
 from stages.cache.lock import exclusive
-from stages.cache.writer import BackgroundWriter
 from stages.errors import CacheError, ModelError
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from stages.cache.arrays import encode_shard
 from stages.cache.encoding.base import Encoding
 from stages.cache.encoding.fidelity import Fidelity, compare
 from stages.cache.encoding.floats import Float16, Float32
 from stages.cache.encoding.klt import DEFAULT_MAX_KL, Klt, fit_klt
 from stages.cache.encoding.topk import TopK
 from stages.cache.encoding.uint8 import Uint8
-from stages.cache.measure import row_bytes_on_disk
+from stages.cache.layout import base_arrays, block_grid
 from stages.errors import CacheError, ConfigError
 
 ENCODINGS: dict[str, type[Encoding]] = {
@@ -170,3 +171,23 @@ def _parameters(name: str, text: str) -> dict[str, Any]:
 
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(map(float, text.split("/")))
+
+
+def row_bytes_on_disk(coding: Encoding, logits: Tensor, labels: Tensor) -> float:
+    """Bytes a row and view: encoded, compressed and framed as a block would be.
+
+    logits: float32 (n, C). labels: int64 (n,). Few rows overstate the size a little: their index
+    weighs more.
+    """
+    rows, classes = logits.shape
+    grid = block_grid(rows, classes)
+    specs = coding.arrays() | {"prediction": base_arrays(classes)["prediction"]}
+    values = coding.encode(logits, labels) | {"prediction": logits.argmax(1)}
+    return (
+        sum(
+            len(encode_shard(spec, grid, block, values[name][grid.rows(block)]))
+            for name, spec in specs.items()
+            for block in range(grid.num_blocks)
+        )
+        / rows
+    )

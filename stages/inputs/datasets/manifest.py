@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from stages.files import replace_file
 from stages.inputs.datasets.dataset import digest, fixed_sample
 
 VERSION = 2
@@ -121,12 +122,7 @@ def _read(path: Path) -> _Manifest | None:
 
 
 def _write(path: Path, manifest: _Manifest) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.partial")
     with suppress(OSError, ValueError):  # names that are not UTF-8 are a ValueError
         content = msgspec.json.encode(manifest)
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(b"\n".join([digest([content]).encode(), content]))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, b"\n".join([digest([content]).encode(), content]), shared=True)

@@ -1,19 +1,21 @@
-"""Where a store lies: a folder, or the URL of an object store."""
+"""Where a store lies, a folder or the URL of an object store, and the objects in it."""
 
+import asyncio
 import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from zarr.abc.store import Store
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from stages.cache.layout import FORMAT
+from stages.cache.layout import FOLDERS, FORMAT
 from stages.cache.stores import Bucket, Folder
 from stages.errors import CacheError, UnansweredError
 
@@ -133,3 +135,118 @@ def ask(store: Store, question: Coroutine[Any, Any, Answer]) -> Answer:
 def unreachable(error: BaseException) -> bool:
     """Whether an object store did not answer, or refused; the bytes may well be intact."""
     return type(error).__module__.startswith(("obstore", "builtins.obstore"))
+
+
+# ---- objects --------------------------------------------------------------------------------
+
+
+def read_object(store: Store, key: str) -> bytes | None:
+    """An object's bytes, None if there is none."""
+    value = ask(store, store.get(key, default_buffer_prototype()))
+    return None if value is None else value.to_bytes()
+
+
+def read_objects(store: Store, keys: Sequence[str]) -> list[bytes | None]:
+    """The bytes of several objects, asked for at the same time; None where there is none."""
+    prototype = default_buffer_prototype()
+
+    async def read() -> list[bytes | None]:
+        values = await asyncio.gather(*(store.get(key, prototype) for key in keys))
+        return [None if value is None else value.to_bytes() for value in values]
+
+    return ask(store, read()) if keys else []
+
+
+def sizes_of(store: Store, keys: Sequence[str]) -> list[int | None]:
+    """The sizes of several objects in bytes, asked for at once; None where there is none."""
+
+    async def size(key: str) -> int | None:
+        try:
+            return await store.getsize(key)
+        except FileNotFoundError:
+            return None
+
+    async def sizes() -> list[int | None]:
+        return await asyncio.gather(*map(size, keys))
+
+    return ask(store, sizes()) if keys else []
+
+
+def write_object(store: Store, key: str, content: bytes) -> None:
+    """Write an object whole: temporary file and rename on disk, one PUT in an object store."""
+    ask(store, store.set(key, default_buffer_prototype().buffer.from_bytes(content)))
+
+
+def list_objects(store: Store, prefix: str) -> list[str]:
+    """The keys under a prefix that ends in a slash."""
+
+    async def collect() -> list[str]:
+        return [key async for key in store.list_prefix(prefix)]
+
+    return ask(store, collect())
+
+
+def first_entry(store: Store) -> str | None:
+    """The name of something right under the root that somebody put there, None if there is none.
+
+    Nothing further down is looked at: the root may be a whole disk.
+    """
+
+    async def first() -> str | None:
+        async for name in store.list_dir(""):
+            if not (name in _DROPPED or name.startswith("._") or is_half_written(name)):
+                return name
+        return None
+
+    return ask(store, first())
+
+
+_DROPPED = (".DS_Store", "Thumbs.db", "desktop.ini", "lost+found")
+"""What systems leave in folders by themselves."""
+
+
+def folders(store: Store, folder: str) -> list[str]:
+    """The names right under a folder, but for its document, hidden files and what a killed writer
+    left.
+    """
+    return [name for name in entries(store, folder) if name != "zarr.json"]
+
+
+def entries(store: Store, folder: str) -> list[str]:
+    """As `folders`, with the document where there is one. Of what is a file: nothing."""
+
+    async def collect() -> list[str]:
+        return [name async for name in store.list_dir(folder)]
+
+    found = ask(store, collect())
+    return sorted(name for name in found if not (name.startswith(".") or is_half_written(name)))
+
+
+# ---- what a killed writer left --------------------------------------------------------------
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.partial$")
+"""How zarr's local store names a file until it is whole."""
+
+
+def half_written(where: Location) -> list[Path]:
+    """What a killed writer left of objects: never part of a cache, they get their name whole.
+
+    Object stores have none: a PUT is whole or nothing. Folders that are not ours are not looked at.
+    """
+    if isinstance(where, str):
+        return []
+    found = [p for p in where.iterdir() if is_half_written(p.name)]
+    for name in FOLDERS:
+        found += [p for p in (where / name).rglob("*.partial") if is_half_written(p.name)]
+    return found
+
+
+def is_half_written(name: str) -> bool:
+    """Whether a file has the name that Zarr's local store gives one until it is whole."""
+    return _TEMPORARY.search(name) is not None
+
+
+def remove_half_written(where: Location) -> None:
+    """Delete what a killed writer left; only who holds the store knows that it was killed."""
+    for leftover in half_written(where):
+        leftover.unlink()

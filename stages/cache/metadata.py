@@ -1,0 +1,293 @@
+"""The metadata of a store: its root attributes, and the JSON documents of groups and arrays.
+
+Zarr accepts a document whose shape, fill value or attributes have changed, and would then read
+something else. So attributes carry a digest of themselves, and arrays are compared with what
+`layout.py` says; both when a cache is opened and when it is verified.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zarr
+from torch import Tensor
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.group import GroupMetadata
+from zarr.core.metadata.v3 import ArrayV3Metadata
+from zarr.storage import MemoryStore
+
+from stages.cache import arrays, layout
+from stages.cache.arrays import create_array, get_array, open_group
+from stages.cache.commits import seal_records, unsealed
+from stages.cache.encoding import Encoding, EncodingAttributes, Fidelity, encoding_attributes
+from stages.cache.identity import Identity, SkippedSample
+from stages.cache.layout import MAX_VIEWS, ArraySpec, BlockGrid
+from stages.cache.storage import (
+    Location,
+    ask,
+    first_entry,
+    open_store,
+    read_object,
+    remove_half_written,
+    write_object,
+)
+from stages.cache.stores import readable
+from stages.errors import CacheError, UnansweredError
+
+UNFINISHED = {"format": layout.FORMAT, "unfinished": True}
+"""The root attributes of a cache that is being created."""
+COPY = "commits/attributes.json"
+"""The root attributes once more: all else can be computed again, provenance cannot."""
+
+
+class RootAttributes(msgspec.Struct, frozen=True):
+    """The root attributes of a cache, as JSON has them."""
+
+    identity: dict[str, Any]
+    identity_digest: str
+    encoding: EncodingAttributes
+    shared_arrays: dict[str, str]
+    provenance: dict[str, Any]
+    pixel_probes: list[int]
+    fidelity: Fidelity | None = None
+    skipped: tuple[SkippedSample, ...] = ()
+
+
+def exists(where: Location) -> bool:
+    """Whether a finished root lies there: not in an empty folder, nor in what an interrupted
+    creation left. Raises CacheError if something else lies there.
+    """
+    if isinstance(where, Path):
+        with readable(where):
+            if not where.exists():
+                return False
+            if not where.is_dir():
+                raise CacheError(
+                    f"{where} is not a teacher-logit cache: it is a file",
+                    "Choose a folder that is empty, or not there.",
+                )
+    store = open_store(where, read_only=True)
+    if read_object(store, "zarr.json") is None:
+        if there := first_entry(store):
+            raise CacheError(
+                f"{where} is not a teacher-logit cache: it holds {there}",
+                "Choose a folder or a prefix with nothing in it.",
+            )
+        return False
+    return open_group(where).attrs.asdict() != UNFINISHED
+
+
+def unfinished_group(where: Location) -> zarr.Group:
+    """An empty root group, marked as unfinished; replaces one that is so marked.
+
+    The mark goes down first and stays until the attributes replace it, and only what has a name of
+    ours is removed.
+    """
+    if exists(where):
+        raise CacheError(f"there is a cache at {where} already", "Choose another path.")
+    store = open_store(where, read_only=False)
+    if isinstance(where, Path):
+        where.mkdir(parents=True, exist_ok=True)
+        remove_half_written(where)
+    if read_object(store, "zarr.json") is None:
+        # A copy: zarr keeps the dict and changes it with the attributes.
+        return zarr.create_group(store, zarr_format=3, attributes=dict(UNFINISHED))
+    for name in layout.FOLDERS:
+        ask(store, store.delete_dir(name))
+    return open_group(where, writable=True)
+
+
+def write_attributes(group: zarr.Group, attributes: Mapping[str, Any]) -> None:
+    """Seal and write the root attributes, their copy first."""
+    whole = sealed(attributes)
+    write_object(group.store, COPY, seal_records([whole]))
+    group.attrs.put(whole)
+
+
+def copied_attributes(where: Location) -> dict[str, Any] | None:
+    """The root attributes as their copy has them; None if that is missing or damaged."""
+    with contextlib.suppress(ValueError, FileNotFoundError, NotADirectoryError):
+        content = read_object(open_store(where, read_only=True), COPY)
+        if content is not None:
+            (attributes,) = unsealed(content)
+            return attributes
+    return None
+
+
+def restore_attributes(where: Location, attributes: dict[str, Any]) -> None:
+    """Write the root document again."""
+    store = open_store(where, read_only=False)
+    ask(store, store.delete("zarr.json"))
+    zarr.create_group(store, zarr_format=3, attributes=attributes)
+
+
+def read_attributes(where: Location, attributes: Mapping[str, Any]) -> RootAttributes:
+    """The root attributes. Raises CacheError for another format, a newer version, or damage."""
+    if attributes == UNFINISHED:
+        raise CacheError(
+            f"{where} was never finished being created", "Run `pipeline cache-teacher` again."
+        )
+    if attributes.get("format") != layout.FORMAT:
+        raise CacheError(
+            f"{where} is not a teacher-logit cache",
+            "Give what `pipeline cache-teacher --out` made.",
+        )
+    version = attributes.get("version")
+    if version != layout.VERSION:
+        raise CacheError(
+            f"{where} has format version {version}; this program reads {layout.VERSION}",
+            "Install the version of teacher-cache that wrote it, or a newer one.",
+        )
+    check_seal(attributes, str(where))
+    try:
+        return msgspec.convert(attributes, RootAttributes)
+    except msgspec.ValidationError as error:
+        raise CacheError(f"the attributes of {where} are damaged: {error}") from error
+
+
+def all_arrays(num_classes: int, coding: Encoding) -> dict[str, ArraySpec]:
+    """Every array at the root of a cache with this encoding."""
+    return layout.base_arrays(num_classes) | coding.arrays() | coding.calibration_arrays()
+
+
+def create_store(
+    where: Location,
+    identity: Identity,
+    coding: Encoding,
+    num_views: int,
+    whole: Mapping[str, Tensor],
+    attributes: Mapping[str, Any],
+    block_rows: int,
+) -> None:
+    """Documents and whole arrays of a new cache; the root attributes come last and make it one.
+
+    whole: the values of the arrays that are written once, by name. attributes: the root attributes
+    beside identity and encoding.
+    """
+    classes = len(identity.dataset.class_names)
+    samples = len(whole["dataset_index"])
+    sizes = {
+        "view": num_views,
+        "sample": samples,
+        "class": classes,
+        "eval_sample": len(whole["eval_label"]),
+        **coding.sizes,
+    }
+    grid = layout.block_grid(samples, classes, block_rows)
+    group = unfinished_group(where)
+    for name, spec in all_arrays(classes, coding).items():
+        arrays.create_array(group, name, spec, sizes, grid)
+    for name, values in whole.items():
+        array = arrays.get_array(group, name)
+        array[...] = values.numpy().astype(array.dtype)
+    group.create_group("commits")
+    group.create_group("rectified")
+    write_attributes(
+        group,
+        {
+            "format": layout.FORMAT,
+            "version": layout.VERSION,
+            "identity": identity.to_json(),
+            "identity_digest": identity.digest(),
+            "encoding": encoding_attributes(coding),
+            "shared_arrays": {
+                name: arrays.array_digest(name, spec, whole[name])
+                for name, spec in layout.base_arrays(classes).items()
+                if name in whole
+            },
+            **attributes,
+        },
+    )
+
+
+# ---- documents ------------------------------------------------------------------------------
+
+
+def sealed(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes, sorted, with a digest of all others."""
+    bare = {name: value for name, value in attributes.items() if name != "digest"}
+    text = json.dumps(bare, sort_keys=True, separators=(",", ":"))
+    return {**json.loads(text), "digest": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def check_seal(attributes: Mapping[str, Any], where: str) -> None:
+    """Raise CacheError unless the attributes are what they were when they were sealed."""
+    if sealed(attributes) != dict(attributes):
+        raise CacheError(
+            f"the attributes of {where} are damaged: their digest is another",
+            "Run `pipeline verify CACHE --repair`.",
+        )
+
+
+def array_fault(
+    group: zarr.Group, name: str, spec: ArraySpec, sizes: Mapping[str, int], grid: BlockGrid
+) -> str | None:
+    """What is wrong with the document of an array, if anything is.
+
+    An array may have room for more views than `sizes` says: an append stopped half-way.
+    """
+    try:
+        found = get_array(group, name).metadata.to_dict()
+    except UnansweredError:
+        raise
+    except CacheError as error:
+        return error.cause
+    scratch = zarr.create_group(MemoryStore())
+    try:
+        expected = create_array(scratch, name, spec, sizes, grid).metadata.to_dict()
+    except (TypeError, ValueError) as error:  # attributes that speak of an array that cannot be
+        return f"there can be no array '{name}' as the attributes have it: {error}"
+    room: Any = found["shape"]
+    if spec.by_block and room and room[0] > MAX_VIEWS:
+        return f"array '{name}' claims {room[0]} views, more than any cache has"
+    if spec.by_block and len(room) == len(spec.dimensions) and room[0] > sizes["view"]:
+        expected["shape"] = (room[0], *spec.shape(sizes)[1:])
+    differing = [k for k in {*found, *expected} if _plain(found, k) != _plain(expected, k)]
+    if differing:
+        return f"the metadata of array '{name}' is not what was written: {sorted(differing)[0]}"
+    return None
+
+
+def is_intact(document: bytes) -> bool:
+    """Whether a zarr.json says nothing but what Zarr reads in it, however it is spelt.
+
+    So a document of another version of Zarr is intact, with its fields in another order, other
+    white space, or without a field that has its default.
+    """
+    try:
+        known = json.loads(document)
+        made = ArrayV3Metadata if known["node_type"] == "array" else GroupMetadata
+        again = made.from_dict(known).to_buffer_dict(default_buffer_prototype())
+        return _within(known, json.loads(again["zarr.json"].to_bytes()))
+    except Exception:  # zarr raises many kinds on damaged documents
+        return False
+
+
+def is_empty_group(document: bytes) -> bool:
+    """Whether a zarr.json is that of a group without attributes."""
+    try:
+        known = json.loads(document)
+    except ValueError:
+        return False
+    return is_intact(document) and known["node_type"] == "group" and not known.get("attributes")
+
+
+def _within(known: Any, whole: Any) -> bool:
+    """Whether all that one JSON value says the other says as well."""
+    if isinstance(known, dict) and isinstance(whole, dict):
+        return all(
+            name in whole and _within(value, whole[name])
+            for name, value in known.items()
+            if value is not None
+        )
+    if isinstance(known, list) and isinstance(whole, list):
+        return len(known) == len(whole) and all(map(_within, known, whole))
+    return bool(known == whole) and isinstance(known, bool) == isinstance(whole, bool)
+
+
+def _plain(document: Mapping[str, Any], key: str) -> str:
+    return json.dumps(document.get(key), sort_keys=True, default=str)
