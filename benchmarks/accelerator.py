@@ -5,9 +5,9 @@ from collections.abc import Callable
 import msgspec
 
 from benchmarks.cases import Figures
+from benchmarks.measure import Ratio, in_turns
+from benchmarks.training import Bench
 from benchmarks.worlds import World
-from pipeline.bench.measure import Ratio, in_turns
-from pipeline.bench.training import Bench
 from stages.targets.chunks import slab_bytes
 from stages.train_student import StudentConfig
 

@@ -118,7 +118,7 @@ def whole_rows(index: NDArray[np.int16], value: NDArray[np.float16], classes: in
     """float32 (n, C): probabilities that are known, and an even share of the rest elsewhere."""
     values = torch.from_numpy(value.astype(np.float32))
     even = (1 - values.sum(1, keepdim=True)).clamp(min=0) / max(1, classes - index.shape[1])
-    rows = even.expand(-1, classes).contiguous()
+    rows: Tensor = even.expand(-1, classes).contiguous()
     rows.scatter_(1, torch.from_numpy(index.astype(np.int64)), values)
     return rows
 

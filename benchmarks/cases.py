@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -21,9 +22,8 @@ from benchmarks.baselines import (
     augmented_one_by_one,
     rectified_row_by_row,
 )
-from benchmarks.worlds import World
-from pipeline.bench.excerpt import excerpt
-from pipeline.bench.measure import (
+from benchmarks.excerpt import excerpt
+from benchmarks.measure import (
     Figure,
     Ratio,
     alternately,
@@ -31,14 +31,15 @@ from pipeline.bench.measure import (
     seconds,
     steadily,
 )
-from pipeline.bench.reading import (
+from benchmarks.reading import (
     decoded_view,
     random_order,
     reading_figures,
     rows_per_second,
 )
-from pipeline.bench.rectifying import rectify_figures
-from pipeline.bench.teacher import FIXED
+from benchmarks.rectifying import rectify_figures
+from benchmarks.teacher import FIXED
+from benchmarks.worlds import World
 from pipeline.console import Console
 from pipeline.sweep.cluster import local_cluster
 from pipeline.sweep.run import run_sweep
@@ -165,7 +166,7 @@ def sweep(world: World, folder: Path, turns: int, students: int, epochs: int) ->
         run_sweep(file, _Mute())
 
     works = {"alone": alone, "side by side": side_by_side, "together": together}
-    times = in_turns({n: lambda w=w: seconds(w) for n, w in works.items()}, turns)
+    times = in_turns({name: partial(seconds, work) for name, work in works.items()}, turns)
     note = f"{world.plan.students[0]}, {epochs} epochs each, {world.plan.name}"
     starting = statistics.median(in_turns({"start": _starting}, turns)["start"])
     return [

@@ -44,8 +44,8 @@ import click
 import torch
 
 from benchmarks.imagenet_data import SyntheticTeacher
+from benchmarks.measure import Figure, new_report, peak_memory, seconds
 from benchmarks.synthetic_cache import CLASSES, TEST_SAMPLES, labels_of, new_cache
-from pipeline.bench.measure import Figure, new_report, peak_memory, seconds
 from pipeline.console import Console
 from stages.cache import LogitCache
 from stages.cache.commits import seal_records
@@ -111,7 +111,8 @@ def grown(
 
 def write(path: Path, views: Sequence[int]) -> tuple[float, int]:
     """Every block of some views, and what stage one says of all views when it ends."""
-    teacher, taken, peaks = SyntheticTeacher(CLASSES), 0.0, []
+    teacher, taken = SyntheticTeacher(CLASSES), 0.0
+    peaks: list[int] = []
     cache = LogitCache.open(path, writable=True)
     for view, block in ((v, b) for v in views for b in range(cache.grid.num_blocks)):
         logits = teacher.block(view, block, cache.row_labels[cache.grid.rows(block)])

@@ -32,7 +32,7 @@ from benchmarks.imagenet_data import (
     row_order,
     synthetic_splits,
 )
-from pipeline.bench.measure import Figure, Report, new_report, peak_memory, seconds
+from benchmarks.measure import Figure, Report, new_report, peak_memory, seconds
 from pipeline.console import Console, size
 from stages.cache import LogitCache
 from stages.cache.encoding import (

@@ -3,7 +3,10 @@
     make bench
     python -m benchmarks.suite --quick
     python -m benchmarks.suite --dataset folder:DIR --weights runs/teacher --student resnet9_w8
+    python -m benchmarks.suite --cache CACHE --dataset D --student M --weights runs/teacher
 
+With --cache a cache of your own is measured, which is only read: what reading and rectifying it
+costs; with a dataset and students also their epochs, and with weights distillation online.
 Without arguments nothing is downloaded: the embedded digits, and synthetic images of CIFAR's shape
 with a cheap and an expensive teacher, trained for an epoch. Writes results/cpu.json, or
 results/gpu.json on a GPU, and from both the table in README.md. Every figure is a ratio of things
@@ -16,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import click
 import msgspec
@@ -23,17 +27,17 @@ import torch
 
 from benchmarks import cases, worlds
 from benchmarks.accelerator import ROWS, accelerator_figures
+from benchmarks.measure import Report, new_report
+from benchmarks.own_cache import bench_cache, named
 from benchmarks.synthetic_cache import written_cache
-from benchmarks.table import RESULTS, write_table
+from benchmarks.table import RESULTS, show_report, write_table
+from benchmarks.teacher import teacher_figures
+from benchmarks.training import Bench, student_figures
 from benchmarks.worlds import Plan
-from pipeline.bench.command import named
-from pipeline.bench.measure import Report, new_report
-from pipeline.bench.tables import show_report
-from pipeline.bench.teacher import teacher_figures
-from pipeline.bench.training import Bench, student_figures
 from pipeline.console import Console
 from stages.device import choose_device
-from stages.errors import CacheError, ConfigError, ViewError
+from stages.errors import CacheError, ConfigError, PipelineError, ViewError
+from stages.inputs import imported
 from stages.training.config import Dtype
 
 PARTS = ("students", "teacher", "reading", "rectify", "views", "sweep", "gpu", "help")
@@ -71,32 +75,53 @@ class Suite:
 
 
 @click.command()
+@click.option("--cache", help="Measure this cache instead; it is only read.")
 @click.option("--dataset", help="Instead of the synthetic images, with --weights.")
+@click.option("--root", help="Where torchvision's datasets lie, with --cache.")
 @click.option("--weights", multiple=True, help="Run directories of teachers of --dataset.")
 @click.option(
     "--student", "students", multiple=True, help="With --dataset; resnet9_w8 if left out."
 )
 @click.option("--augment", default="pad-crop-flip", show_default=True, help="With --dataset.")
 @click.option("--device", default="auto", show_default=True)
-@click.option("--dtype", default="bfloat16", show_default=True, help="Of 32-pixel models.")
+@click.option(
+    "--dtype",
+    type=click.Choice(get_args(Dtype)),
+    help="Of 32-pixel models: bfloat16; float32 with --cache.",
+)
 @click.option("--batch-size", default=128, show_default=True)
-@click.option("--turns", default=11, show_default=True, help="Of students; else 3.")
-@click.option("--seconds", default=1.0, show_default=True, help="Longer epochs are cut short.")
+@click.option("--turns", type=click.IntRange(1), help="Of students: 11; else 3.")
+@click.option("--seconds", type=float, help="Longer epochs are cut short: 1; 4 with --cache.")
 @click.option("--threads", default=0, help="CPU threads; torch's choice if 0.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only these.")
 @click.option("--quick", is_flag=True, help="Digits alone, one turn: a smoke run.")
+@click.option(
+    "--trust", multiple=True, help="Run this module's code where only the cache or a run names it."
+)
 @click.option("--out", help="JSON; benchmarks/results/cpu.json or gpu.json if left out.")
 def main(**given: object) -> None:
     """Measure every figure and write the table."""
     options = msgspec.convert(given, _Options)
+    modules = imported.modules_in(options.dataset, options.augment, *options.students)
+    try:
+        with imported.trusting(*options.trust, *modules):
+            _measure(options)
+    except PipelineError as error:
+        raise click.ClickException(f"{error.cause}\n{error.remedy or ''}".rstrip()) from error
+
+
+def _measure(options: "_Options") -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.cache is not None:
+        bench_cache(Console(), options.out, **options.of_cache())
+        return
     device = choose_device(options.device)
     suite = Suite(
         plans=options.plans(),
         device=str(device),
-        turns=1 if options.quick else options.turns,
-        seconds=options.seconds,
+        turns=1 if options.quick else options.turns or 11,
+        seconds=1.0 if options.seconds is None else options.seconds,
         quick=options.quick,
         whole=not (options.quick or options.parts or options.dataset),
         accelerated=device.type == "cuda",
@@ -105,30 +130,41 @@ def main(**given: object) -> None:
 
 
 class _Options(msgspec.Struct, frozen=True):
+    cache: str | None
     dataset: str | None
+    root: str | None
     weights: tuple[str, ...]
     students: tuple[str, ...]
     augment: str
     device: str
-    dtype: Dtype
+    dtype: Dtype | None
     batch_size: int
-    turns: int
-    seconds: float
+    turns: int | None
+    seconds: float | None
     threads: int
     parts: tuple[str, ...]
     quick: bool
+    trust: tuple[str, ...]
     out: str | None
+
+    def of_cache(self) -> dict[str, object]:
+        """What `bench_cache` takes. Raises UsageError where there are several teachers."""
+        if len(self.weights) > 1:
+            raise click.UsageError("a cache has one teacher: give --weights once")
+        names = ("cache", "dataset", "root", "students", "device", "dtype", "batch_size")
+        given = {name: getattr(self, name) for name in (*names, "turns", "seconds")}
+        return given | {"weights": next(iter(self.weights), None)}
 
     def plans(self) -> list[Plan]:
         """What there is to measure on. Raises UsageError for options that belong together."""
         if (self.dataset is None) != (not self.weights):
             raise click.UsageError("--dataset and --weights belong together")
-        small = [worlds.digits("float32")]
+        small, dtype = [worlds.digits("float32")], self.dtype or "bfloat16"
         if self.quick:
             return small
         if self.dataset is None:
             make = [("resnet9_w8", ("resnet9_w2", "resnet8x4")), ("resnet9_w32", ("resnet9_w8",))]
-            return small + [worlds.synthetic(*m, self.dtype, self.batch_size) for m in make]
+            return small + [worlds.synthetic(*m, dtype, self.batch_size) for m in make]
         return small + [
             Plan(
                 name=f"{self.dataset}, {Path(weights).name}",
@@ -138,7 +174,7 @@ class _Options(msgspec.Struct, frozen=True):
                 augment=self.augment,
                 weights=weights,
                 batch_size=self.batch_size,
-                dtype=self.dtype,
+                dtype=dtype,
             )
             for weights in self.weights
         ]

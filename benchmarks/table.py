@@ -3,24 +3,21 @@
 python -m benchmarks.table
 """
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from pipeline.bench.measure import Report
-from pipeline.bench.tables import (
-    FIGURE_COLUMNS,
-    RATIO_COLUMNS,
-    figure_row,
-    machine_text,
-    ratio_row,
-)
+from benchmarks.measure import Figure, Ratio, Report
+from pipeline.console import Console
 
 HERE = Path(__file__).parent
 README, RESULTS = HERE / "README.md", HERE / "results"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 SHOWN = ("cpu.json", "gpu.json")
+RATIO_COLUMNS = ("what", "ratio", "spread", "seconds of both", "turns", "target", "of what")
+FIGURE_COLUMNS = ("what", "value", "target", "of what")
 
 
 def write_table(readme: Path = README, results: Path = RESULTS) -> None:
@@ -59,6 +56,63 @@ def of_report(name: str, report: Report) -> str:
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def ratio_row(ratio: Ratio) -> tuple[str, ...]:
+    """The median over turns, how far they spread, and the medians of both sides."""
+    ratios = ratio.ratios
+    sides = (statistics.median(side) for side in (ratio.ours, ratio.yardstick))
+    return (
+        ratio.name,
+        number(ratio.median),
+        f"{number(min(ratios))} to {number(max(ratios))}",
+        " / ".join(map(number, sides)),
+        str(len(ratios)),
+        _target(ratio.target, ratio.met, ratio.at_least),
+        ratio.note,
+    )
+
+
+def figure_row(figure: Figure) -> tuple[str, ...]:
+    """A figure without a unit is a share."""
+    if figure.unit:
+        shown, bound = f"{number(figure.value)} {figure.unit}", figure.target
+    else:
+        shown, bound = f"{figure.value:.2%}", figure.target and figure.target * 100
+    met = figure.target is None or figure.value <= figure.target
+    return (figure.name, shown, _target(bound, met, unit=figure.unit or "%"), figure.note)
+
+
+def number(value: float) -> str:
+    """Few digits, for people: 0.0012, 1.017, 21.3, 40,500."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) < 1e-2 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _target(target: float | None, met: bool | None, at_least: bool = False, unit: str = "") -> str:
+    if target is None:
+        return ""
+    bound = f"{'>=' if at_least else '<='} {target:g} {unit}".rstrip()
+    return bound if met else f"{bound} (missed)"
+
+
+def machine_text(report: Report) -> str:
+    """The machine in one line."""
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report.machine.items())
+
+
+def show_report(console: Console, title: str, report: Report) -> None:
+    """Ratios, figures, the machine, and what is missing."""
+    rows: Sequence[tuple[str, ...]] = [ratio_row(ratio) for ratio in report.ratios]
+    if rows:
+        console.table(f"{title}: ratios", RATIO_COLUMNS, rows)
+    if report.figures:
+        figures = [figure_row(figure) for figure in report.figures]
+        console.table(f"{title}: figures", FIGURE_COLUMNS, figures)
+    console.say(f"\nmeasured on: {machine_text(report)}")
+    for missing in report.missing:
+        console.say(f"not measured: {missing}")
 
 
 if __name__ == "__main__":

@@ -524,44 +524,6 @@ def report_command(paths: tuple[str, ...], **given: Any) -> None:
     console.say(f"report: {page}")
 
 
-@cli.command("bench")
-@trust_option
-@click.argument("cache", type=FOLDER)
-@options(
-    click.option(
-        "--dataset", type=DATASET, help="As it was cached from, to see what training costs."
-    ),
-    click.option("--root", type=FOLDER, help="Where torchvision's datasets lie."),
-    click.option(
-        "--student",
-        "students",
-        type=MODEL,
-        multiple=True,
-        metavar="M",
-        help="A model; may be repeated.",
-    ),
-    click.option(
-        "--weights", type=WEIGHTS, help="The teacher's, to compare with running it on every batch."
-    ),
-    click.option("--batch-size", type=click.IntRange(1, 2**20)),
-    click.option("--turns", type=click.IntRange(1), help="How often everything is done; 3."),
-    click.option("--seconds", type=float, help="Epochs that take longer are cut short; 4."),
-    click.option(
-        "--out", type=FILE, metavar="FILE.json", help="Write every measured time there as well."
-    ),
-)
-@compute_options
-def bench_command(cache: str, out: str | None, **given: Any) -> None:
-    """Measure what a cache costs on this machine, as ratios of things done in turns.
-
-    The cache is only read: what is written goes to a temporary folder.
-    """
-    from pipeline.bench.command import bench_cache
-    from pipeline.console import Console
-
-    bench_cache(Console(), out, cache=cache, **given)
-
-
 @cli.command("demo")
 @click.option(
     "--out", type=FOLDER, default="demo-out", show_default=True, help="Where everything goes."

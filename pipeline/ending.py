@@ -29,7 +29,6 @@ KEPT = {
     "verify": f"The cache is as it was. {_UNFINISHED}",
     "report": f"No page was written; an earlier one is as it was. {_UNFINISHED}",
     "evaluate": f"No scores were written; the run is as it was. {_UNFINISHED}",
-    "bench": f"No figures were written; the cache is as it was. {_UNFINISHED}",
     "demo": "Run it again with --overwrite: it starts from the beginning.",
 }
 """What a stopped command has kept, and how to go on. Of the others: nothing was written."""

@@ -117,7 +117,6 @@ TEACHER = "cache-teacher --dataset digits --weights run --augment none --views 1
         "sweep sweep.yaml --dry-run",
         "verify c.zarr --pixels --device cpu",
         "verify c.zarr --live 3 --device cpu",
-        "bench c.zarr --dataset digits --student resnet8 --turns 1 --seconds 0.1 --device cpu",
     ],
 )
 def test_a_strangers_code_is_not_run(pipeline: Run, here: Path, words: str) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from pipeline.bench.excerpt import decoded_at, excerpt
-from pipeline.bench.measure import Figure, Ratio, alternately, seconds
+from benchmarks.excerpt import decoded_at, excerpt
+from benchmarks.measure import Figure, Ratio, alternately, seconds
 from stages.cache import LogitCache
 from stages.rectify import RectifyConfig, rectify
 

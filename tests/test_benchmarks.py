@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from helpers import DIGITS, first
 from torch import Tensor
 
-from benchmarks import cases
+from benchmarks import cases, epochs, teacher, training
 from benchmarks.baselines import (
     FilePerSample,
     PicklePerImage,
@@ -23,17 +23,15 @@ from benchmarks.baselines import (
     augmented_one_by_one,
     rectified_row_by_row,
 )
-from benchmarks.suite import Suite, run_suite
+from benchmarks.epochs import TimedStudent, TimedTask
+from benchmarks.excerpt import excerpt
+from benchmarks.measure import Figure, Laps, Ratio, Report, in_turns
+from benchmarks.own_cache import bench_cache
+from benchmarks.rectifying import plain_pass, plainly_decoded
+from benchmarks.suite import Suite, main, run_suite
 from benchmarks.table import README, tables, write_table
+from benchmarks.training import OnlineTask
 from benchmarks.worlds import Plan
-from pipeline.bench import epochs, teacher, training
-from pipeline.bench.command import bench_cache
-from pipeline.bench.epochs import TimedStudent, TimedTask
-from pipeline.bench.excerpt import excerpt
-from pipeline.bench.measure import Figure, Laps, Ratio, Report, in_turns
-from pipeline.bench.rectifying import plain_pass, plainly_decoded
-from pipeline.bench.training import OnlineTask
-from pipeline.cli import cli
 from pipeline.console import Console
 from stages.cache import LogitCache
 from stages.cache.encoding import ENCODINGS
@@ -68,17 +66,17 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "_LOOPED_ROWS", 50)
 
 
-# ---- pipeline bench -------------------------------------------------------------------------
+# ---- suite --cache --------------------------------------------------------------------------
 
 
 def test_a_cache_is_measured_and_left_as_it_is(
     finished_cache: Path, teacher_run: Path, tmp_path: Path
 ) -> None:
     before, out = digests(finished_cache), tmp_path / "report.json"
-    arguments = ["bench", str(finished_cache), "--dataset", "digits", "--student", "resnet8"]
+    arguments = ["--cache", str(finished_cache), "--dataset", "digits", "--student", "resnet8"]
     arguments += ["--weights", str(teacher_run), "--device", "cpu", "--turns", "2"]
     result = CliRunner().invoke(
-        cli, [*arguments, "--seconds", "0.02", "--out", str(out)], catch_exceptions=False
+        main, [*arguments, "--seconds", "0.02", "--out", str(out)], catch_exceptions=False
     )
     assert result.exit_code == 0, result.output
     report = msgspec.json.decode(out.read_bytes(), type=Report)
@@ -172,7 +170,7 @@ def test_another_dataset_is_refused(finished_cache: Path) -> None:
         bench_cache(
             Console(),
             cache=str(finished_cache),
-            dataset="test_bench:OtherDigits",
+            dataset="test_benchmarks:OtherDigits",
             students=("resnet8",),
             turns=1,
             device="cpu",
@@ -386,7 +384,7 @@ def test_the_suite_measures_a_world(teacher_run: Path, tmp_path: Path) -> None:
     )
     out = tmp_path / "suite.json"
     suite = Suite([plan], "cpu", turns=1, seconds=0.02, quick=True)
-    parts = ("teacher", "reading", "rectify", "views")  # students: as `pipeline bench` does
+    parts = ("teacher", "reading", "rectify", "views")  # students: as --cache measures them
     report = run_suite(suite, parts, str(out))
     names, cached = {ratio.name for ratio in report.ratios}, "200 x 100, 2 views, synthetic"
     assert {

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.bench.excerpt import decoded_at, excerpt_rows
-from pipeline.bench.measure import Figure, Ratio, in_turns, steadily
+from benchmarks.excerpt import decoded_at, excerpt_rows
+from benchmarks.measure import Figure, Ratio, in_turns, steadily
 from stages.cache import LogitCache, arrays
 
 BATCH = 256

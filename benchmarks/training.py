@@ -13,9 +13,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from pipeline.bench.epochs import OnlineStudent, TimedStudent
-from pipeline.bench.measure import Figure, Laps, Ratio, in_turns, steadily
-from pipeline.bench.teacher import forward
+from benchmarks.epochs import OnlineStudent, TimedStudent
+from benchmarks.measure import Figure, Laps, Ratio, in_turns, steadily
+from benchmarks.teacher import forward
 from stages.cache import LogitCache
 from stages.cache_job import CacheJob
 from stages.data import Splits

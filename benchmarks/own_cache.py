@@ -1,4 +1,7 @@
-"""`pipeline bench`: what a cache costs its users on their machine. The cache is only read."""
+"""What a user's cache costs on their machine: `python -m benchmarks.suite --cache CACHE`.
+
+The cache is only read.
+"""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -7,11 +10,11 @@ from typing import Any
 
 import msgspec
 
-from pipeline.bench.measure import Figure, Ratio, Report, new_report
-from pipeline.bench.reading import reading_figures
-from pipeline.bench.rectifying import TARGET, rectify_figures
-from pipeline.bench.tables import show_report
-from pipeline.bench.training import Bench, student_figures
+from benchmarks.measure import Figure, Ratio, Report, new_report
+from benchmarks.reading import reading_figures
+from benchmarks.rectifying import TARGET, rectify_figures
+from benchmarks.table import show_report
+from benchmarks.training import Bench, student_figures
 from pipeline.config import convert
 from pipeline.console import Console
 from pipeline.evaluation import check_json
@@ -90,7 +93,7 @@ def bench_cache(console: Console, out: str | None = None, **given: Any) -> Repor
     report = new_report(msgspec.to_builtins(settings), device)
 
     # 2) everything that is written goes to a folder of its own
-    with tempfile.TemporaryDirectory(prefix="pipeline-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         # Students first: a dataset or a teacher that does not belong to the cache is told at once.
         for figures in _student_figures(settings, Path(folder), console):
             report.add(*figures)

@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from pipeline.bench.measure import Figure, Ratio, alternately, seconds, steadily
+from benchmarks.measure import Figure, Ratio, alternately, seconds, steadily
 from stages import device
 from stages.cache import LogitCache
 from stages.cache_job import CacheConfig, CacheJob, prepare, row_order, teacher_logits

@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from pipeline.bench.measure import Laps
+from benchmarks.measure import Laps
 from stages.inputs.feed import Batch, ViewFeed
 from stages.training.learner import Task
 from stages.training.trainer import Trainer
