@@ -37,8 +37,8 @@ from benchmarks.worlds import Plan
 from pipeline.console import Console
 from stages.device import choose_device
 from stages.errors import CacheError, ConfigError, PipelineError, ViewError
-from stages.inputs import imported
 from stages.training.config import Dtype
+from stages.user_code import modules_in, trusting
 
 PARTS = ("students", "teacher", "reading", "rectify", "views", "sweep", "gpu", "help")
 
@@ -102,9 +102,9 @@ class Suite:
 def main(**given: object) -> None:
     """Measure every figure and write the table."""
     options = msgspec.convert(given, _Options)
-    modules = imported.modules_in(options.dataset, options.augment, *options.students)
+    modules = modules_in(options.dataset, options.augment, *options.students)
     try:
-        with imported.trusting(*options.trust, *modules):
+        with trusting(*options.trust, *modules):
             _measure(options)
     except PipelineError as error:
         raise click.ClickException(f"{error.cause}\n{error.remedy or ''}".rstrip()) from error
