@@ -1,12 +1,11 @@
 """Several ranks leave the store of one process byte for byte, whoever was killed meanwhile."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 from stages.cache_teacher import share
@@ -40,13 +39,7 @@ def played(
     request: pytest.FixtureRequest, teacher_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Played:
     script, out = Path(__file__).with_name("cache_by_ranks.py"), tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [sys.executable, str(script), str(teacher_run), str(out), request.param],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
+    done = forks.run([str(script), str(teacher_run), str(out), request.param], timeout=200)
     assert done.returncode == 0, done.stderr
     return Played(json.loads(done.stdout), out)
 

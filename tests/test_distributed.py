@@ -1,11 +1,10 @@
 """Several ranks act as one: the mechanics on three forks, the pipeline under torchrun itself."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 
@@ -113,9 +112,7 @@ def test_alone_everything_is_a_plain_call() -> None:
 def outcomes() -> dict[str, list[Any]]:
     """Scenario of rank_processes.py -> what became of ranks 0, 1 and 2."""
     script = Path(__file__).with_name("rank_processes.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=120
-    )
+    done = forks.run([str(script)])
     assert done.returncode == 0, done.stderr
     found: dict[str, list[Any]] = json.loads(done.stdout)
     return found

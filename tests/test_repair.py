@@ -5,12 +5,11 @@ import json
 import random
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import msgspec
 import pytest
 import zarr
@@ -347,12 +346,7 @@ def test_a_folder_without_a_cache_is_not_repaired(tiny_job: CacheJob, tmp_path: 
 def test_a_repair_that_was_killed_is_repeated(
     teacher_run: Path, cache_config: CacheConfig, tmp_path: Path, kills: int
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, str(HELPER), str(teacher_run), str(tmp_path), str(kills), "0"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forks.run([str(HELPER), str(teacher_run), str(tmp_path), str(kills), "0"], timeout=1700)
     assert done.returncode == 0, done.stderr
 
     figures = json.loads(done.stdout)

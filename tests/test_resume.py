@@ -6,12 +6,11 @@ import errno
 import io
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import msgspec
 import pytest
 import torch
@@ -337,12 +336,7 @@ def test_a_disk_that_takes_no_more_is_one_error(small_cache: Path, tmp_path: Pat
         "from pipeline.cli import main; main()"
     )
     words = "train-teacher --dataset digits --model resnet8 --augment none --epochs 1 --device cpu"
-    run = subprocess.run(
-        [sys.executable, "-c", script, *words.split(), "--out", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = forks.run(["-c", script, *words.split(), "--out", str(tmp_path / "run")])
     assert run.returncode == 2, run.stderr
     assert "cannot be written: File too large" in run.stderr
     assert "--resume" in run.stderr

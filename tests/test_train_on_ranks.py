@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import msgspec
 import pytest
 import torch
@@ -56,12 +57,15 @@ def student(cache: Path) -> StudentConfig:
     )
 
 
-def launch(config: StudentConfig, out: Path, *more: str) -> "subprocess.Popen[str]":
+def arguments(config: StudentConfig, out: Path, *more: str) -> list[str]:
     file = out.with_suffix(".json")
     file.write_text(json.dumps(msgspec.to_builtins(config)))
-    arguments = ["train-student", config.cache, "--config", str(file), "--out", str(out), *more]
+    return ["train-student", config.cache, "--config", str(file), "--out", str(out), *more]
+
+
+def launch(config: StudentConfig, out: Path, *more: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [*TORCHRUN, "-m", "pipeline", *arguments],
+        [*TORCHRUN, "-m", "pipeline", *arguments(config, out, *more)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -74,10 +78,10 @@ def test_two_ranks_learn_what_one_process_learns(
     my_cache: Path, digits: Splits, tmp_path: Path
 ) -> None:
     config = student(my_cache)
-    with launch(config, tmp_path / "two") as ranks:
-        said, wrong = ranks.communicate(timeout=200)
-    assert ranks.returncode == 0, wrong
-    assert said.count("epoch 3/3") == 1  # told by the first rank only
+    ranks = forks.start_ranks(["-m", "pipeline", *arguments(config, tmp_path / "two")], 2)
+    for rank in ranks:
+        assert rank.wait(200) == 0, rank.stderr
+    assert [rank.stdout.count("epoch 3/3") for rank in ranks] == [1, 0]
 
     # One process that is shown the same batches: the parts of both ranks, one after the other.
     cache = LogitCache.open(my_cache)

@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
 from stages.cache import LogitCache
@@ -50,11 +49,8 @@ def test_killed_and_run_again_equals_undisturbed(
     rectify_kills: int,
 ) -> None:
     numbers = [str(number) for number in (cache_kills, rectify_kills, 0)]
-    done = subprocess.run(
-        [sys.executable, str(HELPER), str(teacher_run), str(tmp_path), encoding, *numbers],
-        capture_output=True,
-        text=True,
-        check=False,
+    done = forks.run(
+        [str(HELPER), str(teacher_run), str(tmp_path), encoding, *numbers], timeout=1700
     )
     assert done.returncode == 0, done.stderr
 

@@ -1,53 +1,42 @@
 import errno
-import subprocess
-import sys
+import time
 from pathlib import Path
 from uuid import uuid4
 
+import forks
 import pytest
 
 from stages.cache import lock
 from stages.cache.storage import half_written
 from stages.errors import CacheError, ModelError
 
-# Loads the one file: importing stages.cache would bring torch, which takes seconds.
-HOLDER = f"""
-import importlib.util, sys, time
-spec = importlib.util.spec_from_file_location("lock", {lock.__file__!r})
-lock = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(lock)
+HOLDER = """
+import pathlib, sys, time
+from stages.cache import lock
 try:
-    with lock.exclusive(__import__("pathlib").Path(sys.argv[1])):
+    with lock.exclusive(pathlib.Path(sys.argv[1])):
         print("held", flush=True)
-        sys.stdin.read()
+        time.sleep(120)
 except lock.CacheError as error:
     print(error.cause)
 """
 
 
-def launch(path: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_a_second_launch_waits_for_the_first_to_end_however_it_ends(tmp_path: Path) -> None:
-    with launch(tmp_path) as first:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "held\n"
+    holder = ["-c", HOLDER, str(tmp_path)]
+    first = forks.Started(holder)
+    while first.stdout != "held\n":
+        assert first.poll() is None
+        time.sleep(0.01)
 
-        with pytest.raises(CacheError, match=f"writing to {tmp_path}"), lock.exclusive(tmp_path):
-            pytest.fail("two writers")
-        with launch(tmp_path) as second:
-            assert "another process is writing" in second.communicate(timeout=20)[0]
+    with pytest.raises(CacheError, match=f"writing to {tmp_path}"), lock.exclusive(tmp_path):
+        pytest.fail("two writers")
+    assert "another process is writing" in forks.run(holder).stdout
 
-        first.kill()
-        first.wait(20)
-    with lock.exclusive(tmp_path), launch(tmp_path) as third:
-        assert "another process is writing" in third.communicate(timeout=20)[0]
+    first.kill()
+    first.wait()
+    with lock.exclusive(tmp_path):
+        assert "another process is writing" in forks.run(holder).stdout
 
 
 def test_other_caches_are_not_locked(tmp_path: Path) -> None:

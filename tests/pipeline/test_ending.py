@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import forks
 import pytest
 
 from pipeline.cli import cli, main
@@ -197,12 +198,12 @@ def test_what_is_kept_depends_on_what_was_asked_for() -> None:
     assert "Committed blocks are kept" in kept["cache-teacher"]
 
 
-def stop(process: subprocess.Popen[str], begun: Callable[[], bool], number: signal.Signals) -> str:
+def stop(process: forks.Started, begun: Callable[[], bool], number: signal.Signals) -> str:
     """Send a signal as soon as something has begun; what was said."""
     until = time.monotonic() + 120
     while not begun() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
-    assert process.poll() is None, process.stderr and process.stderr.read()
+    assert process.poll() is None, process.stderr
     process.send_signal(number)
     return process.communicate(timeout=120)[1]
 
@@ -228,12 +229,8 @@ def test_a_pass_and_a_rectification_that_are_stopped_go_on(
     out = tmp_path / "c.zarr"
     words = f"cache-teacher --dataset digits --weights {teacher_run} --out {out} --views 6"
     words += " --augment pad-crop:pad=2 --encoding float32 --device cpu --set block_rows=200"
-    how = {
-        "stdout": subprocess.DEVNULL,
-        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    }
 
-    process = outside(words.split(), tmp_path, **how)
+    process = forks.Started(["-m", "pipeline", *words.split()])
     records = out / "commits" / "logits"
     told = stop(process, lambda: records.is_dir() and any(records.iterdir()), signal.SIGINT)
     assert process.returncode == 130, told
@@ -253,7 +250,7 @@ def test_a_pass_and_a_rectification_that_are_stopped_go_on(
     )
     assert cache_teacher(prepare(config), out).computed_blocks == missing
 
-    process = outside(["rectify", str(out)], tmp_path, **how)
+    process = forks.Started(["-m", "pipeline", "rectify", str(out)])
     records = out / "commits" / "rectified" / "pairwise-T4"
     told = stop(process, lambda: records.is_dir() and any(records.rglob("*.json")), signal.SIGTERM)
     assert process.returncode == 143, told
