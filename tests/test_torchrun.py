@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import msgspec
 import pytest
 
@@ -57,10 +58,12 @@ def test_two_ranks_make_the_store_of_one_process(
         msgspec.structs.replace(cache_config, encoding="float32"), digits, tmp_path / "one.zarr"
     )
 
-    with launch(2, *caching(teacher_run, tmp_path / "two.zarr")) as ranks:
-        out, err = ranks.communicate(timeout=200)
+    arguments = map(str, caching(teacher_run, tmp_path / "two.zarr"))
+    ranks = forks.start_ranks(["-m", "pipeline", *arguments], 2)
+    for rank in ranks:
+        assert rank.wait() == 0, rank.stderr
 
-    assert ranks.returncode == 0, err
+    out = "".join(rank.stdout for rank in ranks)
     ours = content(tmp_path / "two.zarr")
     assert ours.keys() == whole.keys()
     assert {name for name in ours if ours[name] != whole[name]} == set()
