@@ -1,58 +1,40 @@
-"""Epochs of a cache for a training loop of one's own: pixels, labels and the teacher's logits.
+"""Epochs of a cache on one device: the fast path for images that fit in memory.
 
     epochs = CachedEpochs("digits.zarr", "digits", batch_size=128)
     for epoch in range(20):
         for batch in epochs.epoch(epoch):
             loss = kd(student(batch.images), batch.teacher_logits, batch.labels, temperature=4)
 
-Views and samples come in the order in which `pipeline train-student` shows them with the same seed,
-and the images are checked against what the teacher saw before anything is shown. The targets of one
-view are held at a time; what is larger than memory needs `train-student --slab-memory`.
-`examples/` has this in plain PyTorch, in Lightning, and with timm.
+Images are cropped a whole batch at a time where they lie, and targets are decoded on the device:
+no `DataLoader`, no copy a sample. `CachedDataset` is for what needs a `DataLoader`. The targets of
+one view are held at a time; what is larger than memory needs `train-student --slab-memory`.
+`examples/` has programs in plain PyTorch, in Lightning, and with timm.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from stages.cache import LogitCache
-from stages.cache.encoding import check_temperature
-from stages.data import cached_policy, check_dataset, held_out, load_data, skips_of, usable_views
+from stages.cached_dataset import CachedBatch, CachedDataset
 from stages.device import choose_device
+from stages.epoch_sampler import EpochSampler
+from stages.errors import ConfigError
 from stages.inputs.datasets import Statistics
 from stages.inputs.feed import Normalise, ViewFeed, num_batches, plain_view
-from stages.reporting import Silent
 from stages.training.config import DataSettings
-from stages.training.order import sample_order, view_order
+
+__all__ = ["Batches", "CachedBatch", "CachedEpochs"]
 
 Item = TypeVar("Item")
 
 
-class CachedBatch(NamedTuple):
-    """Some samples of a view, and what the teacher says of them. All on one device.
-
-    images: float32 (B, C, H, W), normalised. labels, samples: int64 (B,); samples are dataset
-    indices. teacher_logits: float32 (B, classes), rectified where that was asked for. wrong: bool
-    (B,), whether the teacher's answer is not the label. Where views mix two samples,
-    partner_labels: int64 (B,) and shares: float32 (B,), how much of an image is the sample's own.
-    """
-
-    images: Tensor
-    labels: Tensor
-    teacher_logits: Tensor
-    wrong: Tensor
-    samples: Tensor
-    partner_labels: Tensor | None = None
-    shares: Tensor | None = None
-
-
 @dataclass(frozen=True)
 class Batches(Generic[Item]):
-    """Some batches in order, as a dataloader gives them: any number of times, always the same."""
+    """Some batches in order, as a DataLoader gives them: any number of times, always the same."""
 
     count: int
     begin: Callable[[], Iterator[Item]]
@@ -65,12 +47,57 @@ class Batches(Generic[Item]):
 
 
 class CachedEpochs:
-    """A cache and the images it was made from. `samples`: int64, those that are trained on."""
+    """The epochs of a cache and its images, in the order of `train-student`.
+
+    Under several processes (`torch.distributed`) each is shown its own samples; see
+    `EpochSampler`.
+
+    Parameters
+    ----------
+    cache : str or Path
+        Where the cache is.
+    data : str, DataSettings or None
+        The dataset that the cache was made from: its name, or all settings of it; None for the one
+        that the cache names. `val_fraction` of the settings holds samples out.
+    batch_size : int
+        Of every process.
+    rectified : str, optional
+        The rectification whose logits to give in place of the teacher's own.
+    temperature : float
+        At which the loss reads the logits; see `CachedDataset`.
+    seed : int
+        Of the order, `seed.data` of `train-student`.
+    device : str
+        As `--device`: `auto` is a GPU if there is one.
+    views : int, optional
+        Use the first so many views; all of them if None.
+    channels : int, optional
+        What the student's input takes, if not the images' own: grey is repeated.
+    statistics : tuple, optional
+        Mean and standard deviation of each channel for the student's normalisation, on the scale of
+        0 to 1; the dataset's if None.
+
+    Attributes
+    ----------
+    num_classes, channels : int
+    device : torch.device
+    labels : Tensor
+        int64 (N,) on the device, of all training samples.
+    samples : Tensor
+        int64: the samples that are trained on.
+    normalise : callable
+        uint8 (B, C, H, W) -> float32 on the device.
+
+    Raises
+    ------
+    IdentityError, CacheError, ConfigError, DatasetError
+        As `CachedDataset`.
+    """
 
     def __init__(
         self,
         cache: str | Path,
-        data: str | DataSettings,
+        data: str | DataSettings | None,
         batch_size: int = 128,
         rectified: str | None = None,
         temperature: float = 4.0,
@@ -80,69 +107,60 @@ class CachedEpochs:
         channels: int | None = None,
         statistics: Statistics | None = None,
     ) -> None:
-        """data: a dataset's name, or all about it. rectified: name of a rectification.
-        temperature: of the loss. seed: of the order. views: only the first so many. channels: what
-        the student's input takes, if not the images' own. statistics: mean and standard deviation
-        of its normalisation, the dataset's if None.
-
-        Raises IdentityError if the dataset is not the one the cache was made from, CacheError if
-        views or the rectification are missing, or not known at this temperature.
-        """
-        self.cache, self.batch_size = LogitCache.open(cache), batch_size
-        data = DataSettings(dataset=data) if isinstance(data, str) else data
-        self._rectified, self._temperature, self._seed = rectified, temperature, seed
-        check_temperature(self.cache.encoding, temperature)
-        if rectified is not None:
-            self.cache.rectification(rectified).check_temperature(temperature)
-        self._views = usable_views(self.cache, views, rectified)
-
-        self.splits, policy = (
-            load_data(data, skips_of([self.cache.skips])),
-            cached_policy(self.cache),
-        )
-        check_dataset(self.cache, self.splits, policy, False, Silent())
-        train, test = self.splits.train, self.splits.test
-        self.samples, _ = held_out(len(train), data.val_fraction, seed, train.skipped)
+        self.batch_size = batch_size
+        self.dataset = CachedDataset(cache, data, rectified, temperature, views)
+        settings, train, test = self.dataset.settings, self.dataset.images, self.dataset.test_images
+        if settings is None or test is None:
+            raise ConfigError(
+                "CachedEpochs takes a dataset by its name", "CachedDataset takes dataset objects."
+            )
+        self.cache, self._test = self.dataset.cache, test
+        self.sampler = EpochSampler(self.dataset, seed, val_fraction=settings.val_fraction)
+        self.samples = self.sampler.samples
         self.device = choose_device(device)
         self.labels = train.labels.to(self.device)
         self.channels = channels or train.shape[0]
         mean, std = statistics or train.statistics()
         self.normalise = Normalise(mean, std, self.channels, self.device)
-        size = data.image_size or self.cache.identity.teacher.image_size
-        self._feed = ViewFeed(train, policy, self.device, size, data.workers)
-        clean = plain_view(size, data.resize)
-        self._test_feed = ViewFeed(test, clean, self.device, size, data.workers)
+        size, policy = self.dataset.image_size, self.dataset.policy
+        self._feed = ViewFeed(train, policy, self.device, size, settings.workers)
+        clean = plain_view(size, settings.resize)
+        self._test_feed = ViewFeed(test, clean, self.device, size, settings.workers)
 
     @property
     def num_classes(self) -> int:
         return self.cache.num_classes
 
     def epoch(self, index: int) -> Batches[CachedBatch]:
-        """Epoch 0, 1, ...: every cached view once, in a fresh order each time round."""
-        count = num_batches(len(self.samples), self.batch_size)
+        """Epoch 0, 1, ...: one view of every sample; the views take turns.
+
+        Returns
+        -------
+        Batches of CachedBatch
+            On the device. A last batch of a single sample is joined to the one before it.
+        """
+        count = num_batches(len(self.sampler), self.batch_size)
         return Batches(count, lambda: self._shown(index))
 
     def test(self) -> Batches[tuple[Tensor, Tensor]]:
         """The clean test split: images float32 (B, C, H, W), normalised, and labels int64 (B,)."""
-        count = num_batches(len(self.splits.test), self.batch_size)
+        count = num_batches(len(self._test), self.batch_size)
         return Batches(count, self._shown_test)
 
     def close(self) -> None:
-        """Let go the processes that decode images, where there are any."""
+        """End the processes that decode images, where there are any."""
         self._feed.close()
         self._test_feed.close()
 
     def _shown(self, epoch: int) -> Iterator[CachedBatch]:
-        view = self._views[view_order(self._seed, epoch, len(self._views))]
-        targets = self.cache.read_view(view, self._rectified).to(self.device)
-        read = targets.rows if self._rectified is None else targets.rectified_rows
-        order = sample_order(self.samples, self._seed, epoch)
+        view, order = self.sampler.view(epoch), self.sampler.order(epoch)
+        targets = self.cache.read_view(view, self.dataset.rectified).to(self.device)
         for batch in self._feed.batches(order, view, self.batch_size):
             labels, partner_labels, shares = batch.hard_labels(self.labels)
             yield CachedBatch(
                 self.normalise(batch.pixels),
                 labels,
-                read(batch.samples, self._temperature),
+                self.dataset.logits(targets, batch.samples),
                 targets.wrong(batch.samples),
                 batch.samples,
                 partner_labels,
@@ -150,6 +168,6 @@ class CachedEpochs:
             )
 
     def _shown_test(self) -> Iterator[tuple[Tensor, Tensor]]:
-        labels = self.splits.test.labels.to(self.device)
+        labels = self._test.labels.to(self.device)
         for batch in self._test_feed.batches(torch.arange(len(labels)), 0, self.batch_size):
             yield self.normalise(batch.pixels), labels[batch.samples]

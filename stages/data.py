@@ -118,12 +118,7 @@ def check_dataset(
     cache: LogitCache, splits: Splits, policy: ViewPolicy, accept_drift: bool, reporter: Reporter
 ) -> None:
     """Raise IdentityError unless the student sees the samples and pixels that the teacher saw."""
-    ours = dataset_identity(splits.train)
-    if differing := differences(ours, cache.identity.dataset):
-        raise IdentityError(
-            f"{cache.path} was made from another dataset or order: {'; '.join(differing[:3])}",
-            "Give the dataset that the cache was made from, or cache this one.",
-        )
+    check_identity(cache, splits.train)
     loaded = {(skip.split, skip.sample) for skip in (*splits.train.skips, *splits.test.skips)}
     if missing := [s for s in cache.skips if (s.split, s.sample) not in loaded]:
         raise IdentityError(
@@ -131,17 +126,29 @@ def check_dataset(
             f"{len(missing)} of them",
             "Load them with load_data(settings, skips_of([cache.skips])).",
         )
-    probes = pixel_probes(splits.train, policy, cache.identity.teacher.image_size)
-    differ = sum(a != b for a, b in zip_longest(probes, cache.pixel_probes) if a != NO_PROBE)
-    if not differ:
-        return
-    if not accept_drift:
+    if drift := probes_differ(cache, splits.train, policy):
+        if not accept_drift:
+            raise IdentityError(
+                f"{drift} of {cache.path} differ: the images are not what the teacher saw",
+                "Restore the images or the image libraries, or go on with --accept-pixel-drift.",
+            )
+        reporter.say(f"warning: {drift} differ from the teacher's")
+
+
+def check_identity(cache: LogitCache, train: ImageDataset) -> None:
+    """Raise IdentityError unless the cache was made from this dataset, by its digests."""
+    if differing := differences(dataset_identity(train), cache.identity.dataset):
         raise IdentityError(
-            f"{differ} of {len(probes)} pixel probes of {cache.path} differ: the images are not "
-            "what the teacher saw",
-            "Restore the images or the image libraries, or go on with --accept-pixel-drift.",
+            f"{cache.path} was made from another dataset or order: {'; '.join(differing[:3])}",
+            "Give the dataset that the cache was made from, or cache this one.",
         )
-    reporter.say(f"warning: {differ} of {len(probes)} pixel probes differ from the teacher's")
+
+
+def probes_differ(cache: LogitCache, train: ImageDataset, policy: ViewPolicy) -> str:
+    """How many pixel probes differ from the teacher's, for people; empty if none do."""
+    probes = pixel_probes(train, policy, cache.identity.teacher.image_size)
+    differ = sum(a != b for a, b in zip_longest(probes, cache.pixel_probes) if a != NO_PROBE)
+    return f"{differ} of {len(probes)} pixel probes" if differ else ""
 
 
 def chosen_policy(

@@ -5,22 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import DIGITS, weights
+from helpers import DIGITS
 from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
 from stages.cached_epochs import CachedEpochs
 from stages.data import Splits
-from stages.device import place
 from stages.errors import CacheError, ConfigError, DatasetError, IdentityError, PipelineError
-from stages.inputs.models import build_model
 from stages.inputs.views import view_policy
-from stages.objectives.losses import kd
 from stages.rectify import RectifyConfig, rectify
-from stages.train_student import StudentConfig, train_student
-from stages.training.config import DataSettings, ModelSettings, TrainSettings
+from stages.training.config import DataSettings
 
 
 @pytest.fixture(scope="module")
@@ -69,39 +64,6 @@ def test_an_epoch_may_be_gone_through_again(my_epochs: CachedEpochs) -> None:
     for one, other in zip(epoch, epoch, strict=True):
         assert torch.equal(one.samples, other.samples)
         assert torch.equal(one.images, other.images)
-
-
-def test_a_loop_of_ones_own_ends_where_train_student_ends(
-    finished_cache: Path, digits: Splits, tmp_path: Path
-) -> None:
-    recipe = TrainSettings(epochs=4, lr=0.05, batch_size=100, schedule="constant")
-    config = StudentConfig(
-        cache=str(finished_cache),
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        train=recipe,
-        device="cpu",
-    )
-    train_student(config, tmp_path / "run", splits=digits)
-
-    torch.manual_seed(0)
-    student = place(build_model("resnet8", 10, 1).module, torch.device("cpu"))
-    optimizer = torch.optim.SGD(
-        student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True
-    )
-    epochs = CachedEpochs(finished_cache, DIGITS, batch_size=100, device="cpu")
-    for epoch in range(4):
-        student.train()
-        for batch in epochs.epoch(epoch):
-            logits = student(batch.images)
-            soft = kd(logits, batch.teacher_logits, batch.labels, temperature=4, reduction="none")
-            loss = 0.1 * F.cross_entropy(logits, batch.labels) + 0.9 * soft.mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    ours, theirs = student.state_dict(), weights(tmp_path / "run")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_rectified_rows(my_rectified: Path) -> None:

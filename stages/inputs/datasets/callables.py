@@ -56,15 +56,15 @@ def from_callable(
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise DatasetError(f"{name} is a {type(source).__name__} without length or items", _FORM)
     size = asked(f"len() of {name}", lambda: len(source))
-    labels = _labels(source, size, name)
+    labels = labels_of(source, size, name)
     class_names = _class_names(source, labels, name)
 
     found = skipped_numbers(skips, size, name)
     left_out = torch.tensor([skip.sample for skip in found], dtype=torch.int64)
     sampled = fixed_sample(size)
-    read = _MapStyle(source, name)
+    read = MapStyle(source, name)
     if shown := without(torch.tensor(sampled, dtype=torch.int64), left_out).tolist():
-        read = replace(read, channels=_steady(read, shown[:READ_TWICE]))
+        read = replace(read, channels=steady(read, shown[:READ_TWICE]))
     load = blackened(read, found, size)
     return ImageDataset(
         spec,
@@ -73,7 +73,7 @@ def from_callable(
         labels,
         load,
         in_memory(load, size, feeding),
-        digest(part for i in sampled for part in _identifying(read, i)),
+        digest(part for i in sampled for part in identifying(read, i)),
         skips=tuple(found),
     )
 
@@ -109,7 +109,7 @@ def _place(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
-class _MapStyle:
+class MapStyle:
     """Loads from a map-style dataset of (image, label): PIL image, array (H, W[, C]) or tensor.
 
     channels: what every image has to have, None for any number.
@@ -120,7 +120,7 @@ class _MapStyle:
     channels: int | None = None
 
     def __call__(self, index: int) -> Tensor:
-        image = _item(self.source, index, self.name)[0]
+        image = item_of(self.source, index, self.name)[0]
         if isinstance(image, Image) and image.mode not in ("L", "RGB"):
             raise DatasetError(
                 f"image {index} of {self.name} is in Pillow's mode {image.mode}",
@@ -163,7 +163,7 @@ def _from_array(pixels: NDArray[Any], what: str, kind: str) -> Tensor:
     return tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor
 
 
-def _item(source: Any, index: int, name: str) -> Any:
+def item_of(source: Any, index: int, name: str) -> Any:
     """(image, label). Raises DatasetError for anything else."""
     item = asked(f"sample {index} of {name}", lambda: source[index])
     if not isinstance(item, tuple | list) or len(item) < 2:
@@ -173,7 +173,7 @@ def _item(source: Any, index: int, name: str) -> Any:
     return item
 
 
-def _steady(read: _MapStyle, samples: Sequence[int]) -> int:
+def steady(read: MapStyle, samples: Sequence[int]) -> int:
     """The channels of the first of these. Raises DatasetError if one has other pixels when it is
     read again: what a teacher has seen would be gone.
     """
@@ -187,18 +187,18 @@ def _steady(read: _MapStyle, samples: Sequence[int]) -> int:
     return int(read(samples[0]).shape[0])
 
 
-def _identifying(read: _MapStyle, index: int) -> tuple[bytes, ...]:
+def identifying(read: MapStyle, index: int) -> tuple[bytes, ...]:
     try:
         return shape_and_bytes(read(index))
     except DatasetError:  # told of when it is shown, if it is not skipped
         return (b"unreadable",)
 
 
-def _labels(source: Any, size: int, name: str) -> Tensor:
+def labels_of(source: Any, size: int, name: str) -> Tensor:
     """int64 (N,). Raises DatasetError for whatever is not one class number an image."""
     given: Any = asked(f"targets of {name}", lambda: getattr(source, "targets", None))
     if given is None:
-        given = [_item(source, i, name)[1] for i in range(size)]
+        given = [item_of(source, i, name)[1] for i in range(size)]
     if isinstance(given, Tensor):
         given = given.detach().cpu().numpy()
     elif not isinstance(given, np.ndarray):

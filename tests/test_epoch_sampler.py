@@ -1,0 +1,215 @@
+"""Which samples an epoch shows, against what the trainer shows, alone and on several ranks."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from helpers import DIGITS, weights
+from torch.utils.data import DataLoader
+
+from stages import CachedDataset, EpochSampler
+from stages.data import Splits
+from stages.device import place
+from stages.distributed import Ranks
+from stages.errors import ConfigError
+from stages.inputs.feed import ViewFeed
+from stages.inputs.models import build_model
+from stages.objectives.losses import kd
+from stages.train_student import StudentConfig, student_trainer, train_student
+from stages.training.config import ModelSettings, SeedSettings, TrainSettings
+
+EPOCHS, BATCH = 4, 100
+
+
+@pytest.fixture(scope="module")
+def my_dataset(finished_cache: Path) -> CachedDataset:
+    """1,000 samples, 3 views, chunks that four ranks can share."""
+    return CachedDataset(finished_cache)
+
+
+def student(cache: Path, seed: int = 0) -> StudentConfig:
+    return StudentConfig(
+        cache=str(cache),
+        data=DIGITS,
+        model=ModelSettings(architecture="resnet8"),
+        train=TrainSettings(epochs=EPOCHS, lr=0.05, batch_size=BATCH, schedule="constant"),
+        seed=SeedSettings(data=seed),
+        device="cpu",
+    )
+
+
+def epoch_of(sampler: EpochSampler, epoch: int) -> list[int]:
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_a_plain_loop_ends_where_train_student_ends(
+    finished_cache: Path, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, batches = [], ViewFeed.batches
+
+    def spied(feed: ViewFeed, order: Any, view: int, *rest: int) -> Any:
+        if len(order) == 1000:  # not the test split
+            shown.append((1000 * view + order).tolist())
+        return batches(feed, order, view, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ViewFeed, "batches", spied)
+        train_student(student(finished_cache, seed=5), tmp_path / "run", splits=digits)
+
+    dataset = CachedDataset(finished_cache, digits_of(digits))
+    sampler = EpochSampler(dataset, seed=5)
+    loader = DataLoader(dataset, BATCH, sampler=sampler)
+    assert [epoch_of(sampler, epoch) for epoch in range(EPOCHS)] == shown
+
+    torch.manual_seed(0)
+    net = place(build_model("resnet8", 10, 1).module, torch.device("cpu"))
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True
+    )
+    for epoch in range(EPOCHS):
+        sampler.set_epoch(epoch)
+        net.train()
+        for batch in loader:
+            logits = net(batch.images)
+            soft = kd(logits, batch.teacher_logits, batch.labels, temperature=4, reduction="none")
+            loss = 0.1 * F.cross_entropy(logits, batch.labels) + 0.9 * soft.mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    ours, theirs = net.state_dict(), weights(tmp_path / "run")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def digits_of(digits: Splits) -> Any:
+    """The user's own dataset object."""
+    assert digits.train.images is not None
+    return torch.utils.data.TensorDataset(digits.train.images, digits.train.labels)
+
+
+def test_ranks_have_disjoint_samples(my_dataset: CachedDataset) -> None:
+    samplers = [EpochSampler(my_dataset, 1, rank, 3) for rank in range(3)]
+    for epoch in range(3):
+        parts = [epoch_of(sampler, epoch) for sampler in samplers]
+        assert {len(part) for part in parts} == {len(sampler) for sampler in samplers}
+        together = [index for part in parts for index in part]
+        assert len(set(together)) == len(together) > 900
+        assert {index // 1000 for index in together} == {samplers[0].view(epoch)}
+
+
+def test_samples_held_out_are_not_shown(my_dataset: CachedDataset) -> None:
+    sampler = EpochSampler(my_dataset, val_fraction=0.25)
+    shown = {index % 1000 for index in sampler}
+    assert shown == {*sampler.samples.tolist()}
+    assert {*range(1000)} - shown == {*sampler.held_out.tolist()}
+    assert len(sampler) == len(shown) == 750
+
+
+# ---- two processes --------------------------------------------------------------------------
+
+
+def in_two_processes(folder: Path, work: Callable[[Ranks], Any]) -> list[Any]:
+    """What two forks of this process return that are connected with gloo."""
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                store = dist.FileStore(str(folder / "store"), 2)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+                (folder / str(rank)).write_text(json.dumps(work(Ranks(rank, 2, rank))))
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
+
+
+def test_two_gloo_ranks_see_what_train_student_shows_them(
+    my_dataset: CachedDataset, finished_cache: Path, digits: Splits, tmp_path: Path
+) -> None:
+    sampler = EpochSampler(my_dataset, seed=2)  # made before there is a process group
+    assert len(sampler) == 1000
+    loader = DataLoader(my_dataset, BATCH // 2, sampler=sampler)
+
+    def seen(ranks: Ranks) -> list[list[list[int]]]:
+        config, out = student(finished_cache, seed=2), tmp_path / "run"
+        trainer = student_trainer(config, out, splits=digits, ranks=ranks)
+        shown = []
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            ours = torch.cat([batch.samples for batch in loader])
+            theirs = trainer.order(trainer.samples, 2, epoch)
+            shown.append([ours.tolist(), theirs.tolist()])
+        return shown
+
+    first, second = in_two_processes(tmp_path, seen)
+    for (ours, theirs), (others, others_theirs) in zip(first, second, strict=True):
+        assert ours == theirs
+        assert others == others_theirs
+        assert not {*ours} & {*others}
+        assert len(ours) == len(others) > 450
+
+
+# ---- resume ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_epoch_goes_on_where_it_was_left(my_dataset: CachedDataset, world: int) -> None:
+    def made() -> EpochSampler:
+        return EpochSampler(my_dataset, 4, world - 1, world)
+
+    whole = [epoch_of(made(), epoch) for epoch in (2, 3)]
+    left = made()
+    left.set_epoch(2)
+    loader = DataLoader(my_dataset, 64, sampler=left, num_workers=0)
+    batches = iter(loader)
+    before = [int(i) for _ in range(3) for i in next(batches).samples]
+
+    again = made()
+    again.load_state_dict(json.loads(json.dumps(left.state_dict())))
+    assert again.epoch == 2
+    again.set_epoch(2)
+    after = [index % 1000 for index in again]
+    assert before + after == [index % 1000 for index in whole[0]]
+    assert list(again) == whole[0]  # only the pass that was interrupted is short
+    assert epoch_of(again, 3) == whole[1]
+
+
+def test_a_state_may_be_what_the_loop_has_done(my_dataset: CachedDataset) -> None:
+    sampler, other = EpochSampler(my_dataset), EpochSampler(my_dataset)
+    whole = epoch_of(sampler, 1)  # workers would read ahead like this
+    other.load_state_dict(sampler.state_dict(position=640))
+    assert list(other) == whole[640:]
+    state = sampler.state_dict()
+    assert (state["epoch"], state["position"]) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"rank": 0, "world": 2}, "world"),
+        ({"val_fraction": 0.1}, "samples"),
+    ],
+)
+def test_a_state_of_another_order_is_refused(
+    my_dataset: CachedDataset, others: dict[str, Any], told: str
+) -> None:
+    state = EpochSampler(my_dataset).state_dict()
+    with pytest.raises(ConfigError, match=told):
+        EpochSampler(my_dataset, **others).load_state_dict(state)
+
+
+@pytest.mark.parametrize("place", [{"rank": 2, "world": 2}, {"rank": -1, "world": 2}, {"rank": 0}])
+def test_ranks_that_cannot_be(my_dataset: CachedDataset, place: dict[str, int]) -> None:
+    with pytest.raises(ConfigError):
+        EpochSampler(my_dataset, **place)
