@@ -8,8 +8,8 @@ from benchmarks.cases import Figures
 from benchmarks.measure import Ratio, in_turns
 from benchmarks.training import Bench
 from benchmarks.worlds import World
+from stages.settings import StudentConfig
 from stages.targets.chunks import slab_bytes
-from stages.train_student import StudentConfig
 
 TOGETHER = 8
 ROWS = (

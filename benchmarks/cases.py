@@ -45,10 +45,10 @@ from pipeline.sweep.cluster import local_cluster
 from pipeline.sweep.run import run_sweep
 from stages.cache import LogitCache
 from stages.cache.encoding import ENCODINGS
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
 from stages.reporting import Silent
-from stages.train_student import StudentConfig, train_student, train_together
-from stages.training.config import SeedSettings
+from stages.settings import RectifyConfig, SeedSettings, StudentConfig
+from stages.train_student import train_student, train_together
 
 Figures = list[Ratio | Figure]
 

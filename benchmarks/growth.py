@@ -50,7 +50,8 @@ from pipeline.console import Console
 from stages.cache import LogitCache
 from stages.cache.commits import seal_records
 from stages.cache.storage import write_object
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
+from stages.settings import RectifyConfig
 from stages.verify import verify
 
 VIEWS, SAMPLES = 8, 16_384

@@ -49,9 +49,9 @@ from stages.cache.layout import block_grid
 from stages.cache_plan import count_files
 from stages.inputs.counter_hash import permute
 from stages.objectives.losses import DEFINITIONS, TemperedRows
-from stages.rectify import RectifyConfig, rectify
-from stages.train_student import StudentConfig, student_trainer
-from stages.training.config import DataSettings, ModelSettings, TrainSettings
+from stages.rectify import rectify
+from stages.settings import DataSettings, ModelSettings, RectifyConfig, StudentConfig, TrainSettings
+from stages.train_student import student_trainer
 from stages.verify import verify
 
 VIEWS, BATCH, MOST_KLT_CLASSES = 300, 1024, 4096

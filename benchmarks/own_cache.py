@@ -25,13 +25,13 @@ from stages.device import choose_device
 from stages.errors import CacheError, ConfigError, ViewError
 from stages.inputs.models import build_model
 from stages.repair import recorded_job
-from stages.train_student import StudentConfig
-from stages.training.config import (
+from stages.settings import (
     MOST_IN_A_BATCH,
     DataSettings,
     Dtype,
     ModelSettings,
     Settings,
+    StudentConfig,
     TrainSettings,
     counted,
     positive,

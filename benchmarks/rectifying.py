@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from benchmarks.excerpt import decoded_at, excerpt
 from benchmarks.measure import Figure, Ratio, alternately, seconds
 from stages.cache import LogitCache
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
+from stages.settings import RectifyConfig
 
 VIEWS = 4
 TARGET = 2.0

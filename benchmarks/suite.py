@@ -37,7 +37,7 @@ from benchmarks.worlds import Plan
 from pipeline.console import Console
 from stages.device import choose_device
 from stages.errors import CacheError, ConfigError, PipelineError, ViewError
-from stages.training.config import Dtype
+from stages.settings import Dtype
 from stages.user_code import modules_in, trusting
 
 PARTS = ("students", "teacher", "reading", "rectify", "views", "sweep", "gpu", "help")

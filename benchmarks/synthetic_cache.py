@@ -9,9 +9,9 @@ from benchmarks.imagenet_data import SyntheticTeacher
 from stages.cache import LogitCache
 from stages.cache.encoding import FIT_ROWS, fit_encoding
 from stages.cache.identity import DatasetIdentity, Identity, TeacherIdentity, ViewsIdentity
-from stages.cache.layout import MAX_BLOCK_ROWS
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets.dataset import digest
+from stages.settings import MAX_BLOCK_ROWS
 
 CLASSES, TEST_SAMPLES = 100, 100
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from benchmarks.measure import Figure, Ratio, alternately, seconds, steadily
 from stages import device
 from stages.cache import LogitCache
-from stages.cache_job import CacheConfig, CacheJob, prepare, row_order, teacher_logits
+from stages.cache_job import CacheJob, prepare, row_order, teacher_logits
 from stages.cache_teacher import cache_teacher
 from stages.data import Splits
 from stages.errors import ConfigError
-from stages.training.config import Dtype
+from stages.settings import CacheConfig, Dtype
 
 PASS_TARGET = 1.05
 FIXED = "mostly fixed costs"

@@ -24,9 +24,9 @@ from stages.errors import ConfigError
 from stages.inputs.feed import Batch
 from stages.objectives.losses import mixed_ce
 from stages.reporting import Silent
-from stages.train_student import StudentConfig, student_trainer, students_trainer
+from stages.settings import LossSettings, StudentConfig
+from stages.train_student import student_trainer, students_trainer
 from stages.training.assemble import Destination, Planned, make_trainer
-from stages.training.config import LossSettings
 from stages.training.objective import Objective, resolved
 from stages.training.order import view_order
 from stages.training.trainer import Trainer

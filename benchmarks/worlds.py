@@ -5,18 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.cache import LogitCache
-from stages.cache_job import CacheConfig, CacheJob, TeacherSettings, prepare
+from stages.cache_job import CacheJob, prepare
 from stages.cache_teacher import cache_teacher
 from stages.data import Splits, load_data
-from stages.train_student import StudentConfig
-from stages.train_teacher import TeacherConfig, train_teacher
-from stages.training.config import (
+from stages.settings import (
+    CacheConfig,
     DataSettings,
     Dtype,
     ModelSettings,
     SeedSettings,
+    StudentConfig,
+    TeacherConfig,
+    TeacherSettings,
     TrainSettings,
 )
+from stages.train_teacher import train_teacher
 
 VIEWS = 3
 SYNTHETIC = "benchmarks.synthetic:images"

@@ -103,7 +103,8 @@ def train_teacher_command(**given: Any) -> None:
     from pipeline.config import read_config
     from pipeline.console import Console
     from pipeline.tables import show_run
-    from stages.train_teacher import TeacherConfig, train_teacher
+    from stages.settings import TeacherConfig
+    from stages.train_teacher import train_teacher
 
     flags = train_flags(given) | {
         "model.architecture": given["model"],
@@ -182,7 +183,7 @@ def cache_teacher_command(**given: Any) -> None:
     from stages.cache.storage import check_place
     from stages.cache_job import begun_at
     from stages.cache_plan import plan_cache
-    from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+    from stages.cache_teacher import cache_teacher, prepare
     from stages.check_data import check_sample
     from stages.distributed import (
         first_rank_before_others,
@@ -190,6 +191,7 @@ def cache_teacher_command(**given: Any) -> None:
         launched_ranks,
         process_group,
     )
+    from stages.settings import CacheConfig
 
     names = (
         *("views", "augment", "seed", "encoding", "max_kl"),
@@ -279,7 +281,8 @@ def rectify_command(cache: str, **given: Any) -> None:
     from pipeline.config import read_config
     from pipeline.console import Console
     from pipeline.tables import show_rectification
-    from stages.rectify import RectifyConfig, rectify
+    from stages.rectify import rectify
+    from stages.settings import RectifyConfig
 
     names = ("method", "temperature", "space", "name", "views", "scheduler", "materialise")
     flags = {name: given[name] for name in names}
@@ -338,7 +341,8 @@ def train_student_command(cache: str, **given: Any) -> None:
     from pipeline.config import read_config
     from pipeline.console import Console
     from pipeline.tables import show_run
-    from stages.train_student import StudentConfig, train_student
+    from stages.settings import StudentConfig
+    from stages.train_student import train_student
     from stages.training.objective import unused_settings
 
     flags = train_flags(given) | {

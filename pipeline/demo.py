@@ -20,20 +20,25 @@ from pipeline.sweep.grid import Run
 from pipeline.sweep.results import Result, as_lines
 from pipeline.sweep.table import spread
 from stages.cache.lock import exclusive
-from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.data import load_data
 from stages.errors import RunError
-from stages.rectify import RectifyConfig, rectify
-from stages.train_student import StudentConfig, train_student
-from stages.train_teacher import TeacherConfig, train_teacher
-from stages.training.config import (
+from stages.rectify import rectify
+from stages.settings import (
     BiasSettings,
+    CacheConfig,
     DataSettings,
     LossSettings,
     ModelSettings,
+    RectifyConfig,
     SeedSettings,
+    StudentConfig,
+    TeacherConfig,
+    TeacherSettings,
     TrainSettings,
 )
+from stages.train_student import train_student
+from stages.train_teacher import train_teacher
 from stages.training.run_directory import foreign_files, held, remove_run
 
 DATA = DataSettings(dataset="digits")

@@ -21,7 +21,7 @@ from stages.cache.identity import (
     identity_from_json,
     weights_digest,
 )
-from stages.cache.layout import MAX_BLOCK_BYTES, MAX_BLOCK_ROWS, block_grid
+from stages.cache.layout import MAX_BLOCK_BYTES, block_grid
 from stages.cache.metadata import RootAttributes, read_attributes
 from stages.cache.storage import location
 from stages.data import (
@@ -41,65 +41,12 @@ from stages.errors import ModelError, ViewError
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Skip, Statistics
 from stages.inputs.feed import Normalise, ViewFeed
-from stages.inputs.model_outputs import Adapted, Outputs, output_order
+from stages.inputs.model_outputs import Adapted, output_order
 from stages.inputs.models import Model, load_model
 from stages.inputs.views import ViewPolicy
-from stages.training.config import (
-    MOST_IN_A_BATCH,
-    DataSettings,
-    Dtype,
-    Settings,
-    counted,
-    positive,
-    within,
-)
+from stages.settings import CacheConfig
 
 _ROW_ORDER = 4  # a stream of the view seed, apart from those of training
-
-
-class TeacherSettings(Settings, frozen=True):
-    """architecture may be None where the weights are a run directory, and weights where the
-    architecture is a module:callable that brings them. mean, std, image_size: None for the weights'
-    own, or the dataset's. outputs: what it returns. class_order: see `output_order`.
-    """
-
-    weights: str | None = None
-    architecture: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    image_size: int | None = None
-    outputs: Outputs = "logits"
-    class_order: str | None = None
-
-
-class CacheConfig(Settings, frozen=True):
-    """A run of cache-teacher. seed: of the views. dtype: of the teacher's forward pass.
-
-    encoding: a name, with parameters after a colon (`topk:k=20`). max_kl: mean KL to the exact rows
-    at T=1, in nats, that the encoding must hold; with `auto` the smallest that does is taken.
-    """
-
-    data: DataSettings
-    teacher: TeacherSettings
-    views: int
-    augment: str = "pad-crop-flip"
-    seed: int = 0
-    encoding: str = "auto"
-    max_kl: float | None = None
-    dtype: Dtype = "float32"
-    batch_size: int = 512
-    block_rows: int = MAX_BLOCK_ROWS
-    channels_last: bool = True
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        counted("views", self.views, 10**6)
-        within("seed", self.seed, -(2**63), 2**63 - 1)
-        counted("batch_size", self.batch_size, MOST_IN_A_BATCH)
-        positive("block_rows", self.block_rows)
-        check_encoding(self.encoding)
-        if self.max_kl is not None:
-            positive("max_kl", self.max_kl)
 
 
 @dataclass(frozen=True)
@@ -174,8 +121,9 @@ def prepare(
     """Load dataset and teacher and check that they belong together; ranks: which of several does.
     begun: the cache that is to be gone on with, see `begun_at`.
 
-    Raises DatasetError, ModelError, ViewError or ConfigError.
+    Raises CacheError, DatasetError, ModelError, ViewError or ConfigError.
     """
+    check_encoding(config.encoding)
     splits = splits or load_data(config.data, begun.skips if begun else ())
     train, device = splits.train, device_of_rank(ranks, config.device)
     classes = len(train.class_names)

@@ -28,9 +28,7 @@ from stages.cache.identity import differences
 from stages.cache.lock import exclusive, joined
 from stages.cache.storage import Location, check_place, location, remove_half_written
 from stages.cache_job import (
-    CacheConfig,
     CacheJob,
-    TeacherSettings,
     check_finite,
     checked_logits,
     fitted_encoding,
@@ -54,10 +52,8 @@ from stages.reporting import Reporter, Silent
 from stages.teacher_checks import teacher_doubts
 
 __all__ = [
-    "CacheConfig",
     "CacheJob",
     "CacheSummary",
-    "TeacherSettings",
     "cache_teacher",
     "fitted_encoding",
     "missing_blocks",

@@ -41,7 +41,7 @@ from stages.inputs.datasets.own import own_images
 from stages.inputs.feed import Normalise, ViewFeed
 from stages.inputs.views import ViewPolicy
 from stages.reporting import Silent
-from stages.training.config import DataSettings
+from stages.settings import DataSettings
 from stages.user_code import check_trusted
 
 _MOST_VIEWS = 2

@@ -25,7 +25,7 @@ from stages.epoch_sampler import EpochSampler
 from stages.errors import ConfigError
 from stages.inputs.datasets import Statistics
 from stages.inputs.feed import Normalise, ViewFeed, num_batches, plain_view
-from stages.training.config import DataSettings
+from stages.settings import DataSettings
 
 __all__ = ["Batches", "CachedBatch", "CachedEpochs"]
 

@@ -17,13 +17,13 @@ from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Skip, Statistics, load_splits, read_skip_list
 from stages.inputs.datasets.dataset import without
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
-from stages.inputs.model_outputs import Outputs, are_probabilities, logits_of, told
+from stages.inputs.model_outputs import are_probabilities, logits_of, told
 from stages.inputs.models import Model
 from stages.inputs.probes import NO_PROBE, pixel_probes
 from stages.inputs.run_files import sha256
 from stages.inputs.views import ViewPolicy, known_policy, view_policy
 from stages.reporting import Reporter
-from stages.training.config import DataSettings, positive
+from stages.settings import DataSettings, Outputs, positive
 from stages.training.order import Stream
 from stages.user_code import check_trusted
 

@@ -28,8 +28,8 @@ from stages.inputs.models import Model, load_model
 from stages.inputs.run_files import read_config, read_summary
 from stages.reporting import Reporter, Silent
 from stages.scores import ClassScore, Comparison, Scores, class_scores, compare, score
+from stages.settings import DataSettings, TrainSettings
 from stages.targets.ensemble import mean_logits
-from stages.training.config import DataSettings, TrainSettings
 from stages.user_code import check_trusted
 
 _SMALLEST_BATCH = 256

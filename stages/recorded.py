@@ -10,7 +10,7 @@ from stages.cache.identity import differences, identity_from_json
 from stages.cache.metadata import RootAttributes
 from stages.cache.storage import Location, location
 from stages.cache_job import Begun
-from stages.cache_teacher import CacheConfig, CacheJob, prepare
+from stages.cache_teacher import CacheJob, prepare
 from stages.errors import (
     CacheError,
     ChangedImagesError,
@@ -21,6 +21,7 @@ from stages.errors import (
     UnansweredError,
 )
 from stages.inputs.checkpoints import weights_file
+from stages.settings import CacheConfig
 from stages.user_code import check_trusted
 
 _FOLDERS = ("folder:", "hf:")

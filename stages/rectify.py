@@ -9,7 +9,6 @@ The formulas are in `stages.objectives.rectification`, the statistics in `stages
 """
 
 import functools
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,86 +25,46 @@ from stages.cache.lock import exclusive
 from stages.cache.rectified import Rectification, RectificationSettings
 from stages.cache.storage import Location, remove_half_written
 from stages.dask_client import existing_cluster
-from stages.errors import CacheError, ConfigError
+from stages.errors import CacheError
 from stages.inputs.views import check_unmixed
-from stages.objectives.rectification import Method, Space, rectify_rows, replaced_logits
+from stages.objectives.rectification import rectify_rows, replaced_logits
 from stages.reporting import Reporter, Silent
+from stages.settings import RectifyConfig
 from stages.tally import Tally
-from stages.training.config import Settings, positive, within
 
 __all__ = [
-    "Method",
-    "RectifyConfig",
-    "Space",
+    "config_of",
     "rectified_block",
     "rectify",
     "rectify_block",
     "rectify_rows",
+    "settings_of",
 ]
 
-_NAME = re.compile(r"(?!zarr\.json)[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}(?<!\.partial)", re.IGNORECASE)
-"""What can name a group of the store: on any disk, and apart from what the store itself uses."""
+
+def config_of(settings: RectificationSettings, **more: Any) -> RectifyConfig:
+    """What makes a rectification of these settings. Raises CacheError if nothing can."""
+    asked = {n: getattr(settings, n) for n in ("method", "space", "temperature")}
+    try:
+        made = {**asked, "materialise": settings.materialised, **more}
+        return msgspec.convert(made, RectifyConfig)
+    except ValueError as error:  # of msgspec, or a ConfigError
+        raise CacheError(
+            f"its settings cannot be: {error}", "Delete the rectification and make it again."
+        ) from error
 
 
-class RectifyConfig(Settings, frozen=True):
-    """name: None for `<method>-T<temperature>`, with the space appended where it is not the
-    default. scheduler: address of a Dask cluster, None for threads here. views: rectify the first
-    so many views, None for all. materialise: also store whole rectified rows, for readers outside
-    this project.
-    """
-
-    method: Method = "pairwise"
-    space: Space = "probability-T"
-    temperature: float = 4.0
-    name: str | None = None
-    views: int | None = None
-    scheduler: str | None = None
-    materialise: bool = False
-
-    def __post_init__(self) -> None:
-        within("temperature", self.temperature, 1e-2, 1e4)
-        if self.views is not None:
-            positive("views", self.views)
-        if self.name is not None and not _NAME.fullmatch(self.name):
-            raise ConfigError(
-                f"{self.name[:100]!r} cannot name a rectification",
-                "Use up to 100 letters, digits, '.', '_', '+' and '-', a letter or a digit first, "
-                "but not 'zarr.json', and not '.partial' at the end.",
-            )
-        if self.space == "logit" and self.method == "blend":
-            raise ConfigError(
-                "the space 'logit' is not defined for the method 'blend'",
-                "Use --method pairwise (as released), or --space probability-T.",
-            )
-
-    @staticmethod
-    def of(settings: RectificationSettings, **more: Any) -> "RectifyConfig":
-        """What makes a rectification of these settings. Raises CacheError if nothing can."""
-        asked = {n: getattr(settings, n) for n in ("method", "space", "temperature")}
-        try:
-            made = {**asked, "materialise": settings.materialised, **more}
-            return msgspec.convert(made, RectifyConfig)
-        except ValueError as error:  # of msgspec, or a ConfigError
-            raise CacheError(
-                f"its settings cannot be: {error}", "Delete the rectification and make it again."
-            ) from error
-
-    @property
-    def chosen_name(self) -> str:
-        space = "" if self.space == "probability-T" else f"-{self.space}"
-        return self.name or f"{self.method}-T{self.temperature:g}{space}"
-
-    @property
-    def settings(self) -> RectificationSettings:
-        # Swapping commutes with softmax, and the other spaces rectify before softening.
-        free = self.space != "probability-T" or self.method == "swap"
-        return RectificationSettings(
-            method=self.method,
-            space=self.space,
-            temperature=self.temperature,
-            temperature_free=free,
-            materialised=self.materialise,
-        )
+def settings_of(config: RectifyConfig) -> RectificationSettings:
+    """What the store keeps of a run of rectify: what decides its numbers."""
+    # Swapping commutes with softmax, and the other spaces rectify before softening.
+    free = config.space != "probability-T" or config.method == "swap"
+    return RectificationSettings(
+        method=config.method,
+        space=config.space,
+        temperature=config.temperature,
+        temperature_free=free,
+        materialised=config.materialise,
+    )
 
 
 def rectify(
@@ -119,7 +78,7 @@ def rectify(
     reporter = reporter or Silent()
     cache = LogitCache.open(path, writable=True)
     check_unmixed(cache.identity.views.policy, "rectification")
-    settings = config.settings
+    settings = settings_of(config)
     check_temperature(cache.encoding, 1.0 if settings.temperature_free else settings.temperature)
     if settings.space == "logit" and settings.method != "swap":  # swapping ignores the offset
         check_offset(cache.encoding, "the space 'logit'")
@@ -166,7 +125,7 @@ def rectified_block(
     cache: LogitCache, settings: RectificationSettings, view: int, block: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The arrays of one rectified block, each (n, ...) as layout.py names them; its statistics."""
-    config = RectifyConfig.of(settings)
+    config = config_of(settings)
     temperature = 1.0 if settings.temperature_free else settings.temperature
     rows = cache.read_encoded_block(view, block)
     record = cache.commits.of_view(view)[block]

@@ -34,8 +34,9 @@ from stages.cache_teacher import (
 )
 from stages.errors import CacheError, UnansweredError
 from stages.recorded import check_teacher, recorded_job, trusted_attributes
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import config_of, rectify
 from stages.reporting import Reporter, Silent
+from stages.settings import RectifyConfig
 from stages.verify import Fault, Verified, verify
 from stages.verify.documents import root_faults
 
@@ -211,7 +212,7 @@ def _forget(where: Location, faults: list[Fault]) -> None:
 def _to_rectify(cache: LogitCache, covered: Mapping[str, int]) -> list[RectifyConfig]:
     """The rectifications that have to be run again: all that cover any view."""
     return [
-        RectifyConfig.of(cache.rectification(name).settings, name=name, views=covered[name])
+        config_of(cache.rectification(name).settings, name=name, views=covered[name])
         for name in cache.rectifications
         if covered.get(name)
     ]

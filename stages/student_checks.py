@@ -16,10 +16,11 @@ from stages.distributed import ALONE, Ranks
 from stages.errors import CacheError, ConfigError
 from stages.inputs.run_files import sha256
 from stages.inputs.views import Paired, ViewPolicy, check_unmixed
-from stages.targets.chunks import SlabPlan, groups_of_ranks, parse_bytes, plan_slabs
+from stages.settings import LossSettings, StudentConfig
+from stages.sizes import parse_bytes
+from stages.targets.chunks import SlabPlan, groups_of_ranks, plan_slabs
 from stages.targets.ensemble import NOT_RECTIFIED, open_members
 from stages.training.assemble import Order
-from stages.training.config import LossSettings
 from stages.training.objective import (
     reads_offset,
     rectified_at,
@@ -27,7 +28,6 @@ from stages.training.objective import (
     teacher_temperatures,
     views_seen,
 )
-from stages.training.student import StudentConfig
 
 
 @dataclass(frozen=True)

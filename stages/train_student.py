@@ -27,14 +27,14 @@ from stages.distributed import (
 )
 from stages.inputs.views import ViewPolicy
 from stages.reporting import Reporter, Silent
+from stages.settings import StudentConfig
 from stages.student_checks import check_students, made_from, slab_plan
 from stages.targets.reader import TargetReader
 from stages.training.assemble import Destination, Planned, make_trainer
-from stages.training.student import CachedTask, StudentConfig
+from stages.training.student import CachedTask
 from stages.training.trainer import Outcome, Trainer
 
 __all__ = [
-    "StudentConfig",
     "student_trainer",
     "students_trainer",
     "train_student",

@@ -13,15 +13,9 @@ from stages.inputs.feed import Batch
 from stages.inputs.views import ViewPolicy
 from stages.objectives.losses import mixed_ce
 from stages.reporting import Reporter, Silent
+from stages.settings import TeacherConfig
 from stages.training.assemble import Destination, Planned, make_trainer
-from stages.training.config import RunConfig
 from stages.training.order import view_order
-
-
-class TeacherConfig(RunConfig, frozen=True, kw_only=True):
-    """A run of train-teacher. augment: a view policy; every epoch shows another of its views."""
-
-    augment: str = "pad-crop-flip"
 
 
 class LabelTask:

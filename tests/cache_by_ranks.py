@@ -21,10 +21,10 @@ import torch
 from launch import Launch, Launcher
 
 from stages.cache.commits import CommitLog, Record
-from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.distributed import Ranks, process_group
 from stages.errors import ModelError
-from stages.training.config import DataSettings
+from stages.settings import CacheConfig, DataSettings, TeacherSettings
 
 Disturbance = Callable[[Ranks, int], None]
 """Called on every rank before it commits a block, with how many it has committed."""

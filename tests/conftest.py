@@ -13,11 +13,18 @@ import torch
 from helpers import DIGITS, first
 from hypothesis import settings
 
-from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits, load_data
-from stages.rectify import RectifyConfig, rectify
-from stages.train_teacher import TeacherConfig, train_teacher
-from stages.training.config import ModelSettings, TrainSettings
+from stages.rectify import rectify
+from stages.settings import (
+    CacheConfig,
+    ModelSettings,
+    RectifyConfig,
+    TeacherConfig,
+    TeacherSettings,
+    TrainSettings,
+)
+from stages.train_teacher import train_teacher
 
 # Nothing is timed in a test: a busy machine must not fail one.
 settings.register_profile("untimed", deadline=None)

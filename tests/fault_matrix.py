@@ -31,16 +31,18 @@ from stages.data import Splits
 from stages.errors import PipelineError
 from stages.evaluate import evaluate_run
 from stages.inputs.models import load_model
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
 from stages.repair import repair
-from stages.train_student import StudentConfig, train_student
-from stages.training.config import (
+from stages.settings import (
     BiasSettings,
     LossSettings,
     ModelSettings,
+    RectifyConfig,
     SeedSettings,
+    StudentConfig,
     TrainSettings,
 )
+from stages.train_student import train_student
 from stages.training.run_directory import RunDirectory
 from stages.verify import verify
 

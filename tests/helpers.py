@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stages.inputs.datasets import ImageDataset
-from stages.training.config import DataSettings
+from stages.settings import DataSettings
 
 SHARED_DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 """Data that is too large for the repository; tests that use it are skipped where it is missing."""

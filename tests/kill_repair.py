@@ -25,11 +25,12 @@ from damage import flip
 from helpers import DIGITS, first
 from kill_stages import ended, fork, kill_after, undisturbed
 
-from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits, load_data
 from stages.errors import CacheError
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
 from stages.repair import repair
+from stages.settings import CacheConfig, RectifyConfig, TeacherSettings
 from stages.verify import verify
 
 DAMAGED = (

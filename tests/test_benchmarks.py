@@ -35,13 +35,12 @@ from benchmarks.worlds import Plan
 from pipeline.console import Console
 from stages.cache import LogitCache
 from stages.cache.encoding import ENCODINGS
-from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, ConfigError, IdentityError, ModelError, PipelineError
 from stages.inputs.feed import ViewFeed
 from stages.rectify import rectify_rows
-from stages.train_student import StudentConfig
-from stages.training.config import LossSettings, ModelSettings, TrainSettings
+from stages.settings import CacheConfig, LossSettings, ModelSettings, StudentConfig, TrainSettings
 from stages.training.objective import resolved
 
 

@@ -28,12 +28,13 @@ from stages.cache.encoding import ENCODINGS, EncodingAttributes, Fidelity, TopK
 from stages.cache.identity import Identity, weights_digest
 from stages.cache.metadata import RootAttributes, all_arrays, sealed
 from stages.cache.rectified import RectificationSettings
-from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.inputs.probes import pixel_probes
 from stages.inputs.views import view_policy
 from stages.objectives.rectification import replaced_logits
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
+from stages.settings import CacheConfig, RectifyConfig, TeacherSettings
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "cache-format.md").read_text()
 SAMPLES, BLOCK_ROWS, VIEWS = 300, 100, 2

@@ -12,9 +12,10 @@ from stages.cache import LogitCache
 from stages.cache.encoding import DEFAULT_MAX_KL, ENCODINGS
 from stages.cache_job import CacheJob, row_order, teacher_logits
 from stages.cache_plan import CachePlan, plan_cache
-from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, IdentityError
+from stages.settings import CacheConfig
 
 
 @pytest.fixture(autouse=True)

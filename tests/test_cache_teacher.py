@@ -21,14 +21,7 @@ from torch import Tensor, nn
 from zarr.storage import LocalStore
 
 from stages.cache import LogitCache, blocks
-from stages.cache_teacher import (
-    CacheConfig,
-    CacheSummary,
-    TeacherSettings,
-    cache_teacher,
-    prepare,
-    row_order,
-)
+from stages.cache_teacher import CacheSummary, cache_teacher, prepare, row_order
 from stages.data import Splits
 from stages.errors import (
     CacheError,
@@ -41,6 +34,7 @@ from stages.errors import (
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.views import view_policy
 from stages.repair import repair
+from stages.settings import CacheConfig, TeacherSettings
 from stages.verify import verify
 
 Objects = Callable[[Path], dict[str, bytes]]

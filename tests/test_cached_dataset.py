@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from stages import CachedDataset, CachedEpochs, EpochSampler, LogitCache
 from stages.cache.identity import SkippedSample
-from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.cached_dataset import CachedBatch
 from stages.data import Splits
 from stages.errors import ConfigError, DatasetError, IdentityError, PipelineError
-from stages.rectify import RectifyConfig, rectify
-from stages.training.config import DataSettings
+from stages.rectify import rectify
+from stages.settings import CacheConfig, DataSettings, RectifyConfig, TeacherSettings
 from stages.user_code import trusting
 
 

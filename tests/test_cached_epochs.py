@@ -9,13 +9,13 @@ from helpers import DIGITS
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.cached_epochs import CachedEpochs
 from stages.data import Splits
 from stages.errors import CacheError, ConfigError, DatasetError, IdentityError, PipelineError
 from stages.inputs.views import view_policy
-from stages.rectify import RectifyConfig, rectify
-from stages.training.config import DataSettings
+from stages.rectify import rectify
+from stages.settings import CacheConfig, DataSettings, RectifyConfig, TeacherSettings
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,21 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache.blocks import BlockGroup
 from stages.cache.encoding import DEFAULT_MAX_KL, Fidelity, Klt
-from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, IdentityError, PipelineError
-from stages.rectify import RectifyConfig, rectify
-from stages.train_student import StudentConfig, train_student
-from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
+from stages.rectify import rectify
+from stages.settings import (
+    BiasSettings,
+    CacheConfig,
+    LossSettings,
+    ModelSettings,
+    RectifyConfig,
+    StudentConfig,
+    TeacherSettings,
+    TrainSettings,
+)
+from stages.train_student import train_student
 
 SAMPLES, VIEWS, BLOCKS = 300, 2, 3
 ENCODINGS = ["auto", "float16", "uint8", "klt", "topk:k=4", "topk:k=10"]

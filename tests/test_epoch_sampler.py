@@ -21,8 +21,8 @@ from stages.errors import ConfigError
 from stages.inputs.feed import ViewFeed
 from stages.inputs.models import build_model
 from stages.objectives.losses import kd
-from stages.train_student import StudentConfig, student_trainer, train_student
-from stages.training.config import ModelSettings, SeedSettings, TrainSettings
+from stages.settings import ModelSettings, SeedSettings, StudentConfig, TrainSettings
+from stages.train_student import student_trainer, train_student
 
 EPOCHS, BATCH = 4, 100
 

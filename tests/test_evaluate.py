@@ -23,8 +23,8 @@ from stages.data import Splits
 from stages.errors import DatasetError, IdentityError, ModelError, PipelineError, RunError
 from stages.evaluate import Evaluated, evaluate_run
 from stages.scores import BINS, calibration, class_scores, compare, score
-from stages.train_student import StudentConfig, train_student
-from stages.training.config import ModelSettings, TrainSettings
+from stages.settings import ModelSettings, StudentConfig, TrainSettings
+from stages.train_student import train_student
 
 
 @pytest.fixture(scope="module")

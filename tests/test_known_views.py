@@ -16,8 +16,9 @@ from stages.cache.commits import seal_records, unsealed
 from stages.cache.identity import identity_from_json
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.errors import CacheError
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
 from stages.repair import repair
+from stages.settings import RectifyConfig
 from stages.verify import verify
 
 Loss = Callable[[Path], object]

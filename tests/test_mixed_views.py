@@ -12,17 +12,27 @@ from torch import Tensor
 from pipeline.console import Console
 from pipeline.tables import show_cache
 from stages.cache import LogitCache
-from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits, cached_policy
 from stages.errors import ViewError
 from stages.inputs.feed import Batch, ViewFeed
 from stages.inputs.model_outputs import logits_of
 from stages.inputs.views import Mixed, Paired
 from stages.objectives.losses import ce, kd, mixed_ce
-from stages.rectify import RectifyConfig, rectify
-from stages.train_student import StudentConfig, student_trainer, train_student
-from stages.train_teacher import LabelTask, TeacherConfig, train_teacher
-from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
+from stages.rectify import rectify
+from stages.settings import (
+    BiasSettings,
+    CacheConfig,
+    LossSettings,
+    ModelSettings,
+    RectifyConfig,
+    StudentConfig,
+    TeacherConfig,
+    TeacherSettings,
+    TrainSettings,
+)
+from stages.train_student import student_trainer, train_student
+from stages.train_teacher import LabelTask, train_teacher
 
 AUGMENT = "pad-crop:pad=1+mixup"
 CPU = torch.device("cpu")

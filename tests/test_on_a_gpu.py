@@ -12,10 +12,17 @@ from pretended_gpu import pretended_gpu
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 
 from stages.data import Splits
-from stages.objectives.bias import BiasMode
-from stages.rectify import RectifyConfig, rectify
-from stages.train_student import StudentConfig, student_trainer
-from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
+from stages.rectify import rectify
+from stages.settings import (
+    BiasMode,
+    BiasSettings,
+    LossSettings,
+    ModelSettings,
+    RectifyConfig,
+    StudentConfig,
+    TrainSettings,
+)
+from stages.train_student import student_trainer
 
 CASES = [("ce", "none"), ("kd", "eliminate"), ("kd", "rectify"), ("ctkd", "none"), ("lr", "none")]
 

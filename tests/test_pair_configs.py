@@ -10,9 +10,7 @@ from pipeline.config import read_config
 from pipeline.sweep.file import read_sweep
 from pipeline.sweep.grid import expand
 from stages.inputs.models import build_model
-from stages.train_student import StudentConfig
-from stages.train_teacher import TeacherConfig
-from stages.training.config import TrainSettings
+from stages.settings import StudentConfig, TeacherConfig, TrainSettings
 from stages.training.objective import resolved
 
 PAIRS = Path(__file__).parents[1] / "results" / "cifar100" / "pairs"

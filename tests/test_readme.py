@@ -17,7 +17,7 @@ from helpers import weights
 
 from pipeline.cli import cli
 from stages.objectives.losses import DEFINITIONS
-from stages.training.config import LossSettings
+from stages.settings import LossSettings
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text()

@@ -22,11 +22,12 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache.blocks import BlockGroup
 from stages.cache.metadata import sealed
-from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, ConfigError
 from stages.objectives.rectification import replaced_logits
-from stages.rectify import Method, RectifyConfig, Space, rectify, rectify_rows
+from stages.rectify import rectify, rectify_rows, settings_of
+from stages.settings import CacheConfig, Method, RectifyConfig, Space
 from stages.tally import Tally
 
 METHODS: tuple[Method, ...] = ("pairwise", "swap", "blend")
@@ -221,7 +222,7 @@ def test_probability_1_may_be_softened_to_any_temperature(
 
     rows = put_in(logits, labels, predictions, config)
 
-    assert config.settings.temperature_free
+    assert settings_of(config).temperature_free
     for i, row in enumerate(logits.double().tolist()):
         expected = rectified_distribution(
             row, int(labels[i]), int(predictions[i]), config, temperature
@@ -243,7 +244,7 @@ def test_swapping_logits_is_swapping_probabilities(
     every = range(len(logits))
     assert new_label.tolist() == [float(logits[i, predictions[i]]) for i in every]
     assert new_predicted.tolist() == [float(logits[i, labels[i]]) for i in every]
-    assert config.settings.temperature_free
+    assert settings_of(config).temperature_free
     torch.testing.assert_close(
         (put_in(logits, labels, predictions, config) / temperature).softmax(1),
         rectify_rows((logits.double() / temperature).softmax(1), labels, "swap", predictions),
@@ -396,7 +397,7 @@ def test_wrong_and_zeros_follow_the_stored_predictions(side_by_side: Path, name:
 def test_a_distribution_is_the_rectified_softmax(side_by_side: Path, name: str) -> None:
     config, root = CONFIGS[name], numbers(side_by_side)
     cache = LogitCache.open(side_by_side)
-    free = config.settings.temperature_free
+    free = settings_of(config).temperature_free
 
     for view, temperature in [(0, config.temperature), (2, 2.0 if free else config.temperature)]:
         found = cache.distribution(view, rectified=name, temperature=temperature)

@@ -27,10 +27,11 @@ from helpers import Words
 from safetensors.torch import load_file, save_file
 
 from stages.cache import LogitCache
-from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.errors import CacheError, IdentityError, ModelError
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
 from stages.repair import recorded_job, repair
+from stages.settings import CacheConfig, RectifyConfig, TeacherSettings
 from stages.verify import Fault, verify
 
 HELPER = Path(__file__).with_name("kill_repair.py")

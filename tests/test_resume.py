@@ -21,10 +21,10 @@ from stages.data import Splits
 from stages.errors import ConfigError, PipelineError, RunError
 from stages.evaluate import evaluate_run
 from stages.inputs.run_files import read_config, sha256
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
 from stages.reporting import Silent
-from stages.train_student import StudentConfig, student_trainer, train_student, train_together
-from stages.training.config import BiasSettings, ModelSettings, TrainSettings
+from stages.settings import BiasSettings, ModelSettings, RectifyConfig, StudentConfig, TrainSettings
+from stages.train_student import student_trainer, train_student, train_together
 
 TRAIN = TrainSettings(epochs=2, batch_size=100, schedule="constant", lr=0.05)
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from pipeline.cli import cli
 from stages.cache import LogitCache
 from stages.cache_job import begun_at
-from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.cached_epochs import CachedEpochs
 from stages.check_data import check_data, check_sample, write_skip_list
 from stages.data import load_data
@@ -26,10 +26,18 @@ from stages.evaluate import evaluate_run
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import Skip, load_dataset, read_skip_list
 from stages.inputs.probes import NO_PROBE, pixel_probes
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
 from stages.repair import recorded_job, repair
-from stages.train_student import StudentConfig, student_trainer, train_student
-from stages.training.config import DataSettings, ModelSettings, TrainSettings
+from stages.settings import (
+    CacheConfig,
+    DataSettings,
+    ModelSettings,
+    RectifyConfig,
+    StudentConfig,
+    TeacherSettings,
+    TrainSettings,
+)
+from stages.train_student import student_trainer, train_student
 from stages.verify import verify, verify_live, verify_pixels
 
 CLASSES, EACH = 3, 8

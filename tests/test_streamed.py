@@ -24,7 +24,7 @@ from pipeline.cli import cli
 from stages import train_student as stage
 from stages.cache import LogitCache
 from stages.cache.targets import ViewTargets
-from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits, cached_policy, held_out, load_data
 from stages.errors import ConfigError, IdentityError, RunError
 from stages.inputs.cifar_models import cifar_model
@@ -32,9 +32,17 @@ from stages.inputs.datasets import ImageDataset
 from stages.inputs.probes import pixel_probes
 from stages.inputs.views import view_policy
 from stages.reporting import Silent
-from stages.targets.chunks import parse_bytes
-from stages.train_student import StudentConfig, train_student
-from stages.training.config import DataSettings, LossSettings, ModelSettings, TrainSettings
+from stages.settings import (
+    CacheConfig,
+    DataSettings,
+    LossSettings,
+    ModelSettings,
+    StudentConfig,
+    TeacherSettings,
+    TrainSettings,
+)
+from stages.sizes import parse_bytes
+from stages.train_student import train_student
 from stages.training.student import CachedTask
 
 # Two workers are what is tested, also where a container grants one core.

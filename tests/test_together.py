@@ -12,29 +12,27 @@ from torch import Tensor, nn
 
 from stages.cache import LogitCache
 from stages.cache.targets import ViewTargets
-from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits, cached_policy
 from stages.errors import ConfigError, RunError
 from stages.inputs.feed import Batch, ViewFeed
-from stages.objectives.bias import BiasMode
 from stages.objectives.losses import ce
 from stages.objectives.losses.mlkd import mlkd
-from stages.rectify import RectifyConfig, rectify
-from stages.student_checks import check_one_stream
-from stages.train_student import (
-    StudentConfig,
-    student_trainer,
-    students_trainer,
-    train_student,
-    train_together,
-)
-from stages.training.config import (
+from stages.rectify import rectify
+from stages.settings import (
+    BiasMode,
     BiasSettings,
+    CacheConfig,
     LossSettings,
     ModelSettings,
+    RectifyConfig,
     SeedSettings,
+    StudentConfig,
+    TeacherSettings,
     TrainSettings,
 )
+from stages.student_checks import check_one_stream
+from stages.train_student import student_trainer, students_trainer, train_student, train_together
 from stages.training.student import CachedTask
 
 CPU = torch.device("cpu")

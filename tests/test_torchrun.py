@@ -13,8 +13,9 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.ranks import ON_SEVERAL_RANKS
-from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
+from stages.settings import CacheConfig
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 VIEWS = 3

@@ -21,10 +21,17 @@ from stages.cache import LogitCache
 from stages.data import Splits
 from stages.distributed import Ranks
 from stages.errors import ConfigError
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
+from stages.settings import (
+    BiasSettings,
+    LossSettings,
+    ModelSettings,
+    RectifyConfig,
+    StudentConfig,
+    TrainSettings,
+)
 from stages.targets.chunks import groups_of_ranks
-from stages.train_student import StudentConfig, student_trainer
-from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
+from stages.train_student import student_trainer
 from stages.training.learner import Learner, Position
 
 EPOCHS, BATCH = 3, 100

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from stages.cache import LogitCache
 from stages.cache.encoding.floats import Float32
 from stages.cache.targets import ViewTargets
-from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits, held_out, load_data
 from stages.errors import CacheError, ConfigError, IdentityError, PipelineError, RunError
 from stages.inputs.cifar_models import cifar_model
@@ -34,19 +34,24 @@ from stages.inputs.feed import Normalise
 from stages.inputs.probes import pixel_probes
 from stages.inputs.views import view_policy
 from stages.objectives.losses import kd
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
 from stages.reporting import Silent
-from stages.student_checks import check_students
-from stages.train_student import StudentConfig, train_student
-from stages.train_teacher import TeacherConfig, train_teacher
-from stages.training import run_directory, setup
-from stages.training.config import (
+from stages.settings import (
     BiasSettings,
+    CacheConfig,
     LossSettings,
     ModelSettings,
+    RectifyConfig,
     SeedSettings,
+    StudentConfig,
+    TeacherConfig,
+    TeacherSettings,
     TrainSettings,
 )
+from stages.student_checks import check_students
+from stages.train_student import train_student
+from stages.train_teacher import train_teacher
+from stages.training import run_directory, setup
 from stages.training.student import CachedTask
 
 SAMPLES, VIEWS, CACHE_BATCH = 400, 6, 90

@@ -17,8 +17,8 @@ from stages.data import Splits, held_out, load_data
 from stages.errors import ConfigError, ModelError, PipelineError, ViewError
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.feed import Batch
-from stages.train_teacher import LabelTask, TeacherConfig, train_teacher
-from stages.training.config import DataSettings, ModelSettings, SeedSettings, TrainSettings
+from stages.settings import DataSettings, ModelSettings, SeedSettings, TeacherConfig, TrainSettings
+from stages.train_teacher import LabelTask, train_teacher
 from stages.training.history import selected_epoch
 
 

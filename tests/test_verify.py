@@ -31,12 +31,13 @@ from zarr.storage import LocalStore
 from stages.cache import LogitCache
 from stages.cache.commits import seal_records, unsealed
 from stages.cache.stores import described
-from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, IdentityError
 from stages.inputs.datasets import ImageDataset
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
 from stages.repair import check_teacher, recorded_job
+from stages.settings import CacheConfig, RectifyConfig, TeacherSettings
 from stages.verify import Fault, verify, verify_live, verify_pixels
 
 VIEWS, BLOCKS = 2, 3

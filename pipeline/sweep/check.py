@@ -19,11 +19,10 @@ from stages.errors import CacheError, ModelError, PipelineError
 from stages.inputs.checkpoints import weights_file
 from stages.inputs.models import build_model
 from stages.reporting import Reporter, Silent
+from stages.settings import DataSettings, ModelSettings, SeedSettings, StudentConfig
 from stages.student_checks import check_students, made_from, slab_plan
 from stages.targets.ensemble import teacher_top1
-from stages.train_student import StudentConfig
 from stages.training.compiled import check_compiler
-from stages.training.config import DataSettings, ModelSettings, SeedSettings
 
 
 @dataclass

@@ -22,7 +22,7 @@ from stages.cache.storage import cache_around
 from stages.errors import RunError
 from stages.files import replace_file
 from stages.inputs.run_files import read_config, read_summary
-from stages.train_student import StudentConfig
+from stages.settings import StudentConfig
 from stages.training.history import Summary
 from stages.training.same_run import MADE_FROM, check_same
 

@@ -16,8 +16,7 @@ import msgspec
 
 from pipeline.config import check_key, convert, field_type, read_yaml, section
 from stages.errors import ConfigError
-from stages.train_student import StudentConfig
-from stages.training.config import MOST_WORKERS, Settings, counted, positive
+from stages.settings import MOST_WORKERS, Settings, StudentConfig, counted, positive
 
 
 class SweepFile(Settings, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ import msgspec
 from pipeline.config import alternatives, convert, field_type, put
 from pipeline.sweep.file import SweepFile, check_whole
 from stages.errors import ConfigError
-from stages.train_student import StudentConfig
+from stages.settings import StudentConfig
 
 _LONGEST = 80
 """Letters of a folder's name before the seed; file systems take 255 bytes."""

@@ -19,7 +19,7 @@ from pipeline.console import Console, visible
 from pipeline.sweep.grid import Run
 from pipeline.sweep.results import Result
 from stages.errors import ConfigError
-from stages.train_student import StudentConfig
+from stages.settings import StudentConfig
 
 _DEFAULT_BASELINE = {"loss.name": "ce"}
 _COLUMNS = ("students", "test top-1, last epoch", "best epoch", "n", "time an epoch")

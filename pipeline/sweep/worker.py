@@ -21,8 +21,8 @@ from stages.cache import LogitCache
 from stages.data import Splits, load_data, skips_of
 from stages.errors import PipelineError, RunError
 from stages.reporting import Silent
-from stages.train_student import StudentConfig, train_student, train_together
-from stages.training.config import DataSettings
+from stages.settings import DataSettings, StudentConfig
+from stages.train_student import train_student, train_together
 from stages.training.run_directory import held
 from stages.user_code import trusting
 

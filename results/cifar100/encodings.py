@@ -22,8 +22,8 @@ from pipeline.console import Console
 from stages.cache import LogitCache
 from stages.cache.encoding import FIT_ROWS, fit_encoding, row_kl
 from stages.data import load_data
-from stages.train_student import StudentConfig, student_trainer
-from stages.training.config import DataSettings
+from stages.settings import DataSettings, StudentConfig
+from stages.train_student import student_trainer
 
 HERE = Path(__file__).parent
 STUDENTS = ("float32", "uint8", "klt", "topk")

@@ -21,12 +21,12 @@ from torch import Tensor
 from pipeline.config import read_config
 from pipeline.console import Console
 from stages.cache.targets import Targets
-from stages.cache_teacher import CacheConfig, CacheJob, TeacherSettings, prepare
+from stages.cache_teacher import CacheJob, prepare
 from stages.data import Splits, load_data
 from stages.device import forward
 from stages.inputs.feed import Batch
-from stages.train_student import StudentConfig, student_trainer
-from stages.training.config import DataSettings
+from stages.settings import CacheConfig, DataSettings, StudentConfig, TeacherSettings
+from stages.train_student import student_trainer
 from stages.training.student import CachedTask
 
 HERE = Path(__file__).parent

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from stages.settings import MAX_BLOCK_ROWS
+
 FORMAT = "teacher-logit-cache"
 VERSION = 1
 
@@ -23,7 +25,6 @@ FOLDERS = (*ARRAYS, "commits", "rectified")
 """What lies right under a root, beside its document. Anything else is not ours."""
 RECTIFIED_ARRAYS = ("wrong", "label_logit", "predicted_logit", "log_distribution")
 
-MAX_BLOCK_ROWS = 65_536
 MAX_BLOCK_BYTES = 512 * 2**20
 """Of decoded float32 rows: what one block costs in memory at the most."""
 MAX_CHUNK_ROWS = 8_192

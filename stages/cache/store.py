@@ -41,6 +41,7 @@ from stages.cache.stores import checked, described
 from stages.cache.targets import ViewTargets
 from stages.cache.witnesses import Claim, known_views
 from stages.errors import CacheError
+from stages.settings import MAX_BLOCK_ROWS
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class LogitCache:
         eval_labels: Tensor,
         pixel_probes: Sequence[int],
         provenance: Mapping[str, Any],
-        block_rows: int = layout.MAX_BLOCK_ROWS,
+        block_rows: int = MAX_BLOCK_ROWS,
     ) -> "LogitCache":
         """Write all metadata of a new cache; the root attributes come last and make it one.
 

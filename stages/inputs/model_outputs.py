@@ -4,14 +4,14 @@ import sysconfig
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stages.errors import ConfigError, ModelError, PipelineError
+from stages.settings import Outputs
 
-Outputs = Literal["logits", "probabilities"]
 _SUM_TOLERANCE = 1e-2
 """Of a row of probabilities in half precision."""
 

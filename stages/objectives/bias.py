@@ -15,14 +15,11 @@ rectified rows grow from 0 to 1 along the same curve: L = L_right + (1 - b) L_wr
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-BiasMode = Literal["none", "eliminate", "rectify"]
-Schedule = Literal["cosine", "linear", "ramp", "constant"]
-Reduction = Literal["subset", "batch"]
+from stages.settings import BiasMode, Reduction, Schedule
 
 
 @dataclass(frozen=True)

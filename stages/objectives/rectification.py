@@ -13,13 +13,10 @@ to raw logits, as the released training scripts do: the label then often stays b
 class, and the result depends on the logits' common offset.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Method = Literal["pairwise", "swap", "blend"]
-Space = Literal["probability-T", "probability-1", "logit"]
+from stages.settings import Method, Space
 
 
 def rectify_rows(

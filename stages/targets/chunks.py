@@ -6,8 +6,6 @@ samples within a group. The order is a pure function of (seed.data, epoch, size 
 can stop and go on anywhere, and runs that read no targets see the same order.
 """
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +16,7 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.errors import ConfigError
 from stages.inputs.counter_hash import permute
+from stages.sizes import in_words
 from stages.targets.memory import free_memory
 from stages.training.order import SampleOrder, Stream, sample_order
 
@@ -103,24 +102,6 @@ class ChunkGroups:
 
 RESIDENT_BYTES = 2**30
 """Slabs of all views are kept where they take no more together; on a GPU see `resident_bytes`."""
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-
-
-def parse_bytes(text: str, name: str) -> int:
-    """Bytes of `2GB` (10^9), `1.5GiB` (2^30), `800M`, `4096`. Raises ConfigError, naming `name`."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or (match[3] and not match[2]):
-        raise ConfigError(f"{name} is '{text}', not a size", "Write 2GB, 1.5GiB or 800MB.")
-    number, unit, binary = match.groups()
-    return round(float(number) * (_BINARY if binary else _UNITS)[unit.upper()])
-
-
-def in_words(count: float) -> str:
-    """A size that `parse_bytes` takes, rounded up: 25MB, 1.63GB."""
-    prefix, factor = next(((p, f) for p, f in reversed(_UNITS.items()) if count >= f), ("", 1))
-    return f"{math.ceil(count / factor * 100) / 100:g}{prefix.replace('K', 'k')}B"
 
 
 def available_bytes(device: torch.device) -> int:

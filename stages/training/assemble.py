@@ -20,8 +20,8 @@ from stages.inputs.feed import Normalise, ViewFeed
 from stages.inputs.models import Model
 from stages.inputs.views import ViewPolicy
 from stages.reporting import Reporter
+from stages.settings import ModelSettings, RunConfig
 from stages.training.compiled import prepare_compiler
-from stages.training.config import ModelSettings, RunConfig
 from stages.training.learner import Learner, RandomState, Task
 from stages.training.order import SampleOrder, sample_order
 from stages.training.run_directory import RunDirectory

@@ -15,8 +15,8 @@ from stages.device import forward, place
 from stages.distributed import ALONE, Ranks, summed, take_from_first
 from stages.errors import PipelineError, RunError
 from stages.inputs.feed import Batch, Normalise, ViewFeed
+from stages.settings import TrainSettings
 from stages.training.compiled import CompiledForward
-from stages.training.config import TrainSettings
 from stages.training.history import said, selected_epoch, summarise
 from stages.training.optimise import make_optimizer, make_schedule, restore_optimizer
 from stages.training.run_directory import RunDirectory

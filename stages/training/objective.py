@@ -21,7 +21,7 @@ from stages.objectives.losses import (
     standardised,
     temperatures_read,
 )
-from stages.training.config import LossSettings
+from stages.settings import LossSettings
 
 
 def resolved(settings: LossSettings) -> LossSettings:

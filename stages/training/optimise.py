@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import (
     OneCycleLR,
 )
 
-from stages.training.config import TrainSettings
+from stages.settings import TrainSettings
 
 _FUSED = ("cpu", "cuda")
 

@@ -15,7 +15,7 @@ from stages.inputs.datasets import (
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.models import Model, build_model, load_model
 from stages.inputs.views import ViewPolicy
-from stages.training.config import (
+from stages.settings import (
     DataSettings,
     ModelSettings,
     SeedSettings,

@@ -18,34 +18,9 @@ from stages.cache.targets import SampleTargets, Targets
 from stages.inputs.feed import Batch
 from stages.objectives.bias import BiasWeights, bias_weights
 from stages.objectives.losses import TeacherRows, TemperedRows, mixed_ce
-from stages.targets.chunks import parse_bytes
+from stages.settings import StudentConfig
 from stages.targets.reader import TargetReader
-from stages.training.config import BiasSettings, LossSettings, RunConfig
 from stages.training.objective import Objective
-
-
-class StudentConfig(RunConfig, frozen=True, kw_only=True):
-    """A run of train-student.
-
-    also: further caches of the same views, whose probabilities are averaged with the first's; see
-    `stages.targets.ensemble`. views: train from the first so many views of the cache, None for
-    all. slab_memory: how much memory targets may take, for example 2GB; where two views are more,
-    epochs are read and shuffled in groups of chunks (`stages.targets.chunks`), in the same order
-    for every loss. accept_pixel_drift: go on with a warning where the pixels are no longer quite
-    those the teacher saw.
-    """
-
-    cache: str
-    also: tuple[str, ...] = ()
-    views: int | None = None
-    slab_memory: str | None = None
-    loss: LossSettings = LossSettings()
-    bias: BiasSettings = BiasSettings()
-    accept_pixel_drift: bool = False
-
-    def __post_init__(self) -> None:
-        if self.slab_memory is not None:
-            parse_bytes(self.slab_memory, "slab_memory")
 
 
 class CachedTask:

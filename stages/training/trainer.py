@@ -21,7 +21,7 @@ from stages.distributed import ALONE, Ranks, summed
 from stages.errors import PipelineError, RunError, StoppedError
 from stages.inputs.feed import Batch, ViewFeed, joined, num_batches
 from stages.reporting import Reporter
-from stages.training.config import SeedSettings, TrainSettings
+from stages.settings import SeedSettings, TrainSettings
 from stages.training.history import said
 from stages.training.learner import Learner
 from stages.training.order import SampleOrder, sample_order

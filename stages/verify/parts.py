@@ -11,7 +11,7 @@ from stages.cache.commits import Record, ViewRecords
 from stages.cache.metadata import all_arrays
 from stages.cache.rectified import Rectification
 from stages.errors import CacheError
-from stages.rectify import RectifyConfig, rectified_block
+from stages.rectify import config_of, rectified_block, settings_of
 from stages.tally import Tally
 from stages.verify.blocks import Part
 from stages.verify.faults import Fault
@@ -43,7 +43,7 @@ def rectified_part(
 ) -> Part:
     """bad: blocks whose logits are damaged, which say nothing about what was made from them."""
     name, settings = f"rectified/{rectification.name}", rectification.settings
-    if RectifyConfig.of(settings).settings != settings:
+    if settings_of(config_of(settings)) != settings:
         raise CacheError("its settings contradict each other", f"Delete {name} and rectify again.")
 
     def consistent(view: int, block: int, record: Record) -> Iterator[str]:

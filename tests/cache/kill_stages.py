@@ -24,9 +24,9 @@ from pathlib import Path
 import dask  # noqa: F401  imported before the forks, for their speed
 import torch
 
-from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
-from stages.rectify import RectifyConfig, rectify
-from stages.training.config import DataSettings
+from stages.cache_teacher import cache_teacher, prepare
+from stages.rectify import rectify
+from stages.settings import CacheConfig, DataSettings, RectifyConfig, TeacherSettings
 
 
 def fork(work: Callable[[], object]) -> int:

@@ -36,9 +36,16 @@ from stages.cache.identity import identity_from_json
 from stages.cache.storage import half_written
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.errors import CacheError, PipelineError
-from stages.rectify import RectifyConfig, rectify
-from stages.train_student import StudentConfig, train_student
-from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
+from stages.rectify import rectify
+from stages.settings import (
+    BiasSettings,
+    LossSettings,
+    ModelSettings,
+    RectifyConfig,
+    StudentConfig,
+    TrainSettings,
+)
+from stages.train_student import train_student
 from stages.verify import verify, verify_pixels
 
 Change = Callable[[dict[str, Any]], object]

@@ -26,10 +26,17 @@ from pipeline.cli import main
 from stages.cache import LogitCache, storage
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.errors import CacheError, UnansweredError
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
 from stages.repair import repair
-from stages.train_student import StudentConfig, train_student
-from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
+from stages.settings import (
+    BiasSettings,
+    LossSettings,
+    ModelSettings,
+    RectifyConfig,
+    StudentConfig,
+    TrainSettings,
+)
+from stages.train_student import train_student
 from stages.verify import verify
 
 obstore = pytest.importorskip("obstore")

@@ -10,7 +10,8 @@ import torch
 
 from stages.cache import LogitCache, arrays
 from stages.errors import CacheError
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
+from stages.settings import RectifyConfig
 
 CHUNKS = [slice(334, 668), slice(0, 334), slice(668, 1000)]
 CASES = {

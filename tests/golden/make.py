@@ -15,13 +15,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stages.cache_job import CacheConfig, TeacherSettings, prepare, teacher_logits
+from stages.cache_job import prepare, teacher_logits
 from stages.cache_teacher import cache_teacher
 from stages.data import Splits, load_data
 from stages.inputs.feed import plain_view
-from stages.rectify import RectifyConfig, rectify
-from stages.train_teacher import TeacherConfig, train_teacher
-from stages.training.config import DataSettings, ModelSettings, TrainSettings
+from stages.rectify import rectify
+from stages.settings import (
+    CacheConfig,
+    DataSettings,
+    ModelSettings,
+    RectifyConfig,
+    TeacherConfig,
+    TeacherSettings,
+    TrainSettings,
+)
+from stages.train_teacher import train_teacher
 
 HERE = Path(__file__).parent.absolute()
 CACHES = {

@@ -14,12 +14,12 @@ from PIL import Image
 from stages.errors import DatasetError
 from stages.inputs.datasets import (
     PUBLISHED_STATISTICS,
-    Feeding,
     ImageDataset,
     Split,
     load_dataset,
     load_splits,
 )
+from stages.settings import Feeding
 
 Pixels = npt.NDArray[np.uint8]
 _fresh = itertools.count()

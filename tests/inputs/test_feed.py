@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from stages.errors import DatasetError, ViewError
-from stages.inputs.datasets import Feeding, ImageDataset, load_dataset
+from stages.inputs.datasets import ImageDataset, load_dataset
 from stages.inputs.feed import Batch, Normalise, ViewFeed, num_batches, plain_view
 from stages.inputs.probes import PROBES, pixel_probes
 from stages.inputs.views import Plain, view_policy
+from stages.settings import Feeding
 
 # Two workers are what is tested, also where a container grants one core.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 from stages.errors import DatasetError
-from stages.inputs.datasets import Feeding, Skip, load_dataset, load_splits
+from stages.inputs.datasets import Skip, load_dataset, load_splits
 from stages.inputs.datasets.compressed import SAMPLED_MODES
 from stages.inputs.datasets.dataset import fixed_sample
 from stages.inputs.feed import ViewFeed
 from stages.inputs.probes import pixel_probes
 from stages.inputs.views import view_policy
+from stages.settings import Feeding
 
 datasets = pytest.importorskip("datasets")
 

@@ -408,8 +408,8 @@ def test_held_out_samples_would_be_partners(tmp_path: Any) -> None:
     from helpers import DIGITS
     from msgspec.structs import replace
 
-    from stages.train_teacher import TeacherConfig, train_teacher
-    from stages.training.config import ModelSettings
+    from stages.settings import ModelSettings, TeacherConfig
+    from stages.train_teacher import train_teacher
 
     config = TeacherConfig(
         data=replace(DIGITS, val_fraction=0.1),

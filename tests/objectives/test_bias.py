@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.objectives.bias import BiasMode, Reduction, Schedule, bias_weights
+from stages.objectives.bias import bias_weights
 from stages.objectives.losses import kd
+from stages.settings import BiasMode, Reduction, Schedule
 
 MIXES = {
     "all-right": torch.zeros(16, dtype=torch.bool),

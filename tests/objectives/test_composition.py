@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.objectives.bias import BiasMode, Reduction, Schedule, bias_weights
+from stages.objectives.bias import bias_weights
 from stages.objectives.losses import DEFINITIONS
-from stages.training.config import LossSettings
+from stages.settings import BiasMode, LossSettings, Reduction, Schedule
 from stages.training.objective import Objective, resolved
 
 NAMES = [name for name in DEFINITIONS if name != "ce"]

@@ -19,7 +19,7 @@ from stages.objectives.losses import (
     kd,
     temperatures_read,
 )
-from stages.training.config import LossSettings
+from stages.settings import LossSettings
 from stages.training.objective import Objective, resolved
 
 EXTREME = {

@@ -18,10 +18,8 @@ from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import load_dataset
 from stages.inputs.views.mixers import MIXERS
 from stages.inputs.views.spec import LAYERS, POLICIES
-from stages.objectives.bias import BiasMode
 from stages.objectives.losses import DEFINITIONS
-from stages.objectives.rectification import Method, Space
-from stages.training.config import Dtype
+from stages.settings import BiasMode, Dtype, Method, Space
 
 ROOT = Path(__file__).parents[2]
 

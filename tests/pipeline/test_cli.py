@@ -18,11 +18,19 @@ from torch import nn
 from pipeline.cli import cli, main
 from stages import cache_plan
 from stages.cache import LogitCache
-from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.inputs.cifar_models import cifar_model
-from stages.rectify import RectifyConfig, rectify
-from stages.train_teacher import TeacherConfig, train_teacher
-from stages.training.config import DataSettings, ModelSettings, TrainSettings
+from stages.rectify import rectify
+from stages.settings import (
+    CacheConfig,
+    DataSettings,
+    ModelSettings,
+    RectifyConfig,
+    TeacherConfig,
+    TeacherSettings,
+    TrainSettings,
+)
+from stages.train_teacher import train_teacher
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["train-teacher", "cache-teacher", "rectify", "train-student", "inspect", "demo"]

@@ -8,10 +8,15 @@ import yaml
 
 from pipeline.config import keys_of, read_config
 from stages.errors import ConfigError, PipelineError
-from stages.rectify import RectifyConfig
-from stages.train_student import StudentConfig
-from stages.train_teacher import TeacherConfig, train_teacher
-from stages.training.config import DataSettings, ModelSettings, TrainSettings
+from stages.settings import (
+    DataSettings,
+    ModelSettings,
+    RectifyConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainSettings,
+)
+from stages.train_teacher import train_teacher
 
 NEEDED = {"data.dataset": "digits", "model.architecture": "resnet8"}
 

@@ -18,9 +18,9 @@ from pipeline.console import Console
 from pipeline.ending import KEPT, stopped
 from pipeline.options import Numbers
 from stages.cache import LogitCache
-from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
-from stages.rectify import RectifyConfig, rectify
-from stages.training.config import DataSettings
+from stages.cache_teacher import cache_teacher, prepare
+from stages.rectify import rectify
+from stages.settings import CacheConfig, DataSettings, RectifyConfig, TeacherSettings
 from stages.verify import verify
 
 ROOT = Path(__file__).parents[2]

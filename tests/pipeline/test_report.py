@@ -17,10 +17,11 @@ from pipeline.report import write_report
 from pipeline.report.gallery import choose_samples, load_images
 from pipeline.report.measured import draw_rows
 from stages.cache import LogitCache
-from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import PipelineError, RunError
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
+from stages.settings import CacheConfig, RectifyConfig
 
 HISTORY = [epoch(0, 0.2), epoch(1, 0.4)]
 

@@ -25,7 +25,8 @@ from pipeline.sweep.grid import expand
 from pipeline.sweep.run import run_sweep
 from stages.data import Splits
 from stages.errors import RunError
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
+from stages.settings import RectifyConfig
 from stages.train_student import train_student
 
 MODELS = '''

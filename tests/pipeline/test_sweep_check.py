@@ -24,7 +24,8 @@ from pipeline.sweep.grid import Run, expand
 from pipeline.sweep.run import run_sweep
 from stages.cache import LogitCache
 from stages.errors import PipelineError, RunError
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
+from stages.settings import RectifyConfig
 
 
 @pytest.fixture

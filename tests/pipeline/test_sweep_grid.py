@@ -14,13 +14,13 @@ from pipeline.sweep.file import read_sweep
 from pipeline.sweep.grid import Run, expand
 from pipeline.sweep.together import grouped
 from stages.errors import ConfigError
-from stages.train_student import StudentConfig
-from stages.training.config import (
+from stages.settings import (
     BiasSettings,
     DataSettings,
     LossSettings,
     ModelSettings,
     SeedSettings,
+    StudentConfig,
     TrainSettings,
 )
 

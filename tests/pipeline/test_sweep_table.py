@@ -21,12 +21,12 @@ from pipeline.sweep.table import (
     tables,
 )
 from stages.errors import ConfigError
-from stages.train_student import StudentConfig
-from stages.training.config import (
+from stages.settings import (
     DataSettings,
     LossSettings,
     ModelSettings,
     SeedSettings,
+    StudentConfig,
     TrainSettings,
 )
 

@@ -16,8 +16,8 @@ from pipeline.sweep.worker import Failure, Place, Watch, failure, train
 from stages.cache.lock import Hold
 from stages.data import Splits
 from stages.errors import RunError
-from stages.train_student import StudentConfig, train_student
-from stages.training.config import LossSettings, ModelSettings, TrainSettings
+from stages.settings import LossSettings, ModelSettings, StudentConfig, TrainSettings
+from stages.train_student import train_student
 
 
 @pytest.fixture(autouse=True)

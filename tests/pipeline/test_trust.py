@@ -13,11 +13,18 @@ import yaml
 from pipeline.cli import main
 from pipeline.sweep.worker import Place, settle
 from stages import cache_plan
-from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.inputs.views import transforms
-from stages.train_teacher import TeacherConfig, train_teacher
-from stages.training.config import DataSettings, ModelSettings, TrainSettings
+from stages.settings import (
+    CacheConfig,
+    DataSettings,
+    ModelSettings,
+    TeacherConfig,
+    TeacherSettings,
+    TrainSettings,
+)
+from stages.train_teacher import train_teacher
 from stages.user_code import trusting
 
 STRANGER = """

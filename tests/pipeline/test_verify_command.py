@@ -11,10 +11,10 @@ from damage import edit_attributes, flip, tree
 from PIL import Image
 
 from pipeline.cli import main
-from stages.cache_teacher import CacheConfig, TeacherSettings, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
-from stages.rectify import RectifyConfig, rectify
-from stages.training.config import DataSettings
+from stages.rectify import rectify
+from stages.settings import CacheConfig, DataSettings, RectifyConfig, TeacherSettings
 
 DATASET = """
 from stages.inputs.datasets import load_splits

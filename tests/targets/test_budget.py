@@ -12,16 +12,9 @@ from stages.cache import LogitCache
 from stages.cache.encoding.klt import Klt
 from stages.cache.targets import ViewTargets
 from stages.errors import ConfigError
+from stages.sizes import in_words, parse_bytes
 from stages.targets import chunks, memory
-from stages.targets.chunks import (
-    RESIDENT_BYTES,
-    SlabPlan,
-    available_bytes,
-    in_words,
-    parse_bytes,
-    plan_slabs,
-    slab_bytes,
-)
+from stages.targets.chunks import RESIDENT_BYTES, SlabPlan, available_bytes, plan_slabs, slab_bytes
 from stages.targets.reader import TargetReader
 
 CPU = torch.device("cpu")

@@ -17,14 +17,22 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache.encoding import Float32
 from stages.cache.targets import ViewTargets
-from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, ConfigError, IdentityError, RunError
+from stages.settings import (
+    BiasSettings,
+    CacheConfig,
+    LossSettings,
+    ModelSettings,
+    StudentConfig,
+    TeacherConfig,
+    TrainSettings,
+)
 from stages.student_checks import shared_views
 from stages.targets.ensemble import EnsembleTargets, open_members
-from stages.train_student import StudentConfig, student_trainer, train_student
-from stages.train_teacher import TeacherConfig, train_teacher
-from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
+from stages.train_student import student_trainer, train_student
+from stages.train_teacher import train_teacher
 from stages.training.order import sample_order
 from stages.training.student import CachedTask
 

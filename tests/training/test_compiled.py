@@ -13,10 +13,10 @@ from torch import nn
 from pipeline.cli import cli
 from stages.data import Splits
 from stages.errors import ConfigError
-from stages.train_teacher import TeacherConfig, train_teacher
+from stages.settings import ModelSettings, TeacherConfig, TrainSettings
+from stages.train_teacher import train_teacher
 from stages.training import compiled
 from stages.training.compiled import CompiledForward, check_compiler
-from stages.training.config import ModelSettings, TrainSettings
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(

@@ -8,7 +8,7 @@ import torch
 
 from stages.errors import ConfigError
 from stages.objectives.losses import CTKD, DEFINITIONS, PARAMETERS
-from stages.training.config import LossSettings
+from stages.settings import LossSettings
 from stages.training.objective import (
     Objective,
     rectified_at,

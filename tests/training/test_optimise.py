@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stages.errors import ConfigError
-from stages.training.config import TrainSettings
+from stages.settings import TrainSettings
 from stages.training.optimise import make_optimizer, make_schedule, restore_optimizer
 
 STEPS = 5  # an epoch

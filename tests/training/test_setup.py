@@ -11,7 +11,7 @@ from stages.errors import ConfigError, ViewError
 from stages.inputs.feed import plain_view
 from stages.inputs.models import build_model
 from stages.inputs.views import view_policy
-from stages.training.config import SeedSettings
+from stages.settings import SeedSettings
 
 
 @pytest.mark.parametrize(

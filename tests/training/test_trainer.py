@@ -21,7 +21,7 @@ from stages.inputs.feed import Batch, Normalise, ViewFeed, num_batches, plain_vi
 from stages.inputs.views import view_policy
 from stages.objectives.losses import ce
 from stages.reporting import Silent
-from stages.training.config import ModelSettings, SeedSettings, TrainSettings
+from stages.settings import ModelSettings, SeedSettings, TrainSettings
 from stages.training.history import selected_epoch, summarise
 from stages.training.learner import (
     Evaluation,

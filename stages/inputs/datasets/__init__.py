@@ -12,7 +12,6 @@ from stages.inputs.datasets.arrays import TORCHVISION, digits, torchvision_array
 from stages.inputs.datasets.callables import from_callable
 from stages.inputs.datasets.dataset import (
     PUBLISHED_STATISTICS,
-    Feeding,
     ImageDataset,
     Skip,
     Split,
@@ -21,10 +20,10 @@ from stages.inputs.datasets.dataset import (
 from stages.inputs.datasets.files import folder, imagenet
 from stages.inputs.datasets.hf import hugging_face
 from stages.inputs.datasets.skipping import read_skip_list
+from stages.settings import Feeding
 
 __all__ = [
     "PUBLISHED_STATISTICS",
-    "Feeding",
     "ImageDataset",
     "Skip",
     "Split",

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from stages.errors import DatasetError, PipelineError
 from stages.inputs.datasets.dataset import (
-    Feeding,
     ImageDataset,
     Skip,
     Split,
@@ -26,6 +25,7 @@ from stages.inputs.datasets.dataset import (
     without,
 )
 from stages.inputs.datasets.skipping import blackened, skipped_numbers
+from stages.settings import Feeding
 from stages.user_code import imported
 
 MOST_CLASSES = 2**20

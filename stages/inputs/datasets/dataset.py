@@ -13,9 +13,9 @@ from torch import Tensor
 
 from stages.errors import DatasetError
 from stages.inputs.counter_hash import permute
+from stages.settings import Feeding
 
 Split = Literal["train", "test"]
-Feeding = Literal["auto", "memory", "stream"]
 
 MEMORY_PIXELS = 128 * 128
 """Larger images are streamed: at that size decoding no longer dominates and memory does."""

@@ -17,7 +17,6 @@ from stages.inputs.datasets.compressed import (
     decode,
 )
 from stages.inputs.datasets.dataset import (
-    Feeding,
     ImageDataset,
     Skip,
     Split,
@@ -28,6 +27,7 @@ from stages.inputs.datasets.dataset import (
 from stages.inputs.datasets.listing import list_folder, not_taken, split_folder
 from stages.inputs.datasets.manifest import FolderListing, remembered
 from stages.inputs.datasets.skipping import blackened, skipped_files
+from stages.settings import Feeding
 
 
 @dataclass(frozen=True)

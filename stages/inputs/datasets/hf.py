@@ -18,7 +18,6 @@ from stages.inputs.datasets.compressed import (
     decode,
 )
 from stages.inputs.datasets.dataset import (
-    Feeding,
     ImageDataset,
     Skip,
     Split,
@@ -27,6 +26,7 @@ from stages.inputs.datasets.dataset import (
     in_memory,
 )
 from stages.inputs.datasets.skipping import blackened, skipped_numbers
+from stages.settings import Feeding
 
 SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "val")}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from stages.errors import ConfigError
 from stages.objectives.losses import TeacherRows, standardised
 from stages.objectives.losses.mlkd import mlkd as loss_of_pairs
-from stages.training.config import LossSettings
+from stages.settings import LossSettings
 from stages.training.objective import Objective, resolved
 
 HALF = 8

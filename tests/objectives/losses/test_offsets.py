@@ -23,7 +23,7 @@ from test_wsld import wsld_formula
 from torch import Tensor
 
 from stages.objectives.losses import DEFINITIONS
-from stages.training.config import LossSettings
+from stages.settings import LossSettings
 from stages.training.objective import Objective, resolved
 
 ROWS = {

@@ -20,15 +20,23 @@ from test_ttm import wttm_formula
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache_teacher import CacheConfig, cache_teacher, prepare
+from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, ConfigError, PipelineError
-from stages.objectives.bias import BiasMode
 from stages.objectives.losses import DEFINITIONS, TemperedRows
-from stages.rectify import RectifyConfig, rectify
+from stages.rectify import rectify
+from stages.settings import (
+    BiasMode,
+    BiasSettings,
+    CacheConfig,
+    LossSettings,
+    ModelSettings,
+    RectifyConfig,
+    StudentConfig,
+    TrainSettings,
+)
 from stages.student_checks import check_objective
-from stages.train_student import StudentConfig, train_student
-from stages.training.config import BiasSettings, LossSettings, ModelSettings, TrainSettings
+from stages.train_student import train_student
 from stages.training.student import CachedTask
 
 SAMPLES = 150

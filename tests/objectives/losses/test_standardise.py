@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from row_losses import draw
 
 from stages.objectives.losses import DEFINITIONS, kd, standardised
-from stages.training.config import LossSettings
+from stages.settings import LossSettings
 from stages.training.objective import Objective, resolved
 
 

@@ -1,22 +1,54 @@
-"""The settings of a training run: frozen structs that check themselves.
+"""The settings of every command: frozen structs that check themselves. Imports no torch.
 
 `pipeline/config.py` fills them from YAML and `key=value`; here they are plain values.
 """
 
 import math
+import re
 from typing import Literal
 
 import msgspec
 
 from stages.errors import ConfigError
-from stages.inputs.datasets import Feeding
-from stages.objectives.bias import BiasMode, Reduction, Schedule
+from stages.sizes import parse_bytes
 
 MOST_IN_A_BATCH, LARGEST_SIDE, MOST_WORKERS = 2**20, 2**14, 1024
 """Samples, pixels and processes: more are a slip of the finger, and would fail much later."""
 TEMPERATURES = 1e-2, 1e4
 """Of a loss or a rectification: beyond, softmax in float32 is one class, or all alike."""
+MAX_BLOCK_ROWS = 65_536
+"""Of a cache: the most rows of a view that are written and committed at once."""
 Dtype = Literal["float32", "bfloat16", "float16"]
+Feeding = Literal["auto", "memory", "stream"]
+Outputs = Literal["logits", "probabilities"]
+Method = Literal["pairwise", "swap", "blend"]
+Space = Literal["probability-T", "probability-1", "logit"]
+BiasMode = Literal["none", "eliminate", "rectify"]
+Schedule = Literal["cosine", "linear", "ramp", "constant"]
+Reduction = Literal["subset", "batch"]
+
+_NAME = re.compile(r"(?!zarr\.json)[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}(?<!\.partial)", re.IGNORECASE)
+"""What can name a group of the store: on any disk, and apart from what the store itself uses."""
+
+
+def counted(name: str, value: int, most: int) -> None:
+    """Raise ConfigError unless 0 < value <= most."""
+    positive(name, value)
+    if value > most:
+        raise ConfigError(f"{name} must be at most {most:,}, was {value:.3g}")
+
+
+def positive(name: str, value: float) -> None:
+    """Raise ConfigError unless value > 0 and finite."""
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be positive, was {value}")
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless low <= value <= high and finite; a bound may be infinite."""
+    if not (low <= value <= high and math.isfinite(value)):
+        end = ")" if math.isinf(high) else "]"
+        raise ConfigError(f"{name} must be in [{low:g}, {high:g}{end}, was {value}")
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -167,26 +199,6 @@ class ModelSettings(Settings, frozen=True):
             counted("model.image_size", self.image_size, LARGEST_SIDE)
 
 
-def counted(name: str, value: int, most: int) -> None:
-    """Raise ConfigError unless 0 < value <= most."""
-    positive(name, value)
-    if value > most:
-        raise ConfigError(f"{name} must be at most {most:,}, was {value:.3g}")
-
-
-def positive(name: str, value: float) -> None:
-    """Raise ConfigError unless value > 0 and finite."""
-    if not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be positive, was {value}")
-
-
-def within(name: str, value: float, low: float, high: float) -> None:
-    """Raise ConfigError unless low <= value <= high and finite; a bound may be infinite."""
-    if not (low <= value <= high and math.isfinite(value)):
-        end = ")" if math.isinf(high) else "]"
-        raise ConfigError(f"{name} must be in [{low:g}, {high:g}{end}, was {value}")
-
-
 class RunConfig(Settings, frozen=True, kw_only=True):
     """What every training run has. tensorboard: write event files as well; see `events.py`."""
 
@@ -196,3 +208,114 @@ class RunConfig(Settings, frozen=True, kw_only=True):
     seed: SeedSettings = SeedSettings()
     device: str = "auto"
     tensorboard: bool = False
+
+
+class TeacherConfig(RunConfig, frozen=True, kw_only=True):
+    """A run of train-teacher. augment: a view policy; every epoch shows another of its views."""
+
+    augment: str = "pad-crop-flip"
+
+
+class StudentConfig(RunConfig, frozen=True, kw_only=True):
+    """A run of train-student.
+
+    also: further caches of the same views, whose probabilities are averaged with the first's; see
+    `stages.training.ensemble`. views: train from the first so many views of the cache, None for
+    all. slab_memory: how much memory targets may take, for example 2GB; where two views are more,
+    epochs are read and shuffled in groups of chunks (`stages.training.groups`), in the same order
+    for every loss. accept_pixel_drift: go on with a warning where the pixels are no longer quite
+    those the teacher saw.
+    """
+
+    cache: str
+    also: tuple[str, ...] = ()
+    views: int | None = None
+    slab_memory: str | None = None
+    loss: LossSettings = LossSettings()
+    bias: BiasSettings = BiasSettings()
+    accept_pixel_drift: bool = False
+
+    def __post_init__(self) -> None:
+        if self.slab_memory is not None:
+            parse_bytes(self.slab_memory, "slab_memory")
+
+
+class TeacherSettings(Settings, frozen=True):
+    """architecture may be None where the weights are a run directory, and weights where the
+    architecture is a module:callable that brings them. mean, std, image_size: None for the weights'
+    own, or the dataset's. outputs: what it returns. class_order: see `output_order`.
+    """
+
+    weights: str | None = None
+    architecture: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    image_size: int | None = None
+    outputs: Outputs = "logits"
+    class_order: str | None = None
+
+
+class CacheConfig(Settings, frozen=True):
+    """A run of cache-teacher. seed: of the views. dtype: of the teacher's forward pass.
+
+    encoding: a name, with parameters after a colon (`topk:k=20`). max_kl: mean KL to the exact rows
+    at T=1, in nats, that the encoding must hold; with `auto` the smallest that does is taken.
+    """
+
+    data: DataSettings
+    teacher: TeacherSettings
+    views: int
+    augment: str = "pad-crop-flip"
+    seed: int = 0
+    encoding: str = "auto"
+    max_kl: float | None = None
+    dtype: Dtype = "float32"
+    batch_size: int = 512
+    block_rows: int = MAX_BLOCK_ROWS
+    channels_last: bool = True
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        counted("views", self.views, 10**6)
+        within("seed", self.seed, -(2**63), 2**63 - 1)
+        counted("batch_size", self.batch_size, MOST_IN_A_BATCH)
+        positive("block_rows", self.block_rows)
+        if self.max_kl is not None:
+            positive("max_kl", self.max_kl)
+
+
+class RectifyConfig(Settings, frozen=True):
+    """name: None for `<method>-T<temperature>`, with the space appended where it is not the
+    default. scheduler: address of a Dask cluster, None for threads here. views: rectify the first
+    so many views, None for all. materialise: also store whole rectified rows, for readers outside
+    this project.
+    """
+
+    method: Method = "pairwise"
+    space: Space = "probability-T"
+    temperature: float = 4.0
+    name: str | None = None
+    views: int | None = None
+    scheduler: str | None = None
+    materialise: bool = False
+
+    def __post_init__(self) -> None:
+        within("temperature", self.temperature, 1e-2, 1e4)
+        if self.views is not None:
+            positive("views", self.views)
+        if self.name is not None and not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"{self.name[:100]!r} cannot name a rectification",
+                "Use up to 100 letters, digits, '.', '_', '+' and '-', a letter or a digit first, "
+                "but not 'zarr.json', and not '.partial' at the end.",
+            )
+        if self.space == "logit" and self.method == "blend":
+            raise ConfigError(
+                "the space 'logit' is not defined for the method 'blend'",
+                "Use --method pairwise (as released), or --space probability-T.",
+            )
+
+    @property
+    def chosen_name(self) -> str:
+        space = "" if self.space == "probability-T" else f"-{self.space}"
+        return self.name or f"{self.method}-T{self.temperature:g}{space}"
