@@ -29,6 +29,7 @@ lowest: $(LOWEST)/.ready
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 format: $(READY)
