@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
-LOSSES = (
-    *("kd", "dkd", "nkd", "dist", "mlkd", "ctkd", "ttm", "wttm", "rld", "la", "ka_lsr", "lr", "rc"),
-    *("wsld", "ce"),
-)
+from stages.registry import names_in
+
+LOSSES = names_in("stages.objectives.losses", "loss")
 BIAS = ("none", "eliminate", "rectify")
 METHODS = ("pairwise", "swap", "blend")
 SPACES = ("probability-T", "probability-1", "logit")

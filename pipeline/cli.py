@@ -308,7 +308,8 @@ def rectify_command(cache: str, **given: Any) -> None:
         "--loss",
         type=Names(LOSSES),
         metavar="NAME",
-        help=f"{', '.join(LOSSES)}. kd if left out; ce: the cache's views without its targets.",
+        help=f"{', '.join(LOSSES)}. kd if left out; ce: the cache's views without its targets; "
+        "module:callable: a loss of your own.",
     ),
     click.option("--temperature", type=float, help="Of the loss; its own default if left out."),
     click.option("--bias", type=Names(BIAS), metavar=shown(BIAS), help="none if left out."),

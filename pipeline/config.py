@@ -56,7 +56,7 @@ def read_config(
 
 def trust_named(config: msgspec.Struct) -> None:
     """The modules that a user's configuration names are trusted: see `stages.user_code`."""
-    keys = ("data.dataset", "model.architecture", "teacher.architecture", "augment")
+    keys = ("data.dataset", "model.architecture", "teacher.architecture", "augment", "loss.name")
     known = {*keys_of(type(config))}
     specs = [operator.attrgetter(key)(config) for key in keys if key in known]
     trust(*modules_in(*specs))

@@ -143,7 +143,7 @@ def trust_option(command: Command) -> Command:
         from stages import user_code
 
         several = given.get("students") or ()
-        specs = [given.get(name) for name in ("dataset", "teacher", "student", "augment")]
+        specs = [given.get(name) for name in ("dataset", "teacher", "student", "augment", "loss")]
         user_code.trust(*trust, *user_code.modules_in(*specs, *several))
         return command(*args, **given)
 

@@ -17,7 +17,7 @@ from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Skip, Statistics, load_splits, read_skip_list
 from stages.inputs.datasets.dataset import without
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
-from stages.inputs.model_outputs import are_probabilities, logits_of, told
+from stages.inputs.model_outputs import are_probabilities, logits_of
 from stages.inputs.models import Model
 from stages.inputs.probes import NO_PROBE, pixel_probes
 from stages.inputs.run_files import sha256
@@ -25,7 +25,7 @@ from stages.inputs.views import ViewPolicy, known_policy, view_policy
 from stages.reporting import Reporter
 from stages.settings import DataSettings, Outputs, positive
 from stages.training.order import Stream
-from stages.user_code import check_trusted
+from stages.user_code import check_trusted, error_line
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def check_output(
     except Exception as error:
         pixels = tuple(batch.pixels.shape[1:])
         raise ModelError(
-            f"{model.architecture} cannot take images of {pixels}: {told(error)}",
+            f"{model.architecture} cannot take images of {pixels}: {error_line(error)}",
             "Give --image-size, or another model.",
         ) from error
     logits = logits_of(found)

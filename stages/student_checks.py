@@ -16,6 +16,7 @@ from stages.distributed import ALONE, Ranks
 from stages.errors import CacheError, ConfigError
 from stages.inputs.run_files import sha256
 from stages.inputs.views import Paired, ViewPolicy, check_unmixed
+from stages.objectives.losses import definition_of
 from stages.settings import LossSettings, StudentConfig
 from stages.sizes import parse_bytes
 from stages.targets.chunks import SlabPlan, groups_of_ranks, plan_slabs
@@ -82,6 +83,12 @@ def check_objective(config: StudentConfig, cache: LogitCache) -> StudentConfig:
         raise ConfigError(
             f"bias '{bias.mode}' needs a loss that uses the teacher, not 'ce'",
             "Use --loss kd, or --bias none.",
+        )
+    if bias.mode != "none" and not definition_of(loss.name).weighs_rows:
+        raise ConfigError(
+            f"bias '{bias.mode}' puts weights on rows, and the loss '{loss.name}' takes neither "
+            "`reduction` nor `weights`",
+            "Let it return one number a row where reduction='none', or use --bias none.",
         )
     check_rows_known([cache], loss)
     if not config.also and reads_offset(loss):  # of several teachers a loss reads probabilities

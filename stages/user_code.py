@@ -6,15 +6,20 @@ else's perhaps, is imported only if the user names its module as well: in the sa
 """
 
 import importlib
+import os
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from stages.errors import ConfigError, PipelineError
 
 _OWN_KINDS = ("folder", "hf", "timm")
 """What may stand before a colon and names no module."""
+_NOT_THEIRS = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<")
 _TRUSTED: ContextVar[frozenset[str]] = ContextVar("trusted modules", default=frozenset())
 
 
@@ -30,8 +35,24 @@ def imported(spec: str, kind: str, error: type[PipelineError]) -> Any:
         ) from cause
 
 
+def error_line(error: BaseException) -> str:
+    """An exception of a user's code in one line: class, message, file and line."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{text} ({error.filename}:{error.lineno})"
+    at = next(filter(_is_own, reversed(traceback.extract_tb(error.__traceback__))), None)
+    return f"{text} ({at.filename}:{at.lineno})" if at else text
+
+
+def _is_own(frame: traceback.FrameSummary) -> bool:
+    """Whether a line is neither of a library nor of the stages."""
+    libraries = {"site-packages", "dist-packages"} & {*frame.filename.split(os.sep)}
+    return not libraries and not frame.filename.startswith(_NOT_THEIRS)
+
+
 def names_code(spec: str) -> bool:
-    """Whether the name of a dataset or a model is a `module:callable`."""
+    """Whether the name of a dataset, a model or a loss is a `module:callable`."""
     return ":" in spec and spec.partition(":")[0] not in _OWN_KINDS
 
 
@@ -62,7 +83,7 @@ def trusted() -> frozenset[str]:
 
 
 def modules_in(*specs: str | None) -> set[str]:
-    """The modules that names of datasets, models and view policies name; None names none."""
+    """The modules that names of datasets, models, losses and policies name; None names none."""
     found = set()
     for spec in filter(None, specs):
         transforms = [p.removeprefix("v2:") for p in _stages(spec) if p.startswith("v2:")]

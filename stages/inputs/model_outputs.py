@@ -1,7 +1,5 @@
 """What models return, and which of it are the logits of the dataset's classes, in their order."""
 
-import sysconfig
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 
 from stages.errors import ConfigError, ModelError, PipelineError
 from stages.settings import Outputs
+from stages.user_code import error_line
 
 _SUM_TOLERANCE = 1e-2
 """Of a row of probabilities in half precision."""
@@ -100,38 +99,18 @@ def output_order(
     return tuple(place[name] for name in ours)
 
 
-def told(error: Exception) -> str:
-    """An exception of somebody's own code in one line: class, message, and file and line."""
-    lines = str(error).strip().splitlines()
-    text = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-    at = next(filter(_is_own, reversed(traceback.extract_tb(error.__traceback__))), None)
-    return f"{text} ({at.filename}:{at.lineno})" if at else text
-
-
 def failure(error: Exception, images: Tensor) -> PipelineError:
     """What to raise for an exception from a model's forward pass."""
     if isinstance(error, PipelineError):
         return error
     full = "out of memory" in str(error).lower()
     return ModelError(
-        f"the model failed on images of shape {tuple(images.shape)}: {told(error)}",
+        f"the model failed on images of shape {tuple(images.shape)}: {error_line(error)}",
         "Give a smaller --batch-size." if full else "Check the model on a batch of this shape.",
     )
 
 
 # ---- details --------------------------------------------------------------------------------
-
-_LIBRARIES = (
-    *(sysconfig.get_paths()[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
-    str(Path(torch.__file__).parent),
-    "<",
-)
-_OURS = str(Path(__file__).parents[1])
-
-
-def _is_own(frame: traceback.FrameSummary) -> bool:
-    """Whether a line is neither of a library nor of the stages."""
-    return not frame.filename.startswith((*_LIBRARIES, _OURS))
 
 
 def _logits(output: Any) -> Tensor | None:

@@ -25,9 +25,8 @@ from stages.inputs.checkpoints import (
 from stages.inputs.cifar_models import cifar_model, cifar_name, resolved_name
 from stages.inputs.datasets import Statistics
 from stages.inputs.library_models import pretrained_model, timm_model, torchvision_model
-from stages.inputs.model_outputs import told
 from stages.inputs.run_files import check_file, read_config
-from stages.user_code import check_trusted, imported, names_code
+from stages.user_code import check_trusted, error_line, imported, names_code
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,9 @@ def _imported(spec: str, num_classes: int) -> nn.Module:
     except PipelineError:
         raise
     except Exception as error:
-        raise ModelError(f"'{spec}' failed: {told(error)}", "Mend it, or name another.") from error
+        raise ModelError(
+            f"'{spec}' failed: {error_line(error)}", "Mend it, or name another."
+        ) from error
     if not isinstance(built, nn.Module):
         raise ModelError(f"'{spec}' returned a {type(built).__name__}, not a torch.nn.Module")
     return built

@@ -1,25 +1,19 @@
 """A loss as a student is trained with it: defaults filled in, what it can be fed checked."""
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
-import torch
 from torch import Tensor
 
 from stages.errors import ConfigError
 from stages.objectives.losses import (
-    CTKD,
-    DEFINITIONS,
-    LSKD,
     PARAMETERS,
+    LearningLoss,
     TeacherRows,
     changed,
     definition_of,
     standardised,
-    temperatures_read,
 )
 from stages.settings import LossSettings
 
@@ -36,8 +30,10 @@ def resolved(settings: LossSettings) -> LossSettings:
     definition = definition_of(name, given)
     weights = {key: getattr(definition, key) for key in ("ce_weight", "weight", "warmup")}
     given |= {key: v for key in weights if (v := getattr(settings, key)) is not None}
-    standard = LSKD.get(name, {}) if settings.standardise else {}
-    return msgspec.structs.replace(settings, **weights | definition.defaults | standard | given)
+    standard = dict(definition.lskd) if settings.standardise else {}
+    values = weights | definition.defaults | standard | given
+    known = {key: v for key, v in values.items() if key in settings.__struct_fields__}
+    return msgspec.structs.replace(settings, **known)
 
 
 def unused_settings(settings: LossSettings) -> list[str]:
@@ -61,7 +57,7 @@ class Objective:
     """
 
     def __init__(self, settings: LossSettings) -> None:
-        self.settings, definition = settings, DEFINITIONS[settings.name]
+        self.settings, definition = settings, definition_of(settings.name)
         parameters = _parameters(settings)
         if definition.standardises:
             parameters["standardise"] = settings.standardise
@@ -69,7 +65,7 @@ class Objective:
         self._loss: Callable[..., Tensor] = definition.make(parameters)
         self.couples_rows, self.views = definition.couples_rows, definition.views
         learned: object = self._loss
-        self.learned = learned if isinstance(learned, CTKD) else None
+        self.learned = learned if isinstance(learned, LearningLoss) else None
         self.weight = 0.0
 
     def start_epoch(self, epoch: int) -> None:
@@ -97,7 +93,6 @@ class Objective:
         return rows if weights is None else weights * rows
 
 
-@functools.cache
 def teacher_temperatures(settings: LossSettings) -> Sequence[float]:
     """At which temperatures rows are read that are known in part. Raises ConfigError for a loss
     that needs whole rows.
@@ -107,34 +102,23 @@ def teacher_temperatures(settings: LossSettings) -> Sequence[float]:
             "logits can be standardised where whole rows are known, the cache keeps part of each",
             "Leave loss.standardise out, or cache with another --encoding.",
         )
-    return temperatures_read(DEFINITIONS[settings.name].make(_parameters(settings)))
+    return definition_of(settings.name).temperatures(_parameters(settings))
 
 
 def reads_offset(settings: LossSettings) -> bool:
-    """Whether a constant that is added to a row of the teacher changes the loss: it is asked."""
-    if settings.name == "ce" or settings.standardise:
-        return False
-    loss = DEFINITIONS[settings.name].make(_parameters(settings))
-    if isinstance(loss, CTKD):  # it has a value only within an epoch
-        loss.start_epoch(0)
-    student, labels = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 0.5]]), torch.tensor([2, 1])
-    teacher = torch.tensor([[0.5, 0.0, 3.0], [2.0, 1.0, 0.0]])
-    if DEFINITIONS[settings.name].views > 1:
-        student, teacher = student.expand(2, -1, -1), teacher.expand(2, -1, -1)
-    with torch.no_grad():
-        values = [float(loss(student, rows, labels)) for rows in (teacher, teacher + 8)]
-    return not math.isclose(*values, rel_tol=1e-3, abs_tol=1e-6)
+    """Whether a constant that is added to a row of the teacher changes the loss."""
+    return definition_of(settings.name).reads_offset and not settings.standardise
 
 
 def views_seen(settings: LossSettings) -> int:
     """How many views of a sample the loss sees at once."""
-    return DEFINITIONS[settings.name].views
+    return definition_of(settings.name).views
 
 
 def rectified_at(settings: LossSettings) -> float | None:
     """The temperature at which rectified rows must be distributions: that of the loss; None where
     it has none of its own, as it is learned, or another for each row.
     """
-    if settings.standardise or settings.name == "ctkd":
+    if settings.standardise or definition_of(settings.name).learns:
         return None
     return settings.temperature or 1.0

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from stages.errors import DatasetError
 from stages.inputs.datasets import Skip, load_dataset
-from stages.inputs.feed import ViewFeed, _worker_error, plain_view
+from stages.inputs.feed import ViewFeed, plain_view
+from stages.inputs.rendered import worker_error
 
 _fresh = itertools.count()
 
@@ -328,6 +329,6 @@ def test_without_workers_a_fault_of_ours_keeps_its_traceback(module: str) -> Non
     ],
 )
 def test_what_torch_says_of_workers(error: Exception, cause: str, remedy: str) -> None:
-    told = _worker_error(error, 4)
+    told = worker_error(error, 4)
     assert cause in told.cause
     assert remedy in told.remedy

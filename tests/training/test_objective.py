@@ -62,7 +62,7 @@ def test_several_parameters_that_kd_does_not_have() -> None:
 
 
 def test_an_unknown_loss() -> None:
-    with pytest.raises(ConfigError, match=r"unknown loss 'dist2'\nKnown: ce, kd, dkd, "):
+    with pytest.raises(ConfigError, match="'dist2'"):
         resolved(LossSettings(name="dist2"))
 
 

@@ -1,10 +1,7 @@
 """Datasets that somebody's own code returns."""
 
-import sysconfig
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +23,7 @@ from stages.inputs.datasets.dataset import (
 )
 from stages.inputs.datasets.skipping import blackened, skipped_numbers
 from stages.settings import Feeding
-from stages.user_code import imported
+from stages.user_code import error_line, imported
 
 MOST_CLASSES = 2**20
 READ_TWICE = 8
@@ -34,11 +31,6 @@ READ_TWICE = 8
 _FORM = (
     "It returns a dataset for 'train' and 'test': len(dataset), and dataset[i] -> (image, label)."
 )
-_NOT_THEIRS = (
-    str(Path(__file__).parents[3] / "stages"),
-    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
-)
-
 Result = TypeVar("Result")
 
 
@@ -87,25 +79,13 @@ def asked(what: str, ask: Callable[[], Result]) -> Result:
     except PipelineError:
         raise
     except (Exception, SystemExit) as error:
-        said = str(error).strip().splitlines()
-        kind = type(error).__name__
         raise DatasetError(
-            f"{what} raised {kind}{': ' + said[0][:200] if said else ''} ({_place(error)})",
+            f"{what} raised {error_line(error)}",
             "Mend that code: `python -c` shows its whole traceback.",
         ) from error
 
 
 # ---- details --------------------------------------------------------------------------------
-
-
-def _place(error: BaseException) -> str:
-    """file:line of the innermost call in code that is neither ours nor a library's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [f for f in frames if not f.filename.startswith((*_NOT_THEIRS, "<frozen"))]
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    frame = (theirs or frames)[-1]
-    return f"{frame.filename}:{frame.lineno}"
 
 
 @dataclass(frozen=True)

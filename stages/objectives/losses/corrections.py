@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.objectives.losses.kd import kd
+from stages.objectives.losses.registry import loss
 from stages.objectives.losses.rows import (
     Reduction,
     TeacherRows,
@@ -27,6 +28,7 @@ from stages.objectives.losses.rows import (
 Average = Literal["kind", "batch"]
 
 
+@loss("la", ce_weight=0.0, weight=1.0, reads=("temperature",), lskd={"temperature": 2.0})
 def la(
     student_logits: Tensor,
     teacher_logits: TeacherRows,
@@ -52,6 +54,7 @@ def swapped(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.scatter(1, top, at_label).scatter(1, label, at_top)
 
 
+@loss("ka_lsr", ce_weight=0.1, weight=0.9, reads=("temperature",))
 def ka_lsr(
     student_logits: Tensor,
     teacher_logits: TeacherRows,
@@ -76,6 +79,7 @@ def ka_lsr(
     return reduced(torch.where(right, taught, corrected), reduction)
 
 
+@loss("lr", ce_weight=0.0, weight=1.0, reads_offset=True)
 def lr(
     student_logits: Tensor,
     teacher_logits: TeacherRows,
@@ -111,6 +115,13 @@ def lr(
     return reduced(rows, reduction)
 
 
+@loss(
+    "rc",
+    ce_weight=1.0,
+    weight=1.0,
+    reads=("temperature",),
+    lskd={"temperature": 2.0, "weight": 9.0},
+)
 def rc(
     student_logits: Tensor,
     teacher_logits: TeacherRows,

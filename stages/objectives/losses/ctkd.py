@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 from stages.errors import ConfigError
 from stages.objectives.losses.kd import kd
+from stages.objectives.losses.registry import LearningLoss, loss
 from stages.objectives.losses.rows import Reduction, TeacherRows, whole
 
 CURRICULUM_EPOCHS = 10
 """Over so many epochs the gradient of the temperature goes from nothing to its full reverse."""
 
 
-class CTKD(nn.Module):
+@loss("ctkd", ce_weight=0.1, weight=0.9, lskd={"weight": 9.0})
+class CTKD(LearningLoss):
     """KD at T = 1 + 20 sigmoid(theta): Li et al. 2023, arXiv 2211.16231, the global temperature.
 
     theta belongs into the student's optimiser. Its gradient is multiplied by lambda, which goes
@@ -23,7 +25,13 @@ class CTKD(nn.Module):
     loss raises ConfigError, as T would stay where it is. Needs whole rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *rows: object) -> None:
+        """rows: none. Raises ConfigError where it is called as if it were a function."""
+        if rows:
+            raise ConfigError(
+                "the loss 'ctkd' learns a temperature: it is made first, and then called",
+                "Make one for each student, build_loss('ctkd').",
+            )
         super().__init__()
         self.theta = nn.Parameter(torch.ones(()))
         self.reversal: float | None = None

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stages.objectives.losses.registry import loss
 from stages.objectives.losses.rows import TeacherRows, centred, whole
 
 _EPS = 1e-8
 
 
+@loss("dist", ce_weight=1.0, weight=2.0, couples_rows=True)
 def dist(
     student_logits: Tensor,
     teacher_logits: TeacherRows,

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from stages.objectives.losses.registry import loss
 from stages.objectives.losses.rows import (
     Reduction,
     TeacherRows,
@@ -16,6 +17,14 @@ from stages.objectives.losses.rows import (
 )
 
 
+@loss(
+    "dkd",
+    ce_weight=1.0,
+    weight=1.0,
+    warmup=20,
+    reads=("temperature",),
+    lskd={"temperature": 2.0, "weight": 9.0},
+)
 def dkd(
     student_logits: Tensor,
     teacher_logits: TeacherRows,
@@ -40,6 +49,7 @@ def dkd(
     return reduced(temperature**2 * (alpha * tckd + beta * nckd), reduction)
 
 
+@loss("nkd", ce_weight=1.0, weight=1.0, reads=(1.0, "temperature"))
 def nkd(
     student_logits: Tensor,
     teacher_logits: TeacherRows,

@@ -3,9 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from stages.objectives.losses.registry import loss
 from stages.objectives.losses.rows import Reduction, TeacherRows
 
 
+@loss("ce", ce_weight=1.0, weight=0.0, reads=())
 def ce(
     student_logits: Tensor,
     teacher_logits: TeacherRows | None,

@@ -2,9 +2,17 @@
 
 from torch import Tensor
 
+from stages.objectives.losses.registry import loss
 from stages.objectives.losses.rows import Reduction, TeacherRows, kl, paired, reduced
 
 
+@loss(
+    "kd",
+    ce_weight=0.1,
+    weight=0.9,
+    reads=("temperature",),
+    lskd={"temperature": 2.0, "weight": 9.0},
+)
 def kd(
     student_logits: Tensor,
     teacher_logits: TeacherRows,

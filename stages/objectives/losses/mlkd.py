@@ -4,12 +4,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stages.errors import ConfigError
+from stages.objectives.losses.registry import loss
 from stages.objectives.losses.rows import TeacherRows, centred, kl, whole
 from stages.objectives.losses.standardise import standardised
 
 FURTHER_TEMPERATURES = (3.0, 5.0, 2.0, 6.0)
 
 
+@loss(
+    "mlkd",
+    ce_weight=0.2,
+    weight=0.9,
+    couples_rows=True,
+    views=2,
+    standardises=True,
+    lskd={"temperature": 2.0, "weight": 9.0},
+)  # CE .1 on either view
 def mlkd(
     student_logits: Tensor,
     teacher_logits: TeacherRows,

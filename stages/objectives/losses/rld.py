@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from stages.objectives.losses.registry import loss
 from stages.objectives.losses.rows import (
     Reduction,
     TeacherRows,
@@ -15,6 +16,14 @@ from stages.objectives.losses.rows import (
 )
 
 
+@loss(
+    "rld",
+    ce_weight=1.0,
+    weight=1.0,
+    warmup=20,
+    reads=("temperature", "sure_temperature"),
+    lskd={"temperature": 2.0, "weight": 9.0},
+)
 def rld(
     student_logits: Tensor,
     teacher_logits: TeacherRows,

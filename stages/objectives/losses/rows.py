@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,23 +14,39 @@ from stages.errors import ConfigError
 Reduction = Literal["mean", "none"]
 
 
-@dataclass(frozen=True)
-class TemperedRows:
+class Rows(Protocol):
     """Teacher rows that depend on the temperature: known in part (a `topk` cache), or averaged over
     several teachers.
-
-    at: temperature -> float32 (B, C), rows whose softmax at that temperature is what is known, up
-    to a constant of each row. Raises where it is not. kept: int64 (B, k), 1 < k < C, distinct in
-    each row: the label and the largest others, the classes whose logits are known and the same at
-    every temperature, where of the rest only the sum is; None if all are known.
     """
 
-    at: Callable[[float], Tensor]
-    kept: Tensor | None = None
+    def at(self, temperature: float) -> Tensor:
+        """Rows whose softmax at this temperature is what is known, up to a constant of each row:
+        float32 (B, C). Raises CacheError where it is not known.
+        """
+
+    def kept(self) -> Tensor | None:
+        """int64 (B, k), 1 < k < C, distinct in each row: the label and the largest others, the
+        classes whose logits are known and the same at every temperature, where of the rest only the
+        sum is; None if all are known.
+        """
 
 
-TeacherRows = Tensor | TemperedRows
+TeacherRows = Tensor | Rows
 """float (B, C), or rows that depend on the temperature."""
+
+
+@dataclass(frozen=True)
+class TemperedRows:
+    """`Rows` from a function of the temperature, and the classes that are kept."""
+
+    read: Callable[[float], Tensor]
+    classes: Tensor | None = None
+
+    def at(self, temperature: float) -> Tensor:
+        return self.read(temperature)
+
+    def kept(self) -> Tensor | None:
+        return self.classes
 
 
 def known(teacher: TeacherRows, temperature: float) -> Tensor:
@@ -54,7 +70,11 @@ def centred(logits: Tensor) -> Tensor:
 
 def partial(teacher: TeacherRows) -> bool:
     """Whether of some classes only the sum is known."""
-    return isinstance(teacher, TemperedRows) and teacher.kept is not None
+    return _kept(teacher) is not None
+
+
+def _kept(teacher: TeacherRows) -> Tensor | None:
+    return None if isinstance(teacher, Tensor) else teacher.kept()
 
 
 def paired(
@@ -66,9 +86,8 @@ def paired(
     rest.
     """
     student, rows = centred(student_logits), known(teacher, temperature)
-    if isinstance(teacher, Tensor) or teacher.kept is None:
+    if (kept := _kept(teacher)) is None:
         return student, centred(rows), labels
-    kept = teacher.kept
     # By a kept class: then the constant is the same at every temperature, as `wttm` needs it.
     rows = rows - rows.gather(1, kept).amax(1, keepdim=True)
     classes = (kept == labels[:, None]).long().argmax(1)
@@ -80,26 +99,30 @@ def beside(student_logits: Tensor, teacher: TeacherRows, temperature: float) -> 
     float32, centred.
     """
     student = centred(student_logits)
-    if isinstance(teacher, Tensor) or teacher.kept is None:
-        return student
-    return lump(student, teacher.kept, temperature)
+    kept = _kept(teacher)
+    return student if kept is None else lump(student, kept, temperature)
 
 
 def whole(teacher: TeacherRows, loss: str, temperature: float) -> Tensor:
     """The rows at a temperature: float32 (B, C). Raises ConfigError where part of them is known."""
     if partial(teacher):
-        raise ConfigError(
-            f"the loss '{loss}' needs whole teacher rows, the cache keeps part of each",
-            "Use another loss, or cache with another --encoding.",
-        )
+        raise needs_whole_rows(loss)
     return known(teacher, temperature)
+
+
+def needs_whole_rows(loss: str) -> ConfigError:
+    """The error of a loss that cannot do with rows that are known in part."""
+    return ConfigError(
+        f"the loss '{loss}' needs whole teacher rows, the cache keeps part of each",
+        "Use another loss, or cache with another --encoding.",
+    )
 
 
 def changed(teacher: TeacherRows, change: Callable[[Tensor], Tensor]) -> TeacherRows:
     """Rows after a change, which may touch kept classes, and all others of a row evenly."""
     if isinstance(teacher, Tensor):
         return change(teacher.float())
-    return TemperedRows(lambda t: change(teacher.at(t)), teacher.kept)
+    return TemperedRows(lambda t: change(teacher.at(t)), teacher.kept())
 
 
 def lump(logits: Tensor, kept: Tensor, temperature: float) -> Tensor:

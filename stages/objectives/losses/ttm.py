@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from stages.objectives.losses.registry import loss
 from stages.objectives.losses.rows import (
     Reduction,
     TeacherRows,
@@ -14,6 +15,7 @@ from stages.objectives.losses.rows import (
 )
 
 
+@loss("ttm", ce_weight=1.0, weight=45.0, reads=("temperature",))
 def ttm(
     student_logits: Tensor,
     teacher_logits: TeacherRows,
@@ -32,6 +34,7 @@ def ttm(
     return reduced(rows, reduction)
 
 
+@loss("wttm", ce_weight=1.0, weight=4.0, reads=(1.0, "temperature"))
 def wttm(
     student_logits: Tensor,
     teacher_logits: TeacherRows,

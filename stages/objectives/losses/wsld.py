@@ -3,9 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from stages.objectives.losses.registry import loss
 from stages.objectives.losses.rows import Reduction, TeacherRows, paired, reduced
 
 
+@loss("wsld", ce_weight=1.0, weight=2.25, reads=(1.0, "temperature"))
 def wsld(
     student_logits: Tensor,
     teacher_logits: TeacherRows,

@@ -261,7 +261,7 @@ class RowLoss:
             asked.append(temperature)
             return part.at(temperature)
 
-        rows = TemperedRows(at, part.kept)
+        rows = TemperedRows(at, part.kept())
         if self.reads is None:
             with pytest.raises(ConfigError, match="whole teacher rows") as refused:
                 self.loss(student, rows, labels, **self.parameters[0])
