@@ -35,41 +35,44 @@ class TimedStudent:
     def __init__(
         self, trainer: Trainer, most_seconds: float, like: "TimedStudent | None" = None
     ) -> None:
-        self._trainer, self._all, self._epochs = trainer, trainer.samples, 1
+        self._trainer, self._all, self._epochs = trainer, trainer.stream.samples, 1
         self.waits: list[float] = []
         self.added = 0.0
-        for learner in trainer.learners:
-            learner.evaluations = {
-                name: replace(each, samples=each.samples[:_EVALUATED])
-                for name, each in learner.evaluations.items()
-            }
+        stream = trainer.stream
+        stream.evaluations = {
+            name: replace(each, samples=each.samples[:_EVALUATED])
+            for name, each in stream.evaluations.items()
+        }
         batch = trainer.settings.batch_size
-        trainer.samples = self._all[: _TRIED_BATCHES * batch]
+        stream.samples = self._all[: _TRIED_BATCHES * batch]
         self()  # kernels are chosen, the first targets are read
         if like is not None:
-            trainer.samples, self._epochs = self._all[: len(like._trainer.samples)], like._epochs
+            stream.samples, self._epochs = (
+                self._all[: len(like._trainer.stream.samples)],
+                like._epochs,
+            )
         else:
             tried = statistics.median(self() for _ in range(2))
             batches = max(1, int(most_seconds / tried * len(self._all) / batch))
-            trainer.samples = self._all[: batches * batch]
-            expected = tried * len(trainer.samples) / len(self._all)
+            stream.samples = self._all[: batches * batch]
+            expected = tried * len(stream.samples) / len(self._all)
             self._epochs = max(1, math.ceil(min(_LEAST_SECONDS, most_seconds) / expected))
         self.waits.clear()
 
     @property
     def feed(self) -> ViewFeed:
         """The images that it is shown."""
-        return self._trainer.feeds[0]
+        return self._trainer.stream.feed
 
     @property
     def cut(self) -> bool:
         """Whether only a part of each epoch is measured."""
-        return len(self._trainer.samples) < len(self._all)
+        return len(self._trainer.stream.samples) < len(self._all)
 
     @property
     def shown(self) -> str:
         """Which part of an epoch is measured, for a note."""
-        some, every = len(self._trainer.samples), len(self._all)
+        some, every = len(self._trainer.stream.samples), len(self._all)
         return f"{some:,} of {every:,} samples, scaled" if self.cut else f"{every:,} samples"
 
     @property
@@ -89,7 +92,7 @@ class TimedStudent:
 
     def scaled(self, seconds: float) -> float:
         """What some seconds of all that a call computes are of one whole epoch."""
-        return seconds * len(self._all) / len(self._trainer.samples) / self._epochs
+        return seconds * len(self._all) / len(self._trainer.stream.samples) / self._epochs
 
     def __call__(self) -> float:
         trainer = self._trainer
@@ -107,7 +110,7 @@ class TimedStudent:
         """Median seconds a step that a single student's loss takes, see `TimedTask`. Trains as a
         call does, which shall not be compared with one.
         """
-        learner, device = self._trainer.learner, self._trainer.device
+        learner, device = self._trainer.learner, self._trainer.stream.device
         plain, timed = learner.task, TimedTask(learner.task, device)
         learner.task = timed
         self()

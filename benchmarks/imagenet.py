@@ -51,7 +51,7 @@ from stages.inputs.counter_hash import permute
 from stages.objectives.losses import DEFINITIONS, TemperedRows
 from stages.rectify import rectify
 from stages.settings import DataSettings, ModelSettings, RectifyConfig, StudentConfig, TrainSettings
-from stages.train_student import student_trainer
+from stages.train_student import train_student
 from stages.verify import verify
 
 VIEWS, BATCH, MOST_KLT_CLASSES = 300, 1024, 4096
@@ -165,7 +165,7 @@ def trained(shape: Shape, folder: str, name: str) -> Figures:
     summary: dict[str, Any] = {}
 
     def epoch() -> None:
-        summary.update(student_trainer(config, f"{folder}-run", splits=splits).fit())
+        summary.update(train_student(config, f"{folder}-run", splits=splits))
 
     figures = _timed(f"train from {name}", shape, epoch)
     waiting = 100 * summary["wait_share"]

@@ -25,10 +25,13 @@ from stages.inputs.feed import Batch
 from stages.objectives.losses import mixed_ce
 from stages.reporting import Silent
 from stages.settings import LossSettings, StudentConfig
-from stages.train_student import student_trainer, students_trainer
-from stages.training.assemble import Destination, Planned, make_trainer
+from stages.train_student import student_trainer
+from stages.training.learner import Learner
+from stages.training.models import build, check_models
 from stages.training.objective import Objective, resolved
 from stages.training.order import view_order
+from stages.training.run_directory import RunDirectory
+from stages.training.stream import open_stream
 from stages.training.trainer import Trainer
 
 CACHED_TARGET, ADDED_TARGET, ONLINE_TARGET, WAITING_TARGET = 1.02, 0.02, 0.95, 0.01
@@ -110,12 +113,13 @@ class Bench:
         return timed
 
     def _trainer(self, config: StudentConfig) -> Trainer:
-        return student_trainer(config, self.run(), splits=self.splits)
+        return student_trainer([config], [RunDirectory(self.run())], self.splits)
 
     def together(self, configs: Sequence[StudentConfig]) -> TimedStudent:
         """Several students of one stream; the answer is what all of them take."""
-        runs = [(longer(config), self.run()) for config in configs]
-        return TimedStudent(students_trainer(runs, splits=self.splits), self.most_seconds)
+        runs = [RunDirectory(self.run()) for _ in configs]
+        trainer = student_trainer([longer(config) for config in configs], runs, self.splits)
+        return TimedStudent(trainer, self.most_seconds)
 
     def online(self, config: StudentConfig, job: CacheJob, hard: TimedStudent) -> OnlineStudent:
         """The same student with the teacher of `job` running beside it.
@@ -130,19 +134,12 @@ class Bench:
                 "Online distillation is measured where one image serves both.",
             )
         config = msgspec.structs.replace(longer(config), loss=resolved(config.loss))
-        trainer = make_trainer(
-            [
-                Planned(
-                    config,
-                    Destination(self.run(), "student", resume=False, overwrite=False),
-                    lambda labels, _: OnlineTask(job, config, labels, job.config.views, laps),
-                )
-            ],
-            self.splits,
-            lambda _: feed.policy,
-            Silent(),
-            teacher_size=job.image_size,
-        )
+        models = build([config], self.splits.train, job.image_size, Silent())
+        stream = open_stream(config, self.splits, feed.policy, models[0].settings.image_size)
+        check_models(models, stream)
+        task = OnlineTask(job, config, stream.labels, job.config.views, laps)
+        learner = Learner(config, models[0], task, RunDirectory(self.run()), stream)
+        trainer = Trainer([learner], stream, Silent())
         return OnlineStudent(trainer, laps, hard)
 
 

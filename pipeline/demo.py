@@ -39,7 +39,7 @@ from stages.settings import (
 )
 from stages.train_student import train_student
 from stages.train_teacher import train_teacher
-from stages.training.run_directory import foreign_files, held, remove_run
+from stages.training.run_folder import foreign_files, held, remove_run
 
 DATA = DataSettings(dataset="digits")
 AUGMENT = "pad-crop:pad=3"

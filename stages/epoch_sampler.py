@@ -119,8 +119,7 @@ class EpochSampler(DistributedSampler[int]):
         """int64 (n,): the samples of this rank in the order of an epoch."""
         if (groups := self.groups) is None:
             return sample_order(self.samples, self.seed, epoch)
-        order = groups.order_of_group(self.place[0], groups.smallest(self.samples))
-        return order(self.samples, self.seed, epoch)
+        return groups.order_of_group(self.place[0], self.samples, self.seed, epoch)
 
     @property
     def groups(self) -> ChunkGroups | None:

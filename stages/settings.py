@@ -5,7 +5,7 @@
 
 import math
 import re
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 
@@ -200,7 +200,9 @@ class ModelSettings(Settings, frozen=True):
 
 
 class RunConfig(Settings, frozen=True, kw_only=True):
-    """What every training run has. tensorboard: write event files as well; see `events.py`."""
+    """What every training run has. tensorboard: write event files as well. kind: of run."""
+
+    kind: ClassVar[str]
 
     data: DataSettings
     model: ModelSettings
@@ -213,6 +215,8 @@ class RunConfig(Settings, frozen=True, kw_only=True):
 class TeacherConfig(RunConfig, frozen=True, kw_only=True):
     """A run of train-teacher. augment: a view policy; every epoch shows another of its views."""
 
+    kind: ClassVar[str] = "teacher"
+
     augment: str = "pad-crop-flip"
 
 
@@ -220,12 +224,14 @@ class StudentConfig(RunConfig, frozen=True, kw_only=True):
     """A run of train-student.
 
     also: further caches of the same views, whose probabilities are averaged with the first's; see
-    `stages.training.ensemble`. views: train from the first so many views of the cache, None for
+    `stages.targets.ensemble`. views: train from the first so many views of the cache, None for
     all. slab_memory: how much memory targets may take, for example 2GB; where two views are more,
-    epochs are read and shuffled in groups of chunks (`stages.training.groups`), in the same order
+    epochs are read and shuffled in groups of chunks (`stages.targets.chunks`), in the same order
     for every loss. accept_pixel_drift: go on with a warning where the pixels are no longer quite
     those the teacher saw.
     """
+
+    kind: ClassVar[str] = "student"
 
     cache: str
     also: tuple[str, ...] = ()

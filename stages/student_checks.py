@@ -1,7 +1,7 @@
 """What must hold before a student's first step: cache, objective, views, memory, dataset."""
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -21,7 +21,6 @@ from stages.settings import LossSettings, StudentConfig
 from stages.sizes import parse_bytes
 from stages.targets.chunks import SlabPlan, groups_of_ranks, plan_slabs
 from stages.targets.ensemble import NOT_RECTIFIED, open_members
-from stages.training.assemble import Order
 from stages.training.objective import (
     reads_offset,
     rectified_at,
@@ -31,39 +30,27 @@ from stages.training.objective import (
 )
 
 
-@dataclass(frozen=True)
-class Checked:
-    """Students of one stream that can be trained. configs: with losses and rectifications resolved.
-    caches: the first and those beside it. views: those to train from. shown: what epochs may show.
+def check_students(
+    configs: Sequence[StudentConfig], cache: LogitCache
+) -> tuple[list[LogitCache], list[tuple[int, ...]]]:
+    """The caches that students of one stream learn from, and what an epoch may show of them: one
+    view, or the weak and the strong view of a sample.
+
+    configs: complete, see `complete`. cache: that of the first of them. Raises CacheError,
+    ConfigError or IdentityError for what cannot be trained, or not from one stream of batches.
     """
-
-    configs: Sequence[StudentConfig]
-    caches: Sequence[LogitCache]
-    policy: ViewPolicy
-    views: Sequence[int]
-    shown: Sequence[tuple[int, ...]]
-
-
-def check_students(configs: Sequence[StudentConfig], cache: LogitCache) -> Checked:
-    """All that can be known without images and models. cache: that of the first of them.
-
-    Raises CacheError, ConfigError, IdentityError or ViewError for what cannot be trained, or not
-    from one stream of batches.
-    """
-    configs = [check_objective(config, cache) for config in configs]
     check_one_stream(configs)
     config = configs[0]
     caches = open_members(cache, config.also, [c.loss.temperature or 1.0 for c in configs])
     for each in configs:
         check_rows_known(caches, each.loss)
-    policy = cached_policy(cache)
     # Objects are looked at: once for all students that ask for the same.
     asking = {(each.views, each.bias.rectified): each for each in configs}
     (views,) = {tuple(shared_views(caches, each)) for each in asking.values()}
-    return Checked(configs, caches, policy, views, views_at_once(config, policy, views))
+    return caches, views_at_once(config, cached_policy(cache), views)
 
 
-def check_objective(config: StudentConfig, cache: LogitCache) -> StudentConfig:
+def complete(config: StudentConfig, cache: LogitCache) -> StudentConfig:
     """The configuration with the loss's defaults and the rectification's name filled in.
 
     Raises ConfigError or CacheError for a loss, bias mode or temperature that cannot be, ViewError
@@ -129,38 +116,54 @@ def _only_rectification(cache: LogitCache) -> str:
     )
 
 
+def check_ranks(config: StudentConfig, ranks: Ranks) -> None:
+    """Raise ConfigError where a run cannot be divided among the processes of a launch."""
+    if ranks.world == 1:
+        return
+    if (batch_size := config.train.batch_size) % ranks.world:
+        raise ConfigError(
+            f"a batch of {batch_size} cannot be divided among {ranks.world} processes",
+            f"Give a --batch-size that is a multiple of {ranks.world}.",
+        )
+    if views_seen(config.loss) > 1:
+        raise ConfigError(
+            "a loss that sees two views of a sample at once is trained in one process",
+            "Start it without torchrun, or use another loss.",
+        )
+    if config.slab_memory is not None:
+        raise ConfigError(
+            "several processes read their parts of a view, and no groups of them",
+            "Leave --slab-memory out under torchrun.",
+        )
+
+
 def slab_plan(
+    configs: Sequence[StudentConfig],
     caches: Sequence[LogitCache],
-    config: StudentConfig,
-    num_views: int,
+    choices: Sequence[tuple[int, ...]],
     ranks: Ranks = ALONE,
     skipped: Tensor | None = None,
-) -> tuple[SlabPlan, Order]:
-    """How targets are read, and the order of samples that goes with it. skipped: int64, samples
-    that are left out.
+) -> SlabPlan:
+    """How the targets of students of one stream are read, and their samples ordered. choices: what
+    an epoch may show. skipped: int64, samples that are left out.
 
     Raises ConfigError where slab_memory is too small, or missing.
     """
-    text, cache = config.slab_memory, caches[0]
-    total, batch_size = cache.num_samples, config.train.batch_size
-    samples, _ = held_out(total, config.data.val_fraction, config.seed.data, skipped)
+    cache = caches[0]
     if ranks.world > 1:
-        if text is not None:
-            raise ConfigError(
-                "several processes read their parts of a view, and no groups of them",
-                "Leave --slab-memory out under torchrun.",
-            )
         groups = groups_of_ranks(cache.row_of, cache.grid.chunk_rows, ranks.world)
-        shown = groups.smallest(samples)
-        order = Order(groups.order_of_group(ranks.rank, shown), shown)
-        return SlabPlan(groups, share=ranks.rank), order
+        return SlabPlan(groups, share=ranks.rank)
+    config = next((each for each in configs if each.loss.name != "ce"), configs[0])
+    text, seed = config.slab_memory, config.seed.data
     if text is None and config.loss.name == "ce":
-        return SlabPlan(), Order()  # none are read
+        return SlabPlan()  # none are read
     budget = None if text is None else parse_bytes(text, "slab_memory")
+    samples, _ = held_out(cache.num_samples, config.data.val_fraction, seed, skipped)
     device = choose_device(config.device)
-    at_once = views_seen(config.loss)
-    plan = plan_slabs(caches, num_views, budget, samples, batch_size, device, at_once)
-    return plan, Order(plan.groups.order) if plan.groups else Order()
+    plan = plan_slabs(caches, choices, budget, samples, config.train.batch_size, device)
+    rectified = {each.bias.rectified for each in configs} - {None}
+    # Each rectification is read for itself: together they might be too much to keep.
+    return dataclasses.replace(plan, resident=False) if len(rectified) > 1 else plan
 
 
 def check_one_stream(configs: Sequence[StudentConfig]) -> None:
@@ -234,9 +237,7 @@ def shared_views(caches: Sequence[LogitCache], config: StudentConfig) -> list[in
     return views
 
 
-def made_from(
-    config: StudentConfig, caches: Sequence[LogitCache], num_views: int
-) -> dict[str, Any]:
+def made_from(config: StudentConfig, caches: Sequence[LogitCache]) -> dict[str, Any]:
     """What a student reads, as digests: caches by identity and encoding, wherever they lie, how
     many of their views, and what decides the rectification's numbers.
     """
@@ -246,7 +247,7 @@ def made_from(
             sha256(f"{cache.identity.digest()} {cache.encoding.digest()}".encode())[:32]
             for cache in caches
         ],
-        "views": num_views,
+        "views": config.views or caches[0].num_views,
         "rectified": None
         if name is None
         else msgspec.to_builtins(caches[0].rectification(name).settings),

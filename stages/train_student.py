@@ -1,22 +1,29 @@
-"""Stage three: train a student from a cache. The teacher is never loaded.
+"""Stage three: train students from a cache. The teacher is never loaded.
 
     pipeline train-student digits.zarr --dataset digits --student resnet8 --out runs/student \\
         --loss kd --bias rectify
 
-What a student learns from is a `CachedTask` (`stages.training.student`); what must hold before its
-first step is in `stages.student_checks`.
+An epoch shows one view of every sample and learns from that view's row of the cache:
+
+    L = ce_weight * CE(z_s, y) + weight * mean_i w_i * loss(z_s, z_t)_i
+
+where the row weights w are all 1, or those of bias elimination and rectification
+(`stages.objectives.bias`); losses that couple rows say themselves what weights mean to them. With
+the loss `ce` the same views are shown and no targets are read: the fair baseline. Where the cached
+views mix two samples (mixup, cutmix), CE is that of both labels by their shares, and targets are as
+ever: the teacher saw the mixed image.
 """
 
-import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.data import Splits, check_dataset, load_data, skips_of
+from stages.cache.targets import SampleTargets, Targets
+from stages.data import Splits, cached_policy, check_dataset, load_data, skips_of, split_digests
 from stages.distributed import (
     ALONE,
     Ranks,
@@ -25,21 +32,20 @@ from stages.distributed import (
     launched_ranks,
     process_group,
 )
-from stages.inputs.views import ViewPolicy
+from stages.inputs.feed import Batch
+from stages.objectives.bias import BiasWeights, bias_weights
+from stages.objectives.losses import TeacherRows, TemperedRows, mixed_ce
 from stages.reporting import Reporter, Silent
 from stages.settings import StudentConfig
-from stages.student_checks import check_students, made_from, slab_plan
+from stages.student_checks import check_ranks, check_students, complete, made_from, slab_plan
 from stages.targets.reader import TargetReader
-from stages.training.assemble import Destination, Planned, make_trainer
-from stages.training.student import CachedTask
+from stages.training.learner import Learner
+from stages.training.models import build, check_models
+from stages.training.objective import Objective
+from stages.training.order import ViewSchedule
+from stages.training.run_directory import RunDirectory
+from stages.training.stream import open_stream
 from stages.training.trainer import Outcome, Trainer
-
-__all__ = [
-    "student_trainer",
-    "students_trainer",
-    "train_student",
-    "train_together",
-]
 
 
 def train_student(
@@ -54,9 +60,9 @@ def train_student(
 
     Under torchrun the ranks train it together, and the first of them writes.
     """
-    ranks = launched_ranks()
+    run, ranks = RunDirectory(out, resume, overwrite), launched_ranks()
     with process_group(ranks, device_of_rank(ranks, config.device)):
-        return student_trainer(config, out, resume, overwrite, splits, reporter, ranks).fit()
+        return student_trainer([config], [run], splits, reporter, ranks).fit()
 
 
 def train_together(
@@ -73,83 +79,135 @@ def train_together(
     They may differ in model, loss, bias, optimiser and seed.init. Raises ConfigError where they
     cannot share a stream, and what `student_trainer` raises.
     """
-    students = list(zip(configs, map(Path, outs), strict=True))
-    return students_trainer(students, resume, overwrite, splits, reporter).fit_all()
+    runs = [RunDirectory(out, resume, overwrite) for out in outs]
+    return student_trainer(configs, runs, splits, reporter).fit_all()
 
 
 def student_trainer(
-    config: StudentConfig,
-    out: str | Path,
-    resume: bool = False,
-    overwrite: bool = False,
+    configs: Sequence[StudentConfig],
+    runs: Sequence[RunDirectory],
     splits: Splits | None = None,
     reporter: Reporter | None = None,
     ranks: Ranks = ALONE,
 ) -> Trainer:
-    """As `students_trainer`, for one student."""
-    return students_trainer([(config, Path(out))], resume, overwrite, splits, reporter, ranks)
-
-
-def students_trainer(
-    students: Sequence[tuple[StudentConfig, Path]],
-    resume: bool = False,
-    overwrite: bool = False,
-    splits: Splits | None = None,
-    reporter: Reporter | None = None,
-    ranks: Ranks = ALONE,
-) -> Trainer:
-    """Everything checked and loaded, ready for `fit`. `splits`: the dataset, if it is loaded.
+    """Everything checked and loaded, ready for `fit`: one student, or several that are shown the
+    same batches. splits: the dataset, if it is loaded. ranks: of a launch on several processes.
 
     Raises IdentityError if the dataset is not the one the cache was made from, CacheError if the
-    cache or the rectification is missing or incomplete, ConfigError for settings that cannot be.
+    cache or the rectification is missing or incomplete, ConfigError for settings that cannot be,
+    RunError if a run directory may not be written.
     """
     reporter = reporter or Silent()
-    # 1) the cache, and what is to be learned from it
-    cache = LogitCache.open(students[0][0].cache)
-    checked = check_students([config for config, _ in students], cache)
-    configs, caches, policy, shown = checked.configs, checked.caches, checked.policy, checked.shown
-    config = configs[0]
+    # 1) the cache, and what its views teach
+    cache = LogitCache.open(configs[0].cache)
+    configs = [complete(config, cache) for config in configs]
+    caches, choices = check_students(configs, cache)
+    config = configs[0]  # what decides the stream of batches is the same in all of them
+    check_ranks(config, ranks)
 
-    # 2) images: the ones the teachers saw
+    # 2) the images: those that the teachers saw
     splits = splits or first_rank_before_others(
         ranks, lambda: load_data(config.data, skips_of(c.skips for c in caches))
     )
     splits.tell(reporter)
+    policy = cached_policy(cache)
     for member in caches:
         check_dataset(member, splits, policy, config.accept_pixel_drift, reporter)
 
-    # 3) the students and their runs
-    reads = next((each for each in configs if each.loss.name != "ce"), config)
-    plan, order = slab_plan(caches, reads, len(checked.views), ranks, splits.train.skipped)
-    rectifications = [c.bias.rectified for c in configs if c.bias.rectified is not None]
-    if len(set(rectifications)) > 1:  # each is read for itself: together they might be too much
-        plan = dataclasses.replace(plan, resident=False)
+    # 3) the students, and the batches that they are shown
+    plan = slab_plan(configs, caches, choices, ranks, splits.train.skipped)
+    models = build(configs, splits.train, cache.identity.teacher.image_size, reporter, ranks)
+    image_size = models[0].settings.image_size
+    stream = open_stream(config, splits, policy, image_size, plan.order, ranks)
+    check_models(models, stream)
 
-    @functools.cache
-    def reader(rectified: str | None, labels: Tensor) -> TargetReader:
-        seed, epochs = config.seed.data, config.train.epochs
-        return TargetReader(caches, rectified, shown, plan, epochs, seed, labels, len(configs))
+    # 4) the targets of every epoch, read once for all students that learn from the same
+    schedule = ViewSchedule(choices, config.seed.data, config.train.epochs)
+    names: list[str | None] = [
+        c.bias.rectified for c in configs if c.bias.rectified is not None
+    ] or [None]
+    readers = {
+        name: TargetReader(caches, name, schedule, plan, stream.labels, len(configs))
+        for name in dict.fromkeys(names)
+    }
+    # What is read with a rectification has the teacher's own rows as well.
+    tasks = [
+        CachedTask(c, schedule, readers[c.bias.rectified or names[0]], stream.labels)
+        for c in configs
+    ]
 
-    def planned(config: StudentConfig, out: Path) -> Planned:
-        def task(labels: Tensor, _: ViewPolicy) -> CachedTask:
-            # What is read with a rectification has the teacher's own rows as well: read once.
-            rectified = config.bias.rectified or next(iter(rectifications), None)
-            return CachedTask(reader(rectified, labels), config, labels)
+    # 5) all of it together: `fit` trains
+    digests = split_digests(splits)
+    learners = [
+        Learner(c, model, task, run, stream, {**digests, **made_from(c, caches)})
+        for c, model, task, run in zip(configs, models, tasks, runs, strict=True)
+    ]
+    return Trainer(learners, stream, reporter)
 
-        return Planned(
-            config,
-            Destination(out, "student", resume, overwrite),
-            task,
-            len(shown[0]),
-            made_from(config, caches, len(checked.views)),
+
+class CachedTask:
+    """Learns from the cached row of the view that each epoch shows.
+
+    targets: those of the epoch at hand, None where the loss uses none.
+    """
+
+    def __init__(
+        self, config: StudentConfig, schedule: ViewSchedule, reader: TargetReader, labels: Tensor
+    ) -> None:
+        """config: complete. labels: int64 (N,), on the device."""
+        self._config, self._schedule, self._labels = config, schedule, labels
+        self._objective = None if config.loss.name == "ce" else Objective(config.loss)
+        self.learned = None if self._objective is None else self._objective.learned
+        self._weights = BiasWeights(1.0, 1.0)
+        self._reader, self._epoch = reader, 0
+        self.targets: Targets | None = None
+
+    def start_epoch(self, epoch: int) -> tuple[int, ...]:
+        self._epoch, bias = epoch, self._config.bias
+        self._weights = bias_weights(
+            bias.mode, bias.chosen_schedule, bias.reduction, epoch, self._config.train.epochs
         )
+        self.targets = None  # let go before more is read
+        if self._objective is not None:
+            self._objective.start_epoch(epoch)
+            self.targets = self._reader.of_epoch(epoch)
+        return self._schedule.of_epoch(epoch)
 
-    return make_trainer(
-        [planned(each, out) for each, (_, out) in zip(configs, students, strict=True)],
-        splits,
-        lambda _: policy,
-        reporter,
-        teacher_size=cache.identity.teacher.image_size,
-        order=order,
-        ranks=ranks,
-    )
+    def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        labels, *mixed = batch.hard_labels(self._labels)
+        hard = mixed_ce(logits, labels, *mixed)
+        if self._objective is None or self.targets is None:
+            return {"loss": hard}
+        targets = self.targets.at(batch.samples)
+        wrong = targets.wrong()
+        weights = None if self._config.bias.mode == "none" else self._weights.rows(wrong)
+        teacher = self._teacher_rows(targets)
+        value = self._objective(logits, teacher, labels, weights)  # (B,), or () of coupled rows
+        mean, ce_weight = value.mean(), self._config.loss.ce_weight or 0.0
+        parts = {
+            "loss": ce_weight * hard + self._objective.weight * mean,
+            "loss_ce": hard,
+            "loss_kd": mean,
+        }
+        # What is only reported takes few operations: small students wait for each of them.
+        told = {"wrong_rate": wrong.float()}
+        if value.dim():
+            of_wrong = value.detach() * told["wrong_rate"]
+            told |= {"loss_right": value.detach() - of_wrong, "loss_wrong": of_wrong}
+        return parts | dict(zip(told, torch.stack([*told.values()]).mean(1), strict=True))
+
+    def _teacher_rows(self, targets: SampleTargets) -> TeacherRows:
+        """float32 (B, C); as they are at a temperature where that makes a difference."""
+        rectified = self._config.bias.rectified is not None
+        read = targets.rectified_rows if rectified else targets.rows
+        kept = targets.kept()
+        if kept is None and not self._config.also:
+            return read()
+        return TemperedRows(read, kept)
+
+    def epoch_metrics(self) -> dict[str, float]:
+        return {
+            "weight_right": self._weights.right,
+            "weight_wrong": self._weights.wrong,
+            "wait_seconds": self._reader.waited(self._epoch),
+        }

@@ -8,14 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from stages.data import Splits, chosen_policy, load_data
+from stages.data import Splits, chosen_policy, load_data, split_digests
 from stages.inputs.feed import Batch
-from stages.inputs.views import ViewPolicy
 from stages.objectives.losses import mixed_ce
 from stages.reporting import Reporter, Silent
 from stages.settings import TeacherConfig
-from stages.training.assemble import Destination, Planned, make_trainer
+from stages.training.learner import Learner
+from stages.training.models import build, check_models
 from stages.training.order import view_order
+from stages.training.run_directory import RunDirectory
+from stages.training.stream import open_stream
+from stages.training.trainer import Trainer
 
 
 class LabelTask:
@@ -49,16 +52,19 @@ def train_teacher(
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Train a model on hard labels and return the run's summary."""
-    reporter = reporter or Silent()
+    run, reporter = RunDirectory(out, resume, overwrite), reporter or Silent()
+    # 1) the images
     splits = splits or load_data(config.data)
     splits.tell(reporter)
 
-    def policy(image_size: int | None) -> ViewPolicy:
-        return chosen_policy(config.augment, config.seed.data, image_size, config.data.resize)
+    # 2) the model, and the batches that it is shown
+    models = build([config], splits.train, None, reporter)
+    size = models[0].settings.image_size
+    policy = chosen_policy(config.augment, config.seed.data, size, config.data.resize)
+    stream = open_stream(config, splits, policy, size)
+    check_models(models, stream)
 
-    def task(labels: Tensor, policy: ViewPolicy) -> LabelTask:
-        return LabelTask(labels, policy.count, config.seed.data)
-
-    destination = Destination(Path(out), "teacher", resume, overwrite)
-    planned = [Planned(config, destination, task)]
-    return make_trainer(planned, splits, policy, reporter).fit()
+    # 3) train
+    task = LabelTask(stream.labels, policy.count, config.seed.data)
+    learner = Learner(config, models[0], task, run, stream, split_digests(splits))
+    return Trainer([learner], stream, reporter).fit()

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.inputs.datasets import ImageDataset
 from stages.settings import DataSettings
+from stages.training.run_directory import RunDirectory
 
 SHARED_DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 """Data that is too large for the repository; tests that use it are skipped where it is missing."""
@@ -67,3 +68,10 @@ def same_weights(one: Path, other: Path) -> bool:
     """Whether two runs ended with the same bits."""
     left, right = weights(one), weights(other)
     return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def prepared(path: Path, config: Mapping[str, Any], **ways: bool) -> RunDirectory:
+    """A run directory that is held. ways: resume or overwrite."""
+    run = RunDirectory(path, **ways)
+    run.prepare(config)
+    return run

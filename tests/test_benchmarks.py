@@ -224,7 +224,7 @@ def test_a_cut_epoch_is_scaled_without_its_waiting(most_seconds: float) -> None:
     student = TimedStudent(trainer, most_seconds)
     assert student() == pytest.approx(1.5)
     assert student.waiting == pytest.approx(1 / 3)
-    assert (len(trainer.samples) < 1_000) == (most_seconds < 1.5)
+    assert (len(trainer.stream.samples) < 1_000) == (most_seconds < 1.5)
     assert ("scaled" in student.shown) == student.cut == (most_seconds < 1.5)
     student.added = 0.25
     assert student() == pytest.approx(1.75)

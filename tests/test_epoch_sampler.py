@@ -23,6 +23,7 @@ from stages.inputs.models import build_model
 from stages.objectives.losses import kd
 from stages.settings import ModelSettings, SeedSettings, StudentConfig, TrainSettings
 from stages.train_student import student_trainer, train_student
+from stages.training.run_directory import RunDirectory
 
 EPOCHS, BATCH = 4, 100
 
@@ -142,12 +143,12 @@ def test_two_gloo_ranks_see_what_train_student_shows_them(
 
     def seen(ranks: Ranks) -> list[list[list[int]]]:
         config, out = student(finished_cache, seed=2), tmp_path / "run"
-        trainer = student_trainer(config, out, splits=digits, ranks=ranks)
+        trainer = student_trainer([config], [RunDirectory(out)], digits, ranks=ranks)
         shown = []
         for epoch in range(2):
             sampler.set_epoch(epoch)
             ours = torch.cat([batch.samples for batch in loader])
-            theirs = trainer.order(trainer.samples, 2, epoch)
+            theirs = trainer.stream.order(trainer.stream.samples, 2, epoch)
             shown.append([ours.tolist(), theirs.tolist()])
         return shown
 

@@ -33,6 +33,7 @@ from stages.settings import (
 )
 from stages.train_student import student_trainer, train_student
 from stages.train_teacher import LabelTask, train_teacher
+from stages.training.run_directory import RunDirectory
 
 AUGMENT = "pad-crop:pad=1+mixup"
 CPU = torch.device("cpu")
@@ -119,7 +120,7 @@ def test_both_tasks_learn_both_labels(
     feed = ViewFeed(my_splits.train, my_job.policy, CPU, workers=0)
     logits = torch.randn(120, 10, generator=torch.Generator().manual_seed(1))
     task = student_trainer(
-        student_config(my_cache), tmp_path / "run", splits=my_splits
+        [student_config(my_cache)], [RunDirectory(tmp_path / "run")], my_splits
     ).learner.task
     (view,) = task.start_epoch(0)
     (batch,) = feed.batches(torch.arange(120), view, 120)
@@ -230,5 +231,5 @@ def test_bias_aware_losses_are_refused(
     bias = msgspec.convert({"mode": mode}, BiasSettings)
     config = msgspec.structs.replace(student_config(my_cache), bias=bias)
     with pytest.raises(ViewError, match=f"bias '{mode}' needs one label a row(.|\n)*--bias none"):
-        student_trainer(config, tmp_path / "run", splits=my_splits)
+        student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
     assert not (tmp_path / "run").exists()

@@ -23,6 +23,7 @@ from stages.settings import (
     TrainSettings,
 )
 from stages.train_student import student_trainer
+from stages.training.run_directory import RunDirectory
 
 CASES = [("ce", "none"), ("kd", "eliminate"), ("kd", "rectify"), ("ctkd", "none"), ("lr", "none")]
 
@@ -51,10 +52,10 @@ def test_steps_of_a_student(
         device="cuda",
     )
     with pretended_gpu():
-        trainer = student_trainer(config, tmp_path / "run", splits=digits)
+        trainer = student_trainer([config], [RunDirectory(tmp_path / "run")], digits)
         learner = trainer.learner
         views = learner.start_epoch()
-        for batch in trainer._batches(torch.arange(200), views, 0):
+        for batch in trainer.stream.batches(torch.arange(200), views, 0):
             assert batch.pixels.is_cuda
             learner.step(batch)
 

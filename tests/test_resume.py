@@ -25,6 +25,7 @@ from stages.rectify import rectify
 from stages.reporting import Silent
 from stages.settings import BiasSettings, ModelSettings, RectifyConfig, StudentConfig, TrainSettings
 from stages.train_student import student_trainer, train_student, train_together
+from stages.training.run_directory import RunDirectory
 
 TRAIN = TrainSettings(epochs=2, batch_size=100, schedule="constant", lr=0.05)
 
@@ -123,11 +124,13 @@ def test_epochs_that_others_depend_on_cannot_be_changed(
     small_cache: Path, splits: Splits, tmp_path: Path, changes: dict[str, Any], why: str
 ) -> None:
     config = config_of(small_cache, **changes)
-    student_trainer(config, tmp_path / "run", splits=splits).learner.begin()
+    student_trainer([config], [RunDirectory(tmp_path / "run")], splits).learner.begin()
     more = msgspec.structs.replace(config.train, epochs=3)
     with pytest.raises(RunError, match=f"2 epochs and cannot have 3: {why}") as refused:
         student_trainer(
-            msgspec.structs.replace(config, train=more), tmp_path / "run", True, splits=splits
+            [msgspec.structs.replace(config, train=more)],
+            [RunDirectory(tmp_path / "run", resume=True)],
+            splits,
         )
     assert "--epochs 2" in refused.value.remedy
 
@@ -167,12 +170,16 @@ def test_weights_to_start_from_may_move(
 
     weights = tmp_path / "w.safetensors"
     shutil.copy(two_epochs / "model.safetensors", weights)
-    student_trainer(starting_from(two_epochs), tmp_path / "run", splits=splits).learner.begin()
-    student_trainer(starting_from(weights), tmp_path / "run", True, splits=splits)
+    student_trainer(
+        [starting_from(two_epochs)], [RunDirectory(tmp_path / "run")], splits
+    ).learner.begin()
+    student_trainer([starting_from(weights)], [RunDirectory(tmp_path / "run", resume=True)], splits)
     other = tmp_path / "other"
     train_student(config_of(small_cache, train=trained_for(1)), other, splits=splits)
     with pytest.raises(RunError, match=r"other settings: other weights"):
-        student_trainer(starting_from(other), tmp_path / "run", True, splits=splits)
+        student_trainer(
+            [starting_from(other)], [RunDirectory(tmp_path / "run", resume=True)], splits
+        )
 
 
 def test_another_cache_in_the_same_place_is_refused(
@@ -180,23 +187,23 @@ def test_another_cache_in_the_same_place_is_refused(
 ) -> None:
     cache, run = tmp_path / "cache.zarr", tmp_path / "run"
     cache_teacher(small_job, cache)
-    student_trainer(config_of(cache), run, splits=splits).learner.begin()
+    student_trainer([config_of(cache)], [RunDirectory(run)], splits).learner.begin()
     shutil.rmtree(cache)
     other = msgspec.structs.replace(small_job.config, encoding="float16")
     cache_teacher(dataclasses.replace(small_job, config=other), cache)
     with pytest.raises(RunError, match=r"other settings: other caches"):
-        student_trainer(config_of(cache), run, True, splits=splits)
+        student_trainer([config_of(cache)], [RunDirectory(run, resume=True)], splits)
 
 
 def test_another_rectification_of_the_same_name_is_refused(
     small_copy: Path, splits: Splits, tmp_path: Path
 ) -> None:
     config = config_of(small_copy, bias=BiasSettings(mode="rectify", schedule="constant"))
-    student_trainer(config, tmp_path / "run", splits=splits).learner.begin()
+    student_trainer([config], [RunDirectory(tmp_path / "run")], splits).learner.begin()
     shutil.rmtree(small_copy / "rectified")
     rectify(small_copy, RectifyConfig(method="swap", name="pairwise-T4"))
     with pytest.raises(RunError, match=r"other settings: made_from\.rectified\.method"):
-        student_trainer(config, tmp_path / "run", True, splits=splits)
+        student_trainer([config], [RunDirectory(tmp_path / "run", resume=True)], splits)
 
 
 # ---- damage ---------------------------------------------------------------------------------
@@ -377,5 +384,5 @@ def test_batches_of_one_are_trained_on_where_the_model_can(
     small_cache: Path, splits: Splits, tmp_path: Path
 ) -> None:
     config = config_of(small_cache, train=msgspec.structs.replace(TRAIN, batch_size=1, epochs=1))
-    trainer = student_trainer(config, tmp_path / "run", splits=splits)
+    trainer = student_trainer([config], [RunDirectory(tmp_path / "run")], splits)
     assert trainer.learner.steps == 300

@@ -38,6 +38,7 @@ from stages.settings import (
     TrainSettings,
 )
 from stages.train_student import student_trainer, train_student
+from stages.training.run_directory import RunDirectory
 from stages.verify import verify, verify_live, verify_pixels
 
 CLASSES, EACH = 3, 8
@@ -213,9 +214,9 @@ def test_everything_after_it_needs_no_option(gone_on: Gone, tmp_path: Path) -> N
         device="cpu",
     )
     words = Words()
-    trainer = student_trainer(config, tmp_path / "looked-at", reporter=words)
-    assert trainer.samples.tolist() == [i for i in range(CLASSES * EACH) if i != SAMPLE]
-    assert 2 * TESTED not in trainer.learner.evaluations["test"].samples
+    trainer = student_trainer([config], [RunDirectory(tmp_path / "looked-at")], reporter=words)
+    assert trainer.stream.samples.tolist() == [i for i in range(CLASSES * EACH) if i != SAMPLE]
+    assert 2 * TESTED not in trainer.stream.evaluations["test"].samples
     assert any("1 of 24 train samples skipped" in line for line in words.lines)
     train_student(config, tmp_path / "run")
     evaluated = evaluate_run(tmp_path / "run")
@@ -224,7 +225,7 @@ def test_everything_after_it_needs_no_option(gone_on: Gone, tmp_path: Path) -> N
     assert evaluated.scores.top1 == pytest.approx(evaluated.recorded_top1)
     epochs = CachedEpochs(str(out), data, batch_size=8)
     shown = torch.cat([batch.samples for batch in epochs.epoch(0)])
-    assert sorted(shown.tolist()) == trainer.samples.tolist()
+    assert sorted(shown.tolist()) == trainer.stream.samples.tolist()
 
 
 def test_repair_makes_the_same_bytes(gone_on: Gone, tmp_path: Path) -> None:
@@ -283,7 +284,9 @@ def test_a_finished_cache_gains_none_and_none_comes_back(
         device="cpu",
     )
     with pytest.raises(IdentityError, match="skips_of"):
-        student_trainer(config, tmp_path / "run", splits=load_data(gone_on.world.settings()))
+        student_trainer(
+            [config], [RunDirectory(tmp_path / "run")], load_data(gone_on.world.settings())
+        )
 
 
 def test_a_student_may_leave_out_more_than_its_cache(
@@ -296,8 +299,8 @@ def test_a_student_may_leave_out_more_than_its_cache(
         model=ModelSettings(architecture="resnet8"),
         device="cpu",
     )
-    trainer = student_trainer(config, tmp_path / "run")
-    assert trainer.samples.tolist() == [i for i in range(24) if i not in (0, 5)]
+    trainer = student_trainer([config], [RunDirectory(tmp_path / "run")])
+    assert trainer.stream.samples.tolist() == [i for i in range(24) if i not in (0, 5)]
 
 
 def test_an_encoding_is_not_fitted_to_black_pixels(whole: World, tmp_path: Path) -> None:

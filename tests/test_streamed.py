@@ -42,8 +42,8 @@ from stages.settings import (
     TrainSettings,
 )
 from stages.sizes import parse_bytes
-from stages.train_student import train_student
-from stages.training.student import CachedTask
+from stages.train_student import CachedTask, train_student
+from stages.training.run_directory import RunDirectory
 
 # Two workers are what is tested, also where a container grants one core.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
@@ -185,12 +185,14 @@ def test_each_model_sees_its_own_size(
     my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path
 ) -> None:
     trainer = stage.student_trainer(
-        student_config(my_cache, my_folder, workers=0), tmp_path / "run", splits=my_splits
+        [student_config(my_cache, my_folder, workers=0)],
+        [RunDirectory(tmp_path / "run")],
+        my_splits,
     )
     order = torch.arange(8)
-    (batch,) = trainer.feeds[0].batches(order, 1, 8)
+    (batch,) = trainer.stream.feed.batches(order, 1, 8)
     assert batch.pixels.shape == (8, 3, STUDENT_SIZE, STUDENT_SIZE)
-    assert trainer.learner.evaluations["test"].feed.image_size == STUDENT_SIZE
+    assert trainer.stream.evaluations["test"].feed.image_size == STUDENT_SIZE
     assert LogitCache.open(my_cache).identity.teacher.image_size == TEACHER_SIZE
 
 
@@ -198,8 +200,8 @@ def test_without_a_size_the_student_takes_the_teachers(
     my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path
 ) -> None:
     config = student_config(my_cache, my_folder, data=data(my_folder, workers=0))
-    trainer = stage.student_trainer(config, tmp_path / "run", splits=my_splits)
-    assert trainer.feeds[0].image_size == TEACHER_SIZE
+    trainer = stage.student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
+    assert trainer.stream.feed.image_size == TEACHER_SIZE
 
 
 def test_probes_are_of_the_teachers_size_and_checked_by_the_student(
@@ -220,7 +222,9 @@ def test_probes_are_of_the_teachers_size_and_checked_by_the_student(
         return pixel_probes(dataset, policy, image_size)
 
     monkeypatch.setattr("stages.data.pixel_probes", spy)
-    stage.student_trainer(student_config(my_cache, my_folder), tmp_path / "run", splits=my_splits)
+    stage.student_trainer(
+        [student_config(my_cache, my_folder)], [RunDirectory(tmp_path / "run")], my_splits
+    )
     assert asked == [TEACHER_SIZE]
 
 
@@ -250,14 +254,14 @@ def test_workers_are_gone_when_a_run_ends(
     """Also where it was stopped; and a feed that is used again has workers again."""
     before = set(multiprocessing.active_children())
     config = student_config(my_cache, my_folder, workers=2)
-    trainer = stage.student_trainer(config, tmp_path / "run", splits=my_splits)
+    trainer = stage.student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
     trainer.reporter = TermAfter(3)
     with pytest.raises(RunError, match="SIGTERM"):
         trainer.fit()
     assert set(multiprocessing.active_children()) <= before
-    (batch,) = trainer.feeds[0].batches(torch.arange(4), 0, 4)
+    (batch,) = trainer.stream.feed.batches(torch.arange(4), 0, 4)
     assert len(batch.samples) == 4
-    trainer.feeds[0].close()
+    trainer.stream.feed.close()
     assert set(multiprocessing.active_children()) <= before
 
 
@@ -317,7 +321,7 @@ def test_an_epoch_in_groups_shows_every_sample_once(
     """With two workers; each batch learns from the rows that the whole view has for it."""
     config = student_config(my_cache, my_folder, slab_memory=TIGHT)
     cache, views = LogitCache.open(my_cache), []
-    trainer = stage.student_trainer(config, tmp_path / "run", splits=my_splits)
+    trainer = stage.student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
     loss_parts = trainer.learner.task.loss_parts
 
     def compare(logits: Tensor, batch: Any) -> dict[str, Tensor]:
@@ -342,7 +346,7 @@ def test_an_epoch_in_groups_shows_every_sample_once(
     for epoch in range(2):
         order = torch.cat([samples for _, samples in shown[5 * epoch : 5 * epoch + 5]])
         assert torch.equal(order.sort().values, torch.arange(SAMPLES))
-        assert torch.equal(order, trainer.order(torch.arange(SAMPLES), 0, epoch))
+        assert torch.equal(order, trainer.stream.order(torch.arange(SAMPLES), 0, epoch))
         chunks = cache.row_of[order] // cache.grid.chunk_rows
         assert [len(set(part.tolist())) for part in chunks.split(80)] == [2, 2, 2]
         assert len(set(chunks.tolist())) == 6
@@ -384,7 +388,7 @@ def test_a_run_in_groups_resumes_exactly(
 ) -> None:
     """Stopped within a group, before a batch across two groups, and at the end of an epoch."""
     config = student_config(my_cache, my_folder, 0, slab_memory=TIGHT)
-    trainer = stage.student_trainer(config, tmp_path / "run", splits=my_splits)
+    trainer = stage.student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
     trainer.reporter = TermAfter(batches)
     with pytest.raises(RunError, match="SIGTERM"):
         trainer.fit()
@@ -443,7 +447,7 @@ def test_too_little_memory(
         train_student(config, tmp_path / "run", splits=my_splits)
     assert not (tmp_path / "run").exists()
     offered = student_config(my_cache, my_folder, 0, slab_memory="9.6kB")
-    assert stage.student_trainer(offered, tmp_path / "run", splits=my_splits)
+    assert stage.student_trainer([offered], [RunDirectory(tmp_path / "run")], my_splits)
 
 
 def test_from_the_command_line(my_cache: Path, my_folder: Path, tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ from stages.settings import (
     TrainSettings,
 )
 from stages.student_checks import check_one_stream
-from stages.train_student import student_trainer, students_trainer, train_student, train_together
-from stages.training.student import CachedTask
+from stages.train_student import CachedTask, student_trainer, train_student, train_together
+from stages.training.run_directory import RunDirectory
 
 CPU = torch.device("cpu")
 TIMES = {"seconds", "wait_seconds", "images_per_second"}
@@ -171,10 +171,8 @@ def test_images_are_cropped_once(
             shown.append(len(samples))
         return batch_of(self, samples, *what)
 
-    students = [
-        (config, tmp_path / name) for config, name in zip(my_students, STUDENTS, strict=True)
-    ]
-    trainer = students_trainer(students, splits=my_splits)
+    runs = [RunDirectory(tmp_path / name) for name in STUDENTS]
+    trainer = student_trainer(my_students, runs, my_splits)
     monkeypatch.setattr(ViewFeed, "_batch", counting)
     trainer.fit_all()
     assert sum(shown) == 2 * SAMPLES
@@ -194,8 +192,8 @@ def test_targets_are_read_once_and_waited_for_together(
 
     monkeypatch.setattr(LogitCache, "read_view", slow)
     names = ("baseline", "kd", "rectified")
-    students = [(student(my_cache, **STUDENTS[name]), tmp_path / name) for name in names]
-    students_trainer(students, splits=my_splits).fit_all()
+    students = [student(my_cache, **STUDENTS[name]) for name in names]
+    train_together(students, [tmp_path / name for name in names], splits=my_splits)
     assert len(reads) == 2  # epochs, each of another view
     lines = [metrics(tmp_path / name)[0] for name in names]
     (waited,) = {line["wait_seconds"] for line in lines}
@@ -225,7 +223,7 @@ def test_a_stopped_group_goes_on_bit_for_bit(
 ) -> None:
     """Stopped while the second of them takes its step, as a kill between checkpoints leaves it."""
     outs = [tmp_path / name for name in STUDENTS]
-    trainer = students_trainer(list(zip(my_students, outs, strict=True)), splits=my_splits)
+    trainer = student_trainer(my_students, [RunDirectory(out) for out in outs], my_splits)
     victim, others = trainer.learners[1], trainer.learners
     steps = 0
 
@@ -286,13 +284,13 @@ def test_mlkd_sees_both_views_of_every_sample(
 ) -> None:
     """The first batch's loss by hand: the weak and the strong pixels, each with its own row."""
     config = student(my_pairs, loss=LossSettings(name="mlkd"))
-    trainer = student_trainer(config, tmp_path / "run", splits=my_splits)
+    trainer = student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
     learner, cache = trainer.learner, LogitCache.open(my_pairs)
     task = learner.task
     assert isinstance(task, CachedTask)
     views = learner.start_epoch()
     assert views in ((0, 1), (2, 3))
-    order = trainer.order(torch.arange(SAMPLES), 0, 0)[:BATCH]
+    order = trainer.stream.order(torch.arange(SAMPLES), 0, 0)[:BATCH]
     assert my_splits.train.images is not None
     images, labels = my_splits.train.images[order], my_splits.train.labels[order]
     pixels = [cached_policy(cache).apply(images, order, view) for view in views]
@@ -332,7 +330,7 @@ def test_the_next_pair_is_read_meanwhile(
 
     monkeypatch.setattr(LogitCache, "read_view", counted)
     config = student(my_pairs, loss=LossSettings(name="mlkd"))
-    learner = student_trainer(config, tmp_path / "run", splits=my_splits).learner
+    learner = student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits).learner
     views = learner.start_epoch()
     deadline = time.monotonic() + 10
     while len(reads) < 4:
@@ -356,7 +354,7 @@ def test_ctkds_temperature_is_learned_and_resumed(
     my_cache: Path, my_splits: Splits, my_group: list[Path], tmp_path: Path
 ) -> None:
     config = student(my_cache, **STUDENTS["learned"])
-    trainer = student_trainer(config, tmp_path / "run", splits=my_splits)
+    trainer = student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
     learned = trainer.learner.task.learned
     assert learned is not None
     before = [p.detach().clone() for p in learned.parameters()]

@@ -33,6 +33,7 @@ from stages.settings import (
 from stages.targets.chunks import groups_of_ranks
 from stages.train_student import student_trainer
 from stages.training.learner import Learner, Position
+from stages.training.run_directory import RunDirectory
 
 EPOCHS, BATCH = 3, 100
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -93,15 +94,14 @@ def test_two_ranks_learn_what_one_process_learns(
     # One process that is shown the same batches: the parts of both ranks, one after the other.
     cache = LogitCache.open(my_cache)
     groups = groups_of_ranks(cache.row_of, cache.grid.chunk_rows, 2)
-    shown = groups.smallest(torch.arange(1000))
-    trainer = student_trainer(config, tmp_path / "one", splits=digits)
+    trainer = student_trainer([config], [RunDirectory(tmp_path / "one")], digits)
 
     def both(samples: Tensor, seed: int, epoch: int) -> Tensor:
-        parts = [groups.order_of_group(g, shown)(samples, seed, epoch) for g in (0, 1)]
+        parts = [groups.order_of_group(g, samples, seed, epoch) for g in (0, 1)]
         batches = zip(*(part.split(BATCH // 2) for part in parts), strict=True)
         return torch.cat([half for batch in batches for half in batch])
 
-    trainer.order = both
+    trainer.stream.order = both
     trainer.fit()
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in one:
@@ -140,7 +140,7 @@ def test_a_checkpoint_has_the_losses_of_all_ranks(
     def at_rank(rank: int) -> Learner:
         resume = (tmp_path / "run").exists()
         learner = student_trainer(
-            student(my_cache), tmp_path / "run", resume, splits=digits
+            [student(my_cache)], [RunDirectory(tmp_path / "run", resume=resume)], digits
         ).learner
         learner.ranks = Ranks(rank, 2, rank)
         return learner
@@ -172,7 +172,7 @@ def test_ranks_take_disjoint_parts_drawn_anew(rows: int, chunk: int, world: int)
     shown = groups.smallest(samples)
     assert shown >= rows // world - world * 20
     parts = [
-        [groups.order_of_group(rank, shown)(samples, 0, epoch) for rank in range(world)]
+        [groups.order_of_group(rank, samples, 0, epoch) for rank in range(world)]
         for epoch in range(4)
     ]
     for epoch in range(4):
@@ -196,5 +196,5 @@ def test_what_ranks_cannot_do(my_cache: Path, digits: Splits, tmp_path: Path) ->
         (msgspec.structs.replace(config, slab_memory="1GB"), "several processes"),
     ):
         with pytest.raises(ConfigError, match=told):
-            student_trainer(wanted, tmp_path / "run", splits=digits, ranks=two)
+            student_trainer([wanted], [RunDirectory(tmp_path / "run")], digits, ranks=two)
     assert not (tmp_path / "run").exists()

@@ -48,11 +48,10 @@ from stages.settings import (
     TeacherSettings,
     TrainSettings,
 )
-from stages.student_checks import check_students
-from stages.train_student import train_student
+from stages.student_checks import check_students, complete
+from stages.train_student import CachedTask, train_student
 from stages.train_teacher import train_teacher
-from stages.training import run_directory, setup
-from stages.training.student import CachedTask
+from stages.training import run_directory
 
 SAMPLES, VIEWS, CACHE_BATCH = 400, 6, 90
 POLICY = "pad-crop:pad=2"
@@ -238,7 +237,7 @@ def test_the_teacher_is_never_loaded(
 
     teacher = LogitCache.open(my_world.cache).provenance["config"]["teacher"]
     assert not Path(teacher["weights"]).exists()
-    monkeypatch.setattr(setup, "load_model", fail)
+    monkeypatch.setattr("stages.training.models.load_model", fail)
     config = student_config(my_world.cache, train=TrainSettings(epochs=1, batch_size=200))
     train_student(config, tmp_path / "run", splits=my_world.splits)
 
@@ -681,17 +680,19 @@ def test_a_damaged_record_of_a_view_is_told_before_the_first_step(
     flip(my_cache / "commits" / part / "v00005.json")
     cache = LogitCache.open(my_cache)
     with pytest.raises(CacheError, match=rf"commits/{part}/v00005\.json is not readable"):
-        check_students([student_config(my_cache, bias=RECTIFY)], cache)
-    checked = check_students([student_config(my_cache, bias=RECTIFY, views=5)], cache)
-    assert [*checked.views] == [0, 1, 2, 3, 4]
+        check_students([complete(student_config(my_cache, bias=RECTIFY), cache)], cache)
+    few = complete(student_config(my_cache, bias=RECTIFY, views=5), cache)
+    assert check_students([few], cache)[1] == [(0,), (1,), (2,), (3,), (4,)]
 
 
 @pytest.mark.parametrize("array", ["prediction", "rectified/pairwise-T4/wrong"])
 def test_a_shard_that_is_gone_is_told_before_the_first_step(my_cache: Path, array: str) -> None:
     shard = next((my_cache / array / "c/5").rglob("0"))
     shard.unlink()
+    cache = LogitCache.open(my_cache)
+    config = complete(student_config(my_cache, bias=RECTIFY), cache)
     with pytest.raises(CacheError, match=rf"{array}/c/5/\S* is missing"):
-        check_students([student_config(my_cache, bias=RECTIFY)], LogitCache.open(my_cache))
+        check_students([config], cache)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from stages.inputs.checkpoints import weights_file
 from stages.inputs.models import build_model
 from stages.reporting import Reporter, Silent
 from stages.settings import DataSettings, ModelSettings, SeedSettings, StudentConfig
-from stages.student_checks import check_students, made_from, slab_plan
+from stages.student_checks import check_students, complete, made_from, slab_plan
 from stages.targets.ensemble import teacher_top1
 from stages.training.compiled import check_compiler
 
@@ -67,7 +67,6 @@ class _Known:
 
     caches: dict[str, LogitCache] = field(default_factory=dict)
     objectives: dict[StudentConfig, StudentConfig] = field(default_factory=dict)
-    views: dict[StudentConfig, int] = field(default_factory=dict)
     top1: dict[tuple[str, ...], float | None] = field(default_factory=dict)
     made_from: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -85,19 +84,16 @@ class _Known:
             config, model=ModelSettings(architecture=""), seed=SeedSettings()
         )
         if alike not in self.objectives:
-            checked = check_students([alike], self.cache(config.cache))
-            slab_plan(checked.caches, checked.configs[0], len(checked.views))
-            self.objectives[alike] = checked.configs[0]
-            self.views[checked.configs[0]] = len(checked.views)
+            cache = self.cache(config.cache)
+            completed = complete(alike, cache)
+            caches, choices = check_students([completed], cache)
+            slab_plan([completed], caches, choices)
+            self.objectives[alike] = completed
         return msgspec.structs.replace(self.objectives[alike], model=config.model, seed=config.seed)
 
     def note_origins(self, run: Run, images: Mapping[str, str]) -> None:
         """Remember what a run is made from. images: digests of both splits."""
-        alike = msgspec.structs.replace(
-            run.config, model=ModelSettings(architecture=""), seed=SeedSettings()
-        )
-        caches = made_from(run.config, self.members(run.config), self.views[alike])
-        self.made_from[run.name] = {**images, **caches}
+        self.made_from[run.name] = {**images, **made_from(run.config, self.members(run.config))}
 
     def teacher_top1(self, config: StudentConfig) -> float | None:
         """Test accuracy of the cache's teacher; of several, that of their mean probabilities."""

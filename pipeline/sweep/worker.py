@@ -23,7 +23,7 @@ from stages.errors import PipelineError, RunError
 from stages.reporting import Silent
 from stages.settings import DataSettings, StudentConfig
 from stages.train_student import train_student, train_together
-from stages.training.run_directory import held
+from stages.training.run_folder import held
 from stages.user_code import trusting
 
 _ONE_AT_A_TIME = threading.Lock()

@@ -23,7 +23,7 @@ from stages.cache import LogitCache
 from stages.cache.encoding import FIT_ROWS, fit_encoding, row_kl
 from stages.data import load_data
 from stages.settings import DataSettings, StudentConfig
-from stages.train_student import student_trainer
+from stages.train_student import train_student
 
 HERE = Path(__file__).parent
 STUDENTS = ("float32", "uint8", "klt", "topk")
@@ -161,7 +161,7 @@ def train(cache: str, data: str, folder: Path, seeds: int) -> None:
             flags = {"cache": str(folder / f"{name}.zarr"), "data.dataset": f"folder:{data}"}
             seeded = {"seed.data": seed, "seed.init": seed}
             config = read_config(StudentConfig, str(HERE / "base.yaml"), flags | seeded, [])
-            student_trainer(config, out, splits=splits, overwrite=True, reporter=console).fit()
+            train_student(config, out, splits=splits, overwrite=True, reporter=console)
 
 
 def write_table(rows: list[dict[str, Any]], folder: Path) -> None:

@@ -26,8 +26,8 @@ from stages.data import Splits, load_data
 from stages.device import forward
 from stages.inputs.feed import Batch
 from stages.settings import CacheConfig, DataSettings, StudentConfig, TeacherSettings
-from stages.train_student import student_trainer
-from stages.training.student import CachedTask
+from stages.train_student import CachedTask, student_trainer
+from stages.training.run_directory import RunDirectory
 
 HERE = Path(__file__).parent
 
@@ -119,16 +119,14 @@ def train(
     config: StudentConfig, out: Path, splits: Splits, console: Console, live: str | None
 ) -> None:
     """One student; with the live teacher where its run directory is given."""
-    trainer = student_trainer(config, out, splits=splits, overwrite=True, reporter=console)
+    trainer = student_trainer([config], [RunDirectory(out, overwrite=True)], splits, console)
     if live is not None:
         assert isinstance(trainer.learner.task, CachedTask)
         given = TeacherSettings(weights=live)
         job = prepare(
             CacheConfig(data=config.data, teacher=given, views=1, dtype="bfloat16"), splits
         )
-        trainer.learner.task = LiveTask(
-            trainer.learner.task, job, splits.train.labels.to(trainer.device)
-        )
+        trainer.learner.task = LiveTask(trainer.learner.task, job, trainer.stream.labels)
     trainer.fit()
 
 

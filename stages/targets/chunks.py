@@ -18,7 +18,7 @@ from stages.errors import ConfigError
 from stages.inputs.counter_hash import permute
 from stages.sizes import in_words
 from stages.targets.memory import free_memory
-from stages.training.order import SampleOrder, Stream, sample_order
+from stages.training.order import Stream, sample_order
 
 
 def groups_of_ranks(row_of: Tensor, chunk_rows: int, world: int) -> "ChunkGroups":
@@ -83,14 +83,13 @@ class ChunkGroups:
         shuffled = sample_order(samples, seed, epoch)
         return shuffled[self.group_of(seed, epoch)[shuffled].argsort(stable=True)]
 
-    def order_of_group(self, group: int, shown: int) -> SampleOrder:
-        """Of the samples of one group, whichever chunks it draws: the first `shown` of them."""
-
-        def order(samples: Tensor, seed: int, epoch: int) -> Tensor:
-            shuffled = sample_order(samples, seed, epoch)
-            return shuffled[self.group_of(seed, epoch)[shuffled] == group][:shown]
-
-        return order
+    def order_of_group(self, group: int, samples: Tensor, seed: int, epoch: int) -> Tensor:
+        """Of `samples` those of one group, shuffled: as many in every epoch, whichever chunks the
+        group draws.
+        """
+        shuffled = sample_order(samples, seed, epoch)
+        mine = shuffled[self.group_of(seed, epoch)[shuffled] == group]
+        return mine[: self.smallest(samples)]
 
     def smallest(self, samples: Tensor) -> int:
         """How many of these samples every group has at least, whichever chunks it draws."""
@@ -142,24 +141,32 @@ class SlabPlan:
     resident: bool = False
     share: int | None = None
 
+    def order(self, samples: Tensor, seed: int, epoch: int) -> Tensor:
+        """The samples in the order of an epoch in which targets are read like this: int64."""
+        if self.groups is None:
+            return sample_order(samples, seed, epoch)
+        if self.share is None:
+            return self.groups.order(samples, seed, epoch)
+        return self.groups.order_of_group(self.share, samples, seed, epoch)
+
 
 def plan_slabs(
     caches: Sequence[LogitCache],
-    num_views: int,
+    choices: Sequence[tuple[int, ...]],
     budget: int | None,
     samples: Tensor,
     batch_size: int,
     device: torch.device,
-    at_once: int = 1,
 ) -> SlabPlan:
-    """How to read `num_views` views so that targets take no more than `budget` bytes on `device`:
-    the slab in use and the next.
+    """How to read views so that targets take no more than `budget` bytes on `device`: the slab in
+    use and the next.
 
-    samples: int64, those that are trained on. at_once: how many views an epoch shows; several are
-    not read in groups: `budget` is None then. Raises ConfigError, naming a budget that works, where
-    the budget is too small, or where none is given and half of the available memory is. An order
-    of samples that depended on the machine would not be the seed's: nobody chooses silently.
+    choices: what an epoch may show; several views at once are not read in groups: `budget` is None
+    then. samples: int64, those that are trained on. Raises ConfigError, naming a budget that works,
+    where the budget is too small, or where none is given and half of the available memory is. An
+    order of samples that depended on the machine would not be the seed's: nobody chooses silently.
     """
+    at_once, num_views = len(choices[0]), len({view for some in choices for view in some})
     samples_of_view, held = caches[0].num_samples, min(2 * at_once, num_views)
     needed = slab_bytes(caches, samples_of_view, held)
     every, most = slab_bytes(caches, samples_of_view, num_views), resident_bytes(device)

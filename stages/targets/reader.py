@@ -21,7 +21,7 @@ from stages.cache.targets import SampleTargets, SharedTargets, Targets, ViewTarg
 from stages.device import Upload
 from stages.targets.chunks import SlabPlan
 from stages.targets.ensemble import EnsembleTargets
-from stages.training.order import view_order
+from stages.training.order import ViewSchedule
 
 What = TypeVar("What")
 Slab = TypeVar("Slab")
@@ -42,26 +42,19 @@ class TargetReader:
         self,
         caches: Sequence[LogitCache],
         rectified: str | None,
-        views: Sequence[tuple[int, ...]],
+        schedule: ViewSchedule,
         plan: SlabPlan,
-        epochs: int,
-        seed: int,
         labels: Tensor,
         students: int = 1,
     ) -> None:
-        """views: what an epoch may show: a view, or the views of a sample that are seen at once.
-        seed: seed.data. labels: int64 (N,), on the device where targets are needed. students: how
-        many are trained meanwhile, which wait together.
+        """labels: int64 (N,), on the device where targets are needed. students: how many are
+        trained meanwhile, which wait together.
         """
         self._caches, self._rectified, self._labels = caches, rectified, labels
-        self._views, self._seed, self._groups, self._share = views, seed, plan.groups, plan.share
+        self._schedule, self._groups, self._share = schedule, plan.groups, plan.share
         self._students = students
         self._upload, self._shared = Upload(labels.device), dict[int, SharedTargets]()
-        self._slabs = SlabReader(self._read, self._parts_of, epochs, plan.resident)
-
-    def views_of(self, epoch: int) -> tuple[int, ...]:
-        """The views that an epoch shows at once."""
-        return self._views[view_order(self._seed, epoch, len(self._views))]
+        self._slabs = SlabReader(self._read, self._parts_of, schedule.epochs, plan.resident)
 
     def waited(self, epoch: int) -> float:
         """A student's share of the seconds that all of them waited for an epoch's targets."""
@@ -71,14 +64,14 @@ class TargetReader:
         """The targets of an epoch's views; of views seen at once for batches that join them."""
         if self._groups is None or self._share is not None:
             return self._slabs.slab(epoch)
-        group_of = self._groups.group_of(self._seed, epoch).to(self._labels.device)
+        group_of = self._groups.group_of(self._schedule.seed, epoch).to(self._labels.device)
         return GroupedTargets(self._slabs, epoch, group_of)
 
     def _parts_of(self, epoch: int) -> list[_Part]:
-        views = self.views_of(epoch)
+        views = self._schedule.of_epoch(epoch)
         if self._groups is None:
             return [_Part(views)]
-        groups = self._groups.chunks(self._seed, epoch)
+        groups = self._groups.chunks(self._schedule.seed, epoch)
         if self._share is not None:
             groups = [groups[self._share]]
         return [_Part(views, chunks) for chunks in groups]

@@ -2,24 +2,28 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stages.device import forward, place
-from stages.distributed import ALONE, Ranks, summed, take_from_first
+from stages.distributed import summed, take_from_first
 from stages.errors import PipelineError, RunError
-from stages.inputs.feed import Batch, Normalise, ViewFeed
-from stages.settings import TrainSettings
+from stages.inputs.feed import Batch
+from stages.settings import RunConfig
 from stages.training.compiled import CompiledForward
 from stages.training.history import said, selected_epoch, summarise
+from stages.training.models import InitialModel, RandomState
 from stages.training.optimise import make_optimizer, make_schedule, restore_optimizer
 from stages.training.run_directory import RunDirectory
+from stages.training.same_run import MADE_FROM
+from stages.training.stream import BatchStream, Evaluation
 
 
 class Task(Protocol):
@@ -42,15 +46,6 @@ class Task(Protocol):
         """Numbers about the epoch that has just ended, for metrics.jsonl."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A set of samples that a model is measured on, on the clean view."""
-
-    feed: ViewFeed
-    samples: Tensor
-    labels: Tensor
-
-
 @dataclass
 class Position:
     """How far a run is: `step` batches into `epoch`, with the sums of its losses so far."""
@@ -67,57 +62,73 @@ class Position:
 
 @dataclass
 class Learner:
-    """A model and all that its training changes. steps: batches of an epoch.
+    """A model and all that its training changes.
 
-    random_state: of the generators, for one of several learners in a process: each then draws as
-    if it were alone. error: why it was given up. ranks: of a launch that trains it on several
-    processes; the first of them writes. views: of a sample that are seen at once.
+    made_from: digests of what it is made from, see `stages.training.same_run`. random_state: of the
+    generators, for one of several learners in a process: each then draws as if it were alone, None
+    for the only one. error: why it was given up.
     """
 
-    module: nn.Module
-    normalise: Normalise
+    config: RunConfig
+    model: InitialModel
     task: Task
-    evaluations: dict[str, Evaluation]
-    settings: TrainSettings
     run: RunDirectory
-    device: torch.device
-    steps: int
-    random_state: "RandomState | None" = None
-    ranks: Ranks = ALONE
-    views: int = 1
+    stream: BatchStream
+    made_from: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        place(self.module, self.device, self.settings.channels_last)
+        self.settings, self.ranks, device = self.config.train, self.stream.ranks, self.stream.device
+        self.module = place(self.model.model.module, device, self.settings.channels_last)
+        self.normalise = self.model.normalise(device, self.settings.channels_last)
         learned = self.task.learned
         if learned is not None:
-            learned.to(self.device)
+            learned.to(device)
+        self.steps = self.stream.steps
         self._optimizer = make_optimizer(self.module, self.settings, learned)
         self._schedule = make_schedule(self._optimizer, self.settings, self.steps)
-        half = self.settings.dtype == "float16"
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.settings.dtype == "float16")
         self._forward: nn.Module = self.module
         if self.ranks.world > 1:
-            ids = None if self.device.type == "cpu" else [self.device]
+            ids = None if device.type == "cpu" else [device]
             self._forward = DistributedDataParallel(self.module, device_ids=ids)
-        self._compiled = self._compile() if self.settings.compile else None
+        self._compiled: CompiledForward | None = None
+        self._views = 1
+        self.random_state: RandomState | None = None
         self.position = Position()
         self.history: list[dict[str, Any]] = []
         self.error: PipelineError | None = None
 
-    def _compile(self) -> CompiledForward:
-        alone = self.ranks.world == 1 and self.views == 1
-        size = self.settings.batch_size // self.ranks.world
-        return CompiledForward(self._forward, size, self.device, graphs=alone)
+    def resolved(self) -> dict[str, Any]:
+        """The settings of the run, with those of the model resolved: plain values."""
+        config = msgspec.structs.replace(self.config, model=self.model.settings)
+        return {"kind": self.config.kind, **msgspec.to_builtins(config)}
+
+    def prepare(self) -> None:
+        """Hold the run directory. Raises RunError where it may not be written."""
+        recorded = {
+            **self.resolved(),
+            "classes": [*self.stream.feed.dataset.class_names],
+            MADE_FROM: {**self.made_from, "init": self.model.init_digest},
+        }
+        self.run.prepare(recorded, self.ranks)
 
     # ---- an epoch -----------------------------------------------------------------------
 
     def start_epoch(self) -> tuple[int, ...]:
         """The views that the epoch at hand shows."""
         views = self.task.start_epoch(self.position.epoch)
+        self._views = len(views)
+        if self.settings.compile and self._compiled is None:
+            self._compiled = self._compile()
         if self.position.step == 0:
             self.position.lr = float(self._schedule.get_last_lr()[0])
         self.module.train()
         return views
+
+    def _compile(self) -> CompiledForward:
+        alone = self.ranks.world == 1 and self._views == 1
+        size = self.settings.batch_size // self.ranks.world
+        return CompiledForward(self._forward, size, self.stream.device, graphs=alone)
 
     def step(self, batch: Batch) -> None:
         """Learn from a batch: of several views, one after the other."""
@@ -127,9 +138,9 @@ class Learner:
         with self._drawing():
             outputs = [
                 forward(model, self.normalise(pixels), self.settings.dtype)
-                for pixels in batch.pixels.chunk(self.views)
+                for pixels in batch.pixels.chunk(self._views)
             ]
-            logits = torch.cat(outputs) if self.views > 1 else outputs[0]
+            logits = torch.cat(outputs) if self._views > 1 else outputs[0]
             parts = self.task.loss_parts(logits, batch)
             self._scaler.scale(parts["loss"]).backward()
             self._average_learned()
@@ -172,7 +183,7 @@ class Learner:
             return
         self.random_state.restore()
         yield
-        self.random_state = RandomState.now(self.device)
+        self.random_state = RandomState.now(self.stream.device)
 
     def finish_epoch(self, views: tuple[int, ...], shown: int) -> dict[str, Any]:
         """Measure, write and save; return the line of the epoch. shown: how many images it saw.
@@ -197,7 +208,7 @@ class Learner:
             "seconds": position.seconds,
             "images_per_second": shown / position.seconds,
         }
-        for name, evaluation in self.evaluations.items():
+        for name, evaluation in self.stream.evaluations.items():
             top1, top5 = self.evaluate(evaluation)
             metrics |= {f"{name}_top1": top1, f"{name}_top5": top5}
         self.history.append(metrics)
@@ -213,9 +224,13 @@ class Learner:
         take_from_first(self.ranks, self.module.buffers())  # those that are written
         shares = self.ranks.share(len(evaluation.samples))
         some = evaluation.samples[shares.start : shares.stop]
-        hits = correct(self.module, self.normalise, evaluation, some, self.settings, self.device)
+        self.module.eval()
+        hits = evaluation.hits(self._predict, some, self.settings.batch_size)
         top1, top5 = (summed(self.ranks, hits) / len(evaluation.samples)).tolist()
         return top1, top5
+
+    def _predict(self, pixels: Tensor) -> Tensor:
+        return forward(self.module, self.normalise(pixels), self.settings.dtype)
 
     def _write(self, metrics: dict[str, Any]) -> None:
         if self.position.epoch - 1 == selected_epoch(self.history):
@@ -237,7 +252,7 @@ class Learner:
         totals = {name: summed(self.ranks, total) for name, total in self.position.totals.items()}
         if not self.ranks.first:
             return
-        random = self.random_state or RandomState.now(self.device)
+        random = self.random_state or RandomState.now(self.stream.device)
         states = {
             "model": self.module.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -254,7 +269,7 @@ class Learner:
 
     def restore(self) -> None:
         """Go on from last.pt, where there is one. Raises RunError if it does not fit."""
-        states = self.run.load_checkpoint(self.device)
+        states = self.run.load_checkpoint(self.stream.device)
         if states is None:
             return
         try:
@@ -309,41 +324,3 @@ def _not_finite(where: str, names: list[str]) -> RunError:
         f"the loss or the weights are not finite {where}: {', '.join(names)}",
         "Lower train.lr, or check the teacher and the loss settings.",
     )
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """What torch's generators will draw next: uint8 tensors."""
-
-    cpu_generator: Tensor
-    cuda_generator: Tensor | None
-
-    @staticmethod
-    def now(device: torch.device) -> "RandomState":
-        on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return RandomState(torch.get_rng_state(), on_gpu)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu_generator)
-        if self.cuda_generator is not None:
-            torch.cuda.set_rng_state(self.cuda_generator.cpu())
-
-
-@torch.inference_mode()
-def correct(
-    module: nn.Module,
-    normalise: Normalise,
-    evaluation: Evaluation,
-    samples: Tensor,
-    settings: TrainSettings,
-    device: torch.device,
-) -> Tensor:
-    """How many samples are right, and how many have their label among the best five: int64 (2,)."""
-    module.eval()
-    hits = torch.zeros(2, dtype=torch.int64, device=device)
-    labels = evaluation.labels.to(device)
-    for batch in evaluation.feed.batches(samples, 0, max(256, settings.batch_size)):
-        logits = forward(module, normalise(batch.pixels), settings.dtype)
-        best = logits.topk(min(5, logits.shape[1])).indices == labels[batch.samples, None]
-        hits += torch.stack([best[:, 0].sum(), best.any(1).sum()])
-    return hits

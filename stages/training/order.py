@@ -1,6 +1,7 @@
 """The order of views and samples: pure functions of (seed.data, epoch), whoever asks and where."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
@@ -34,3 +35,17 @@ def view_order(seed: int, epoch: int, num_views: int) -> int:
     """Which of `num_views` views an epoch shows: a fresh permutation each time round."""
     turn, position = divmod(epoch, num_views)
     return int(permute(torch.tensor([position]), num_views, seed, turn, Stream.VIEWS))
+
+
+@dataclass(frozen=True)
+class ViewSchedule:
+    """Which views each epoch of a run shows. choices: what one epoch may show: a view, or the views
+    of a sample that are seen at once. seed: seed.data.
+    """
+
+    choices: Sequence[tuple[int, ...]]
+    seed: int
+    epochs: int
+
+    def of_epoch(self, epoch: int) -> tuple[int, ...]:
+        return self.choices[view_order(self.seed, epoch, len(self.choices))]

@@ -14,89 +14,56 @@ One process writes to it at a time: it holds the folder from `prepare` to `relea
 import contextlib
 import io
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save
 from torch import nn
 
 from stages.cache.lock import Hold
-from stages.cache.storage import cache_around
+from stages.distributed import ALONE, Ranks, first_rank_does
 from stages.errors import RunError
 from stages.files import replace_file
-from stages.inputs.run_files import (
-    config_text,
-    damaged,
-    read_config,
-    sha256,
-    summary_text,
-)
-from stages.training.events import EventFiles
-from stages.training.same_run import check_same, digest_of_settings
+from stages.inputs.run_files import config_text, damaged, sha256, summary_text
+from stages.training.run_folder import claim, remove_run, unreadable
+from stages.training.same_run import digest_of_settings
 
-FILES = (
-    *("last.pt", "summary.json", "metrics.jsonl", "model.safetensors", "log.txt"),
-    "config.yaml",  # last: what is removed half-way is still known as a run
-)
-_LITTER = re.compile(r"\.DS_Store|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+")
-_EVENTS = re.compile(r"events\.out\.tfevents\..+")
 _TRAILER = b"\nsha256 "
 
 
 class RunDirectory:
-    """Files of one run. Make it with `prepare`.
+    """Files of one run. Nothing is looked at before `prepare`, and nothing written before `begin`.
 
     goes_on: whether there is a run to go on with. kept_epochs: how many finished ones last.pt has.
     """
 
-    def __init__(
-        self, path: Path, config: Mapping[str, Any], goes_on: bool = False, events: bool = False
-    ) -> None:
-        self.path, self.goes_on, self.kept_epochs = path, goes_on, 0
-        self.config_text = config_text(config)
-        self._settings = digest_of_settings(config)
-        self._events = EventFiles(path / "tensorboard") if events else None
+    def __init__(self, path: str | Path, resume: bool = False, overwrite: bool = False) -> None:
+        self.path, self._resume, self._overwrite = Path(path), resume, overwrite
+        self.goes_on, self.kept_epochs = False, 0
+        self.config_text = self._settings = ""
+        self._events: EventFiles | None = None
         self._hold: Hold | None = None
         self._lines: list[str] = []
         self._weights: str | None = None
 
-    @staticmethod
-    def prepare(
-        path: str | Path, config: Mapping[str, Any], resume: bool = False, overwrite: bool = False
-    ) -> "RunDirectory":
-        """A directory that is held, and may be written: nothing is before `begin`.
+    def prepare(self, config: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
+        """Hold the folder for a run of this configuration; the first of several ranks does.
 
-        Raises RunError if somebody else holds it, if it is not empty and neither `resume` nor
-        `overwrite` is given, if another run is to be resumed, or if anything but the files of a run
-        would have to be removed.
+        Raises RunError where it may not be written, see `claim`, or without tensorboard where
+        event files are wanted.
         """
-        path = Path(path)
-        if re.match(r"[A-Za-z0-9]{2,}:/", str(path)):
-            raise RunError(f"runs lie on a disk, not at {path}", "Give a folder: --out runs/NAME.")
-        if resume and overwrite:
-            raise RunError("a run cannot be resumed and overwritten", "Give one of the two.")
-        if (cache := cache_around(path)) is not None:
-            raise RunError(f"{path} lies inside the cache {cache}", "Choose another --out.")
-        if path.exists() and not path.is_dir():
-            raise RunError(f"{path} holds something else than a run", "Choose another --out.")
-        run = RunDirectory(path, config, events=bool(config.get("tensorboard")))
-        run._hold = held(path)
-        try:
-            occupied = any(not _is_left_over(file) for file in path.iterdir())
-            if occupied:
-                _check_occupied(path, config, resume, overwrite)
-        except BaseException as error:
-            run.release()
-            if isinstance(error, OSError):
-                raise _unusable(path, error) from error
-            raise
-        run.goes_on = occupied and resume
-        return run
+        self.config_text, self._settings = config_text(config), digest_of_settings(config)
+
+        def hold() -> bool:
+            if config.get("tensorboard"):
+                self._events = EventFiles(self.path / "tensorboard")
+            self._hold, goes_on = claim(self.path, config, self._resume, self._overwrite)
+            return goes_on
+
+        self.goes_on = first_rank_does(ranks, hold)
 
     def begin(self, history: Sequence[Mapping[str, Any]] = ()) -> None:
         """Remove what is to be replaced, and write config.yaml and the metrics that stay."""
@@ -149,7 +116,7 @@ class RunDirectory:
             )
             settings, self._weights = found.pop("settings"), found.pop("weights")
         except OSError as error:
-            raise _unusable(file, error) from error
+            raise unreadable(file, error) from error
         except RunError:
             raise
         except Exception as error:  # whatever such bytes make an unpickler raise
@@ -219,93 +186,52 @@ class RunDirectory:
             ) from error
 
 
-# ---- one writer, and only its own files -----------------------------------------------------
-
-
-def held(path: Path) -> Hold:
-    """Make a run's folder and hold it. Raises RunError if somebody else does."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        return Hold(path, if_possible=True)
-    except BlockingIOError:
-        raise RunError(
-            f"another process is writing to {path}",
-            "Wait for it or stop it, or choose another --out.",
-        ) from None
-    except OSError as error:
-        raise RunError(f"cannot make {path}: {error.strerror}", "Choose another --out.") from error
-
-
-def foreign_files(path: Path) -> list[str]:
-    """What lies in a folder and is no file of a run: names, sorted."""
-    return sorted(file.name for file in path.iterdir() if not _is_ours(file))
-
-
-def remove_run(path: Path) -> None:
-    """Remove the files of a run from its folder, and nothing else."""
-    events = path / "tensorboard"
-    if events.is_dir() and not events.is_symlink():
-        for file in events.iterdir():
-            if _EVENTS.fullmatch(file.name):
-                file.unlink()
-        with contextlib.suppress(OSError):  # something of the system's lies there
-            events.rmdir()
-    for name in FILES:
-        (path / f"{name}.partial").unlink(missing_ok=True)
-        (path / name).unlink(missing_ok=True)
-
-
-def _is_ours(file: Path) -> bool:
-    if _LITTER.fullmatch(file.name):
-        return True
-    if file.name == "tensorboard" and file.is_dir() and not file.is_symlink():
-        return all(
-            _LITTER.fullmatch(event.name) or (_EVENTS.fullmatch(event.name) and event.is_file())
-            for event in file.iterdir()
-        )
-    return file.name.removesuffix(".partial") in FILES and not file.is_dir()
-
-
-def _is_left_over(file: Path) -> bool:
-    """Whether it does not make a folder occupied: of a kill at the very first step."""
-    return bool(_LITTER.fullmatch(file.name)) or file.name == "config.yaml.partial"
-
-
-def _check_occupied(path: Path, config: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
-    if not (resume or overwrite):
-        raise RunError(f"{path} is not empty", "Go on with --resume, start again with --overwrite.")
-    if not _is_run(path):
-        raise RunError(f"{path} holds something else than a run", "Choose another --out.")
-    if resume:
-        check_same(path, config, read_config(path))
-        return
-    if foreign := foreign_files(path):
-        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        raise RunError(
-            f"{path} holds files that are not the run's: {', '.join(foreign[:3])}{more}",
-            "Move them elsewhere, or choose another --out.",
-        )
-    init = (config.get("model") or {}).get("init")
-    if init is not None and Path(init).resolve().is_relative_to(path.resolve()):
-        raise RunError(
-            f"the run that --overwrite removes holds the weights to start from, {init}",
-            "Choose another --out.",
-        )
-
-
-def _is_run(path: Path) -> bool:
-    """Whether the folder holds a run, and not somebody else's config.yaml."""
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_bytes().decode())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return False
-    return isinstance(config, dict) and config.get("kind") in ("teacher", "student")
-
-
-def _unusable(path: Path, error: OSError) -> RunError:
-    return RunError(f"cannot read {path}: {error.strerror or error}", "Make it readable.")
-
-
 def _plain_weights(module: nn.Module) -> bytes:
     state = {n: t.detach().cpu().contiguous().clone() for n, t in module.state_dict().items()}
     return save(state)
+
+
+class EventFiles:
+    """TensorBoard's event files beside metrics.jsonl: the numbers of each epoch, by step = epoch.
+
+    They are opened with the first epoch, and only grow: epochs that are run again after a kill are
+    declared void (purge_step) instead of being cut off. Raises RunError without tensorboard.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise RunError(
+                "--tensorboard needs tensorboard",
+                "Install it: pip install 'teacher-cache[tensorboard]'.",
+            ) from error
+        self._make, self._folder = SummaryWriter, folder
+        self._writer: SummaryWriter | None = None
+        self._history: Sequence[Mapping[str, Any]] = ()
+
+    def go_on(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """The epochs that stay; what the files have of later ones is void."""
+        self.close()
+        self._history = tuple(history)  # the caller goes on appending
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """The numbers of one epoch, readable at once."""
+        if self._writer is None:
+            late = not self._folder.exists()  # asked for when the run was resumed
+            self._writer = self._make(str(self._folder), purge_step=len(self._history))
+            for before in self._history if late else ():
+                self._write(before)
+        self._write(metrics)
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
+
+    def _write(self, metrics: Mapping[str, Any]) -> None:
+        assert self._writer is not None
+        for name, value in metrics.items():
+            if name != "epoch" and isinstance(value, int | float):
+                self._writer.add_scalar(name, value, int(metrics["epoch"]))

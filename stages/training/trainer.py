@@ -6,6 +6,7 @@ its weights then equal an uninterrupted run's. Several learners that are shown t
 the stream: images are cropped once, and each has the weights that it would have alone.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -15,16 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import yaml
 
-from stages.distributed import ALONE, Ranks, summed
+from stages.distributed import summed
 from stages.errors import PipelineError, RunError, StoppedError
-from stages.inputs.feed import Batch, ViewFeed, joined, num_batches
 from stages.reporting import Reporter
-from stages.settings import SeedSettings, TrainSettings
 from stages.training.history import said
 from stages.training.learner import Learner
-from stages.training.order import SampleOrder, sample_order
+from stages.training.stream import BatchStream
 
 Outcome = dict[str, Any] | PipelineError
 """The summary of a run, or why it failed."""
@@ -35,21 +34,26 @@ _AGAIN = 2.0
 
 @dataclass
 class Trainer:
-    """Learners and what they are shown.
+    """Learners and what they are shown. Epochs and batch size are the same for all of them.
 
-    feeds: one for each view of a sample that is seen at once. samples: int64, the training samples
-    (all, or without the held-out ones). settings: epochs and batch size are those of all learners.
+    Making one holds the run directories, until `fit` or `close` lets them go. Raises RunError where
+    one of them may not be written; nothing is before `fit`.
     """
 
     learners: Sequence[Learner]
-    feeds: Sequence[ViewFeed]
-    samples: Tensor
-    settings: TrainSettings
-    seeds: SeedSettings
+    stream: BatchStream
     reporter: Reporter
-    device: torch.device
-    order: SampleOrder = sample_order
-    ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        self.settings = self.learners[0].settings
+        several = len(self.learners) > 1
+        with contextlib.ExitStack() as held:  # where one cannot be had, the others are let go
+            for learner in self.learners:
+                learner.prepare()
+                held.callback(learner.run.release)
+                learner.random_state = learner.model.random_state if several else None
+                self.reporter.say(yaml.safe_dump(learner.resolved(), sort_keys=False))
+            held.pop_all()
 
     @property
     def learner(self) -> Learner:
@@ -78,11 +82,13 @@ class Trainer:
                     self._train_epoch(epoch, stop)
             return [learner.error or _finished(learner) for learner in self.learners]
         finally:
-            feeds = [e.feed for learner in self.learners for e in learner.evaluations.values()]
-            for feed in (*self.feeds, *feeds):
-                feed.close()
-            for learner in self.learners:
-                learner.run.release()
+            self.close()
+
+    def close(self) -> None:
+        """Let go the run directories, and the processes that decode images."""
+        self.stream.close()
+        for learner in self.learners:
+            learner.run.release()
 
     def _restore(self) -> None:
         """All learners as their checkpoints have them; only then is anything written."""
@@ -103,9 +109,9 @@ class Trainer:
             return
         clock = time.perf_counter()  # waiting for targets counts as well
         (views,) = {learner.start_epoch() for learner in active}
-        order = self.order(self.samples, self.seeds.data, epoch)
+        order = self.stream.epoch_order(epoch)
         first = min(learner.position.step for learner in active)
-        for step, batch in enumerate(self._batches(order, views, first), start=first):
+        for step, batch in enumerate(self.stream.batches(order, views, first), start=first):
             waiting = [learner for learner in active if learner.position.step == step]
             for learner in waiting:
                 learner.step(batch)
@@ -125,8 +131,8 @@ class Trainer:
                     "Go on with the same command and --resume.",
                     stop.number or signal.SIGTERM,
                 )
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.stream.device.type == "cuda":
+            torch.cuda.synchronize(self.stream.device)
         self._share_time(active, clock)
         for learner in active:
             try:
@@ -141,7 +147,7 @@ class Trainer:
 
         Of several ranks each has its own losses: they agree after the epoch.
         """
-        if self.ranks.world > 1:
+        if self.stream.ranks.world > 1:
             return list(learners)
         for learner in learners:
             try:
@@ -149,14 +155,6 @@ class Trainer:
             except RunError as error:
                 learner.error = error
         return [learner for learner in learners if learner.error is None]
-
-    def _batches(self, order: Tensor, views: tuple[int, ...], skip: int) -> Iterator[Batch]:
-        size = self.settings.batch_size // self.ranks.world
-        streams = [
-            feed.batches(order, view, size, skip)
-            for feed, view in zip(self.feeds, views, strict=True)
-        ]
-        return map(joined, zip(*streams, strict=True))
 
     def _share_time(self, learners: Sequence[Learner], since: float) -> float:
         """The time of learners that are trained together is divided evenly."""
@@ -167,18 +165,13 @@ class Trainer:
 
     def _stopped(self, stop: "StopSignal") -> bool:
         """Whether any rank was asked to stop; all of them stop after the same batch."""
-        if self.ranks.world == 1:
+        if self.stream.ranks.world == 1:
             return stop.requested
-        return bool(summed(self.ranks, torch.tensor(int(stop.requested))))
+        return bool(summed(self.stream.ranks, torch.tensor(int(stop.requested))))
 
     def _say(self, learner: Learner, text: str) -> None:
         several = len(self.learners) > 1
         self.reporter.say(f"{learner.run.path.name}: {text}" if several else text)
-
-
-def steps_per_epoch(samples: int, batch_size: int, ranks: Ranks) -> int:
-    """How many batches an epoch has; of several ranks each has its part of every batch."""
-    return num_batches(samples, batch_size // ranks.world)
 
 
 def use_deterministic(wanted: bool) -> None:

@@ -11,7 +11,7 @@ from helpers import RUN_FILES
 from pipeline import demo
 from pipeline.console import Console
 from stages.errors import RunError
-from stages.training.run_directory import held
+from stages.training.run_folder import held
 
 
 def structs_in(value: Any, where: str) -> Iterator[tuple[str, msgspec.Struct]]:

@@ -16,6 +16,7 @@ from stages.sizes import in_words, parse_bytes
 from stages.targets import chunks, memory
 from stages.targets.chunks import RESIDENT_BYTES, SlabPlan, available_bytes, plan_slabs, slab_bytes
 from stages.targets.reader import TargetReader
+from stages.training.order import ViewSchedule
 
 CPU = torch.device("cpu")
 
@@ -111,9 +112,12 @@ def my_cache(finished_cache: Path) -> LogitCache:
     return LogitCache.open(finished_cache)
 
 
-def plan(cache: LogitCache, wanted: int | None, views: int = 3, **changes: Any) -> SlabPlan:
+def plan(
+    cache: LogitCache, wanted: int | None, views: int = 3, at_once: int = 1, **changes: Any
+) -> SlabPlan:
     settings = {"samples": torch.arange(1000), "batch_size": 64, **changes}
-    return plan_slabs([cache], views, wanted, device=CPU, **settings)
+    choices = [tuple(range(v, v + at_once)) for v in range(0, views, at_once)]
+    return plan_slabs([cache], choices, wanted, device=CPU, **settings)
 
 
 def test_slab_bytes_are_those_of_its_tensors(my_cache: LogitCache) -> None:
@@ -128,9 +132,8 @@ def test_slab_bytes_are_those_of_its_tensors(my_cache: LogitCache) -> None:
 
 def test_views_share_labels_and_places_once_they_are_read(my_cache: LogitCache) -> None:
     labels = torch.arange(1000)
-    views = [(view,) for view in range(3)]
-    slab_plan = SlabPlan(resident=True)
-    reader = TargetReader([my_cache], None, views, slab_plan, epochs=3, seed=0, labels=labels)
+    schedule = ViewSchedule([(view,) for view in range(3)], seed=0, epochs=3)
+    reader = TargetReader([my_cache], None, schedule, SlabPlan(resident=True), labels)
     read = [reader.of_epoch(epoch) for epoch in range(3)]
     tensors: list[Tensor] = []
     for targets in read:

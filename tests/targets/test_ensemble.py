@@ -31,10 +31,10 @@ from stages.settings import (
 )
 from stages.student_checks import shared_views
 from stages.targets.ensemble import EnsembleTargets, open_members
-from stages.train_student import student_trainer, train_student
+from stages.train_student import CachedTask, student_trainer, train_student
 from stages.train_teacher import train_teacher
 from stages.training.order import sample_order
-from stages.training.student import CachedTask
+from stages.training.run_directory import RunDirectory
 
 SAMPLES, CLASSES, VIEWS = 60, 7, 3
 
@@ -231,10 +231,10 @@ def test_in_groups_of_the_firsts_chunks(
     lines = {}
     for name, memory in (("whole", None), ("groups", "120kB")):
         config = student_config(my_caches, "first", "other", train=still, slab_memory=memory)
-        trainer = student_trainer(config, tmp_path / name, splits=digits)
+        trainer = student_trainer([config], [RunDirectory(tmp_path / name)], digits)
         trainer.fit()
         (lines[name],) = metrics(tmp_path / name)
-        order = trainer.order(torch.arange(1000), 0, 0)
+        order = trainer.stream.order(torch.arange(1000), 0, 0)
         assert torch.equal(order, sample_order(torch.arange(1000), 0, 0)) == (memory is None)
     assert lines["groups"]["wrong_rate"] == pytest.approx(lines["whole"]["wrong_rate"], abs=1e-6)
     assert lines["groups"]["loss"] == pytest.approx(lines["whole"]["loss"], rel=0.1)

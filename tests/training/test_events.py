@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from helpers import RUN_FILES, metrics
+from helpers import RUN_FILES, metrics, prepared
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.cli import cli
@@ -37,7 +37,7 @@ def line(epoch: int, loss: float) -> dict[str, Any]:
 
 def started(path: Path, epochs: int, resume: bool = False) -> RunDirectory:
     """A run that goes on after so many epochs."""
-    run = RunDirectory.prepare(path, CONFIG, resume=resume)
+    run = prepared(path, CONFIG, resume=resume)
     run.begin(metrics(path)[:epochs] if resume else ())
     run.release()
     return run
@@ -65,7 +65,7 @@ def test_epochs_that_are_run_again_are_not_there_twice(tmp_path: Path) -> None:
 
 
 def test_a_run_may_ask_for_them_when_it_is_resumed(tmp_path: Path) -> None:
-    plain = RunDirectory.prepare(tmp_path / "run", CONFIG | {"tensorboard": False})
+    plain = prepared(tmp_path / "run", CONFIG | {"tensorboard": False})
     plain.begin()
     plain.release()
     plain.add_metrics(line(0, 1.0))
@@ -80,10 +80,10 @@ def test_nothing_is_written_where_tensorboard_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(RunError, match="needs tensorboard") as refused:
-        RunDirectory.prepare(tmp_path / "run", CONFIG)
+        prepared(tmp_path / "run", CONFIG)
     assert "pip install 'teacher-cache[tensorboard]'" in refused.value.remedy
     assert not (tmp_path / "run").exists()
-    RunDirectory.prepare(tmp_path / "run", CONFIG | {"tensorboard": False})
+    prepared(tmp_path / "run", CONFIG | {"tensorboard": False})
 
 
 def test_the_command_writes_them(tmp_path: Path) -> None:

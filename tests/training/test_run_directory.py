@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import RUN_FILES
+from helpers import RUN_FILES, prepared
 from safetensors.torch import load_file
 from torch import nn
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 def begun(path: Path, config: dict[str, Any] = CONFIG, **ways: bool) -> RunDirectory:
     """A run directory with its first files, not held any more."""
-    run = RunDirectory.prepare(path, config, **ways)
+    run = prepared(path, config, **ways)
     run.begin()
     run.release()
     return run
@@ -54,13 +54,13 @@ def test_a_new_one_holds_its_configuration(my_run: RunDirectory) -> None:
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
-    assert RunDirectory.prepare(tmp_path, CONFIG).path == tmp_path
+    assert prepared(tmp_path, CONFIG).path == tmp_path
 
 
 def test_a_used_one_is_refused_with_the_way_out(my_run: RunDirectory) -> None:
     before = everything_in(my_run.path)
     with pytest.raises(RunError, match="not empty") as refused:
-        RunDirectory.prepare(my_run.path, CONFIG)
+        prepared(my_run.path, CONFIG)
     assert "--resume" in refused.value.remedy
     assert "--overwrite" in refused.value.remedy
     assert everything_in(my_run.path) == before
@@ -83,7 +83,7 @@ def test_what_is_not_a_run_stays(tmp_path: Path, way: str, kind: str) -> None:
     else:
         precious.write_text("years of work")
     with pytest.raises(RunError, match="something else than a run") as refused:
-        RunDirectory.prepare(precious, CONFIG, **{way: True})
+        prepared(precious, CONFIG, **{way: True})
     assert "--out" in refused.value.remedy
     contents = everything_in(tmp_path)
     assert list(contents.values()) == [b"years of work"]
@@ -111,7 +111,7 @@ def test_somebody_elses_config_yaml_does_not_make_a_run(
     (tmp_path / "chapter1.tex").write_text("years of work")
     before = everything_in(tmp_path)
     with pytest.raises(RunError, match="something else than a run"):
-        RunDirectory.prepare(tmp_path, CONFIG, **{way: True})
+        prepared(tmp_path, CONFIG, **{way: True})
     assert everything_in(tmp_path) == before
 
 
@@ -130,7 +130,7 @@ def test_resume_and_overwrite_exclude_each_other(tmp_path: Path, there: bool) ->
         begun(tmp_path / "run").log("hello")
     before = everything_in(tmp_path)
     with pytest.raises(RunError, match="cannot be resumed and overwritten") as refused:
-        RunDirectory.prepare(tmp_path / "run", CONFIG, resume=True, overwrite=True)
+        prepared(tmp_path / "run", CONFIG, resume=True, overwrite=True)
     assert refused.value.remedy
     assert everything_in(tmp_path) == before
     assert (tmp_path / "run").exists() is there
@@ -173,7 +173,7 @@ def test_resume_with_other_settings_names_the_key(
 ) -> None:
     before = everything_in(my_run.path)
     with pytest.raises(RunError, match=f"other settings: {re.escape(named)}\n"):
-        RunDirectory.prepare(my_run.path, other, resume=True)
+        prepared(my_run.path, other, resume=True)
     assert everything_in(my_run.path) == before
 
 
@@ -191,7 +191,7 @@ def test_nothing_is_written_into_a_cache(tmp_path: Path) -> None:
     attributes = {"attributes": {"format": "teacher-logit-cache"}}
     (tmp_path / "zarr.json").write_text(json.dumps(attributes))
     with pytest.raises(RunError, match="lies inside the cache"):
-        RunDirectory.prepare(tmp_path / "runs" / "kd", CONFIG)
+        prepared(tmp_path / "runs" / "kd", CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == ["zarr.json"]
 
 
@@ -205,7 +205,7 @@ def whole_checkpoint(run: RunDirectory) -> bytes:
 
 def goes_on(run: RunDirectory) -> dict[str, Any] | None:
     """What the run would go on from."""
-    again = RunDirectory.prepare(run.path, CONFIG, resume=True)
+    again = prepared(run.path, CONFIG, resume=True)
     try:
         return again.load_checkpoint(CPU)
     finally:
@@ -268,7 +268,7 @@ def test_a_checkpoint_of_another_run_is_told(my_run: RunDirectory, tmp_path: Pat
 def test_a_place_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot make"):
-        RunDirectory.prepare(tmp_path / "file" / "run", CONFIG)
+        prepared(tmp_path / "file" / "run", CONFIG)
 
 
 WRITES: dict[str, Callable[[RunDirectory, int], None]] = {
@@ -276,7 +276,7 @@ WRITES: dict[str, Callable[[RunDirectory, int], None]] = {
     "model.safetensors": lambda run, n: run.save_model(nn.Linear(n, 2)),
     "summary.json": lambda run, n: run.save_summary({"epochs": n}),
     "metrics.jsonl": lambda run, n: run.begin([{"epoch": e} for e in range(n)]),
-    "config.yaml": lambda run, n: RunDirectory(run.path, {"epochs": n}, goes_on=True).begin(),
+    "config.yaml": lambda run, n: begun(run.path, CONFIG | {"tensorboard": n > 1}, resume=True),
 }
 
 
@@ -388,7 +388,7 @@ def test_overwrite_refuses_what_is_not_the_runs(
     put(run.path)
     before = everything_in(tmp_path)
     with pytest.raises(RunError, match="files that are not the run's") as refused:
-        RunDirectory.prepare(run.path, CONFIG, overwrite=True)
+        prepared(run.path, CONFIG, overwrite=True)
     assert "--out" in refused.value.remedy
     assert everything_in(tmp_path) == before
 
@@ -406,7 +406,7 @@ def test_overwrite_through_a_link(tmp_path: Path) -> None:
 def test_a_link_to_nowhere_is_refused(tmp_path: Path, way: str) -> None:
     (tmp_path / "latest").symlink_to(tmp_path / "gone")
     with pytest.raises(RunError, match="latest"):
-        RunDirectory.prepare(tmp_path / "latest", CONFIG, **{way: True})
+        prepared(tmp_path / "latest", CONFIG, **{way: True})
 
 
 def test_the_weights_to_start_from_are_not_overwritten(tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ def test_the_weights_to_start_from_are_not_overwritten(tmp_path: Path) -> None:
     before = everything_in(tmp_path)
     config = {**CONFIG, "model": {"init": f"{tmp_path}/./run"}}
     with pytest.raises(RunError, match="weights to start from"):
-        RunDirectory.prepare(run.path, config, overwrite=True)
+        prepared(run.path, config, overwrite=True)
     assert everything_in(tmp_path) == before
 
 
@@ -424,24 +424,24 @@ def test_the_weights_to_start_from_are_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["resume", "overwrite"])
 def test_a_second_writer_is_refused_before_anything_is_removed(tmp_path: Path, way: str) -> None:
     run = finished(tmp_path / "run")
-    first = RunDirectory.prepare(run.path, CONFIG, resume=True)
+    first = prepared(run.path, CONFIG, resume=True)
     before = everything_in(tmp_path)
     with pytest.raises(RunError, match=f"another process is writing to {run.path}"):
-        RunDirectory.prepare(run.path, CONFIG, **{way: True})
+        prepared(run.path, CONFIG, **{way: True})
     assert everything_in(tmp_path) == before
     first.release()
-    RunDirectory.prepare(run.path, CONFIG, **{way: True}).release()
+    prepared(run.path, CONFIG, **{way: True}).release()
 
 
 def test_a_refused_run_is_not_held(my_run: RunDirectory) -> None:
     with pytest.raises(RunError, match="not empty"):
-        RunDirectory.prepare(my_run.path, CONFIG)
-    RunDirectory.prepare(my_run.path, CONFIG, resume=True).release()
+        prepared(my_run.path, CONFIG)
+    prepared(my_run.path, CONFIG, resume=True).release()
 
 
 def test_a_forked_process_does_not_hold_what_its_parent_held(tmp_path: Path) -> None:
     """A DataLoader's worker may outlive a training that was killed."""
-    first = RunDirectory.prepare(tmp_path / "run", CONFIG)
+    first = prepared(tmp_path / "run", CONFIG)
     reading, writing = os.pipe()
     if (number := os.fork()) == 0:
         os.write(writing, b"here")
@@ -450,7 +450,7 @@ def test_a_forked_process_does_not_hold_what_its_parent_held(tmp_path: Path) -> 
     try:
         assert os.read(reading, 4) == b"here"
         first.release()
-        RunDirectory.prepare(tmp_path / "run", CONFIG).release()
+        prepared(tmp_path / "run", CONFIG).release()
     finally:
         os.kill(number, signal.SIGKILL)
         os.waitpid(number, 0)

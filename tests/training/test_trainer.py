@@ -17,21 +17,17 @@ from torch import Tensor, nn
 
 from stages.data import Splits
 from stages.errors import RunError, StoppedError
-from stages.inputs.feed import Batch, Normalise, ViewFeed, num_batches, plain_view
+from stages.inputs.feed import Batch, Normalise, ViewFeed, plain_view
 from stages.inputs.views import view_policy
 from stages.objectives.losses import ce
 from stages.reporting import Silent
-from stages.settings import ModelSettings, SeedSettings, TrainSettings
+from stages.settings import ModelSettings, TeacherConfig, TrainSettings
 from stages.training.history import selected_epoch, summarise
-from stages.training.learner import (
-    Evaluation,
-    Learner,
-    Task,
-    correct,
-)
+from stages.training.learner import Learner, Task
+from stages.training.models import build
 from stages.training.order import sample_order
 from stages.training.run_directory import RunDirectory
-from stages.training.setup import make_evaluations, make_model
+from stages.training.stream import Evaluation, open_stream
 from stages.training.trainer import Trainer, stop_on_signals
 
 CPU = torch.device("cpu")
@@ -78,41 +74,16 @@ def my_trainer(my_splits: Splits, tmp_path: Path) -> MakeTrainer:
         settings: TrainSettings,
         task: Task | None = None,
         samples: Tensor | None = None,
-        validation: Tensor | None = None,
     ) -> Trainer:
-        train = my_splits.train
-        seeds = SeedSettings()
-        model, resolved = make_model(ModelSettings(architecture="resnet8"), train, seeds, None)
-        assert resolved.mean is not None
-        assert resolved.std is not None
-        shown = torch.arange(len(train)) if samples is None else samples
-        learner = Learner(
-            module=model.module,
-            normalise=Normalise(
-                resolved.mean, resolved.std, model.channels, CPU, settings.channels_last
-            ),
-            task=task or SpyTask(train.labels),
-            evaluations=make_evaluations(
-                DIGITS,
-                my_splits,
-                None,
-                torch.arange(0) if validation is None else validation,
-                CPU,
-            ),
-            settings=settings,
-            run=RunDirectory.prepare(tmp_path / "run", {}),
-            device=CPU,
-            steps=num_batches(len(shown), settings.batch_size),
+        config = TeacherConfig(
+            data=DIGITS, model=ModelSettings(architecture="resnet8"), train=settings, device="cpu"
         )
-        return Trainer(
-            learners=[learner],
-            feeds=[ViewFeed(train, view_policy("pad-crop:pad=2"), CPU)],
-            samples=shown,
-            settings=settings,
-            seeds=seeds,
-            reporter=Silent(),
-            device=CPU,
-        )
+        stream = open_stream(config, my_splits, view_policy("pad-crop:pad=2"), None)
+        stream.samples = stream.samples if samples is None else samples
+        (model,) = build([config], my_splits.train, None, Silent())
+        run = RunDirectory(tmp_path / "run")
+        learner = Learner(config, model, task or SpyTask(stream.labels), run, stream)
+        return Trainer([learner], stream, Silent())
 
     return make
 
@@ -245,9 +216,9 @@ def test_evaluate_is_numpys_accuracy(
     samples, labels = torch.arange(5, 90), my_splits.test.labels % classes
     feed = ViewFeed(my_splits.test, plain_view(None, None), CPU)
     normalise = Normalise((0.3,), (0.4,), 1, CPU)
-    settings = TrainSettings(batch_size=batch_size)
+    module.eval()
     evaluation = Evaluation(feed, samples, labels)
-    hits = correct(module, normalise, evaluation, samples, settings, CPU)
+    hits = evaluation.hits(lambda pixels: module(normalise(pixels)), samples, batch_size)
     top1, top5 = (hits / len(samples)).tolist()
 
     assert my_splits.test.images is not None

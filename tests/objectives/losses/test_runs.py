@@ -35,9 +35,8 @@ from stages.settings import (
     StudentConfig,
     TrainSettings,
 )
-from stages.student_checks import check_objective
-from stages.train_student import train_student
-from stages.training.student import CachedTask
+from stages.student_checks import complete
+from stages.train_student import CachedTask, train_student
 
 SAMPLES = 150
 
@@ -208,9 +207,9 @@ def test_a_rectification_belongs_to_the_temperature_of_the_loss(
     cache = LogitCache.open(config.cache)
     if refused:
         with pytest.raises(CacheError, match="belongs to temperature 4"):
-            check_objective(config, cache)
+            complete(config, cache)
     else:
-        assert check_objective(config, cache).bias.rectified == "pairwise-T4"
+        assert complete(config, cache).bias.rectified == "pairwise-T4"
 
 
 @pytest.mark.parametrize(
@@ -229,7 +228,7 @@ def test_a_rectification_of_any_temperature_serves(
         student_config(my_world, "whole", loss=settings, bias=BiasSettings(mode="rectify")),
         cache=str(copy),
     )
-    assert check_objective(config, LogitCache.open(copy)).bias.rectified
+    assert complete(config, LogitCache.open(copy)).bias.rectified
 
 
 @pytest.mark.parametrize("mode", ["none", "eliminate"])
@@ -238,15 +237,15 @@ def test_rows_of_lr_are_averaged_once(my_world: World, mode: BiasMode) -> None:
     bias = BiasSettings(mode=mode)
     config = student_config(my_world, "whole", loss=LossSettings(name="lr"), bias=bias)
     cache = LogitCache.open(config.cache)
-    checked = check_objective(config, cache)
+    checked = complete(config, cache)
     assert checked.loss.average == ("kind" if mode == "none" else "batch")
-    assert check_objective(checked, cache) == checked
+    assert complete(checked, cache) == checked
     asked = msgspec.structs.replace(config, loss=LossSettings(name="lr", average="kind"))
     if mode == "none":
-        assert check_objective(asked, cache).loss.average == "kind"
+        assert complete(asked, cache).loss.average == "kind"
     else:
         with pytest.raises(ConfigError, match=r"bias\.reduction"):
-            check_objective(asked, cache)
+            complete(asked, cache)
 
 
 FORMULAS = {

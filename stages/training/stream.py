@@ -1,0 +1,131 @@
+"""What all models of a process are shown: batches to train on, and sets to be measured on."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stages.data import Splits, held_out
+from stages.distributed import ALONE, Ranks, device_of_rank
+from stages.errors import ConfigError
+from stages.inputs.feed import Batch, ViewFeed, joined, num_batches, plain_view
+from stages.inputs.views import ViewPolicy
+from stages.settings import RunConfig
+from stages.training.order import SampleOrder, sample_order
+
+_LEAST_EVALUATED = 256
+"""Samples of a batch of an evaluation, at the least."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A set of samples that a model is measured on, on the clean view: dataset indices and the
+    labels of the whole split, int64.
+    """
+
+    feed: ViewFeed
+    samples: Tensor
+    labels: Tensor
+
+    @torch.inference_mode()
+    def hits(self, predict: Callable[[Tensor], Tensor], samples: Tensor, batch_size: int) -> Tensor:
+        """How many of some samples are right, and how many have their label among the best five:
+        int64 (2,). predict: uint8 pixels (B, C, H, W) -> logits (B, classes).
+        """
+        labels = self.labels.to(self.feed.device)
+        hits = torch.zeros(2, dtype=torch.int64, device=labels.device)
+        for batch in self.feed.batches(samples, 0, max(_LEAST_EVALUATED, batch_size)):
+            logits = predict(batch.pixels)
+            best = logits.topk(min(5, logits.shape[1])).indices == labels[batch.samples, None]
+            hits += torch.stack([best[:, 0].sum(), best.any(1).sum()])
+        return hits
+
+
+@dataclass
+class BatchStream:
+    """Batches of views, one stream for all models that are trained together.
+
+    samples: int64, the training samples (all, or without the held-out ones). batch_size: of all
+    ranks together. order: of the samples in an epoch; as many of them in every epoch.
+    """
+
+    feed: ViewFeed
+    samples: Tensor
+    evaluations: dict[str, Evaluation]
+    seed: int
+    batch_size: int
+    order: SampleOrder = sample_order
+    ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        self._feeds = [self.feed]
+
+    @property
+    def device(self) -> torch.device:
+        return self.feed.device
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """int64 (N,), of the whole training split, on the device."""
+        return self.feed.dataset.labels.to(self.device)
+
+    @cached_property
+    def steps(self) -> int:
+        """How many batches an epoch has; of several ranks each has its part of every batch."""
+        return num_batches(len(self.epoch_order(0)), self._own_size)
+
+    @property
+    def _own_size(self) -> int:
+        return self.batch_size // self.ranks.world
+
+    def epoch_order(self, epoch: int) -> Tensor:
+        """The samples that an epoch shows to this rank, in order: int64."""
+        return self.order(self.samples, self.seed, epoch)
+
+    def batches(self, order: Tensor, views: tuple[int, ...], skip: int) -> Iterator[Batch]:
+        """Views of the samples in `order`, joined view after view in each batch, without the first
+        `skip` batches.
+        """
+        while len(self._feeds) < len(views):
+            self._feeds.append(self.feed.another())
+        shown = [
+            feed.batches(order, view, self._own_size, skip)
+            for feed, view in zip(self._feeds[: len(views)], views, strict=True)
+        ]
+        return map(joined, zip(*shown, strict=True))
+
+    def close(self) -> None:
+        """Let the processes go that decode images."""
+        for feed in (*self._feeds, *(each.feed for each in self.evaluations.values())):
+            feed.close()
+
+
+def open_stream(
+    config: RunConfig,
+    splits: Splits,
+    policy: ViewPolicy,
+    image_size: int | None,
+    order: SampleOrder = sample_order,
+    ranks: Ranks = ALONE,
+) -> BatchStream:
+    """The stream of a run. Raises ConfigError where samples cannot be held out."""
+    data, train = config.data, splits.train
+    device = device_of_rank(ranks, config.device)
+    feed = ViewFeed(train, policy, device, image_size, data.workers)
+    samples, validation = held_out(len(train), data.val_fraction, config.seed.data, train.skipped)
+    if policy.mixes and len(validation):
+        raise ConfigError(
+            f"data.val_fraction holds samples out, and '{policy.name}' shows them as partners",
+            "Train on all samples with --val-fraction 0, or without mixup and cutmix.",
+        )
+    plain = plain_view(image_size, data.resize)
+    test = ViewFeed(splits.test, plain, device, image_size, data.workers)
+    evaluations = {"test": Evaluation(test, splits.test.shown, splits.test.labels)}
+    if len(validation):
+        clean = ViewFeed(train, plain, device, image_size, data.workers)
+        evaluations["val"] = Evaluation(clean, validation, train.labels)
+    return BatchStream(
+        feed, samples, evaluations, config.seed.data, config.train.batch_size, order, ranks
+    )
