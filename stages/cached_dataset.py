@@ -15,7 +15,7 @@ sample, 4 bytes a class for `float32` and about 0.4 for `klt`.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,26 +26,20 @@ from torch.utils.data import Dataset
 from stages.cache import LogitCache
 from stages.cache.encoding import check_temperature
 from stages.cache.targets import ViewTargets
-from stages.data import (
-    cached_policy,
-    check_dataset,
-    check_identity,
-    load_data,
-    probes_differ,
-    skips_of,
-    usable_views,
+from stages.cache_images import (
+    MOST_VIEWS,
+    CleanImages,
+    Pixels,
+    Transform,
+    given_images,
+    named_images,
 )
-from stages.errors import ConfigError, DatasetError, IdentityError
+from stages.data import cached_policy, check_dataset, load_data, skips_of, usable_views
+from stages.errors import ConfigError, DatasetError
 from stages.inputs.datasets import ImageDataset
-from stages.inputs.datasets.own import own_images
-from stages.inputs.feed import Normalise, ViewFeed
-from stages.inputs.views import ViewPolicy
+from stages.inputs.feed import Normalise, plain_view
 from stages.reporting import Silent
 from stages.settings import DataSettings
-from stages.user_code import check_trusted
-
-_MOST_VIEWS = 2
-"""Views that one batch may mix; each is read whole. A weak and a strong view are two."""
 
 
 class CachedBatch(NamedTuple):
@@ -143,7 +137,7 @@ class CachedDataset(Dataset[CachedBatch]):
         rectified: str | None = None,
         temperature: float = 4.0,
         views: int | None = None,
-        transform: Callable[[Tensor], Tensor] | None = None,
+        transform: Transform | None = None,
     ) -> None:
         self._path, self._opened = cache, (os.getpid(), LogitCache.open(cache))
         self.rectified, self.temperature = rectified, temperature
@@ -155,7 +149,7 @@ class CachedDataset(Dataset[CachedBatch]):
         self.policy = cached_policy(self.cache)
         self.image_size = self.cache.identity.teacher.image_size
         if images is None or isinstance(images, str):
-            images = _named(self.cache, images)
+            images = named_images(self.cache, images)
         self.settings = images if isinstance(images, DataSettings) else None
         self.test_images: ImageDataset | None = None
         if isinstance(images, DataSettings):
@@ -164,10 +158,10 @@ class CachedDataset(Dataset[CachedBatch]):
             self.images, self.test_images = splits.train, splits.test
             self.image_size = images.image_size or self.image_size
         else:
-            self.images = _own(self.cache, images, self.policy)
+            self.images = given_images(self.cache, images, self.policy)
+        self._pixels = Pixels(self.images, self.policy, self.image_size)
         self.transform = transform or self.normalise()
         self._held: dict[int, ViewTargets] = {}
-        self._feed: ViewFeed | None = None
 
     # ---- what a DataLoader asks ---------------------------------------------------------
 
@@ -198,7 +192,7 @@ class CachedDataset(Dataset[CachedBatch]):
             raise IndexError(f"an index is outside of [0, {len(self)})")
         views, samples = where // self.num_samples, where % self.num_samples
         needed = views.unique().tolist()
-        if len(needed) > _MOST_VIEWS:
+        if len(needed) > MOST_VIEWS:
             raise ConfigError(
                 f"a batch mixes {len(needed)} views, and each would be read whole",
                 "Give the DataLoader sampler=EpochSampler(dataset).",
@@ -232,11 +226,7 @@ class CachedDataset(Dataset[CachedBatch]):
                 f"{self.cache.path} leaves samples out, and a batch asks for one of them",
                 "Give the DataLoader sampler=EpochSampler(dataset).",
             )
-        if self._feed is None:
-            cpu = torch.device("cpu")
-            self._feed = ViewFeed(self.images, self.policy, cpu, self.image_size, workers=0)
-        targets = self._targets(view)
-        (shown,) = self._feed.batches(samples, view, len(samples))
+        targets, shown = self._targets(view), self._pixels.read(view, samples)
         labels, partner_labels, shares = shown.hard_labels(self.images.labels)
         return CachedBatch(
             self.transform(shown.pixels),
@@ -247,6 +237,23 @@ class CachedDataset(Dataset[CachedBatch]):
             labels if partner_labels is None else partner_labels,
             torch.ones(len(samples)) if shares is None else shares,
         )
+
+    @property
+    def test(self) -> CleanImages:
+        """The clean test split with the same transform.
+
+        Raises
+        ------
+        ConfigError
+            If `images` was a dataset object, which is the training split alone.
+        """
+        if self.settings is None or self.test_images is None:
+            raise ConfigError(
+                "images were given as a dataset object, which has no test split",
+                "Give a dataset's name, or test with images of your own.",
+            )
+        clean = plain_view(self.image_size, self.settings.resize)
+        return CleanImages(self.test_images, clean, self.image_size, self.transform)
 
     # ---- details, some of which CachedEpochs uses ---------------------------------------
 
@@ -278,28 +285,4 @@ class CachedDataset(Dataset[CachedBatch]):
 
     def __getstate__(self) -> dict[str, Any]:
         # For workers that are spawned, and not forked.
-        return {**self.__dict__, "_opened": (0, None), "_held": {}, "_feed": None}
-
-
-def _named(cache: LogitCache, name: str | None) -> DataSettings:
-    """The dataset of this name, or the one that the cache names if its code is trusted."""
-    if name is None:
-        name = cache.identity.dataset.name
-        check_trusted(f"cache {cache.path}", name=name)
-    return DataSettings(dataset=name)
-
-
-def _own(
-    cache: LogitCache, images: "Dataset[Any] | Sequence[Any]", policy: ViewPolicy
-) -> ImageDataset:
-    """A dataset object, checked against the cache as far as its pixels and labels allow."""
-    known = cache.identity.dataset
-    skips = [skip for skip in skips_of([cache.skips]) if skip.split == "train"]
-    found = own_images(images, known.name, known.class_names, cache.labels, known.images, skips)
-    check_identity(cache, found)
-    if drift := probes_differ(cache, found, policy):
-        raise IdentityError(
-            f"{drift} of {cache.path} differ: the images are not what the teacher saw",
-            "Give raw images in the cache's order: no augmentation, no resizing, uint8.",
-        )
-    return found
+        return {**self.__dict__, "_opened": (0, None), "_held": {}}

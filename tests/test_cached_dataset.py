@@ -111,6 +111,17 @@ def test_a_transform_takes_the_pixels(finished_cache: Path) -> None:
     assert raw[0].images.shape == (3, 8, 8)
 
 
+def test_the_test_split_is_that_of_cached_epochs(
+    my_dataset: CachedDataset, finished_cache: Path, digits: Splits
+) -> None:
+    theirs = next(iter(CachedEpochs(finished_cache, DIGITS, 797, device="cpu").test()))
+    ours = next(iter(DataLoader(my_dataset.test, 797)))
+    assert all(map(same, ours, theirs))
+    given = CachedDataset(finished_cache, Own(*arrays(digits), AS_IS))
+    with pytest.raises(ConfigError, match="no test split"):
+        _ = given.test
+
+
 def test_a_dataset_survives_the_way_to_a_spawned_worker(my_dataset: CachedDataset) -> None:
     expected = my_dataset[5]
     again = pickle.loads(pickle.dumps(my_dataset))

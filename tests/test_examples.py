@@ -1,15 +1,40 @@
-"""Every example runs as it stands, and its student learns."""
+"""Every example runs as it stands, and its student learns; Lightning on two ranks as well."""
 
 import importlib.util
+import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {"plain_pytorch": "torch", "lightning_module": "lightning", "timm_loop": "timm"}
+SPY = """
+import json, sys
+import lightning_module as example
+
+seen = [[], []]  # of both epochs
+step = example.Student.training_step
+
+def training_step(self, batch, number):
+    seen[self.current_epoch] += batch.samples.tolist()
+    return step(self, batch, number)
+
+example.Student.training_step = training_step
+example.train(sys.argv[1], num_epochs=2, devices=2)
+print(json.dumps(seen))
+"""
+
+
+@pytest.fixture
+def path_of_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}")
+
+
+def needed(name: str) -> None:
+    if importlib.util.find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed")
 
 
 def test_every_example_is_run_and_described() -> None:
@@ -19,19 +44,28 @@ def test_every_example_is_run_and_described() -> None:
 
 
 @pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.usefixtures("path_of_examples")
 def test_example(name: str, finished_cache: Path, tmp_path: Path) -> None:
-    if importlib.util.find_spec(NEEDS[name]) is None:
-        pytest.skip(f"{NEEDS[name]} is not installed")
+    needed(name)
     program = f"import sys, {name}; print(f'top-1 {{{name}.train(sys.argv[1], 4):.3f}}')"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(finished_cache)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{EXAMPLES}{os.pathsep}{EXAMPLES.parent}"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = forks.run(["-c", program, str(finished_cache)], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     top1 = float(done.stdout.rsplit("top-1 ", 1)[1])
     assert 0.2 < top1 <= 1  # ten classes
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("path_of_examples")
+def test_lightning_on_two_ranks(
+    finished_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed("lightning_module")
+    monkeypatch.chdir(tmp_path)
+    ranks = forks.start_ranks(["-c", SPY, str(finished_cache)], 2)
+    ended = [(rank.wait(), rank.stderr) for rank in ranks]
+    assert [code for code, _ in ended] == [0, 0], ended
+    seen = [json.loads(rank.stdout.splitlines()[-1]) for rank in ranks]
+    for first, second in zip(*seen, strict=True):
+        assert len(first) == len(second) > 450
+        assert len({*first, *second}) == len(first) + len(second)
+    assert seen[0][0] != seen[0][1]
