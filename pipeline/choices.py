@@ -20,8 +20,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 ENCODINGS = ("auto", "float32", "float16", "uint8", "klt", "topk")
 DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "imagenet")
-POLICIES = ("pad-crop-flip", "pad-crop", "resized-crop-flip", "none")
-ON_TOP = ("trivial-augment", "rand-augment", "erasing", "mixup", "cutmix")
+POLICIES = names_in("stages.inputs.views", "base")
+ON_TOP = names_in("stages.inputs.views", "on_top")
 MODELS = (
     *(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)),
     *("resnet8x4", "resnet32x4", "ResNet50", "resnet9", "wrn_16_1", "wrn_16_2", "wrn_40_1"),

@@ -17,8 +17,8 @@ from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Batch, ViewFeed
 from stages.inputs.probes import pixel_probes
 from stages.inputs.views import Cutmix, Mixed, Mixer, Mixup, mixes, view_policy
+from stages.inputs.views.distributions import folded_beta
 from stages.inputs.views.policy import Stream
-from stages.inputs.views.tables import folded_beta
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 

@@ -14,7 +14,6 @@ from torchvision.transforms import v2
 
 from stages.errors import ViewError
 from stages.inputs.views import (
-    POLICIES,
     Boxes,
     PadCrop,
     PadCropFlip,
@@ -412,7 +411,7 @@ def test_unbounded_policies_have_every_view() -> None:
     ("spec", "message"),
     [
         pytest.param("pad-crop-flop", "did you mean 'pad-crop-flip'", id="near name"),
-        pytest.param("zzz", "unknown view policy 'zzz'\nKnown policies: pad-", id="far name"),
+        pytest.param("zzz", "unknown view policy 'zzz'\nKnown policies: ", id="far name"),
         pytest.param("pad-crop:pda=2", "'pda=2' is not a parameter.*\nIt takes pad=4", id="key"),
         pytest.param("pad-crop:pad=x", "'pad=x' is not a parameter", id="value"),
         pytest.param("pad-crop:seed=1", "'seed=1' is not a parameter", id="seed is apart"),
@@ -460,7 +459,7 @@ def test_an_identity_that_this_program_cannot_draw(change: dict[str, Any], messa
         known_policy(**{**identity, **change})
 
 
-@pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("make", [PadCrop, PadCropFlip, Plain, ResizedCropFlip])
 def test_parameters_are_finite_numbers_without_the_seed(make: Callable[..., ViewPolicy]) -> None:
     parameters = make(seed=5).parameters
     assert "seed" not in parameters

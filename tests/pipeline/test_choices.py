@@ -16,8 +16,8 @@ from stages.cache.encoding import ENCODINGS
 from stages.errors import DatasetError
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import load_dataset
-from stages.inputs.views.mixers import MIXERS
-from stages.inputs.views.spec import LAYERS, POLICIES
+from stages.inputs.views import BASES
+from stages.inputs.views import ON_TOP as PARTS
 from stages.objectives.losses import DEFINITIONS
 from stages.settings import BiasMode, Dtype, Method, Space
 
@@ -31,8 +31,8 @@ def test_the_names_are_those_that_the_stages_know() -> None:
     assert get_args(Space) == choices.SPACES
     assert get_args(Dtype) == choices.DTYPES
     assert set(choices.ENCODINGS) == {"auto", *ENCODINGS}
-    assert set(choices.POLICIES) == set(POLICIES)
-    assert set(choices.ON_TOP) == {*LAYERS, *MIXERS}
+    assert set(choices.POLICIES) == set(BASES)
+    assert set(choices.ON_TOP) == set(PARTS)
 
 
 @pytest.mark.parametrize("name", choices.DATASETS)

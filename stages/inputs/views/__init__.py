@@ -1,8 +1,9 @@
 """Which augmented view of a sample: a pure function of (seed, view, sample).
 
-`policy.py` says what a policy is; `crops.py` has the bases, `augment.py` and `erasing.py` what goes
-on top of them (`layers.py`), `mixers.py` mixup and cutmix, `mixing.py` who is mixed with whom,
-`pairs.py` weak and strong views, `transforms.py` torchvision's own transforms, `spec.py` the names.
+`policy.py` says what a policy is, `named.py` how its stages are registered by name; `crops.py` has
+the bases, `augment.py` and `erasing.py` what goes on top of them (`layers.py`), `mixers.py` mixup
+and cutmix, `mixing.py` which samples are mixed, `pairs.py` weak and strong views, `transforms.py`
+torchvision's own transforms, `spec.py` specifications and identities.
 """
 
 from stages.inputs.views.augment import RandAugment, TrivialAugment
@@ -15,16 +16,19 @@ from stages.inputs.views.crops import (
     render,
 )
 from stages.inputs.views.erasing import Erasing
-from stages.inputs.views.layers import Composed, Layer
-from stages.inputs.views.mixers import Cutmix, Mixer, Mixup
-from stages.inputs.views.mixing import Mixed, check_unmixed, mixes
+from stages.inputs.views.layers import ON_TOP, Composed, Layer
+from stages.inputs.views.mixers import Cutmix, Mixup
+from stages.inputs.views.mixing import Mixed, Mixer, check_unmixed, mixes
+from stages.inputs.views.named import BASES
 from stages.inputs.views.pairs import Paired
 from stages.inputs.views.policy import Shown, ViewPolicy, check_view
-from stages.inputs.views.spec import POLICIES, known_policy, view_policy
+from stages.inputs.views.spec import known_policy, view_policy
 from stages.inputs.views.transforms import Transform
+from stages.registry import import_all
 
 __all__ = [
-    "POLICIES",
+    "BASES",
+    "ON_TOP",
     "Boxes",
     "Composed",
     "Cutmix",
@@ -50,3 +54,5 @@ __all__ = [
     "render",
     "view_policy",
 ]
+
+import_all(__name__)

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from stages.errors import ViewError
 from stages.inputs.counter_hash import bounded, counter_hash
-from stages.inputs.views.layers import Layer
+from stages.inputs.views.layers import Layer, on_top
 from stages.inputs.views.policy import Drawn, Stream
 
 BINS = 31
@@ -145,6 +145,7 @@ class _Augment(Layer):
         return image.contiguous()
 
 
+@on_top("trivial-augment")
 @dataclass(frozen=True)
 class TrivialAugment(_Augment):
     """One operation out of fourteen, in one of 31 magnitudes, either way: TrivialAugmentWide.
@@ -152,7 +153,7 @@ class TrivialAugment(_Augment):
     Mueller, Hutter 2021. It moves images by up to 32 pixels, whatever their size: not for digits.
     """
 
-    name: ClassVar[str] = "trivial-augment"
+    place: ClassVar[int] = 1
     reach: ClassVar[Reach] = WIDE
 
     def draw(
@@ -165,13 +166,14 @@ class TrivialAugment(_Augment):
         return _Steps(bounded(operation, len(OPERATIONS))[:, None], steps[:, None])
 
 
+@on_top("rand-augment")
 @dataclass(frozen=True)
 class RandAugment(_Augment):
     """n operations out of fourteen one after another, all in bin m of 31: Cubuk et al. 2020."""
 
     n: int = 2
     m: int = 9
-    name: ClassVar[str] = "rand-augment"
+    place: ClassVar[int] = 2
     reach: ClassVar[Reach] = RAND
 
     def __post_init__(self) -> None:

@@ -18,8 +18,9 @@ from torchvision.transforms.v2 import functional as tv
 
 from stages.errors import ViewError
 from stages.inputs.counter_hash import bounded, counter_hash, permute
+from stages.inputs.views.distributions import GRID, log_uniform
+from stages.inputs.views.named import Named, base
 from stages.inputs.views.policy import Drawn, ViewPolicy, views_of
-from stages.inputs.views.tables import GRID, log_uniform
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Boxes(Drawn):
     mirrored: Tensor
 
 
-class CropPolicy(ViewPolicy):
+class CropPolicy(Named, ViewPolicy):
     """A policy that cuts one box out of each image."""
 
     @property
@@ -47,10 +48,6 @@ class CropPolicy(ViewPolicy):
     @abstractmethod
     def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
         """The box of each sample: samples, height, width int64 (B,); view as in `apply`."""
-
-    def crop(self, images: Tensor, drawn: Any) -> Tensor:
-        """Cut drawn boxes out of equally large images: uint8 (B, C, H, W), as `apply`."""
-        return torch.stack([render(x, drawn, i, x.shape[-2:]) for i, x in enumerate(images)])
 
     def render_each(
         self,
@@ -64,6 +61,7 @@ class CropPolicy(ViewPolicy):
         return [render(x, boxes, i, size or x.shape[-2:]) for i, x in enumerate(images)]
 
 
+@base("pad-crop")
 @dataclass(frozen=True)
 class PadCrop(CropPolicy):
     """Zero-pad, crop back to size: He et al. 2016, section 4.2, without the mirror.
@@ -74,7 +72,6 @@ class PadCrop(CropPolicy):
 
     pad: int = 4
     seed: int = 0
-    name: ClassVar[str] = "pad-crop"
     mirrors: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -103,6 +100,7 @@ class PadCrop(CropPolicy):
         return torch.where(drawn.mirrored.view(-1, 1, 1, 1).bool(), crops.flip(-1), crops)
 
 
+@base("pad-crop-flip")
 @dataclass(frozen=True)
 class PadCropFlip(PadCrop):
     """Zero-pad, crop back to size, maybe mirror: He et al. 2016, section 4.2.
@@ -110,10 +108,10 @@ class PadCropFlip(PadCrop):
     With padding p there are 2 (2p+1)^2 distinct views; the default has 162.
     """
 
-    name: ClassVar[str] = "pad-crop-flip"
     mirrors: ClassVar[int] = 2
 
 
+@base("resized-crop-flip")
 @dataclass(frozen=True)
 class ResizedCropFlip(CropPolicy):
     """Random area and aspect ratio, maybe mirrored: Szegedy et al. 2015, as torchvision draws it.
@@ -125,7 +123,6 @@ class ResizedCropFlip(CropPolicy):
 
     min_area: float = 0.08
     seed: int = 0
-    name: ClassVar[str] = "resized-crop-flip"
     tries: ClassVar[int] = 10
 
     def __post_init__(self) -> None:
@@ -178,6 +175,7 @@ def _central_within_ratios(height: Tensor, width: Tensor) -> tuple[Tensor, ...]:
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
+@base("none")
 @dataclass(frozen=True)
 class Plain(CropPolicy):
     """One view: the whole image, or, with zoom >= 1, its central square.
@@ -188,7 +186,6 @@ class Plain(CropPolicy):
 
     zoom: float = 0.0
     seed: int = 0
-    name: ClassVar[str] = "none"
 
     def __post_init__(self) -> None:
         if self.zoom != 0 and not 1 <= self.zoom < math.inf:
@@ -210,8 +207,8 @@ class Plain(CropPolicy):
         return Boxes((height - side) // 2, (width - side) // 2, side, side, zero)
 
     def crop(self, images: Tensor, drawn: Any) -> Tensor:
-        """The images themselves, unless zoomed."""
-        return images if self.zoom == 0 else super().crop(images, drawn)
+        """The images themselves: what is zoomed is rendered one by one."""
+        return images
 
 
 def render(image: Tensor, boxes: Boxes, i: int, size: Sequence[int]) -> Tensor:

@@ -9,9 +9,9 @@ from torchvision.transforms.v2 import functional as tv
 
 from stages.errors import ViewError
 from stages.inputs.counter_hash import bounded, counter_hash
-from stages.inputs.views.layers import Layer
+from stages.inputs.views.distributions import GRID, log_uniform
+from stages.inputs.views.layers import Layer, on_top
 from stages.inputs.views.policy import Drawn, Stream
-from stages.inputs.views.tables import GRID, log_uniform
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ def _between(positions: Tensor, start: Tensor, length: Tensor) -> Tensor:
     return (positions >= start[:, None]) & (positions < (start + length)[:, None])
 
 
+@on_top("erasing")
 @dataclass(frozen=True)
 class Erasing(Layer):
     """Zhong et al. 2020, arXiv 1708.04896, filled with zeros, as torchvision's `RandomErasing`.
@@ -44,7 +45,7 @@ class Erasing(Layer):
     """
 
     p: float = 0.25
-    name: ClassVar[str] = "erasing"
+    place: ClassVar[int] = 3
     moves_pixels_only: ClassVar[bool] = True
     tries: ClassVar[int] = 10
 

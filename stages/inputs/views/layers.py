@@ -1,32 +1,42 @@
 """Stages on top of a crop, each with draws of its own: `resized-crop-flip+rand-augment+erasing`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from stages.inputs.views.policy import (
-    Drawn,
-    Parameters,
-    ViewPolicy,
-    check_view,
-    parameters_of,
-    views_of,
-)
+from stages.inputs.views.named import Class, Named, Parameters, parameters_of, register
+from stages.inputs.views.policy import Drawn, ViewPolicy, check_view, views_of
 
 
-class Part(Protocol):
-    """What every stage on top of a base has."""
+class Part(Named, ABC):
+    """What every stage on top of a base has. place: stages come in ascending order of it, each
+    place once. mixes: whether it makes views of two samples.
+    """
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    moves_pixels_only: ClassVar[bool]
+    version: ClassVar[int] = 1
+    place: ClassVar[int]
+    moves_pixels_only: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
+
+    @abstractmethod
+    def on(self, policy: ViewPolicy) -> ViewPolicy:
+        """The policy with this on top of it."""
 
 
-class Layer(ABC):
+ON_TOP: dict[str, type[Part]] = {}
+"""What may be put on top of a base, by name."""
+
+
+def on_top(name: str) -> Callable[[Class], Class]:
+    """Register a `Part`."""
+    return register(ON_TOP, name)
+
+
+class Layer(Part):
     """Something that changes an image that has been cropped and brought to its final size.
 
     Boxes are drawn in proportion to that size, so that a teacher and a student of other input sizes
@@ -36,9 +46,10 @@ class Layer(ABC):
     device, otherwise images are changed one by one on the CPU.
     """
 
-    name: ClassVar[str]
-    version: ClassVar[int] = 1
-    moves_pixels_only: ClassVar[bool] = False
+    def on(self, policy: ViewPolicy) -> ViewPolicy:
+        if isinstance(policy, Composed):
+            return Composed(policy.base, (*policy.layers, self))
+        return Composed(policy, (self,))
 
     @abstractmethod
     def draw(

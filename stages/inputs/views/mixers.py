@@ -6,53 +6,18 @@ leaves the mixtures of unordered pairs as they were for mixup. For cutmix the sm
 always the box and never the frame around it.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from stages.errors import ViewError
 from stages.inputs.counter_hash import bounded, counter_hash
+from stages.inputs.views.distributions import MIXED
 from stages.inputs.views.erasing import Patches
+from stages.inputs.views.layers import on_top
+from stages.inputs.views.mixing import Mixer
 from stages.inputs.views.policy import Drawn, Stream
-from stages.inputs.views.tables import GRID, MIXED, folded_beta
-
-
-class Mixer(ABC):
-    """How two images become one."""
-
-    name: ClassVar[str]
-    version: ClassVar[int] = 1
-    moves_pixels_only: ClassVar[bool] = False
-    alpha: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 100:
-            raise ViewError(f"alpha must be in (0, 100], was {self.alpha}")
-
-    @abstractmethod
-    def draw(
-        self, seed: int, samples: Tensor, views: Tensor, height: Tensor, width: Tensor
-    ) -> Drawn:
-        """What `mix` needs: samples, views, height and width int64 (B,), of the images."""
-
-    @abstractmethod
-    def mix(self, images: Tensor, others: Tensor, drawn: Any) -> Tensor:
-        """uint8 (B, C, H, W) twice -> the mixture, by integer arithmetic on any device."""
-
-    @abstractmethod
-    def shares(self, drawn: Any) -> Tensor:
-        """The share of each image, not its partner's: float32 (B,), at least 1/2."""
-
-    def _keep(self, seed: int, stream: Stream, samples: Tensor, views: Tensor) -> Tensor:
-        """256 max(l, 1 - l), l ~ Beta(alpha, alpha): int64 (B,) in [128, 256]."""
-        uniform = bounded(counter_hash(seed, stream, views, samples, 0), GRID)
-        table = folded_beta(self.alpha).to(samples.device)
-        keep: Tensor = MIXED // 2 + torch.searchsorted(table, uniform, right=True)
-        return keep
 
 
 @dataclass(frozen=True)
@@ -61,12 +26,12 @@ class _Keeps(Drawn):
     """int64 (B,): 256ths of the own image."""
 
 
+@on_top("mixup")
 @dataclass(frozen=True)
 class Mixup(Mixer):
     """l a + (1 - l) b: Zhang et al. 2018, arXiv 1710.09412."""
 
     alpha: float = 0.8
-    name: ClassVar[str] = "mixup"
 
     def draw(
         self, seed: int, samples: Tensor, views: Tensor, height: Tensor, width: Tensor
@@ -89,6 +54,7 @@ class _Cuts(Drawn):
     width: Tensor
 
 
+@on_top("cutmix")
 @dataclass(frozen=True)
 class Cutmix(Mixer):
     """A box of the partner in the image: Yun et al. 2019, arXiv 1905.04899.
@@ -98,7 +64,6 @@ class Cutmix(Mixer):
     """
 
     alpha: float = 1.0
-    name: ClassVar[str] = "cutmix"
     moves_pixels_only: ClassVar[bool] = True
 
     def draw(
@@ -125,6 +90,3 @@ class Cutmix(Mixer):
         whole = drawn.height * drawn.width
         own: Tensor = (whole - drawn.box.height * drawn.box.width).double() / whole
         return own.float()
-
-
-MIXERS: Mapping[str, Callable[..., Mixer]] = {mixer.name: mixer for mixer in (Mixup, Cutmix)}

@@ -7,25 +7,64 @@ partner is shown in its own crop of the same view, so that a mixed view costs tw
 A row of a mixed view has two labels: bias elimination and rectification, which need one, refuse.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from stages.errors import DatasetError, ViewError
-from stages.inputs.counter_hash import permute
-from stages.inputs.views.layers import OnTop, within_count
-from stages.inputs.views.mixers import MIXERS, Mixer
+from stages.inputs.counter_hash import bounded, counter_hash, permute
+from stages.inputs.views.distributions import GRID, MIXED, folded_beta
+from stages.inputs.views.layers import ON_TOP, OnTop, Part, within_count
 from stages.inputs.views.policy import (
+    Drawn,
     Load,
     Plan,
     Shown,
     Stream,
+    ViewPolicy,
     check_view,
     views_of,
 )
+
+
+class Mixer(Part):
+    """How two images become one."""
+
+    place: ClassVar[int] = 100
+    mixes: ClassVar[bool] = True
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 100:
+            raise ViewError(f"alpha must be in (0, 100], was {self.alpha}")
+
+    def on(self, policy: ViewPolicy) -> "Mixed":
+        return Mixed(policy, self)
+
+    @abstractmethod
+    def draw(
+        self, seed: int, samples: Tensor, views: Tensor, height: Tensor, width: Tensor
+    ) -> Drawn:
+        """What `mix` needs: samples, views, height and width int64 (B,), of the images."""
+
+    @abstractmethod
+    def mix(self, images: Tensor, others: Tensor, drawn: Any) -> Tensor:
+        """uint8 (B, C, H, W) twice -> the mixture, by integer arithmetic on any device."""
+
+    @abstractmethod
+    def shares(self, drawn: Any) -> Tensor:
+        """The share of each image, not its partner's: float32 (B,), at least 1/2."""
+
+    def _keep(self, seed: int, stream: Stream, samples: Tensor, views: Tensor) -> Tensor:
+        """256 max(l, 1 - l), l ~ Beta(alpha, alpha): int64 (B,) in [128, 256]."""
+        uniform = bounded(counter_hash(seed, stream, views, samples, 0), GRID)
+        table = folded_beta(self.alpha).to(samples.device)
+        keep: Tensor = MIXED // 2 + torch.searchsorted(table, uniform, right=True)
+        return keep
 
 
 @dataclass(frozen=True)
@@ -102,13 +141,7 @@ class Mixed(OnTop):
         view: int | Tensor,
         size: Sequence[int] | None,
     ) -> list[Tensor]:
-        raise self._needs_partners()
-
-    def apply(self, images: Tensor, samples: Tensor, view: int | Tensor) -> Tensor:
-        raise self._needs_partners()
-
-    def _needs_partners(self) -> ViewError:
-        return ViewError(
+        raise ViewError(
             f"'{self.name}' mixes images with others of the dataset, which are not given here",
             "Use stages.inputs.feed.ViewFeed: its batches have pixels, partners and shares.",
         )
@@ -116,7 +149,8 @@ class Mixed(OnTop):
 
 def mixes(name: str) -> bool:
     """Whether the policy of this name mixes samples; it need not be importable here."""
-    return any(part in MIXERS for side in name.split("|") for part in side.split("+"))
+    parts = (ON_TOP.get(part) for side in name.split("|") for part in side.split("+"))
+    return any(part is not None and part.mixes for part in parts)
 
 
 def check_unmixed(name: str, wanted: str) -> None:

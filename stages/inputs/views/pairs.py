@@ -8,15 +8,8 @@ from torch import Tensor
 
 from stages.errors import ViewError
 from stages.inputs.views.layers import within_count
-from stages.inputs.views.policy import (
-    Load,
-    Parameters,
-    Plan,
-    Shown,
-    ViewPolicy,
-    check_view,
-    views_of,
-)
+from stages.inputs.views.named import Parameters
+from stages.inputs.views.policy import Load, Plan, Shown, ViewPolicy, check_view, views_of
 
 
 @dataclass(frozen=True)
@@ -132,16 +125,6 @@ class Paired(ViewPolicy):
 
         images = self._gathered(samples, view, part)
         return Shown(images, partners, shares) if mixed else Shown(images)
-
-    def apply(self, images: Tensor, samples: Tensor, view: int | Tensor) -> Tensor:
-        samples = samples.to(images.device)
-        return torch.stack(
-            self._gathered(
-                samples,
-                view,
-                lambda policy, which, views: policy.apply(images[which], samples[which], views),
-            )
-        )
 
     def _gathered(
         self,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from stages.errors import ViewError
+from stages.inputs.views.named import Parameters, parameters_of
 
-Parameters = dict[str, int | float | str]
 Load = Callable[[Tensor], list[Tensor]]
 """Dataset indices int64 (B,) -> images, uint8 (C, H, W) each."""
 
@@ -172,25 +172,34 @@ class ViewPolicy(ABC):
         """The planned views, cut out of all images of the dataset: uint8 (N, C, H, W)."""
         return Shown(self.crop(images[plan.samples], plan.drawn))
 
-    def apply(self, images: Tensor, samples: Tensor, view: int | Tensor) -> Tensor:
-        """Return view `view` of each image, at the size of the source.
+    # ---- outside a feed -----------------------------------------------------------------
 
-        images: uint8 (B, C, H, W). samples: int64 (B,), positions in the dataset.
-        view: one view for all, or int64 (B,). Returns uint8 (B, C, H, W) on `images`' device.
-        Raises ViewError if a view is outside [0, count), or mixes in images that are not here.
+    def apply(self, images: Tensor, samples: Tensor, view: int | Tensor) -> Tensor:
+        """View `view` of each image, at the size of the source.
+
+        Parameters
+        ----------
+        images : uint8 (B, C, H, W).
+        samples : int64 (B,), the images' positions in the dataset.
+        view : one view for all, or int64 (B,).
+
+        Returns
+        -------
+        uint8 (B, C, H, W) on the device of `images`.
+
+        Raises
+        ------
+        ViewError : if a view is outside [0, count), or mixes in images that are not here.
         """
         check_view(self, view)
-        if self.batched:
+        policy, own = self.at(view) if isinstance(view, int) else (self, view)
+        if policy is not self:
+            return policy.apply(images, samples, own)
+        if isinstance(view, int) and self.batched and not self.mixes:
             samples = samples.to(images.device)
-            sides = (torch.full_like(samples, side) for side in images.shape[-2:])
-            return self.crop(images, self.draw(samples, view, *sides))
+            return self.crop(images, self.plan(samples, view, 0, images.shape[-2:]).drawn)
         rendered = self.render_each(list(images.cpu()), samples.cpu(), view, None)
         return torch.stack(rendered).to(images.device)
-
-
-def parameters_of(part: Any) -> Parameters:
-    """The fields of a dataclass, but for its seed."""
-    return {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name != "seed"}
 
 
 def check_view(policy: ViewPolicy, view: int | Tensor) -> None:

@@ -6,32 +6,18 @@ v2:mymodule:make_transform+cutmix
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 from stages.errors import ViewError
-from stages.inputs.views.augment import RandAugment, TrivialAugment
-from stages.inputs.views.crops import CropPolicy, PadCrop, PadCropFlip, Plain, ResizedCropFlip
-from stages.inputs.views.erasing import Erasing
-from stages.inputs.views.layers import Composed
-from stages.inputs.views.mixers import MIXERS
-from stages.inputs.views.mixing import Mixed
+from stages.inputs.views.crops import Plain
+from stages.inputs.views.layers import ON_TOP
+from stages.inputs.views.named import BASES, Parameters, Stage
 from stages.inputs.views.pairs import Paired
-from stages.inputs.views.policy import Parameters, ViewPolicy, parameters_of
-from stages.inputs.views.transforms import TORCHVISION, Transform
+from stages.inputs.views.policy import ViewPolicy
 
-POLICIES: Mapping[str, Callable[..., CropPolicy]] = {
-    p.name: p for p in (PadCropFlip, PadCrop, ResizedCropFlip, Plain)
-}
-LAYERS: Mapping[str, Callable[..., Any]] = {
-    layer.name: layer for layer in (TrivialAugment, RandAugment, Erasing)
-}
-_TRANSFORM = "v2:module:callable"
-_ORDER = [*LAYERS, *MIXERS]
 _SIDES = ("weak", "strong")
-
-Part = tuple[str, Parameters]
-"""One stage of a composition: its name, `v2:module:callable` for a transform; its parameters."""
 
 
 def view_policy(spec: str, seed: int = 0, plain: Plain | None = None) -> ViewPolicy:
@@ -80,38 +66,33 @@ def known_policy(
 # ---- from text ------------------------------------------------------------------------------
 
 
-def _parsed(part: str) -> Part:
+def _parsed(text: str) -> Stage:
     """`name:key=value,...` -> the name and its parameters, of the types they have."""
-    name, _, arguments = part.partition(":")
-    if name == "v2":
-        return part, {}
-    make = POLICIES.get(name) or LAYERS.get(name) or MIXERS.get(name)
-    if make is None:
-        raise _unknown(name)
-    known, parameters = parameters_of(make()), Parameters()
-    for argument in filter(None, arguments.split(",")):
-        key, _, value = argument.partition("=")
-        try:
-            parameters[key] = type(known[key])(value)
-        except (KeyError, ValueError):
-            raise ViewError(
-                f"'{argument}' is not a parameter of view policy '{name}'",
-                f"It takes {', '.join(f'{k}={v}' for k, v in known.items()) or 'none'}.",
-            ) from None
-    return name, parameters
+    kind = text.partition(":")[0]
+    found = _base(kind) or ON_TOP.get(kind)
+    if found is None:
+        raise _unknown(kind)
+    return found.parse(text)
+
+
+def _base(kind: str) -> type[Any] | None:
+    return BASES.get(kind) or BASES.get(f"{kind}:")
 
 
 def _unknown(name: str) -> ViewError:
-    near = difflib.get_close_matches(name, [*POLICIES, *_ORDER], n=1)
+    near = difflib.get_close_matches(name, [*BASES, *ON_TOP], n=1)
+    bases = (f"{base}module:callable" if base.endswith(":") else base for base in sorted(BASES))
     return ViewError(
         f"unknown view policy '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""),
-        f"Known policies: {', '.join([*POLICIES, _TRANSFORM])}; "
-        f"on top of one, in this order: {_on_top()}.",
+        f"Known policies: {', '.join(bases)}; on top of one, in this order: {_on_top()}.",
     )
 
 
 def _on_top() -> str:
-    return f"{', '.join(LAYERS)}, {' or '.join(MIXERS)}"
+    """In their order; those of one place with `or`."""
+    stages = sorted(ON_TOP.values(), key=lambda stage: (stage.place, stage.name))
+    places = groupby(stages, key=lambda stage: stage.place)
+    return ", ".join(" or ".join(stage.name for stage in some) for _, some in places)
 
 
 # ---- from an identity -----------------------------------------------------------------------
@@ -121,7 +102,7 @@ class _NotOursError(Exception):
     """An identity that does not read as a policy of this program."""
 
 
-def _sides(name: str, parameters: Mapping[str, Any]) -> list[list[Part]]:
+def _sides(name: str, parameters: Mapping[str, Any]) -> list[list[Stage]]:
     """As `_parsed`, from a name and flat parameters: `pad`, `mixup.alpha`, `weak.mixup.alpha`."""
     names, left = name.split("|"), dict(parameters)
     prefixes = [""] if len(names) == 1 else [f"{side}." for side in _SIDES]
@@ -147,29 +128,25 @@ def _taken(parameters: dict[str, Any], prefix: str) -> Parameters:
 # ---- building -------------------------------------------------------------------------------
 
 
-def _is_orderly(parts: list[Part]) -> bool:
-    """Whether a base comes first, then layers in their order, then at most one mixer."""
-    (first, _), *on_top = parts
-    ranks = [min(_ORDER.index(name), len(LAYERS)) if name in _ORDER else -1 for name, _ in on_top]
-    return first not in _ORDER and -1 not in ranks and ranks == sorted(set(ranks))
+def _is_orderly(stages: list[Stage]) -> bool:
+    """Whether a base comes first, and what is on top of it in the order of their places."""
+    (first, _), *on_top = stages
+    places = [ON_TOP[name].place if name in ON_TOP else -1 for name, _ in on_top]
+    return first not in ON_TOP and -1 not in places and places == sorted(set(places))
 
 
-def _built(sides: list[list[Part]], seed: int) -> ViewPolicy:
+def _built(sides: list[list[Stage]], seed: int) -> ViewPolicy:
     policies = [_composed(side, seed) for side in sides]
     return policies[0] if len(policies) == 1 else Paired(*policies)
 
 
-def _composed(parts: list[Part], seed: int) -> ViewPolicy:
-    (first, parameters), *on_top = parts
-    policy = _base(first, parameters, seed)
-    if layers := tuple(LAYERS[name](**own) for name, own in on_top if name in LAYERS):
-        policy = Composed(policy, layers)
-    mixer = next((MIXERS[name](**own) for name, own in on_top if name in MIXERS), None)
-    return policy if mixer is None else Mixed(policy, mixer)
-
-
-def _base(name: str, parameters: Parameters, seed: int) -> ViewPolicy:
-    kind, _, target = name.partition(":")
-    if kind == "v2":
-        return Transform(target, str(parameters.get("torchvision", TORCHVISION)), seed)
-    return POLICIES[name](**parameters, seed=seed)
+def _composed(stages: list[Stage], seed: int) -> ViewPolicy:
+    """Raises KeyError or TypeError for a stage or a parameter that there is not."""
+    (first, parameters), *on_top = stages
+    made = _base(first.partition(":")[0])
+    if made is None:
+        raise KeyError(first)
+    policy: ViewPolicy = made.make(first, **parameters, seed=seed)
+    for name, own in on_top:
+        policy = ON_TOP[name].make(name, **own).on(policy)
+    return policy

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,15 +22,17 @@ from torchvision.transforms.v2 import functional as tv
 
 from stages.errors import ViewError
 from stages.inputs.counter_hash import counter_hash
-from stages.inputs.views.policy import Parameters, Stream, ViewPolicy, views_of
+from stages.inputs.views.named import Named, Parameters, Stage, base
+from stages.inputs.views.policy import Stream, ViewPolicy, views_of
 from stages.user_code import imported
 
 TORCHVISION = str(torchvision.__version__).split("+")[0]
 """Without the build: 0.26.0+cpu and 0.26.0+cu130 transform alike."""
 
 
+@base("v2:")
 @dataclass(frozen=True)
-class Transform(ViewPolicy):
+class Transform(Named, ViewPolicy):
     """What `target` makes of an image: unbounded, and known by its name alone.
 
     target: module:callable, called without arguments, gives a transform of uint8 (C, H, W) to
@@ -52,8 +54,16 @@ class Transform(ViewPolicy):
         _made(self.target)
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return f"v2:{self.target}"
+
+    @classmethod
+    def parse(cls, text: str) -> Stage:
+        return text, {}
+
+    @classmethod
+    def make(cls, name: str, **parameters: Any) -> Self:
+        return cls(name.partition(":")[2], **parameters)
 
     @property
     def count(self) -> None:
