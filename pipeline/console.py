@@ -143,6 +143,11 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what if count == 1 else what + 's'}"
 
 
+def percent(share: float, digits: int = 2) -> str:
+    """A share in [0, 1]: 97.31 %."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def duration(seconds: float) -> str:
     """12 s, 3 min 20 s, 2 h 5 min."""
     minutes, rest = divmod(round(seconds), 60)

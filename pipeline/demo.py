@@ -16,8 +16,8 @@ from typing import Any
 
 from pipeline.console import Console, duration
 from pipeline.report import write_report
+from pipeline.sweep.directory import Result, as_lines
 from pipeline.sweep.grid import Run
-from pipeline.sweep.results import Result, as_lines
 from pipeline.sweep.table import spread
 from stages.cache.lock import exclusive
 from stages.cache_teacher import cache_teacher, prepare

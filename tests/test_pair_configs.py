@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from pipeline.config import read_config
-from pipeline.sweep.file import read_sweep
-from pipeline.sweep.grid import expand
+from pipeline.sweep.grid import expand, read_sweep
 from stages.inputs.models import build_model
 from stages.settings import StudentConfig, TeacherConfig, TrainSettings
 from stages.training.objective import resolved

@@ -3,6 +3,7 @@
 import base64
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,6 +19,10 @@ from stages.inputs.feed import ViewFeed
 from stages.inputs.probes import NO_PROBE, pixel_probes
 from stages.user_code import check_trusted
 
+TOP_CLASSES = 5
+"""Of each row in the gallery."""
+UNCHANGED = 1e-5
+"""Probabilities that differ by less are shown as one bar: rectification left them alone."""
 KINDS = {"sure": "Most confident", "drawn": "Drawn at random"}
 EACH = 6
 """How many samples of each kind."""
@@ -143,3 +148,31 @@ def png_uri(pixels: Tensor) -> str:
     written = io.BytesIO()
     image.save(written, "png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
+
+
+def card(cache: LogitCache, sample: Sample, images: Images) -> dict[str, Any]:
+    """A wrong row: its image, and its largest probabilities before and after rectification."""
+    names = cache.identity.dataset.class_names
+    after = sample.before if sample.after is None else sample.after
+    both = torch.maximum(sample.before, after)
+    picked = both.topk(min(TOP_CLASSES, len(both))).indices.tolist()
+    picked += [c for c in (sample.label,) if c not in picked]
+    picked.sort(key=lambda c: -float(both[c]))
+    highest, classes = float(both.max()), []
+    roles = {sample.label: ("label", "right"), sample.predicted: ("predicted", "wrong")}
+    for c in picked:
+        role, colour = roles.get(c, ("", "plain"))
+        was, now = float(sample.before[c]), float(after[c])
+        bars = [(was, was / highest, colour)]
+        if abs(now - was) > UNCHANGED:
+            bars.append((now, now / highest, "rectified"))
+        classes.append((names[c], role, bars))
+    return {
+        "sample": sample.sample,
+        "view": sample.view,
+        "label": names[sample.label],
+        "predicted": names[sample.predicted],
+        "confidence": sample.confidence,
+        "uri": images.uris.get((sample.sample, sample.view)),
+        "classes": classes,
+    }

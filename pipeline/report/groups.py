@@ -3,28 +3,18 @@
 What decides a result, and what may differ where results are compared, is in `pipeline.compared`.
 """
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline import compared
-from pipeline.report.runs import Run
+from pipeline.runs import Run, Spread, spread
 
 TELLING = (
     *("loss.name", "bias.mode", "model.architecture", "cache", "also", "views", "augment"),
     *("loss.temperature", "bias.rectified", "bias.schedule", "bias.reduction", "train.epochs"),
 )
 """Which settings say best what a group is, where several would do."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation (n - 1); std is None for a single number."""
-
-    mean: float
-    std: float | None
-    n: int
 
 
 @dataclass(frozen=True)
@@ -53,11 +43,6 @@ class Group:
                 break
             found.append(spread(numbers))
         return found
-
-
-def spread(values: Sequence[float]) -> Spread:
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return Spread(statistics.fmean(values), std, len(values))
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:

@@ -1,21 +1,20 @@
 """The whole page, and the file it is written to."""
 
 from collections.abc import Sequence
-from importlib.resources import files
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from pipeline.console import counted
-from pipeline.report.cache_part import Options, Tile, cache_part, key_numbers
+import jinja2
+
+from pipeline.console import counted, duration, percent, visible
+from pipeline.report.cache import Options, cache_part
+from pipeline.report.figures import pattern
 from pipeline.report.groups import Group, comparable, grouped, told, unlike
-from pipeline.report.html import Cell, Html, Row, fragment, table, tag
-from pipeline.report.runs import LeftOut, Run
 from pipeline.report.sources import KnownCaches, Sources, find_sources
-from pipeline.report.student_part import (
-    last_top1,
-    mean_and_std,
-    student_part,
-    teacher_part,
-)
+from pipeline.report.students import last_top1, mean_and_std, student_part, teacher_part
+from pipeline.report.tables import Cell, Row, Table, Tile
+from pipeline.runs import LeftOut, Run
 from stages.cache import LogitCache
 from stages.cache.storage import cache_around
 from stages.errors import RunError
@@ -78,49 +77,90 @@ def _check_out(file: Path, overwrite: bool) -> None:
 # ---- the page -------------------------------------------------------------------------------
 
 
+@dataclass
+class Section:
+    """What belongs to one dataset, in the order of appearance."""
+
+    name: str
+    caches: list[LogitCache] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def students(self) -> list[Run]:
+        return [run for run in self.runs if run.kind != "teacher"]
+
+    @property
+    def teachers(self) -> list[Run]:
+        return [run for run in self.runs if run.kind == "teacher"]
+
+
 def page(sources: Sources, options: Options, reporter: Reporter) -> str:
     """The page as text: the same for the same sources."""
     known = KnownCaches(sources.caches)
     sections = _by_dataset(sources, known)
-    body: list[Html] = []
+    shown: list[dict[str, Any]] = []
     contents: list[tuple[str, str]] = []
-    for at, (name, caches, runs) in enumerate(sections):
-        parts: list[Html] = []
+    for at, section in enumerate(sections):
         links: list[tuple[str, str]] = []
-        for cache in caches:
+        caches = []
+        for cache in section.caches:
             reporter.say(f"measuring {cache.path}")
             key = f"cache-{at}-{len(links)}"
-            parts.append(cache_part(cache, key, options))
+            caches.append(cache_part(cache, key, options))
             links.append((key, f"cache {str(cache.path).rstrip('/').rpartition('/')[2]}"))
-        students = [run for run in runs if run.kind != "teacher"]
-        teachers = [run for run in runs if run.kind == "teacher"]
-        if students:
-            parts.append(student_part(grouped(students), known, f"students-{at}"))
+        students = None
+        if section.students:
+            students = student_part(grouped(section.students), known, f"students-{at}")
             links.append((f"students-{at}", "students"))
-        if teachers:
-            parts.append(tag("section", tag("h3", "Teachers"), teacher_part(teachers)))
-        heading = tag("h2", "Dataset ", tag("code", name), id=f"dataset-{at}")
-        body.append(tag("section", heading, parts, class_="dataset"))
-        contents += links if len(sections) == 1 else [(f"dataset-{at}", name), *links]
-    several = (
-        f"The page has {len(sections)} datasets. Each has a section of its own: students of "
-        "different datasets are neither averaged nor compared."
+        teachers = teacher_part(section.teachers) if section.teachers else None
+        key = f"dataset-{at}"
+        part = {"key": key, "name": section.name, "caches": caches}
+        shown.append(part | {"students": students, "teachers": teachers})
+        contents += links if len(sections) == 1 else [(key, section.name), *links]
+    return (
+        _templates()
+        .get_template("page.html")
+        .render(
+            title=TITLE,
+            generator=GENERATOR,
+            found=_found(sources, sections),
+            tiles=_best_groups(grouped(sections[0].students)) if len(sections) == 1 else [],
+            contents=contents,
+            sections=shown,
+            left_out=_left_out(sources.left_out),
+            bins=BINS,
+        )
     )
-    main = fragment(
-        tag("p", several, class_="note") if len(sections) > 1 else None,
-        body,
-        _left_out(sources.left_out),
-        _how(),
-    )
-    return _document(_header(sources, sections, contents), main)
 
 
-Section = tuple[str, list[LogitCache], list[Run]]
+def _templates() -> jinja2.Environment:
+    """Everything is escaped, but for what a template calls safe: the figures."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_readable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "counted": counted,
+        "duration": duration,
+        "pattern": pattern,
+        "percent": percent,
+    }
+    return environment
+
+
+def _readable(value: Any) -> Any:
+    """Characters that a browser would obey, written out; HTML as it is."""
+    plain = isinstance(value, str) and not hasattr(value, "__html__")
+    return visible(value) if plain else value
 
 
 def _by_dataset(sources: Sources, known: KnownCaches) -> list[Section]:
-    """What belongs to each dataset, in the order of appearance. Two folders of one content are one
-    dataset, if a cache says so; without a cache a dataset is known by its name in the settings.
+    """What belongs to each dataset. Two folders of one content are one dataset, if a cache says so;
+    without a cache a dataset is known by its name in the settings.
     """
     for run in sources.runs:
         known.of(run.cache)
@@ -129,41 +169,33 @@ def _by_dataset(sources: Sources, known: KnownCaches) -> list[Section]:
     for cache in sources.caches:
         facts = known.of(str(cache.path))
         assert facts is not None
-        sections.setdefault(facts.dataset, (facts.spec, [], []))[1].append(cache)
+        sections.setdefault(facts.dataset, Section(facts.spec)).caches.append(cache)
     for run in sources.runs:
         facts = known.of(run.cache)
         dataset = by_spec.get(run.dataset) if facts is None else facts.dataset
-        section = sections.setdefault(dataset or run.dataset, (run.dataset, [], []))
-        section[2].append(known.one_name(run))
+        section = sections.setdefault(dataset or run.dataset, Section(run.dataset))
+        section.runs.append(known.one_name(run))
     return list(sections.values())
 
 
-def _header(sources: Sources, sections: list[Section], contents: list[tuple[str, str]]) -> Html:
-    students = [run for run in sources.runs if run.kind != "teacher"]
+def _found(sources: Sources, sections: Sequence[Section]) -> str:
+    """How many of each there are, in words."""
+    teachers = sum(run.kind == "teacher" for run in sources.runs)
     counts = [
         (len(sources.caches), "cache"),
-        (len(students), "student"),
-        (len(sources.runs) - len(students), "teacher"),
+        (len(sources.runs) - teachers, "student"),
+        (teachers, "teacher"),
         (len(sections), "dataset"),
     ]
-    found = ", ".join(counted(count, what) for count, what in counts if count) + "."
-    of_one = [run for run in sections[0][2] if run.kind != "teacher"] if len(sections) == 1 else []
-    tiles = _best_groups(grouped(of_one)) if of_one else []
-    links = [tag("li", tag("a", text, href=f"#{key}")) for key, text in contents]
-    return tag(
-        "header",
-        tag("p", "teacher-cache", class_="eyebrow"),
-        tag("h1", TITLE),
-        tag("p", found, class_="lead"),
-        key_numbers(tiles) if tiles else None,
-        tag("nav", tag("ul", links), aria_label="Contents") if len(links) > 1 else None,
-    )
+    return ", ".join(counted(count, what) for count, what in counts if count) + "."
 
 
 def _best_groups(groups: Sequence[Group]) -> list[Tile]:
     """The best group of all, where they differ in loss and bias alone; else the best of each set
     that can be compared, if these are few.
     """
+    if not groups:
+        return []
     sets, keys = comparable(groups), unlike(groups)
     several = [members for members in sets if len(members) > 1]
     shown = sets if len(sets) == 1 else several if len(several) <= MOST_BEST else []
@@ -175,50 +207,13 @@ def _best_groups(groups: Sequence[Group]) -> list[Tile]:
         if len(sets) > 1:
             text = f"{best.label}, the best of {len(members)} groups with "
             text += f"{told(best.settings, keys)} at their last epoch (n={found.n})"
-        tiles.append((text, "best_group", found.mean, mean_and_std(found), ""))
+        tiles.append(Tile(text, "best_group", found.mean, mean_and_std(found)))
     return tiles
 
 
-def _left_out(left_out: Sequence[LeftOut]) -> Html | None:
+def _left_out(left_out: Sequence[LeftOut]) -> Table | None:
     if not left_out:
         return None
     rows = [Row([Cell(item.name), item.status, item.why], run=item.name) for item in left_out]
-    columns = ("name", "what", "why")
-    return tag(
-        "section",
-        tag("h2", "Not counted", id="left-out"),
-        table("Failed, unfinished or unreadable: in no mean and no curve", columns, rows, 3),
-    )
-
-
-def _how() -> Html:
-    """What the numbers are, for whoever was sent the page."""
-    items = [
-        f"ECE: expected calibration error over {BINS} equally wide bins of confidence (Guo et al. "
-        "2017); confidence is the largest probability at T = 1.",
-        "Right and wrong: whether the teacher's argmax on that view, taken before any encoding, is "
-        "the label.",
-        "± is the sample standard deviation (n - 1) over runs that differ in their seeds alone; a "
-        "single run has none.",
-        "Groups are compared with one another only where they differ in loss and bias alone: the "
-        "same images, views, teachers, model, epochs and optimisation.",
-        "A teacher pass is the teacher once over the training set.",
-    ]
-    return tag(
-        "footer", tag("h2", "How to read the numbers"), tag("ul", [tag("li", i) for i in items])
-    )
-
-
-def _document(header: Html, main: Html) -> str:
-    folder = files("pipeline.report")
-    style, script = (Html(folder.joinpath(name).read_text()) for name in ("page.css", "page.js"))
-    head = fragment(
-        tag("meta", charset="utf-8"),
-        tag("meta", name="generator", content=GENERATOR),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", TITLE),
-        tag("style", style),
-    )
-    body = tag("body", header, tag("main", main), tag("script", script))
-    return "<!DOCTYPE html>\n" + tag("html", tag("head", head), body, lang="en") + "\n"
+    caption = "Failed, unfinished or unreadable: in no mean and no curve"
+    return Table(caption, ("name", "what", "why"), rows, words=3)

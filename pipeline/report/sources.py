@@ -4,7 +4,7 @@ import contextlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pipeline.report.runs import LeftOut, Run, read_run, read_sweep
+from pipeline.runs import LeftOut, Run, read_run, read_sweep
 from stages.cache import LogitCache
 from stages.cache.identity import DatasetIdentity
 from stages.cache.storage import is_cache, location

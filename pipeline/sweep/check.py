@@ -15,12 +15,12 @@ from pipeline.sweep.grid import Run, check_distinct
 from stages.cache import LogitCache
 from stages.data import cached_policy, check_dataset, load_data, skips_of, split_digests
 from stages.device import choose_device
-from stages.errors import CacheError, ModelError, PipelineError
+from stages.errors import CacheError, ConfigError, ModelError, PipelineError
 from stages.inputs.checkpoints import weights_file
 from stages.inputs.models import build_model
 from stages.reporting import Reporter, Silent
 from stages.settings import DataSettings, ModelSettings, SeedSettings, StudentConfig
-from stages.student_checks import check_students, complete, made_from, slab_plan
+from stages.student_checks import check_one_stream, check_students, complete, made_from, slab_plan
 from stages.targets.ensemble import teacher_top1
 from stages.training.compiled import check_compiler
 
@@ -144,3 +144,32 @@ def _named(run: Run) -> Iterator[None]:
         yield
     except PipelineError as error:
         raise type(error)(f"{run.name}: {error.cause}", error.remedy) from error
+
+
+def grouped(runs: Sequence[Run], most: int | None) -> list[list[Run]]:
+    """Runs that can be trained in one process from one stream of batches: in groups of at most
+    `most` (None for any number), in the order of their first runs.
+
+    Which settings they must share is known to `check_one_stream`; model, loss, bias, optimiser and
+    the seed of first weights may differ.
+    """
+    groups: list[list[Run]] = []
+    for run in runs:
+        room = (g for g in groups if most is None or len(g) < most)
+        fitting = next((g for g in room if _share_a_stream([*g, run])), None)
+        if fitting is None:
+            groups.append([run])
+        else:
+            fitting.append(run)
+    return groups
+
+
+def _share_a_stream(runs: Sequence[Run]) -> bool:
+    configs = [run.config for run in runs]
+    if len({config.model.image_size for config in configs}) > 1:
+        return False
+    try:
+        check_one_stream(configs)
+    except ConfigError:
+        return False
+    return True

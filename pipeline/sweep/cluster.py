@@ -7,6 +7,7 @@ one run it was busy with: that run is tried once more, then told.
 import contextlib
 import logging
 import multiprocessing
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -23,7 +24,12 @@ _SETTINGS = {
     "distributed.scheduler.worker-ttl": None,  # a busy worker may be silent for long
     "distributed.worker.daemon": False,  # a DataLoader has processes of its own
     "distributed.comm.timeouts.connect": "60s",
+    # After 15 s the cluster would forget a worker that is started again: on a busy machine that
+    # takes longer, and its task would wait for ever.
+    "distributed.deploy.lost-worker-timeout": "1 day",
 }
+_POLL_SECONDS = 0.1
+"""Between two looks at whether a task has ended, and whether there still are workers."""
 
 
 @contextlib.contextmanager
@@ -65,35 +71,39 @@ def trained(
 ) -> Iterator[tuple[Sequence[Run], list[Outcome]]]:
     """Train every group, one a worker at a time; yield each with its outcomes when it has ended.
 
-    folder: where the runs go. Raises RunError if the scheduler goes away.
+    folder: where the runs go. Raises RunError if the scheduler or all worker processes go away.
     """
     from distributed import as_completed
 
     waiting = list(reversed(groups))
     busy: dict[str, Sequence[Run]] = {}
     ended = as_completed(loop=client.loop)
-
-    def start() -> None:
-        while waiting and len(busy) < max(1, len(client.nthreads())):
-            runs = waiting.pop()
-            configs, outs = [run.config for run in runs], [str(folder / run.name) for run in runs]
-            future = client.submit(train, configs, outs, place, pure=False)
-            busy[future.key] = runs
-            ended.add(future)
-
-    with _scheduler_there():
-        start()
-    for future in ended:
-        runs = busy.pop(future.key)
+    while waiting or busy:
         with _scheduler_there():
+            while waiting and len(busy) < max(1, len(client.nthreads())):
+                runs = waiting.pop()
+                configs = [run.config for run in runs]
+                outs = [str(folder / run.name) for run in runs]
+                future = client.submit(train, configs, outs, place, pure=False)
+                busy[future.key] = runs
+                ended.add(future)
+            while not ended.has_ready():
+                _check_workers(client)
+                time.sleep(_POLL_SECONDS)
+            future = next(ended)
+            runs = busy.pop(future.key)
             error = CancelledError() if future.cancelled() else future.exception()
             if isinstance(error, CancelledError):
                 raise error
             outcomes = future.result() if error is None else [_told(error)] * len(runs)
-        yield runs, outcomes
-        with _scheduler_there():
             future.release()
-            start()
+        yield runs, outcomes
+
+
+def _check_workers(client: Any) -> None:
+    """Raise RunError if the cluster of `local_cluster` has given up all of its processes."""
+    if client.cluster is not None and not client.cluster.workers:
+        raise RunError("all worker processes are gone", "Go on with the same command.")
 
 
 @contextlib.contextmanager

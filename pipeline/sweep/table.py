@@ -16,8 +16,8 @@ import msgspec
 from pipeline.compared import budget, deciding, differing
 from pipeline.config import convert, flat, put
 from pipeline.console import Console, visible
+from pipeline.sweep.directory import Result
 from pipeline.sweep.grid import Run
-from pipeline.sweep.results import Result
 from stages.errors import ConfigError
 from stages.settings import StudentConfig
 

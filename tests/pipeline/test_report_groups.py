@@ -10,8 +10,8 @@ import pytest
 from reports import epoch, parse, sweep_line, write_run, write_sweep
 
 from pipeline.report import write_report
-from pipeline.report.groups import comparable, distinguishing, grouped, spread
-from pipeline.report.runs import LeftOut, Run, read_run, read_sweep
+from pipeline.report.groups import comparable, distinguishing, grouped
+from pipeline.runs import LeftOut, Run, read_run, read_sweep, spread
 
 HISTORY = [epoch(0, 0.2), epoch(1, 0.4)]
 

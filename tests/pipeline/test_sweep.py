@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ from helpers import RUN_FILES, same_weights
 
 from pipeline.console import Console
 from pipeline.sweep.check import check_runs
-from pipeline.sweep.file import read_sweep
-from pipeline.sweep.grid import expand
+from pipeline.sweep.grid import expand, read_sweep
 from pipeline.sweep.run import run_sweep
 from stages.data import Splits
 from stages.errors import RunError
@@ -30,34 +30,29 @@ from stages.settings import RectifyConfig
 from stages.train_student import train_student
 
 MODELS = '''
-"""Students that kill the process that builds them: once, or every time, but only in a worker."""
+"""Students that kill the worker that builds them, or fail there, unless the file 'safe' exists."""
 import os, pathlib, signal
 from distributed import get_worker
 from stages.inputs.cifar_models import cifar_model
 
-def once(classes):
-    return dying(classes, 1)
-
-def always(classes):
-    return dying(classes, 99)
-
-def dying(classes, times):
-    deaths = pathlib.Path("deaths")
-    try:
-        get_worker()
-    except ValueError:
-        return cifar_model("resnet8", classes, 3)
-    if (died := len(list(deaths.glob(f"{times}-*")))) < times:
-        (deaths / f"{times}-{died}").touch()
+def dies(classes):
+    if in_worker():
+        deaths = pathlib.Path("deaths")
+        (deaths / str(len(list(deaths.iterdir())))).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return cifar_model("resnet8", classes, 3)
 
 def broken(classes):
+    if in_worker():
+        raise ZeroDivisionError("of the model's own")
+    return cifar_model("resnet8", classes, 3)
+
+def in_worker():
     try:
         get_worker()
     except ValueError:
-        return cifar_model("resnet8", classes, 3)
-    raise ZeroDivisionError("of the model's own")
+        return False
+    return not pathlib.Path("safe").exists()
 '''
 
 
@@ -110,94 +105,16 @@ def scheduler() -> Iterator[str]:
         yield cluster.scheduler_address
 
 
-# ---- one sweep in which everything happens ---------------------------------------------------
+# ---- one sweep in which everything happens, killed in its last run ----------------------------
 
 
-@pytest.fixture(scope="module")
-def eventful(folder: Path) -> tuple[Path, str, str]:
-    """A sweep of good runs, runs that fail and runs whose worker dies: its folder, what it told at
-    the end, and what it said.
-    """
-    file = sweep_file(
-        "eventful",
-        [
-            {"loss.name": "ce"},
-            {"label": "rectify", "loss.name": "kd", "bias.mode": "rectify"},
-            {"label": "diverges", "loss.name": "kd", "train.lr": 1e9},
-            {"label": "dies", "model.architecture": ["fatal:once", "fatal:always"]},
-            {"label": "breaks", "model.architecture": "fatal:broken", "loss.name": "ce"},
-        ],
-        seeds=[0],
-        base={"model.mean": [0.5], "model.std": [0.5]},
-    )
-    ended = subprocess.run(
-        [sys.executable, "-m", "pipeline", "sweep", str(file)],
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 2, ended.stderr
-    return Path("runs/eventful"), ended.stderr, ended.stdout
-
-
-def test_good_runs_are_ordinary_runs(
-    eventful: tuple[Path, str, str], digits: Splits, tmp_path: Path
-) -> None:
-    out, *_ = eventful
-    for run in check_runs(expand(read_sweep("eventful.yaml"))).runs[:2]:
-        summary = train_student(run.config, tmp_path / run.name, splits=digits)
-
-        told = lines(out)[run.name]
-        assert {file.name for file in (out / run.name).iterdir()} == RUN_FILES
-        assert same_weights(out / run.name, tmp_path / run.name)
-        assert told["summary"]["last"] == summary["last"]
-        kept = json.loads((out / run.name / "summary.json").read_text())
-        kept.pop("digests")
-        assert told["summary"] == kept
-
-
-def test_failed_runs_are_named_and_stop_nobody(eventful: tuple[Path, str, str]) -> None:
-    out, told, said = eventful
-    found = lines(out)
-
-    assert list(found) == [
-        "ce-s0",
-        "rectify-s0",
-        "diverges-s0",
-        "dies-fatal-once-s0",
-        "dies-fatal-always-s0",
-        "breaks-s0",
-    ]
-    failed = [name for name, line in found.items() if line["status"] == "failed"]
-    assert failed == ["diverges-s0", "dies-fatal-always-s0", "breaks-s0"]
-    assert "not finite after epoch 1" in found["diverges-s0"]["error"]
-    assert "ZeroDivisionError: of the model's own" in found["breaks-s0"]["error"]
-    assert "fatal.py:" in found["breaks-s0"]["error"]
-    assert told.startswith("error: 3 of 6 runs failed: diverges-s0 (")
-    assert len(told.splitlines()) == 2  # and no warnings
-    table = (out / "table.md").read_text()
-    assert re.search(r"failed: breaks-s0: .*ZeroDivisionError", table)
-    assert said.count("] ") == 6
-    assert "[6/6]" in said
-
-
-def test_a_run_whose_worker_died_is_tried_once_more(eventful: tuple[Path, str, str]) -> None:
-    out, *_ = eventful
-
-    assert lines(out)["dies-fatal-once-s0"]["status"] == "done"
-    assert "its worker process died again" in lines(out)["dies-fatal-always-s0"]["error"]
-    assert len(list(Path("deaths").glob("1-*"))) == 1
-    assert len(list(Path("deaths").glob("99-*"))) == 2
-
-
-# ---- killed and started again ---------------------------------------------------------------
-
-
-def started(file: Path) -> subprocess.Popen[bytes]:
+def started(file: Path, **how: Any) -> subprocess.Popen[str]:
     """A sweep as a process of its own, whose workers can be counted."""
-    return subprocess.Popen([sys.executable, "-m", "pipeline", "sweep", str(file)])
+    command = [sys.executable, "-m", "pipeline", "sweep", str(file)]
+    return subprocess.Popen(command, text=True, **how)
 
 
-def wait_for(path: Path, sweep: subprocess.Popen[bytes]) -> None:
+def wait_for(path: Path, sweep: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 250
     while not path.exists():
         assert sweep.poll() is None
@@ -210,40 +127,92 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not alive
 
 
+@dataclass(frozen=True)
+class Killed:
+    """What a killed sweep has left: its folder, what it said, and whether its workers ended."""
+
+    file: Path
+    out: Path
+    said: str
+    lines: dict[str, dict[str, Any]]
+    table: str
+    workers_ended: bool
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path) -> Killed:
+    """A good run, one that diverges, one whose worker dies, one that breaks, and a long one that
+    is at work when the sweep is killed.
+
+    Dask would forget a worker that takes longer than this to start again, which on a busy machine
+    any worker may: the sweep has to wait for it.
+    """
+    runs: list[dict[str, Any]] = [
+        {"loss.name": "ce"},
+        {"label": "diverges", "loss.name": "kd", "train.lr": 1e9},
+        {"label": "dies", "model.architecture": "fatal:dies"},
+        {"label": "breaks", "model.architecture": "fatal:broken", "loss.name": "ce"},
+        {"label": "long", "bias.mode": "rectify", "train.epochs": 12},
+    ]
+    base = {"model.mean": [0.5], "model.std": [0.5]}
+    file, out = sweep_file("eventful", runs, base=base), Path("runs/eventful")
+    impatient = os.environ | {"DASK_DISTRIBUTED__DEPLOY__LOST_WORKER_TIMEOUT": "0.1s"}
+    with Path("said.txt").open("w") as said:
+        sweep = started(file, stdout=said, stderr=subprocess.STDOUT, env=impatient)
+        wait_for(out / "long-s0" / "last.pt", sweep)
+    told = Path("said.txt").read_text()
+    workers = psutil.Process(sweep.pid).children(recursive=True)
+    os.kill(sweep.pid, signal.SIGKILL)
+    sweep.wait()
+    ended, table = gone(workers), (out / "table.md").read_text()
+    return Killed(file, out, told, lines(out), table, ended)
+
+
+def test_failed_runs_are_told_and_stop_no_other(killed: Killed) -> None:
+    found = killed.lines
+    assert list(found) == ["ce-s0", "diverges-s0", "dies-s0", "breaks-s0"]
+    assert [line["status"] for line in found.values()] == ["done", *["failed"] * 3]
+    assert "not finite after epoch 1" in found["diverges-s0"]["error"]
+    assert "ZeroDivisionError" in found["breaks-s0"]["error"]
+    assert "fatal.py:" in found["breaks-s0"]["error"]
+    assert re.search(r"failed: breaks-s0: .*ZeroDivisionError", killed.table)
+    assert "Warning" not in killed.said
+    assert [f"[{n}/5]" in killed.said for n in range(1, 6)] == [True] * 4 + [False]
+
+
+def test_a_run_whose_worker_died_is_tried_once_more(killed: Killed) -> None:
+    assert "its worker process died again" in killed.lines["dies-s0"]["error"]
+    assert len(list(Path("deaths").iterdir())) == 2
+
+
 def test_a_killed_sweep_goes_on_bit_by_bit(
-    folder: Path,
+    killed: Killed,
     scheduler: str,
     digits: Splits,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    file = sweep_file("killed", [{"loss.name": ["ce", "kd"]}], base={"train.epochs": 12})
-    sweep, out = started(file), Path("runs/killed")
-    wait_for(out / "kd-s0" / "last.pt", sweep)
-    workers = psutil.Process(sweep.pid).children(recursive=True)
-    os.kill(sweep.pid, signal.SIGKILL)
-    sweep.wait()
-
-    assert workers
-    assert gone(workers)
-    assert not (out / "kd-s0" / "summary.json").exists()
-    assert lines(out)["ce-s0"]["status"] == "done"
+    out = killed.out
+    assert killed.workers_ended
+    assert not (out / "long-s0" / "summary.json").exists()
     finished = (out / "ce-s0" / "last.pt").stat().st_mtime_ns
 
-    results = run_sweep(file, Console(), scheduler=scheduler)
+    Path("safe").touch()
+    with pytest.raises(RunError) as told:
+        run_sweep(killed.file, Console(), scheduler=scheduler)
 
-    said = capsys.readouterr().out
-    assert "1 of 2 runs are finished already" in said
-    assert [result.run.name for result in results] == ["ce-s0", "kd-s0"]
+    assert told.value.cause.startswith("1 of 5 runs failed: diverges-s0 (")
+    assert "1 of 5 runs are finished already" in capsys.readouterr().out
     assert (out / "ce-s0" / "last.pt").stat().st_mtime_ns == finished
-    train_alone(file, tmp_path, digits)
-    assert same_weights(out / "ce-s0", tmp_path / "ce-s0")
-    assert same_weights(out / "kd-s0", tmp_path / "kd-s0")
-
-    # nothing is left to do: no process is started, the same results are written again
-    before = (out / "results.jsonl").read_text()
-    assert [r.summary for r in run_sweep(file, Console())] == [r.summary for r in results]
-    assert (out / "results.jsonl").read_text() == before
+    for run in check_runs(expand(read_sweep(killed.file))).runs:
+        if run.name in ("ce-s0", "long-s0"):
+            summary = train_student(run.config, tmp_path / run.name, splits=digits)
+            assert {file.name for file in (out / run.name).iterdir()} == RUN_FILES
+            assert same_weights(out / run.name, tmp_path / run.name)
+            assert lines(out)[run.name]["summary"]["last"] == summary["last"]
+            kept = json.loads((out / run.name / "summary.json").read_text())
+            kept.pop("digests")
+            assert lines(out)[run.name]["summary"] == kept
 
 
 @pytest.mark.slow
@@ -252,10 +221,9 @@ def test_a_stopped_sweep_ends_its_workers_and_says_how_to_go_on(
     folder: Path, number: signal.Signals
 ) -> None:
     file = sweep_file(f"stopped{number}", [{"loss.name": "kd"}], base={"train.epochs": 500})
-    sweep = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "sweep", str(file)],
+    sweep = started(
+        file,
         stderr=subprocess.PIPE,
-        text=True,
         start_new_session=True,
         # a shell lets what it starts in the background ignore Ctrl+C, and tests may be that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -304,6 +272,11 @@ def test_an_existing_scheduler_gives_the_same(
     train_alone(file, tmp_path, digits)
     for run in tmp_path.iterdir():
         assert same_weights(Path("runs/cluster") / run.name, run)
+
+    # nothing is left to do: no process is started, the same results are written again
+    before = Path("runs/cluster/results.jsonl").read_text()
+    assert [r.summary for r in run_sweep(file, Console())] == [r.summary for r in results]
+    assert Path("runs/cluster/results.jsonl").read_text() == before
 
 
 def test_students_trained_together_are_what_they_are_alone(

@@ -19,8 +19,7 @@ from pipeline.cli import cli
 from pipeline.console import Console
 from pipeline.sweep.check import check_runs
 from pipeline.sweep.directory import Progress, SweepDirectory
-from pipeline.sweep.file import read_sweep
-from pipeline.sweep.grid import Run, expand
+from pipeline.sweep.grid import Run, expand, read_sweep
 from pipeline.sweep.run import run_sweep
 from stages.cache import LogitCache
 from stages.errors import PipelineError, RunError

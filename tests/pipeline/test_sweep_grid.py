@@ -10,9 +10,8 @@ import msgspec
 import pytest
 import yaml
 
-from pipeline.sweep.file import read_sweep
-from pipeline.sweep.grid import Run, expand
-from pipeline.sweep.together import grouped
+from pipeline.sweep.check import grouped
+from pipeline.sweep.grid import Run, expand, read_sweep
 from stages.errors import ConfigError
 from stages.settings import (
     BiasSettings,

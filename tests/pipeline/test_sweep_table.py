@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from pipeline.sweep.directory import Progress
-from pipeline.sweep.estimate import seconds_left, seconds_of
+from pipeline.sweep.directory import Progress, Result, as_lines
 from pipeline.sweep.grid import Run
-from pipeline.sweep.results import Result, as_lines
+from pipeline.sweep.run import seconds_left, seconds_of
 from pipeline.sweep.table import (
     Group,
     baseline_of,

@@ -4,18 +4,19 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
+from pipeline.console import percent
 from pipeline.report.figures import (
     DASHES,
     SERIES,
-    captioned,
+    Entry,
+    Figure,
     colour,
     drawing,
-    legend,
     series,
     whole_numbers,
 )
-from pipeline.report.groups import Group, Spread
-from pipeline.report.html import Html, fragment, percent, tag
+from pipeline.report.groups import Group
+from pipeline.runs import Spread
 
 MOST_CURVES = SERIES * len(DASHES)
 _MOST_BANDS = 6
@@ -29,39 +30,38 @@ PARTS = {
 """Metrics that the loss is made of, before its weights: colour and words."""
 
 
-def accuracies(name: str, groups: Sequence[Group], teacher: float | None) -> Html:
+def accuracies(name: str, groups: Sequence[Group], teacher: float | None) -> Figure:
     """Test accuracy of each group: the mean over seeds, with a band of one standard deviation.
 
     Drawn twice, for wide windows and for narrow ones: page.css shows one of the two.
     """
     shown = [group for group in groups if group.curve("test_top1")][:MOST_CURVES]
-    told = "Test accuracy of each group of students by epoch"
-    teachers = (0, (4, 3))
+    bands = len(shown) <= _MOST_BANDS
+    told, teachers = "Test accuracy of each group of students by epoch", (0, (4, 3))
     drawings = []
     for kind, width, height in (("wide", 620.0, 330.0), ("narrow", 360.0, 250.0)):
         with drawing(f"{name}-{kind}", told, "epoch", "test top-1, %", width, height) as drawn:
             for at, group in enumerate(shown):
-                curve = [_scaled(point, 100) for point in group.curve("test_top1")]
-                _band(drawn.axes, curve, *series(at), filled=len(shown) <= _MOST_BANDS)
+                curve = [point.scaled(100) for point in group.curve("test_top1")]
+                _band(drawn.axes, curve, *series(at), filled=bands)
             if teacher is not None:
                 ink = colour("ink")
                 drawn.axes.axhline(100 * teacher, color=ink, linewidth=1.1, linestyle=teachers)
             whole_numbers(drawn.axes)
-        drawings.append(tag("div", drawn.svg, class_=f"only-{kind}"))
-    entries = []
+        drawings.append((kind, drawn.svg))
+    legend: list[Entry] = []
     for at, group in enumerate(shown):
-        name_, dashes = series(at)
-        entries.append((name_, f"{group.label} (n = {len(group.runs)})", dashes))
+        of, dashes = series(at)
+        legend.append((of, f"{group.label} (n = {len(group.runs)})", dashes))
     if teacher is not None:
-        entries.append(("ink", f"the teacher, {percent(teacher)}", teachers))
-    note = "Means over seeds"
-    note += "; bands are one standard deviation." if len(shown) <= _MOST_BANDS else "."
+        legend.append(("ink", f"the teacher, {percent(teacher)}", teachers))
+    note = "Means over seeds" + ("; bands are one standard deviation." if bands else ".")
     if len(shown) < len(groups):
         note += f" Curves of {len(shown)} of {len(groups)} groups."
-    return captioned(fragment(*drawings), "Test accuracy by epoch", note, legend(*entries))
+    return Figure("Test accuracy by epoch", drawings, note, legend)
 
 
-def loss_parts(name: str, group: Group, parts: Sequence[str]) -> Html | None:
+def loss_parts(name: str, group: Group, parts: Sequence[str]) -> Figure | None:
     """What the loss of a group was made of in every epoch; None where it is a single term.
 
     parts: those that any group of the page has, see `part_names`.
@@ -74,10 +74,10 @@ def loss_parts(name: str, group: Group, parts: Sequence[str]) -> Html | None:
     told = "Parts of the training loss by epoch"
     with drawing(name, told, "epoch", "mean over the epoch", height=200.0) as drawn:
         for key, curve in curves.items():
-            _band(drawn.axes, curve, part_colour(key, parts), "solid")
+            _band(drawn.axes, curve, _part_colour(key, parts), "solid")
         drawn.axes.set_ylim(0)
         whole_numbers(drawn.axes)
-    return captioned(drawn.svg, group.label)
+    return Figure(group.label, [("", drawn.svg)])
 
 
 def part_names(groups: Sequence[Group]) -> list[str]:
@@ -89,20 +89,20 @@ def part_names(groups: Sequence[Group]) -> list[str]:
     return [key for key in PARTS if key in found] + others
 
 
-def part_colour(key: str, parts: Sequence[str]) -> str:
+def _part_colour(key: str, parts: Sequence[str]) -> str:
     """The same for a part in every figure."""
     return PARTS[key][0] if key in PARTS else series(parts.index(key))[0]
 
 
-def parts_legend(parts: Sequence[str]) -> Html:
+def parts_legend(parts: Sequence[str]) -> list[Entry]:
     """One for all figures of loss parts."""
     words = {key: told for key, (_, told) in PARTS.items()}
     named = ((key, words.get(key, key.removeprefix("loss_"))) for key in parts)
-    return legend(*((part_colour(key, parts), told, "solid") for key, told in named))
+    return [(_part_colour(key, parts), told, "solid") for key, told in named]
 
 
-def weights(name: str, groups: Sequence[Group]) -> Html | None:
-    """How much right and wrong rows weighed, for each schedule in use; constant ones in words."""
+def weights(name: str, groups: Sequence[Group]) -> tuple[list[str], list[Figure]]:
+    """How much right and wrong rows weighed, for each schedule in use: constant ones in words."""
     by_schedule: dict[tuple[tuple[float, float], ...], list[str]] = {}
     for group in groups:
         if not any(run.uses_teacher for run in group.runs):
@@ -111,8 +111,9 @@ def weights(name: str, groups: Sequence[Group]) -> Html | None:
         schedule = tuple((r.mean, w.mean) for r, w in zip(right, wrong, strict=False))
         if schedule:
             by_schedule.setdefault(schedule, []).append(group.label)
-    shown: list[Html] = []
+    figures: list[Figure] = []
     words: list[str] = []
+    legend = (("right", "right rows", "solid"), ("wrong", "wrong rows", "solid"))
     for at, (schedule, labels) in enumerate(by_schedule.items()):
         whose = "; ".join(labels)  # a label may have commas
         if len(set(schedule)) == 1:
@@ -126,15 +127,8 @@ def weights(name: str, groups: Sequence[Group]) -> Html | None:
                 _band(drawn.axes, values, role, "solid")
             drawn.axes.set_ylim(0, 1.05 * max(max(point) for point in schedule))
             whole_numbers(drawn.axes)
-        entries = (("right", "right rows", "solid"), ("wrong", "wrong rows", "solid"))
-        shown.append(captioned(drawn.svg, whose, "", legend(*entries)))
-    if not (shown or words):
-        return None
-    return fragment(
-        tag("h4", "How much right and wrong rows weigh"),
-        [tag("p", sentence, class_="note") for sentence in words],
-        tag("div", shown, class_="figures") if shown else None,
-    )
+        figures.append(Figure(whose, [("", drawn.svg)], legend=legend))
+    return words, figures
 
 
 def _band(
@@ -149,8 +143,3 @@ def _band(
         axes.fill_between(epochs, low, high, color=colour(name), alpha=0.16, linewidth=0)
     marker = "o" if len(curve) <= 20 else None
     axes.plot(epochs, means, color=colour(name), linestyle=dashes, marker=marker, markersize=3)
-
-
-def _scaled(point: Spread, factor: float) -> Spread:
-    std = None if point.std is None else factor * point.std
-    return Spread(factor * point.mean, std, point.n)

@@ -1,15 +1,15 @@
 """The part of the page about the students of one dataset: curves, means, runs, costs."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from pipeline.console import counted, duration
-from pipeline.report import student_figures as figures
-from pipeline.report.figures import series, swatch
-from pipeline.report.groups import Group, Spread, comparable, differing, short, unlike
-from pipeline.report.html import Cell, Html, Row, fragment, percent, table, tag
-from pipeline.report.passes import saved_passes
-from pipeline.report.runs import Run
+from pipeline.console import counted, duration, percent
+from pipeline.report import curves
+from pipeline.report.figures import series
+from pipeline.report.groups import Group, comparable, differing, short, unlike
 from pipeline.report.sources import KnownCaches
+from pipeline.report.tables import Cell, Row, Table
+from pipeline.runs import Run, Spread
 
 MOST_KEYS = 4
 """How many of the settings that groups cannot be compared in have a column of their own."""
@@ -17,24 +17,36 @@ MOST_LOSSES = 12
 """How many groups' losses are drawn: each has a figure of its own."""
 
 
-def student_part(groups: Sequence[Group], known: KnownCaches, key: str) -> Html:
-    """Everything about the students of one dataset. Groups that can be compared stand together, the
+def student_part(groups: Sequence[Group], known: KnownCaches, key: str) -> dict[str, Any]:
+    """What students.html shows of one dataset. Groups that can be compared stand together, the
     best first. key: unique on the page.
     """
     best_first = sorted(groups, key=lambda group: -group.spread(last_top1).mean)
     groups = [group for members in comparable(best_first) for group in members]
-    return tag(
-        "section",
-        tag("h3", "Students", id=key),
-        _curves(groups, known, key),
-        _not_compared(groups),
-        _means(groups),
-        _settings(groups),
-        saved_passes(groups, known),
-        _losses(groups, key),
-        figures.weights(f"{key}-weights", groups),
-        _every_run(groups),
-    )
+    teachers = {teacher_of(run, known) for group in groups for run in group.runs}
+    teacher = teachers.pop() if len(teachers) == 1 else None  # several: no line is everybody's
+    curved, keys = any(group.curve("test_top1") for group in groups), unlike(groups)
+    parts = curves.part_names(groups)
+    losses = [
+        curves.loss_parts(f"{key}-loss-{at}", group, parts)
+        for at, group in enumerate(groups[:MOST_LOSSES])
+    ]
+    constant, weights = curves.weights(f"{key}-weights", groups)
+    return {
+        "key": key,
+        "groups": len(groups),
+        "accuracy": curves.accuracies(f"{key}-accuracy", groups, teacher) if curved else None,
+        "unlike": ", ".join(keys[:MOST_KEYS]) + (", ..." if len(keys) > MOST_KEYS else ""),
+        "means": _means(groups),
+        "settings": _settings(groups),
+        "costs": _costs(groups, known),
+        "losses": [figure for figure in losses if figure is not None],
+        "most_losses": MOST_LOSSES,
+        "parts": curves.parts_legend(parts),
+        "weights": weights,
+        "constant_weights": constant,
+        "runs": _every_run(groups),
+    }
 
 
 def last_top1(run: Run) -> float:
@@ -43,15 +55,6 @@ def last_top1(run: Run) -> float:
 
 def best_top1(run: Run) -> float:
     return run.summary.best.test_top1
-
-
-def _curves(groups: Sequence[Group], known: KnownCaches, key: str) -> Html | None:
-    if not any(group.curve("test_top1") for group in groups):
-        return None
-    teachers = {teacher_of(run, known) for group in groups for run in group.runs}
-    teacher = teachers.pop() if len(teachers) == 1 else None  # several: no line is everybody's
-    shown = figures.accuracies(f"{key}-accuracy", groups, teacher)
-    return tag("div", shown, class_="figures wide")
 
 
 def teacher_of(run: Run, known: KnownCaches) -> float | None:
@@ -67,31 +70,20 @@ def mean_and_std(found: Spread) -> str:
     return percent(found.mean) + ("" if found.std is None else f" ± {100 * found.std:.2f}")
 
 
-def _not_compared(groups: Sequence[Group]) -> Html | None:
-    keys = unlike(groups)
-    if not keys:
-        return None
-    shown = ", ".join(keys[:MOST_KEYS]) + (", ..." if len(keys) > MOST_KEYS else "")
-    text = f"The groups differ in {shown}, and not only in loss and bias. Only groups that agree "
-    return tag("p", text, "in all of these compare losses.", class_="note")
-
-
-def _means(groups: Sequence[Group]) -> Html:
+def _means(groups: Sequence[Group]) -> Table:
     keys = unlike(groups)[:MOST_KEYS]
     selected = any(run.summary.selected.val_top1 is not None for g in groups for run in g.runs)
-    curves = [group.label for group in groups if group.curve("test_top1")]
+    drawn = [group.label for group in groups if group.curve("test_top1")][: curves.MOST_CURVES]
     rows = []
     for group in groups:
-        mark = None
-        if group.label in curves and curves.index(group.label) < figures.MOST_CURVES:
-            mark = swatch(*series(curves.index(group.label)))
+        mark = series(drawn.index(group.label)) if group.label in drawn else None
         seeds = f"{len(group.runs)}"
         if group.seeds < len(group.runs):
             seeds += f" ({counted(group.seeds, 'seed')})"
         seconds = group.spread(lambda run: run.summary.seconds_an_epoch).mean
         parameters = group.runs[0].summary.parameters
         cells = [
-            Cell([mark, group.label], group.label),
+            Cell(group.label, group.label, mark=mark),
             *(
                 Cell(short(group.settings.get(key)), _sortable(group.settings.get(key)))
                 for key in keys
@@ -110,13 +102,12 @@ def _means(groups: Sequence[Group]) -> Html:
         rows.append(Row(cells, group=group.label))
     columns = ["group", *keys, "n", "last epoch, %", "± std", "best epoch, %", "± std", "best at"]
     columns += ["chosen on held-out, %", "± std"] if selected else []
-    caption = fragment(
-        "Test top-1, mean and standard deviation over n runs",
-        tag("small", "The best epoch is picked on the test split itself, as the literature does: "
-        "it flatters. The last epoch does not. Time: of the median epoch without the first, which "
-        "warms up."),
-    )  # fmt: skip
-    return table(caption, [*columns, "parameters", "time an epoch"], rows, 1 + len(keys))
+    note = (
+        "The best epoch is picked on the test split itself, as the literature does: it flatters. "
+        "The last epoch does not. Time: of the median epoch without the first, which warms up."
+    )
+    caption = "Test top-1, mean and standard deviation over n runs"
+    return Table(caption, [*columns, "parameters", "time an epoch"], rows, 1 + len(keys), note)
 
 
 def _sortable(value: object) -> str | float | None:
@@ -135,7 +126,7 @@ def _epoch(found: Spread) -> Cell:
     return Cell(f"{found.mean:.1f}".removesuffix(".0"), found.mean, "best_epoch")
 
 
-def _settings(groups: Sequence[Group]) -> Html | None:
+def _settings(groups: Sequence[Group]) -> Table | None:
     """In what the groups differ, all of it: labels keep the fewest that tell them apart."""
     settings = [group.settings for group in groups]
     keys = differing(settings) if len(groups) > 1 else []
@@ -144,31 +135,49 @@ def _settings(groups: Sequence[Group]) -> Html | None:
     rows = [
         Row([group.label, *(short(group.settings.get(key)) for key in keys)]) for group in groups
     ]
-    whole = table("Settings in which the groups differ", ["group", *keys], rows, len(keys) + 1)
-    return tag("details", tag("summary", f"All {len(keys)} settings in which they differ"), whole)
+    return Table("Settings in which the groups differ", ["group", *keys], rows, len(keys) + 1)
 
 
-def _losses(groups: Sequence[Group], key: str) -> Html | None:
-    parts = figures.part_names(groups)
-    losses = [
-        figures.loss_parts(f"{key}-loss-{at}", group, parts)
-        for at, group in enumerate(groups[:MOST_LOSSES])
-    ]
-    drawn = [svg for svg in losses if svg is not None]
-    if not drawn:
-        return None
-    told = "Before loss.ce_weight and loss.weight; the mean over seeds, and one standard deviation."
-    if len(groups) > MOST_LOSSES:
-        told += f" The {MOST_LOSSES} best of {len(groups)} groups."
-    return fragment(
-        tag("h4", "What the loss is made of"),
-        tag("p", told, class_="note"),
-        figures.parts_legend(parts),
-        tag("div", drawn, class_="figures"),
-    )
+def _costs(groups: Sequence[Group], known: KnownCaches) -> dict[str, Any]:
+    """How many teacher passes each cache took, and how many its students would have cost online.
+
+    One pass is the teacher once over the training set: online an epoch needs one for each view
+    that it shows, the cache needed one for each view that it holds, whatever is learned from it.
+    """
+    runs = [run for group in groups for run in group.runs]
+    by_cache: dict[str, list[Run]] = {}
+    for run in runs:
+        for cache in run.caches if run.uses_teacher else ():
+            by_cache.setdefault(cache, []).append(run)
+    caches = [_cost_of(cache, of_cache, known) for cache, of_cache in by_cache.items()]
+    took = [cache["took"] for cache in caches]
+    seconds = sum(run.summary.train_seconds for run in runs)
+    waited = sum(run.summary.train_seconds * run.summary.wait_share for run in runs)
+    return {
+        "caches": caches,
+        "together": len(caches) > 1 and None not in took,
+        "online": sum(cache["online"] for cache in caches),
+        "took": sum(views or 0 for views in took),
+        "seconds": seconds,
+        "runs": len(runs),
+        "waited": waited / max(seconds, 1e-9),
+        "without": sum(run.kind == "student" and not run.uses_teacher for run in runs),
+    }
 
 
-def _every_run(groups: Sequence[Group]) -> Html:
+def _cost_of(cache: str, runs: Sequence[Run], known: KnownCaches) -> dict[str, Any]:
+    online, facts = sum(run.teacher_passes for run in runs), known.of(cache)
+    took = None if facts is None else facts.views
+    return {
+        "name": cache.rstrip("/").rpartition("/")[2],
+        "runs": len(runs),
+        "online": online,
+        "took": took,
+        "further": 0 if took is None else -(-took * len(runs) // online) - len(runs),
+    }
+
+
+def _every_run(groups: Sequence[Group]) -> Table:
     rows = []
     for group in groups:
         for run in group.runs:
@@ -191,11 +200,10 @@ def _every_run(groups: Sequence[Group]) -> Html:
     columns = ["run", "group", "seed", *(f"last {what}" for what in each)]
     columns += [f"best {what}" for what in each]
     columns += ["time", "waiting for targets"]
-    whole = table("Every run", columns, rows, text_columns=2)
-    return tag("details", tag("summary", f"Every run, {len(rows)} of them"), whole)
+    return Table("Every run", columns, rows, words=2)
 
 
-def teacher_part(runs: Sequence[Run]) -> Html:
+def teacher_part(runs: Sequence[Run]) -> Table:
     """Runs of train-teacher: teachers and baselines."""
     rows = []
     for run in runs:
@@ -211,4 +219,4 @@ def teacher_part(runs: Sequence[Run]) -> Html:
         ]
         rows.append(Row(cells, run=run.name))
     columns = ("run", "model", "last top-1, %", "best top-1, %", "epochs", "parameters", "time")
-    return table("Trained on hard labels: teachers and baselines", columns, rows, text_columns=2)
+    return Table("Trained on hard labels: teachers and baselines", columns, rows, words=2)

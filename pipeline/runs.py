@@ -1,5 +1,6 @@
-"""What a run directory or a line of a sweep's results.jsonl says about a student or a teacher."""
+"""What run directories and a sweep's results.jsonl say about students and teachers."""
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,25 @@ from stages.training.history import Summary
 
 REQUIRED = ("loss", "test_top1", "seconds")
 """What every line of metrics.jsonl has."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (n - 1); std is None for a single number."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    def scaled(self, factor: float) -> "Spread":
+        """The same in another unit."""
+        return Spread(factor * self.mean, self.std and factor * self.std, self.n)
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and spread of numbers, one at least."""
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), std, len(values))
 
 
 class Line(msgspec.Struct, frozen=True):
