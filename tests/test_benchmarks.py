@@ -206,14 +206,14 @@ class StubTrainer:
     """A millisecond a sample, and half a second of waiting in every epoch."""
 
     def __init__(self) -> None:
-        self.samples, self.settings = torch.arange(1_000), TrainSettings(batch_size=10)
-        position = SimpleNamespace(epoch=0)
-        self.learners = [SimpleNamespace(position=position, history=[], evaluations={})]
+        self.settings = TrainSettings(batch_size=10)
+        self.stream = SimpleNamespace(samples=torch.arange(1_000), evaluations={})
+        self.learners = [SimpleNamespace(position=SimpleNamespace(epoch=0), history=[])]
 
     def fit_all(self) -> None:
         learner = self.learners[0]
         for _ in range(learner.position.epoch, self.settings.epochs):
-            line = {"seconds": len(self.samples) / 1_000 + 0.5, "wait_seconds": 0.5}
+            line = {"seconds": len(self.stream.samples) / 1_000 + 0.5, "wait_seconds": 0.5}
             learner.history.append(line)
         learner.position.epoch = self.settings.epochs
 
