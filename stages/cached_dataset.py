@@ -11,7 +11,7 @@
 An index is a plain integer, `view * num_samples + sample`: it says which view is meant, so that
 workers, persistent ones as well, need not be told of epochs. Each worker opens the cache for itself
 and holds the encoded rows of the view that its last batch was of: `cache.row_bytes` for every
-sample, 4 bytes a class for `float32` and about 0.4 for `klt`.
+sample, 4 bytes a class as `float32` and 1 as `klt`.
 """
 
 import os

@@ -246,7 +246,7 @@ def test_xarray(stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mon
     assert (found["wrong"].values == found["better"].wrong.values).all()
 
 
-PAGE = (Path(__file__).parents[1] / "docs" / "your-own-code.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "other-tools.md").read_text()
 SHOWN = re.findall(r"^\| `(\w+)` \| (`.*?`) \| `(.*?)`(.*?) \|$", PAGE, re.MULTILINE)
 
 

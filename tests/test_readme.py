@@ -20,8 +20,8 @@ from stages.objectives.losses import DEFINITIONS
 from stages.settings import LossSettings
 
 README = Path(__file__).parents[1] / "README.md"
-TEXT = README.read_text()
 LOSSES = README.parent / "docs" / "losses.md"
+CHOICES = (README.parent / "docs" / "commands.md").read_text()
 PAGES = [README, *(p for p in sorted(LOSSES.parent.glob("*.md")) if p.name != "cache-format.md")]
 BLOCKS = {
     f"{page.name}-{number}": block
@@ -33,6 +33,7 @@ BLOCKS = {
 def test_there_are_blocks_to_run() -> None:
     assert len(BLOCKS) >= 4
     assert len(BLOCKS["README.md-0"].splitlines()) <= 18
+    assert len(README.read_text().splitlines()) <= 150
 
 
 def test_links_between_pages_lead_somewhere() -> None:
@@ -101,10 +102,10 @@ def test_the_table_of_losses_has_their_defaults() -> None:
     assert table_of_losses() == expected
 
 
-@pytest.mark.parametrize("place", ["README", "help"])
+@pytest.mark.parametrize("place", ["page", "help"])
 def test_every_loss_is_named(place: str) -> None:
-    if place == "README":
-        row = re.search(r"^\| loss \| (.*) \|$", TEXT, re.MULTILINE)
+    if place == "page":
+        row = re.search(r"^\| loss \| (.*) \|$", CHOICES, re.MULTILINE)
         assert row is not None
         named = re.findall(r"`(\w+)`", row[1])
     else:
@@ -132,6 +133,10 @@ COMMANDS = sorted(
 )
 
 
+def test_the_page_of_commands_has_all_of_them() -> None:
+    assert {*re.findall(r"^\| `([a-z-]+)` \|", CHOICES, re.MULTILINE)} == {*cli.commands}
+
+
 def test_commands_were_found() -> None:
     assert len(COMMANDS) > 20
 
@@ -148,8 +153,8 @@ def test_every_command_has_options_that_there_are(command: str) -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shell_completion(shell: str) -> None:
-    """What README gives the shell to evaluate is a script, and it answers."""
-    assert f"_PIPELINE_COMPLETE={shell}_source" in TEXT or f"`{shell}_source`" in TEXT
+    """What docs/commands.md gives the shell to evaluate is a script, and it answers."""
+    assert f"_PIPELINE_COMPLETE={shell}_source" in CHOICES or f"`{shell}_source`" in CHOICES
     if shell == "bash" and shutil.which("bash") is None:
         pytest.skip("click asks bash for its version")
     script = completion({"_PIPELINE_COMPLETE": f"{shell}_source"})
