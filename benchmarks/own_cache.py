@@ -25,17 +25,14 @@ from stages.device import choose_device
 from stages.errors import CacheError, ConfigError, ViewError
 from stages.inputs.models import build_model
 from stages.repair import recorded_job
+from stages.schema import Settings, check_bounds
 from stages.settings import (
     MOST_IN_A_BATCH,
     DataSettings,
     Dtype,
     ModelSettings,
-    Settings,
     StudentConfig,
     TrainSettings,
-    counted,
-    positive,
-    within,
 )
 
 _FIXED_COSTS = 20_000
@@ -59,10 +56,9 @@ class BenchSettings(Settings, frozen=True, kw_only=True):
     seconds: float = 4.0
 
     def __post_init__(self) -> None:
-        counted("--turns", self.turns, 1000)
-        counted("--batch-size", self.batch_size, MOST_IN_A_BATCH)
-        positive("--seconds", self.seconds)
-        within("--seconds", self.seconds, 0, 86_400)
+        check_bounds("--turns", self.turns, above=0, most=1000)
+        check_bounds("--batch-size", self.batch_size, above=0, most=MOST_IN_A_BATCH)
+        check_bounds("--seconds", self.seconds, above=0, most=86_400)
         if self.students and self.dataset is None:
             raise ConfigError("--student needs the images", "Give --dataset as well.")
         if self.weights is not None and not self.students:

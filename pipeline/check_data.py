@@ -1,7 +1,6 @@
 """`pipeline check-data`: what is wrong with a dataset's images, as a table and a line each."""
 
-from typing import Any
-
+from pipeline.arguments import CheckDataSettings
 from pipeline.console import Console, counted
 from stages.check_data import KINDS, check_data, write_skip_list
 from stages.errors import ConfigError
@@ -16,17 +15,17 @@ def amount_of(check: str) -> int | None:
     return int(check)
 
 
-def run_check_data(console: Console, dataset: str, given: dict[str, Any]) -> bool:
+def run_check_data(console: Console, settings: CheckDataSettings) -> bool:
     """Show what was found, and write the skip list; return whether no image is broken."""
-    amount = amount_of(given["check"])
-    checked = check_data(dataset, given["root"], given["workers"], amount, console)
+    dataset, amount = settings.dataset, amount_of(settings.check)
+    checked = check_data(dataset, settings.root, settings.workers, amount, console)
     for finding in checked.findings:
         console.say(f"{finding.kind}: {finding.name}: {finding.what}")
     splits = [*checked.images]
     counts = [(kind, *(f"{checked.count(split, kind):,}" for split in splits)) for kind in KINDS]
     looked_at = ("images looked at", *(f"{count:,}" for count in checked.images.values()))
     console.table(dataset, ["", *splits], [looked_at, *counts])
-    broken, file = checked.broken, given["skip_out"]
+    broken, file = checked.broken, settings.skip_out
     if file and broken:
         new = write_skip_list(file, broken)
         console.say(f"\n{file}: {counted(new, 'image')} more. Use it with --skip {file}.")

@@ -11,12 +11,9 @@ import click
 from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
 from stages.registry import names_in
+from stages.schema import Takes
 
 LOSSES = names_in("stages.objectives.losses", "loss")
-BIAS = ("none", "eliminate", "rectify")
-METHODS = ("pairwise", "swap", "blend")
-SPACES = ("probability-T", "probability-1", "logit")
-DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 ENCODINGS = ("auto", "float32", "float16", "uint8", "klt", "topk")
 DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "imagenet")
@@ -83,14 +80,26 @@ class Lies(Text):
 
 
 FOLDER, FILE = Lies("dir"), Lies("file")
-WEIGHTS = Lies("file", ("pretrained",))
-DATASET = Names(DATASETS, ("folder:", "hf:"))
-MODEL, DEVICE, AUGMENT = Names(MODELS), Names(DEVICES), Composed(POLICIES)
+TAKEN: dict[Takes, Text] = {
+    "dataset": Names(DATASETS, ("folder:", "hf:")),
+    "model": Names(MODELS),
+    "policy": Composed(POLICIES),
+    "loss": Names(LOSSES),
+    "encoding": Names(ENCODINGS),
+    "device": Names(DEVICES),
+    "weights": Lies("file", ("pretrained",)),
+    "folder": FOLDER,
+    "file": FILE,
+}
+"""How options of each kind are completed."""
 
 
-def shown(names: Sequence[str]) -> str:
-    """Few names as --help has them: [none|eliminate|rectify]."""
-    return f"[{'|'.join(names)}]"
+def known(takes: Takes) -> str:
+    """The names of a kind, for --help; none for paths, and for models, which are too many."""
+    if takes == "policy":
+        return f"Bases: {', '.join(POLICIES)}. Layers: {', '.join(ON_TOP)}."
+    names = {"dataset": DATASETS, "loss": LOSSES, "encoding": ENCODINGS}.get(takes)
+    return f"Names: {', '.join(names)}." if names else ""
 
 
 def _folders(start: str) -> list[str]:

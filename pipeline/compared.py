@@ -6,14 +6,9 @@ The report, the tables of a sweep and its estimates all go by this list.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SEEDS = frozenset({"seed.data", "seed.init"})
-INDIFFERENT = SEEDS | {
-    # where it ran, and what was done beside training
-    *("kind", "device", "tensorboard", "accept_pixel_drift", "slab_memory"),
-    *("train.compile", "train.deterministic", "train.channels_last"),  # rounding, as the device
-    # where the same images lie, and how they are fed
-    *(f"data.{key}" for key in ("workers", "download", "rescan", "root", "feeding")),
-}
+from stages.settings import keys_deciding
+
+_INDIFFERENT = keys_deciding("weights", "place", "nothing") | {"kind"}
 """Settings that decide neither what is learned nor from what. Every other one tells runs apart."""
 METHOD = ("loss", "bias")
 """Sections that say how a student learns. Groups that differ in nothing else had the same budget:
@@ -29,7 +24,7 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in config.items()
-        if not (key in INDIFFERENT or key.startswith("made_from."))
+        if not (key in _INDIFFERENT or key.startswith("made_from."))
         if value is not None and value is not False
     }
 

@@ -7,10 +7,9 @@ import difflib
 import math
 import operator
 import re
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 import msgspec
 import yaml
@@ -18,6 +17,7 @@ import yaml
 from pipeline.console import visible
 from pipeline.home import expanded_values
 from stages.errors import ConfigError, PipelineError
+from stages.schema import alternatives, settings_of
 from stages.user_code import modules_in, trust
 
 Config = TypeVar("Config", bound=msgspec.Struct)
@@ -47,7 +47,8 @@ def read_config(
         if not equals:
             raise ConfigError(f"--set {_cut(override)} has no '='", "Write --set key=value.")
         check_key(kind, key)
-        wants_text = str in alternatives(field_type(kind, key)) and text != "null"
+        setting = settings_of(kind).get(key)
+        wants_text = setting and str in alternatives(setting.type) and text != "null"
         put(values, key, text if wants_text else _yaml(text, f"--set {override}"))
     config = convert(kind, values)
     trust_named(config)
@@ -56,25 +57,25 @@ def read_config(
 
 def trust_named(config: msgspec.Struct) -> None:
     """The modules that a user's configuration names are trusted: see `stages.user_code`."""
-    keys = ("data.dataset", "model.architecture", "teacher.architecture", "augment", "loss.name")
-    known = {*keys_of(type(config))}
-    specs = [operator.attrgetter(key)(config) for key in keys if key in known]
-    trust(*modules_in(*specs))
+    settings = settings_of(type(config)).values()
+    keys = [s.key for s in settings if s.takes in ("dataset", "model", "policy", "loss")]
+    trust(*modules_in(*(operator.attrgetter(key)(config) for key in keys)))
 
 
-def keys_of(kind: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
-    """Every dotted key that a struct has, sections and leaves."""
-    for field in msgspec.structs.fields(kind):
-        yield prefix + field.name
-        if inner := section(field.type):
-            yield from keys_of(inner, f"{prefix}{field.name}.")
+def keys_of(kind: type[msgspec.Struct]) -> dict[str, None]:
+    """Every dotted key that a struct has, sections and settings."""
+    parts = (key.split(".") for key in settings_of(kind))
+    return dict.fromkeys(".".join(p[:n]) for p in parts for n in range(1, len(p) + 1))
 
 
 def convert(kind: type[Config], values: dict[str, Any]) -> Config:
     """A struct of this kind from nested values, which may be changed. Raises ConfigError."""
-    for field in msgspec.structs.fields(kind):
-        if section(field.type) and values.get(field.name) is None:
-            values[field.name] = {}
+    for key in keys_of(kind):
+        if key not in settings_of(kind) and values.get(key) is None:
+            values[key] = {}
+    for setting in settings_of(kind).values():
+        if setting.required:
+            _drop_none(values, setting.key)
     try:
         converted = msgspec.convert(values, kind, strict=False)
         _check_finite(msgspec.to_builtins(converted))
@@ -88,11 +89,12 @@ def convert(kind: type[Config], values: dict[str, Any]) -> Config:
         key = where.rstrip("`")
         if message.startswith("Object missing required field"):
             name = message.split("`")[1]
-            full = f"{where.rstrip('`')}.{name}" if where else name
+            full = f"{key}.{name}" if where else name
+            option = settings_of(kind)[full].flag or "its option"
             raise ConfigError(
-                f"'{full}' is missing", f"Give its option, or --set {full}=..."
+                f"'{full}' is missing", f"Give {option}, or --set {full}=..."
             ) from None
-        allowed = _choices(field_type(kind, key)) if key in set(keys_of(kind)) else ()
+        allowed = settings_of(kind)[key].choices if key in settings_of(kind) else ()
         near = f" (one of {', '.join(allowed)})" if allowed else ""
         raise ConfigError(f"{key or 'configuration'}: {_plain(message)}{near}") from None
 
@@ -198,7 +200,7 @@ def _expanded(node: yaml.Node, known: dict[int, int]) -> int:
 
 def check_key(kind: type[msgspec.Struct], key: str) -> None:
     """Raise ConfigError, with the nearest key that is known, unless the struct has this one."""
-    known = list(keys_of(kind))
+    known = keys_of(kind)
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         key = visible(_cut(key))
@@ -223,6 +225,18 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
     values[name] = value
 
 
+def _drop_none(values: dict[str, Any], key: str) -> None:
+    """Leave out a dotted key that has no value."""
+    *sections, name = key.split(".")
+    for part in sections:
+        inner = values.get(part)
+        if not isinstance(inner, dict):
+            return
+        values = inner
+    if values.get(name, 0) is None:
+        del values[name]
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted keys; an empty list counts as None, as a setting left out."""
     found: dict[str, Any] = {}
@@ -232,31 +246,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{key}"] = None if value == [] else value
     return found
-
-
-def field_type(kind: Any, key: str) -> Any:
-    """The type of a dotted key that the struct has."""
-    for part in key.split("."):
-        kind = section(kind) or kind
-        kind = next(f.type for f in msgspec.structs.fields(kind) if f.name == part)
-    return kind
-
-
-def section(kind: Any) -> type[msgspec.Struct] | None:
-    """The struct type inside a field type, if it is one."""
-    found = (t for t in alternatives(kind) if isinstance(t, type) and issubclass(t, msgspec.Struct))
-    return next(found, None)
-
-
-def alternatives(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-
-
-def _choices(kind: Any) -> tuple[str, ...]:
-    return tuple(
-        str(value) for t in alternatives(kind) if get_origin(t) is Literal for value in get_args(t)
-    )
 
 
 def _plain(message: str) -> str:

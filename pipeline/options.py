@@ -1,25 +1,21 @@
-"""Options that several commands share, and where in a configuration their values go."""
+"""Options and arguments of commands, made from what is declared once: see `stages.schema`."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import click
+import msgspec
 
-from pipeline.choices import AUGMENT, DATASET, DEVICE, DTYPES, FILE, FOLDER, Names, shown
+from pipeline.choices import FILE, TAKEN, Names, known
+from stages.schema import Setting, settings_of
+from stages.settings import CONFIGS
+from stages.user_code import trust
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
-    """Several options as one decorator, shown in this order."""
-
-    def decorate(command: Command) -> Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
+Function = TypeVar("Function", bound=Callable[..., Any])
+Decorator = Callable[[Any], Any]
+GROUPS = ("data", "model", "training", "loss", "bias", "run")
+"""Of options, in the order of --help."""
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):
@@ -34,146 +30,152 @@ class Numbers(click.ParamType[tuple[float, ...]]):
             self.fail(f"'{value}' is not a list of numbers such as 0.5,0.5,0.5", param, ctx)
 
 
-augment_option = click.option(
-    "--augment",
-    type=AUGMENT,
-    metavar="POLICY",
-    help="Views: pad-crop-flip, pad-crop:pad=2, resized-crop-flip, none or v2:module:callable; on "
-    "top of one, with '+', trivial-augment or rand-augment:n=2,m=9, erasing:p=0.25, and last "
-    "mixup:alpha=0.8 or cutmix:alpha=1.0. WEAK|STRONG caches both in turn.",
-)
-data_options = options(
+class Option(click.Option):
+    """An option that --help shows in a group."""
+
+    def __init__(self, *declared: Any, group: str = "run", **more: Any) -> None:
+        super().__init__(*declared, **more)
+        self.group = group
+
+
+class Command(click.Command):
+    """A command whose --help shows options in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        shown: dict[str, list[tuple[str, str]]] = {name: [] for name in GROUPS}
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
+                shown[getattr(parameter, "group", "run")].append(record)
+        for name, records in shown.items():
+            if records:
+                with formatter.section(f"{name.capitalize()} options"):
+                    formatter.write_dl(records)
+
+
+def given(*kinds: type[msgspec.Struct], trusts: bool = False) -> Callable[[Function], Function]:
+    """A command that is called with one struct of each kind, read from its command line.
+
+    The first may be one that --config and --set fill as well. trusts: with --trust.
+    """
+    decorators = [decorator for kind in kinds for decorator in _parameters(kind)]
+    decorators += [*_CONFIG] * (kinds[0] in CONFIGS.values()) + [_TRUST] * trusts
+
+    def decorate(function: Function) -> Any:
+        @functools.wraps(function)
+        def run(
+            config_file: str | None = None,
+            overrides: tuple[str, ...] = (),
+            trusted: tuple[str, ...] = (),
+            **words: Any,
+        ) -> Any:
+            from pipeline.config import read_config
+
+            trust(*trusted)
+            read = []
+            for kind in kinds:
+                more = (config_file, overrides) if kind in CONFIGS.values() else (None, ())
+                read.append(read_config(kind, more[0], _flags(kind, words), more[1]))
+            return function(*read)
+
+        return functools.reduce(lambda made, add: add(made), reversed(decorators), run)
+
+    return decorate
+
+
+_CONFIG: tuple[Decorator, ...] = (
     click.option(
-        "--dataset",
-        type=DATASET,
-        help="digits, cifar10, cifar100, fashion-mnist, imagenet, folder:DIR, hf:DIR or "
-        "module:callable.",
-    ),
-    click.option("--root", type=FOLDER, help="Where torchvision's datasets lie."),
-    click.option(
-        "--download", is_flag=True, default=None, help="Let torchvision download what is missing."
-    ),
-    click.option(
-        "--rescan",
-        is_flag=True,
-        default=None,
-        help="List folders of images again: after files were overwritten in place.",
-    ),
-    click.option(
-        "--skip",
+        "--config",
+        "config_file",
+        cls=Option,
         type=FILE,
-        metavar="FILE",
-        help="Images to leave out, one a line, as `pipeline check-data` writes them.",
+        help="YAML file with any of the keys; `pipeline config` prints one.",
     ),
-    click.option(
-        "--image-size",
-        type=int,
-        help="Side of the model's input in pixels; the images' own if left out.",
-    ),
-    click.option(
-        "--resize",
-        type=int,
-        help="For the clean view: resize the shorter side to this, then crop the centre.",
-    ),
-    click.option("--workers", type=int, help="Processes that decode images too large for memory."),
-)
-normalise_options = options(
-    click.option("--mean", type=Numbers(), help="Normalisation, one number a channel."),
-    click.option("--std", type=Numbers(), help="Normalisation, one number a channel."),
-)
-train_options = options(
-    click.option("--epochs", type=int),
-    click.option("--batch-size", type=int),
-    click.option("--lr", type=float, help="Peak learning rate."),
-    click.option("--seed", type=int, help="Sets seed.data and seed.init."),
-    click.option(
-        "--val-fraction", type=float, help="Share of training samples held out to choose the model."
-    ),
-    click.option(
-        "--deterministic",
-        is_flag=True,
-        default=None,
-        help="Only algorithms that give the same bits again.",
-    ),
-    click.option(
-        "--compile/--no-compile",
-        default=None,
-        help="Compile the model's forward pass: faster steps of small models, after a minute.",
-    ),
-)
-compute_options = options(
-    click.option(
-        "--device", type=DEVICE, help="cpu, cuda, cuda:N; a GPU where there is one if left out."
-    ),
-    click.option(
-        "--dtype",
-        type=Names(DTYPES),
-        metavar=shown(DTYPES),
-        help="float32, or autocast to bfloat16 or float16.",
-    ),
-)
-config_options = options(
-    click.option("--config", "file", type=FILE, help="YAML file with any of the keys."),
     click.option(
         "--set",
         "overrides",
+        cls=Option,
         multiple=True,
         metavar="KEY=VALUE",
         help="Any key, for example train.momentum=0.8; may be repeated.",
     ),
 )
-run_options = options(
-    click.option("--out", type=FOLDER, required=True, help="The run directory."),
-    click.option("--resume", is_flag=True, help="Go on with the run that is there."),
-    click.option("--overwrite", is_flag=True, help="Replace the run that is there."),
-    click.option(
-        "--tensorboard",
-        is_flag=True,
-        default=None,
-        help="Write event files for TensorBoard as well, under tensorboard/ in the run.",
-    ),
+_TRUST: Decorator = click.option(
+    "--trust",
+    "trusted",
+    cls=Option,
+    multiple=True,
+    metavar="MODULE",
+    help="Run this module's code where only the cache or the run names it; may be repeated.",
 )
 
 
-def trust_option(command: Command) -> Command:
-    """--trust; and what other options of the command name is trusted as well."""
-
-    @functools.wraps(command)
-    def run(*args: Any, trust: tuple[str, ...], **given: Any) -> Any:
-        from stages import user_code
-
-        several = given.get("students") or ()
-        specs = [given.get(name) for name in ("dataset", "teacher", "student", "augment", "loss")]
-        user_code.trust(*trust, *user_code.modules_in(*specs, *several))
-        return command(*args, **given)
-
-    add = click.option(
-        "--trust",
-        multiple=True,
-        metavar="MODULE",
-        help="Run this module's code where only the cache or the run names it; may be repeated.",
-    )
-    return cast(Command, add(run))
-
-
-def data_flags(given: dict[str, Any]) -> dict[str, Any]:
-    """The data section, from what was given on the command line."""
-    places = ("dataset", "root", "download", "rescan", "skip")
-    names = (*places, "image_size", "resize", "workers", "val_fraction")
-    return {f"data.{name}": given.get(name) for name in names}
-
-
-def train_flags(given: dict[str, Any]) -> dict[str, Any]:
-    """What train-teacher and train-student share, from what was given on the command line."""
-    names = ("epochs", "batch_size", "lr", "deterministic", "compile", "dtype")
-    seeds = {f"seed.{name}": given["seed"] for name in ("data", "init")}
-    model = {f"model.{name}": given[name] for name in ("mean", "std")}
-    train = {f"train.{name}": given[name] for name in names}
+def _flags(kind: type[msgspec.Struct], words: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given, by dotted key; None where nothing was."""
     return {
-        **data_flags(given),
-        **train,
-        **seeds,
-        **model,
-        "device": given["device"],
-        "tensorboard": given["tensorboard"],
+        setting.key: None if (value := words[_name(same[0])]) == () else value
+        for same in _together(kind)
+        for setting in same
     }
+
+
+def _together(kind: type[msgspec.Struct]) -> list[list[Setting]]:
+    """The settings that are given on the command line, those that share a flag together."""
+    found: dict[str, list[Setting]] = {}
+    for setting in settings_of(kind).values():
+        if setting.flag is not None or setting.argument:
+            found.setdefault(setting.flag or setting.key, []).append(setting)
+    return [*found.values()]
+
+
+def _name(setting: Setting) -> str:
+    return setting.key.replace(".", "_")
+
+
+def _parameters(kind: type[msgspec.Struct]) -> Iterator[Decorator]:
+    """Decorators that add a struct's arguments and options."""
+    configured = kind in CONFIGS.values()
+    for same in _together(kind):
+        first = same[0]
+        more: dict[str, Any] = {"type": _type(first), "metavar": first.metavar}
+        if first.argument:
+            yield click.argument(
+                _name(first), nargs=-1 if first.several else 1, required=True, **more
+            )
+            continue
+        if first.kind is bool:
+            more = {"is_flag": True}
+        elif first.choices:
+            more["metavar"] = f"[{'|'.join(first.choices)}]"
+        yield click.option(
+            first.flag or "",
+            _name(first),
+            cls=Option,
+            group=first.group,
+            multiple=first.several and first.kind is str,
+            default=None,
+            required=first.required and not configured,
+            help=_help(same, configured),
+            **more,
+        )
+
+
+def _type(setting: Setting) -> Any:
+    if setting.takes is not None:
+        return TAKEN[setting.takes]
+    if setting.choices:
+        return Names(setting.choices)
+    return Numbers() if setting.several else setting.kind
+
+
+def _help(same: Sequence[Setting], configured: bool) -> str:
+    """What an option does, what it may be, and what it is if left out."""
+    first = same[0]
+    text = first.text
+    if len(same) > 1:
+        text = f"Sets {' and '.join(setting.key for setting in same)}."
+    if first.takes is not None and (names := known(first.takes)):
+        text += f" {names}"
+    if first.required:  # click says it where no file may have it
+        return f"{text} [required]" if configured else text
+    shown = first.default is not None and first.kind is not bool and first.default != ()
+    return f"{text} [default: {first.default}]" if shown else text

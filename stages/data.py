@@ -23,7 +23,8 @@ from stages.inputs.probes import NO_PROBE, pixel_probes
 from stages.inputs.run_files import sha256
 from stages.inputs.views import ViewPolicy, known_policy, view_policy
 from stages.reporting import Reporter
-from stages.settings import DataSettings, Outputs, positive
+from stages.schema import check_bounds
+from stages.settings import DataSettings, Outputs
 from stages.training.order import Stream
 from stages.user_code import check_trusted, error_line
 
@@ -217,7 +218,7 @@ def normalisation(
     if not all(map(math.isfinite, chosen[0])):
         raise ConfigError(f"mean must be finite, was {chosen[0]}")
     for value in chosen[1]:
-        positive("std", value)
+        check_bounds("std", value, above=0)
     return chosen
 
 

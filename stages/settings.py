@@ -1,23 +1,25 @@
-"""The settings of every command: frozen structs that check themselves. Imports no torch.
+"""Every setting of every command, declared once: frozen structs that check themselves.
 
-`pipeline/config.py` fills them from YAML and `key=value`; here they are plain values.
+`stages.schema` says how a setting is declared, and what is read from it. Imports no torch.
 """
 
-import math
-import re
-from typing import ClassVar, Literal
+# fmt: off
 
-import msgspec
+import re
+from typing import Annotated, ClassVar, Literal
 
 from stages.errors import ConfigError
+from stages.schema import Decides, Settings, about, settings_of
 from stages.sizes import parse_bytes
 
 MOST_IN_A_BATCH, LARGEST_SIDE, MOST_WORKERS = 2**20, 2**14, 1024
 """Samples, pixels and processes: more are a slip of the finger, and would fail much later."""
-TEMPERATURES = 1e-2, 1e4
+TEMPERATURES = {"least": 1e-2, "most": 1e4}
 """Of a loss or a rectification: beyond, softmax in float32 is one class, or all alike."""
+SEEDS = {"least": -(2**63), "most": 2**63 - 1}
 MAX_BLOCK_ROWS = 65_536
 """Of a cache: the most rows of a view that are written and committed at once."""
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 Feeding = Literal["auto", "memory", "stream"]
 Outputs = Literal["logits", "probabilities"]
@@ -30,285 +32,252 @@ Reduction = Literal["subset", "batch"]
 _NAME = re.compile(r"(?!zarr\.json)[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}(?<!\.partial)", re.IGNORECASE)
 """What can name a group of the store: on any disk, and apart from what the store itself uses."""
 
+_OWN = "A parameter of some losses, see docs/losses.md."
 
-def counted(name: str, value: int, most: int) -> None:
-    """Raise ConfigError unless 0 < value <= most."""
-    positive(name, value)
-    if value > most:
-        raise ConfigError(f"{name} must be at most {most:,}, was {value:.3g}")
+# ---- settings that several structs have -----------------------------------------------------
+
+Augment = Annotated[str, about(
+    "Views: BASE, then layers after '+': pad-crop:pad=2+rand-augment:n=2,m=9, resized-crop-"
+    "flip+erasing:p=0.25+mixup:alpha=0.8. v2:module:callable is a base of your own. WEAK|STRONG "
+    "caches both in turn.", "--augment", metavar="POLICY", takes="policy", group="data")]
+Device = Annotated[str, about(
+    "cpu, cuda, cuda:N, or auto: a GPU where there is one.",
+    "--device", takes="device", decides="weights")]
+Precision = Annotated[Dtype, about(
+    "Of the forward pass: float32, or autocast; weights stay float32.", "--dtype")]
+BatchSize = Annotated[int, about(
+    "Images in a batch.", "--batch-size", above=0, most=MOST_IN_A_BATCH)]
+ChannelsLast = Annotated[bool, about(
+    "Channels last in memory: faster convolutions.", decides="weights")]
+ImageSize = Annotated[int | None, about(
+    "Side of this model's input, if not data's.", above=0, most=LARGEST_SIDE)]
+Mean = Annotated[tuple[float, ...] | None, about(
+    "Normalisation, a number a channel; the weights' or the dataset's own if left out.", "--mean")]
+Std = Annotated[tuple[float, ...] | None, about("As --mean.", "--std")]
+Root = Annotated[str | None, about(
+    "Where torchvision's datasets lie.", "--root", takes="folder", group="data")]
+Download = Annotated[bool, about(
+    "Let torchvision download what is missing.", "--download", group="data")]
+FirstViews = Annotated[int | None, about(
+    "Only the first so many views; all if left out.", "--views", group="data")]
+Scheduler = Annotated[str | None, about(
+    "Address of a Dask cluster; this machine if left out.", "--scheduler")]
+Cache = Annotated[str, about("The cache.", argument=True, takes="folder", decides="contents")]
 
 
-def positive(name: str, value: float) -> None:
-    """Raise ConfigError unless value > 0 and finite."""
-    if not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be positive, was {value}")
+# ---- sections -------------------------------------------------------------------------------
 
 
-def within(name: str, value: float, low: float, high: float) -> None:
-    """Raise ConfigError unless low <= value <= high and finite; a bound may be infinite."""
-    if not (low <= value <= high and math.isfinite(value)):
-        end = ")" if math.isinf(high) else "]"
-        raise ConfigError(f"{name} must be in [{low:g}, {high:g}{end}, was {value}")
+class DataSettings(Settings, frozen=True):
+    """Where images come from and how they are fed. See `stages.inputs.datasets`."""
+
+    section: ClassVar[str] = "data"
+
+    dataset: Annotated[str, about(
+        "A name, folder:DIR, hf:DIR or module:callable.",
+        "--dataset", takes="dataset", decides="contents")]
+    root: Annotated[Root, about("", decides="place")] = None
+    download: Annotated[Download, about("", decides="nothing")] = False
+    rescan: Annotated[bool, about(
+        "List folders of images again: after files were overwritten in place.",
+        "--rescan", decides="nothing")] = False
+    skip: Annotated[str | None, about(
+        "Images to leave out, one a line, as `pipeline check-data` writes them; beside those that "
+        "a cache leaves out.", "--skip", metavar="FILE", takes="file")] = None
+    feeding: Annotated[Feeding, about(
+        "Whether images are held in memory, or decoded when shown.", decides="nothing")] = "auto"
+    image_size: Annotated[int | None, about(
+        "Side of the model's input in pixels; the images' own if left out.",
+        "--image-size", above=0, most=LARGEST_SIDE)] = None
+    resize: Annotated[int | None, about(
+        "For the clean view: resize the shorter side to this, then crop the centre.",
+        "--resize", above=0, most=LARGEST_SIDE)] = None
+    workers: Annotated[int, about(
+        "Processes that decode images too large for memory.",
+        "--workers", least=0, most=MOST_WORKERS, decides="nothing")] = 2
+    val_fraction: Annotated[float, about(
+        "Share of training samples held out to choose the model.",
+        "--val-fraction", least=0, below=1)] = 0.0
 
 
-class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all settings: immutable, and an unknown key is an error."""
+class ModelSettings(Settings, frozen=True):
+    """A model that is trained. See `stages.inputs.models`."""
+
+    section: ClassVar[str] = "model"
+
+    architecture: Annotated[str, about(
+        "A CIFAR-family name, a torchvision name, timm:NAME or module:callable.",
+        "--model", takes="model")]
+    mean: Mean = None
+    std: Std = None
+    image_size: ImageSize = None
+    init: Annotated[str | None, about(
+        "Weights to start from: a run, FILE, FILE#KEY or 'pretrained'.",
+        "--init", takes="weights", decides="contents")] = None
+
+
+class TeacherSettings(Settings, frozen=True):
+    """The model that is cached. See `stages.inputs.checkpoints` and `model_outputs`."""
+
+    section: ClassVar[str] = "teacher"
+
+    weights: Annotated[str | None, about(
+        "A run directory, .safetensors, a checkpoint (FILE#KEY for one of several sets of "
+        "weights), or 'pretrained'.", "--weights", takes="weights")] = None
+    architecture: Annotated[str | None, about(
+        "The model's name; may be left out where --weights is a run directory. A module:callable "
+        "may bring its own weights.", "--teacher", takes="model")] = None
+    mean: Mean = None
+    std: Std = None
+    image_size: ImageSize = None
+    outputs: Annotated[Outputs, about(
+        "What the teacher returns; of probabilities the log is taken.", "--outputs")] = "logits"
+    class_order: Annotated[str | None, about(
+        "Where the teacher's classes are in another order: 'teacher' follows the names that its "
+        "run keeps, FILE has the names of its outputs, one a line, and 'dataset' ignores them.",
+        "--class-order", metavar="ORDER")] = None
 
 
 class TrainSettings(Settings, frozen=True):
-    """How a model is optimised. Defaults: a short recipe for small images.
+    """How a model is optimised. Defaults: a short recipe for small images."""
 
-    lr: the peak. momentum: of SGD (Adam keeps its own betas). milestones: epochs after which
-    the rate is multiplied by gamma. warmup: share of the steps that `onecycle` climbs.
-    dtype: of the forward pass (autocast); weights stay float32. compile: the forward pass, see
-    `stages.training.compiled`; weights differ in their last bits.
-    """
+    section: ClassVar[str] = "train"
 
-    epochs: int = 30
-    batch_size: int = 128
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 5e-4
-    schedule: Literal["constant", "multistep", "cosine", "onecycle"] = "cosine"
-    milestones: tuple[int, ...] = (150, 180, 210)
-    gamma: float = 0.1
-    warmup: float = 0.3
-    dtype: Dtype = "float32"
-    channels_last: bool = True
-    deterministic: bool = False
-    compile: bool = False
+    epochs: Annotated[int, about(
+        "Passes over the training images.", "--epochs", above=0, most=10**6)] = 30
+    batch_size: BatchSize = 128
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"], about("The optimiser.")] = "sgd"
+    lr: Annotated[float, about("Peak learning rate.", "--lr", above=0)] = 0.1
+    momentum: Annotated[float, about("Of sgd; Adam keeps its own.", least=0, most=1)] = 0.9
+    nesterov: Annotated[bool, about("Nesterov's momentum, with sgd.")] = False
+    weight_decay: Annotated[float, about("Of every weight, biases too.", least=0)] = 5e-4
+    schedule: Annotated[Literal["constant", "multistep", "cosine", "onecycle"], about(
+        "Of the learning rate.")] = "cosine"
+    milestones: Annotated[tuple[int, ...], about(
+        "Of multistep: epochs after which the rate is multiplied by gamma.")] = (150, 180, 210)
+    gamma: Annotated[float, about("Of multistep.", least=0)] = 0.1
+    warmup: Annotated[float, about(
+        "Of onecycle: share of steps that climb.", least=0, most=1)] = 0.3
+    dtype: Precision = "float32"
+    channels_last: ChannelsLast = True
+    deterministic: Annotated[bool, about(
+        "Only algorithms that give the same bits again.",
+        "--deterministic", decides="weights")] = False
+    compile: Annotated[bool, about(
+        "Compile the forward pass: faster steps of small models, after a minute. Weights differ in"
+        " their last bits.", "--compile/--no-compile", decides="nothing")] = False
 
     def __post_init__(self) -> None:
-        counted("train.epochs", self.epochs, 10**6)
-        counted("train.batch_size", self.batch_size, MOST_IN_A_BATCH)
-        positive("train.lr", self.lr)
-        within("train.momentum", self.momentum, 0, 1)
-        within("train.warmup", self.warmup, 0, 1)
-        within("train.weight_decay", self.weight_decay, 0, math.inf)
-        within("train.gamma", self.gamma, 0, math.inf)
+        super().__post_init__()
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise ConfigError("train.nesterov needs a train.momentum above 0")
 
 
 class SeedSettings(Settings, frozen=True):
-    """data: order of views and samples. init: the model's first weights."""
+    """What a run draws at random."""
 
-    data: int = 0
-    init: int = 0
+    section: ClassVar[str] = "seed"
 
-    def __post_init__(self) -> None:
-        within("seed.data", self.data, -(2**63), 2**63 - 1)
-        within("seed.init", self.init, -(2**63), 2**63 - 1)
+    data: Annotated[int, about(
+        "Order of views and samples.", "--seed", decides="weights", **SEEDS)] = 0
+    init: Annotated[int, about(
+        "The model's first weights.", "--seed", decides="weights", **SEEDS)] = 0
 
 
 class LossSettings(Settings, frozen=True):
     """What a student minimises: ce_weight * CE + weight * min(epoch / warmup, 1) * loss.
 
     None is the loss's own default, see `stages.objectives.losses` (epochs count from 1; a warmup of
-    0 is none). standardise: bring the logits of both sides to one scale first. The others are
-    parameters of the losses that have them. `ce` uses no targets, and ignores all but its name.
+    0 is none). `ce` uses no targets, and ignores all but its name.
     """
 
-    name: str = "kd"
-    temperature: float | None = None
-    ce_weight: float | None = None
-    weight: float | None = None
-    warmup: int | None = None
-    standardise: bool = False
-    alpha: float | None = None
-    beta: float | None = None
-    gamma: float | None = None
-    epsilon: float | None = None
-    sure_temperature: float | None = None
-    average: Literal["kind", "batch"] | None = None
+    section: ClassVar[str] = "loss"
 
-    def __post_init__(self) -> None:
-        for name in ("temperature", "sure_temperature"):
-            if (value := getattr(self, name)) is not None:
-                positive(f"loss.{name}", value)
-                within(f"loss.{name}", value, *TEMPERATURES)
-        for name in ("ce_weight", "weight", "warmup", "alpha", "beta", "gamma"):
-            if (value := getattr(self, name)) is not None:
-                within(f"loss.{name}", value, 0, math.inf)
-        if self.epsilon is not None:
-            within("loss.epsilon", self.epsilon, 0, 1)
+    name: Annotated[str, about(
+        "The loss against the teacher's logits, module:callable for one of your own; ce: the "
+        "cache's views without its targets.",
+        "--loss", metavar="NAME", takes="loss")] = "kd"
+    temperature: Annotated[float | None, about(
+        "Of both softmaxes; the loss's own default if left out.",
+        "--temperature", **TEMPERATURES)] = None
+    ce_weight: Annotated[float | None, about(
+        "Of the labels' cross-entropy; of this section, null is the loss's own default.",
+        least=0)] = None
+    weight: Annotated[float | None, about("Of the loss.", least=0)] = None
+    warmup: Annotated[int | None, about(
+        "Epochs in which the loss's weight grows to its value.", least=0)] = None
+    standardise: Annotated[bool, about(
+        "Bring the logits of both sides to one scale first.")] = False
+    alpha: Annotated[float | None, about(_OWN, least=0)] = None
+    beta: Annotated[float | None, about(_OWN, least=0)] = None
+    gamma: Annotated[float | None, about(_OWN, least=0)] = None
+    epsilon: Annotated[float | None, about(_OWN, least=0, most=1)] = None
+    sure_temperature: Annotated[float | None, about(_OWN, **TEMPERATURES)] = None
+    average: Annotated[Literal["kind", "batch"] | None, about(_OWN)] = None
 
 
 class BiasSettings(Settings, frozen=True):
-    """How the teacher's mistakes are treated: see `stages.objectives.bias`.
+    """How the teacher's mistakes are treated: see `stages.objectives.bias`."""
 
-    schedule: None is `cosine` for `rectify` and `constant` for `eliminate`.
-    rectified: name of the rectification, None for the only one.
-    """
+    section: ClassVar[str] = "bias"
 
-    mode: BiasMode = "none"
-    schedule: Schedule | None = None
-    reduction: Reduction = "subset"
-    rectified: str | None = None
+    mode: Annotated[BiasMode, about(
+        "Leave out, or rectify, rows that the teacher has wrong.", "--bias")] = "none"
+    schedule: Annotated[Schedule | None, about(
+        "How weight moves from right to wrong rows; cosine for rectify and constant for eliminate "
+        "if left out.")] = None
+    reduction: Annotated[Reduction, about(
+        "Means over the rows of a kind, or the whole batch.")] = "subset"
+    rectified: Annotated[str | None, about(
+        "Which rectification; may be left out where there is one.", "--rectified")] = None
 
     @property
     def chosen_schedule(self) -> Schedule:
         return self.schedule or ("cosine" if self.mode == "rectify" else "constant")
 
 
-class DataSettings(Settings, frozen=True):
-    """Where images come from and how they are fed. See `stages.inputs.datasets`.
-
-    val_fraction: share of the training samples held out for choosing the model. rescan: list a
-    folder of images again, as after overwriting files in place; see its `manifest`. skip: a file
-    that names samples to leave out, beside those that a cache leaves out.
-    """
-
-    dataset: str
-    root: str | None = None
-    download: bool = False
-    rescan: bool = False
-    skip: str | None = None
-    feeding: Feeding = "auto"
-    image_size: int | None = None
-    resize: int | None = None
-    workers: int = 2
-    val_fraction: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("image_size", "resize"):
-            if (side := getattr(self, name)) is not None:
-                counted(f"data.{name}", side, LARGEST_SIDE)
-        if not 0 <= self.val_fraction < 1:
-            raise ConfigError(f"data.val_fraction must be in [0, 1), was {self.val_fraction}")
-        if self.workers < 0:
-            raise ConfigError(f"data.workers must not be negative, was {self.workers}")
-        within("data.workers", self.workers, 0, MOST_WORKERS)
-
-
-class ModelSettings(Settings, frozen=True):
-    """architecture: a name as in `stages.inputs.models`. mean, std: of its normalisation, None for
-    the dataset's own. init: weights to start from.
-    """
-
-    architecture: str
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    image_size: int | None = None
-    init: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.image_size is not None:
-            counted("model.image_size", self.image_size, LARGEST_SIDE)
-
-
-class RunConfig(Settings, frozen=True, kw_only=True):
-    """What every training run has. tensorboard: write event files as well. kind: of run."""
-
-    kind: ClassVar[str]
-
-    data: DataSettings
-    model: ModelSettings
-    train: TrainSettings = TrainSettings()
-    seed: SeedSettings = SeedSettings()
-    device: str = "auto"
-    tensorboard: bool = False
-
-
-class TeacherConfig(RunConfig, frozen=True, kw_only=True):
-    """A run of train-teacher. augment: a view policy; every epoch shows another of its views."""
-
-    kind: ClassVar[str] = "teacher"
-
-    augment: str = "pad-crop-flip"
-
-
-class StudentConfig(RunConfig, frozen=True, kw_only=True):
-    """A run of train-student.
-
-    also: further caches of the same views, whose probabilities are averaged with the first's; see
-    `stages.targets.ensemble`. views: train from the first so many views of the cache, None for
-    all. slab_memory: how much memory targets may take, for example 2GB; where two views are more,
-    epochs are read and shuffled in groups of chunks (`stages.targets.chunks`), in the same order
-    for every loss. accept_pixel_drift: go on with a warning where the pixels are no longer quite
-    those the teacher saw.
-    """
-
-    kind: ClassVar[str] = "student"
-
-    cache: str
-    also: tuple[str, ...] = ()
-    views: int | None = None
-    slab_memory: str | None = None
-    loss: LossSettings = LossSettings()
-    bias: BiasSettings = BiasSettings()
-    accept_pixel_drift: bool = False
-
-    def __post_init__(self) -> None:
-        if self.slab_memory is not None:
-            parse_bytes(self.slab_memory, "slab_memory")
-
-
-class TeacherSettings(Settings, frozen=True):
-    """architecture may be None where the weights are a run directory, and weights where the
-    architecture is a module:callable that brings them. mean, std, image_size: None for the weights'
-    own, or the dataset's. outputs: what it returns. class_order: see `output_order`.
-    """
-
-    weights: str | None = None
-    architecture: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    image_size: int | None = None
-    outputs: Outputs = "logits"
-    class_order: str | None = None
+# ---- commands that read --config ------------------------------------------------------------
 
 
 class CacheConfig(Settings, frozen=True):
-    """A run of cache-teacher. seed: of the views. dtype: of the teacher's forward pass.
+    """A run of cache-teacher."""
 
-    encoding: a name, with parameters after a colon (`topk:k=20`). max_kl: mean KL to the exact rows
-    at T=1, in nats, that the encoding must hold; with `auto` the smallest that does is taken.
-    """
-
-    data: DataSettings
-    teacher: TeacherSettings
-    views: int
-    augment: str = "pad-crop-flip"
-    seed: int = 0
-    encoding: str = "auto"
-    max_kl: float | None = None
-    dtype: Dtype = "float32"
-    batch_size: int = 512
-    block_rows: int = MAX_BLOCK_ROWS
-    channels_last: bool = True
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        counted("views", self.views, 10**6)
-        within("seed", self.seed, -(2**63), 2**63 - 1)
-        counted("batch_size", self.batch_size, MOST_IN_A_BATCH)
-        positive("block_rows", self.block_rows)
-        if self.max_kl is not None:
-            positive("max_kl", self.max_kl)
+    data: Annotated[DataSettings, about("", flags={"val_fraction": None})]
+    teacher: Annotated[TeacherSettings, about("", group="model")]
+    views: Annotated[int, about(
+        "How many augmented views of every sample to cache.",
+        "--views", group="data", above=0, most=10**6)]
+    augment: Augment = "pad-crop-flip"
+    seed: Annotated[int, about("Of the views.", "--seed", group="data", **SEEDS)] = 0
+    encoding: Annotated[str, about(
+        "How logits are stored; auto chooses by the number of classes, or the smallest that holds "
+        "--max-kl. topk:k=10 sets a parameter.", "--encoding", takes="encoding")] = "auto"
+    max_kl: Annotated[float | None, about(
+        "Mean KL that the encoding must hold, in nats at T=1.", "--max-kl", above=0)] = None
+    dtype: Precision = "float32"
+    batch_size: BatchSize = 512
+    block_rows: Annotated[int, about(
+        "The most rows of a view that are committed at once.", above=0)] = MAX_BLOCK_ROWS
+    channels_last: ChannelsLast = True
+    device: Device = "auto"
 
 
 class RectifyConfig(Settings, frozen=True):
-    """name: None for `<method>-T<temperature>`, with the space appended where it is not the
-    default. scheduler: address of a Dask cluster, None for threads here. views: rectify the first
-    so many views, None for all. materialise: also store whole rectified rows, for readers outside
-    this project.
-    """
+    """A run of rectify."""
 
-    method: Method = "pairwise"
-    space: Space = "probability-T"
-    temperature: float = 4.0
-    name: str | None = None
-    views: int | None = None
-    scheduler: str | None = None
-    materialise: bool = False
+    method: Annotated[Method, about("How a wrong row is rectified.", "--method")] = "pairwise"
+    space: Annotated[Space, about("Of what it is done to.", "--space")] = "probability-T"
+    temperature: Annotated[float, about(
+        "Of the loss that will use it.", "--temperature", **TEMPERATURES)] = 4.0
+    name: Annotated[str | None, about(
+        "<method>-T<temperature> and the space if left out.", "--name")] = None
+    views: Annotated[FirstViews, about("", above=0)] = None
+    scheduler: Scheduler = None
+    materialise: Annotated[bool, about(
+        "Also store whole rectified rows, for other programs.", "--materialise")] = False
 
     def __post_init__(self) -> None:
-        within("temperature", self.temperature, 1e-2, 1e4)
-        if self.views is not None:
-            positive("views", self.views)
+        super().__post_init__()
         if self.name is not None and not _NAME.fullmatch(self.name):
             raise ConfigError(
                 f"{self.name[:100]!r} cannot name a rectification",
@@ -325,3 +294,68 @@ class RectifyConfig(Settings, frozen=True):
     def chosen_name(self) -> str:
         space = "" if self.space == "probability-T" else f"-{self.space}"
         return self.name or f"{self.method}-T{self.temperature:g}{space}"
+
+
+class RunConfig(Settings, frozen=True, kw_only=True):
+    """What every training run has. kind: of run."""
+
+    kind: ClassVar[str]
+
+    data: DataSettings
+    model: ModelSettings
+    train: Annotated[TrainSettings, about("", group="training")] = TrainSettings()
+    seed: Annotated[SeedSettings, about("", group="training")] = SeedSettings()
+    device: Device = "auto"
+    tensorboard: Annotated[bool, about(
+        "Write event files for TensorBoard as well, under tensorboard/ in the run.",
+        "--tensorboard", decides="nothing")] = False
+
+
+class TeacherConfig(RunConfig, frozen=True, kw_only=True):
+    """A run of train-teacher; every epoch shows another view."""
+
+    kind: ClassVar[str] = "teacher"
+
+    augment: Augment = "pad-crop-flip"
+
+
+class StudentConfig(RunConfig, frozen=True, kw_only=True):
+    """A run of train-student."""
+
+    kind: ClassVar[str] = "student"
+
+    model: Annotated[ModelSettings, about("", flags={"architecture": "--student"})]
+    cache: Cache
+    also: Annotated[tuple[str, ...], about(
+        "Another teacher's cache of the same views, to be averaged; may be repeated.",
+        "--also", metavar="CACHE", takes="folder", group="data", decides="contents")] = ()
+    views: FirstViews = None
+    slab_memory: Annotated[str | None, about(
+        "Memory for targets, 2GB for example; where two views take more, epochs are read in groups"
+        " of chunks, in the same order for every loss.",
+        "--slab-memory", metavar="SIZE", decides="weights")] = None
+    loss: LossSettings = LossSettings()
+    bias: BiasSettings = BiasSettings()
+    accept_pixel_drift: Annotated[bool, about(
+        "Go on with a warning where pixel probes differ.",
+        "--accept-pixel-drift", group="data", decides="weights")] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.slab_memory is not None:
+            parse_bytes(self.slab_memory, "slab_memory")
+
+
+CONFIGS = {
+    "train-teacher": TeacherConfig,
+    "cache-teacher": CacheConfig,
+    "rectify": RectifyConfig,
+    "train-student": StudentConfig,
+}
+"""The commands that take `--config`, and what it holds."""
+
+
+def keys_deciding(*what: Decides) -> frozenset[str]:
+    """The keys of training runs whose settings decide this."""
+    every = {**settings_of(TeacherConfig), **settings_of(StudentConfig)}
+    return frozenset(key for key, setting in every.items() if setting.decides in what)

@@ -18,13 +18,14 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Annotated, Any
 
 import msgspec
 
-from pipeline.config import alternatives, check_key, convert, field_type, put, read_yaml, section
+from pipeline.config import check_key, convert, put, read_yaml
 from stages.errors import ConfigError
-from stages.settings import MOST_WORKERS, Settings, StudentConfig, counted, positive
+from stages.schema import Settings, about, check_bounds, settings_of
+from stages.settings import MOST_WORKERS, StudentConfig
 
 _LONGEST = 80
 
@@ -43,12 +44,12 @@ class SweepFile(Settings, frozen=True, kw_only=True):
     seeds: tuple[int, ...] = (0,)
     baseline: dict[str, Any] | None = None
     together: bool | int = False
-    workers: int = 1
+    workers: Annotated[int, about("", above=0, most=MOST_WORKERS)] = 1
 
     def __post_init__(self) -> None:
-        counted("workers", self.workers, MOST_WORKERS)
+        super().__post_init__()
         if self.together is not True and self.together is not False:
-            positive("together", self.together)
+            check_bounds("together", self.together, above=0)
         for name in ("runs", "seeds"):
             if not getattr(self, name):
                 raise ConfigError(f"'{name}' is an empty list", "Give at least one.")
@@ -97,7 +98,7 @@ def dotted(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         key = f"{prefix}{name}"
         check_key(StudentConfig, key)
-        inner = section(field_type(StudentConfig, key)) is not None
+        inner = key not in settings_of(StudentConfig)
         if inner and value is not None and not isinstance(value, Mapping):
             raise ConfigError(
                 f"'{key}' holds keys, not the value {value!r}", f"Write {key}.NAME, one by one."
@@ -190,18 +191,13 @@ def multiplied(grid: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _choices(key: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
         return [value]
-    if _is_sequence(key):
+    if settings_of(StudentConfig)[key].several:
         return value if any(isinstance(v, list) or v is None for v in value) else [value]
     if not value:
         raise ConfigError(
             f"'{key}' has an empty list of values", "Give it a value, or leave it out."
         )
     return value
-
-
-def _is_sequence(key: str) -> bool:
-    kinds = alternatives(field_type(StudentConfig, key))
-    return any(get_origin(kind) in (tuple, list) for kind in kinds)
 
 
 def _settings(sweep: SweepFile) -> Iterator[tuple[list[str], dict[str, Any], dict[str, Any]]]:

@@ -13,6 +13,7 @@ from typing import Any
 from stages.cache.identity import differences
 from stages.errors import RunError
 from stages.inputs.run_files import sha256
+from stages.settings import keys_deciding
 
 MADE_FROM = "made_from"
 """The section of config.yaml with the digests of what a run was made from."""
@@ -23,12 +24,7 @@ _MADE_OF = {
     "test_split": "other test images",
     "init": "other weights to start from",
 }
-_PLACES = ("cache", "also", "data.dataset", "data.root", "model.init")
-_FREE = (
-    "tensorboard",
-    "train.compile",  # but for rounding
-    *("data.download", "data.rescan", "data.workers", "data.feeding"),
-)
+_PLACES, _FREE = keys_deciding("contents", "place"), keys_deciding("nothing")
 
 
 def check_same(run: Path, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:

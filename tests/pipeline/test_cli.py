@@ -33,7 +33,7 @@ from stages.settings import (
 from stages.train_teacher import train_teacher
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["train-teacher", "cache-teacher", "rectify", "train-student", "inspect", "demo"]
+COMMANDS = [*cli.commands]
 POLICY = "pad-crop:pad=2"
 
 TEACH = f"train-teacher --dataset digits --model resnet8 --augment {POLICY} --epochs 1 --out new"
@@ -214,7 +214,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         f"{STUDY.replace('cache.zarr', 'rectified.zarr')} --bias rectify --temperature 2",
         ["temperature 4, not 2"],
     ),
-    "loss-temperature": (f"{STUDY} --temperature -4", ["loss.temperature must be positive"]),
+    "loss-temperature": (f"{STUDY} --temperature -4", ["loss.temperature must be in"]),
     # training
     "nesterov-alone": (
         f"{TEACH} --set train.nesterov=true --set train.momentum=0",
@@ -245,7 +245,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "teacher-std-nan": (f"{CACHE} --mean 0 --std nan", ["std must be", "nan"]),
     "std-0": (f"{TEACH} --mean 0.5 --std 0", ["std must be positive"]),
     "image-size": (f"{TEACH} --image-size 0", ["data.image_size must be positive"]),
-    "workers": (f"{TEACH} --workers -1", ["data.workers must not be negative"]),
+    "workers": (f"{TEACH} --workers -1", ["data.workers must be in [0, 1024]"]),
     # configuration
     "config-missing": (f"{TEACH} --config gone.yaml", ["cannot read gone.yaml"]),
     "config-not-yaml": (f"{TEACH} --config broken.yaml", ["broken.yaml is not YAML"]),

@@ -52,7 +52,8 @@ def needed(command: click.Command) -> list[str]:
     words = []
     for parameter in command.params:
         if isinstance(parameter, click.Argument):
-            words.append("nowhere")
+            choices = getattr(parameter.type, "choices", ["nowhere"])
+            words.append(choices[0])
         elif parameter.required:
             words += [parameter.opts[-1], "new"]
         elif "--dataset" in parameter.opts:
