@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.targets import SampleTargets, Targets
+from stages.cache.targets import Targets
 from stages.data import Splits, cached_policy, check_dataset, load_data, skips_of, split_digests
 from stages.distributed import (
     ALONE,
@@ -34,7 +34,7 @@ from stages.distributed import (
 )
 from stages.inputs.feed import Batch
 from stages.objectives.bias import BiasWeights, bias_weights
-from stages.objectives.losses import TeacherRows, TemperedRows, mixed_ce
+from stages.objectives.losses import mixed_ce
 from stages.reporting import Reporter, Silent
 from stages.settings import StudentConfig
 from stages.student_checks import check_ranks, check_students, complete, made_from, slab_plan
@@ -178,10 +178,10 @@ class CachedTask:
         hard = mixed_ce(logits, labels, *mixed)
         if self._objective is None or self.targets is None:
             return {"loss": hard}
-        targets = self.targets.at(batch.samples)
-        wrong = targets.wrong()
+        rows = self.targets.of(batch.samples, self._config.bias.rectified is not None)
+        wrong = rows.wrong()
         weights = None if self._config.bias.mode == "none" else self._weights.rows(wrong)
-        teacher = self._teacher_rows(targets)
+        teacher = rows if rows.tempered else rows.at()
         value = self._objective(logits, teacher, labels, weights)  # (B,), or () of coupled rows
         mean, ce_weight = value.mean(), self._config.loss.ce_weight or 0.0
         parts = {
@@ -195,15 +195,6 @@ class CachedTask:
             of_wrong = value.detach() * told["wrong_rate"]
             told |= {"loss_right": value.detach() - of_wrong, "loss_wrong": of_wrong}
         return parts | dict(zip(told, torch.stack([*told.values()]).mean(1), strict=True))
-
-    def _teacher_rows(self, targets: SampleTargets) -> TeacherRows:
-        """float32 (B, C); as they are at a temperature where that makes a difference."""
-        rectified = self._config.bias.rectified is not None
-        read = targets.rectified_rows if rectified else targets.rows
-        kept = targets.kept()
-        if kept is None and not self._config.also:
-            return read()
-        return TemperedRows(read, kept)
 
     def epoch_metrics(self) -> dict[str, float]:
         return {

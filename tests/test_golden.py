@@ -63,8 +63,8 @@ def test_rows_are_the_teachers(name: str, view: int, truth: dict[str, Rows]) -> 
     exact = truth[f"{name}-{view}"]
     cache = LogitCache.open(GOLDEN / f"{name}.zarr")
     samples = torch.arange(len(exact))
-    targets = cache.read_view(view).at(samples)
-    ours = targets.rows().numpy()
+    targets = cache.read_view(view).of(samples)
+    ours = targets.at().numpy()
     plain, labels = program("reader")["read_view"](str(GOLDEN / f"{name}.zarr"), view)
 
     for found in (ours, plain):

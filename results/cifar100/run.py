@@ -61,18 +61,21 @@ class LiveTargets(Targets):
     logits: Tensor
     labels: Tensor
 
-    def at(self, samples: Tensor) -> "LiveRows":
+    def of(self, samples: Tensor, rectified: bool = False) -> "LiveRows":
+        if rectified:
+            raise NotImplementedError("the control is plain KD")
         return LiveRows(self.logits, self.labels)
 
 
 @dataclass(frozen=True)
 class LiveRows:
-    """As `LiveTargets`, once it was asked; see `SampleTargets`."""
+    """As `LiveTargets`, once it was asked; see `TargetRows`."""
 
     logits: Tensor
     labels: Tensor
+    tempered = False
 
-    def rows(self, temperature: float = 1.0) -> Tensor:
+    def at(self, temperature: float = 1.0) -> Tensor:
         return self.logits
 
     def kept(self) -> None:
@@ -80,9 +83,6 @@ class LiveRows:
 
     def wrong(self) -> Tensor:
         return self.logits.argmax(1) != self.labels
-
-    def rectified_rows(self, temperature: float = 1.0) -> Tensor:
-        raise NotImplementedError("the control is plain KD")
 
 
 @click.command()

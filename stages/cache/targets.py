@@ -17,11 +17,17 @@ from stages.cache.encoding import Encoding
 from stages.errors import CacheError
 
 
-class SampleTargets(Protocol):
-    """What is learned from some samples (n of them), in their order."""
+class TargetRows(Protocol):
+    """What is learned from some samples (n of them), in their order. A loss takes it as it is where
+    rows depend on the temperature, see `stages.objectives.losses.Rows`.
+    """
 
-    def rows(self, temperature: float = 1.0) -> Tensor:
-        """The teacher's logits: float32 (n, C).
+    @property
+    def tempered(self) -> bool:
+        """Whether rows depend on the temperature: part of them is kept, or they are averaged."""
+
+    def at(self, temperature: float = 1.0) -> Tensor:
+        """The teacher's logits, rectified where that was asked for: float32 (n, C).
 
         temperature: at which the rest of a row weighs what it should, where only part of it is
         kept (`topk`).
@@ -33,38 +39,36 @@ class SampleTargets(Protocol):
     def wrong(self) -> Tensor:
         """bool (n,): whether the teacher's argmax on this view differs from the label."""
 
-    def rectified_rows(self, temperature: float = 1.0) -> Tensor:
-        """As `rows`, with the two replaced entries on wrong rows: float32 (n, C).
-
-        Raises CacheError if the view was read without a rectification.
-        """
-
 
 class Targets(ABC):
     """What is learned from, asked by dataset index int64 (n,).
 
-    Whoever has several questions about the same samples asks `at` once.
+    Whoever has several questions about the same samples asks `of` once.
     """
 
     @abstractmethod
-    def at(self, samples: Tensor) -> SampleTargets:
-        """The targets of some samples. Raises CacheError for one that was not read."""
+    def of(self, samples: Tensor, rectified: bool = False) -> TargetRows:
+        """The targets of some samples. rectified: with the two replaced entries on wrong rows.
+
+        Raises CacheError for a sample that was not read, or where the view was read without a
+        rectification.
+        """
 
     def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
-        """See `SampleTargets.rows`."""
-        return self.at(samples).rows(temperature)
-
-    def kept(self, samples: Tensor) -> Tensor | None:
-        """See `SampleTargets.kept`."""
-        return self.at(samples).kept()
-
-    def wrong(self, samples: Tensor) -> Tensor:
-        """See `SampleTargets.wrong`."""
-        return self.at(samples).wrong()
+        """The teacher's logits, float32 (n, C); see `TargetRows.at`."""
+        return self.of(samples).at(temperature)
 
     def rectified_rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
-        """See `SampleTargets.rectified_rows`."""
-        return self.at(samples).rectified_rows(temperature)
+        """As `rows`, rectified: float32 (n, C)."""
+        return self.of(samples, rectified=True).at(temperature)
+
+    def kept(self, samples: Tensor) -> Tensor | None:
+        """The classes whose logits are known, int64 (n, k); None if all are."""
+        return self.of(samples).kept()
+
+    def wrong(self, samples: Tensor) -> Tensor:
+        """bool (n,): whether the teacher's argmax on this view differs from the label."""
+        return self.of(samples).wrong()
 
 
 @dataclass(frozen=True)
@@ -129,24 +133,26 @@ class ViewTargets(Targets):
             rectified=values,
         )
 
-    def at(self, samples: Tensor) -> "ViewRows":
-        """int64 (n,), dataset indices -> their targets. Raises CacheError for a sample that was not
-        read; on a GPU, where asking would cost a wait in every batch, indexing beyond the end stops
-        the device instead.
+    def of(self, samples: Tensor, rectified: bool = False) -> "ViewRows":
+        """See `Targets.of`. On a GPU, where asking would cost a wait in every batch, a sample that
+        was not read is an index beyond the end, which stops the device.
         """
+        if rectified and self.rectified is None:
+            raise CacheError("these targets were read without a rectification")
         rows, read = self.row_of[samples], len(self.labels)
         if read < len(self.row_of) and not rows.is_cuda and bool((rows == read).any()):
             absent = int(samples[rows == read][0])
             raise CacheError(f"sample {absent} is not among the rows that were read")
-        return ViewRows(self, rows)
+        return ViewRows(self, rows, self.rectified if rectified else None)
 
 
 @dataclass(frozen=True)
 class ViewRows:
-    """Some rows of a slab. index: int64 (n,), where they are in it. See `SampleTargets`."""
+    """Some rows of a slab. index: int64 (n,), where they are in it. See `TargetRows`."""
 
     view: ViewTargets
     index: Tensor
+    rectified: RectifiedValues | None = None
 
     @cached_property
     def _encoded(self) -> dict[str, Tensor]:
@@ -157,23 +163,28 @@ class ViewRows:
         """The label and the teacher's answer: int64 (n,), and an integer (n,)."""
         return self.view.labels[self.index], self.view.predictions[self.index]
 
-    def rows(self, temperature: float = 1.0) -> Tensor:
-        return self.view.encoding.decode(self._encoded, temperature)
+    @cached_property
+    def _kept(self) -> Tensor:
+        return self.view.encoding.kept(self._encoded)
+
+    @property
+    def tempered(self) -> bool:
+        return not self.view.encoding.keeps_all
 
     def kept(self) -> Tensor | None:
-        coding = self.view.encoding
-        return None if coding.keeps_all else coding.kept(self._encoded)
+        return self._kept if self.tempered else None
 
     def wrong(self) -> Tensor:
         labels, predictions = self._classes
         return predictions != labels
 
-    def rectified_rows(self, temperature: float = 1.0) -> Tensor:
-        values = self.view.rectified
-        if values is None:
-            raise CacheError("these targets were read without a rectification")
-        logits, columns = self.rows(temperature), torch.stack(self._classes, 1).long()
-        new = torch.stack([values.label_logit[self.index], values.predicted_logit[self.index]], 1)
+    def at(self, temperature: float = 1.0) -> Tensor:
+        logits = self.view.encoding.decode(self._encoded, temperature)
+        if self.rectified is None:
+            return logits
+        columns = torch.stack(self._classes, 1).long()
+        values = self.rectified.label_logit, self.rectified.predicted_logit
+        new = torch.stack([value[self.index] for value in values], 1)
         # The two columns of a right row are one, which keeps its value.
         changed = torch.where(self.wrong()[:, None], new, logits.gather(1, columns))
         return logits.scatter(1, columns, changed)

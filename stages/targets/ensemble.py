@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.identity import differences
-from stages.cache.targets import SampleTargets, Targets, ViewTargets
+from stages.cache.targets import TargetRows, Targets, ViewTargets
 from stages.errors import CacheError, ConfigError, IdentityError
 
 
@@ -32,33 +32,33 @@ class EnsembleTargets(Targets):
     members: Sequence[ViewTargets]
     labels: Tensor
 
-    def at(self, samples: Tensor) -> "EnsembleRows":
-        return EnsembleRows([member.at(samples) for member in self.members], self.labels[samples])
+    def of(self, samples: Tensor, rectified: bool = False) -> "EnsembleRows":
+        """See `Targets.of`. Raises ConfigError for rectified ones: there are none."""
+        if rectified:
+            raise ConfigError(*NOT_RECTIFIED)
+        return EnsembleRows([member.of(samples) for member in self.members], self.labels[samples])
 
 
 @dataclass(frozen=True)
 class EnsembleRows:
-    """The targets of some samples, see `SampleTargets`. labels: int64 (n,), theirs."""
+    """The targets of some samples, see `TargetRows`. labels: int64 (n,), theirs."""
 
-    members: Sequence[SampleTargets]
+    members: Sequence[TargetRows]
     labels: Tensor
+    tempered = True
 
-    def rows(self, temperature: float = 1.0) -> Tensor:
+    def at(self, temperature: float = 1.0) -> Tensor:
         """Logits whose softmax at `temperature` is the members' mean: float32 (n, C). Where a
         member keeps only part of a row, the rest is spread evenly.
         """
-        return mean_logits([member.rows(temperature) for member in self.members], temperature)
+        return mean_logits([member.at(temperature) for member in self.members], temperature)
 
     def wrong(self) -> Tensor:
         """bool (n,): whether the ensemble's answer at T = 1 differs from the label."""
-        return self.rows().argmax(1) != self.labels
+        return self.at().argmax(1) != self.labels
 
     def kept(self) -> None:
         """Every class: what is lost of one member is known of another, or spread evenly."""
-
-    def rectified_rows(self, temperature: float = 1.0) -> Tensor:
-        """There are none: raises ConfigError."""
-        raise ConfigError(*NOT_RECTIFIED)
 
 
 def mean_logits(members: Sequence[Tensor], temperature: float = 1.0) -> Tensor:

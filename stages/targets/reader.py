@@ -11,13 +11,14 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.targets import SampleTargets, SharedTargets, Targets, ViewTargets
+from stages.cache.targets import SharedTargets, TargetRows, Targets, ViewTargets
 from stages.device import Upload
 from stages.targets.chunks import SlabPlan
 from stages.targets.ensemble import EnsembleTargets
@@ -101,9 +102,10 @@ class JoinedTargets(Targets):
 
     views: Sequence[Targets]
 
-    def at(self, samples: Tensor) -> SampleTargets:
+    def of(self, samples: Tensor, rectified: bool = False) -> TargetRows:
         parts = samples.chunk(len(self.views))
-        return JoinedRows([view.at(some) for view, some in zip(self.views, parts, strict=True)])
+        asked = zip(self.views, parts, strict=True)
+        return JoinedRows([view.of(some, rectified) for view, some in asked])
 
 
 @dataclass(frozen=True)
@@ -118,39 +120,44 @@ class GroupedTargets(Targets):
     epoch: int
     group_of: Tensor
 
-    def at(self, samples: Tensor) -> SampleTargets:
+    def of(self, samples: Tensor, rectified: bool = False) -> TargetRows:
         groups = self.group_of[samples]
         first, last = torch.stack(groups.aminmax()).tolist()
         slabs = self.reader.slabs(self.epoch, first, last)
         if first == last:
-            return slabs[0].at(samples)
+            return slabs[0].of(samples, rectified)
         order = groups.argsort(stable=True)  # group by group
         parts = samples[order].split((groups - first).bincount().tolist())
-        found = [slab.at(part) for slab, part in zip(slabs, parts, strict=True)]
+        found = [slab.of(part, rectified) for slab, part in zip(slabs, parts, strict=True)]
         return JoinedRows(found, order.argsort())
 
 
 @dataclass(frozen=True)
 class JoinedRows:
-    """Several answers as one, see `SampleTargets`. order: int64 (n,), where among all of them, one
+    """Several answers as one, see `TargetRows`. order: int64 (n,), where among all of them, one
     after another, each sample is; None where that is their order.
     """
 
-    parts: Sequence[SampleTargets]
+    parts: Sequence[TargetRows]
     order: Tensor | None = None
 
-    def rows(self, temperature: float = 1.0) -> Tensor:
-        return self._joined([part.rows(temperature) for part in self.parts])
+    @property
+    def tempered(self) -> bool:
+        return self.parts[0].tempered
+
+    def at(self, temperature: float = 1.0) -> Tensor:
+        return self._joined([part.at(temperature) for part in self.parts])
 
     def kept(self) -> Tensor | None:
+        return self._kept
+
+    @cached_property
+    def _kept(self) -> Tensor | None:
         found = [kept for part in self.parts if (kept := part.kept()) is not None]
         return self._joined(found) if found else None
 
     def wrong(self) -> Tensor:
         return self._joined([part.wrong() for part in self.parts])
-
-    def rectified_rows(self, temperature: float = 1.0) -> Tensor:
-        return self._joined([part.rectified_rows(temperature) for part in self.parts])
 
     def _joined(self, answers: Sequence[Tensor]) -> Tensor:
         joined = torch.cat(list(answers))
