@@ -12,11 +12,12 @@ from click.shell_completion import BashComplete, CompletionItem, add_completion_
 
 from stages.registry import names_in
 from stages.schema import Takes
+from stages.user_code import FOLDERS
 
 LOSSES = names_in("stages.objectives.losses", "loss")
 DEVICES = ("auto", "cpu", "cuda")
 ENCODINGS = ("auto", "float32", "float16", "uint8", "klt", "topk")
-DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "imagenet")
+DATASETS = tuple(n for n in names_in("stages.inputs.datasets", "dataset") if n not in FOLDERS)
 POLICIES = names_in("stages.inputs.views", "base")
 ON_TOP = names_in("stages.inputs.views", "on_top")
 MODELS = (
@@ -81,7 +82,7 @@ class Lies(Text):
 
 FOLDER, FILE = Lies("dir"), Lies("file")
 TAKEN: dict[Takes, Text] = {
-    "dataset": Names(DATASETS, ("folder:", "hf:")),
+    "dataset": Names(DATASETS, FOLDERS),
     "model": Names(MODELS),
     "policy": Composed(POLICIES),
     "loss": Names(LOSSES),

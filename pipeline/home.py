@@ -4,7 +4,11 @@ import os
 import re
 from typing import Any
 
-_HOME = re.compile(r"((?:--[\w-]+=)?(?:[\w.]+=)?(?:folder:|hf:)?)(~[^/]*)(/.*|)", re.DOTALL)
+from stages.user_code import FOLDERS
+
+_HOME = re.compile(
+    rf"((?:--[\w-]+=)?(?:[\w.]+=)?(?:{'|'.join(FOLDERS)})?)(~[^/]*)(/.*|)", re.DOTALL
+)
 
 
 def expanded(text: str) -> str:

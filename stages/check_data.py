@@ -72,7 +72,7 @@ def check_data(
     first: dict[str, tuple[str, int]] = {}
     splits: tuple[Split, ...] = ("train", "test")
     for split in splits:
-        dataset = load_dataset(spec, split, root, "stream", rescan=True)
+        dataset = load_dataset(spec, split, root=root, feeding="stream", rescan=True)
         chosen = _chosen(dataset, amount)
         checked.images[split] = len(chosen)
         for done, (index, seen) in enumerate(_seen(dataset, chosen, workers), start=1):

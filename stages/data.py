@@ -55,11 +55,11 @@ def load_data(settings: DataSettings, skips: Iterable[Skip] = ()) -> Splits:
     return Splits(
         *load_splits(
             settings.dataset,
-            settings.root,
-            settings.feeding,
-            settings.download,
-            settings.rescan,
-            [*skips, *own],
+            root=settings.root,
+            feeding=settings.feeding,
+            download=settings.download,
+            rescan=settings.rescan,
+            skips=[*skips, *own],
         )
     )
 

@@ -78,7 +78,9 @@ def evaluate_run(
     skips = _skips(skip or (data.skip if own else None), caches or settings.caches if own else ())
     spec = dataset or data.dataset
     try:
-        images = load_dataset(spec, "test", where, data.feeding, fetch, skips=skips)
+        images = load_dataset(
+            spec, "test", root=where, feeding=data.feeding, download=fetch, skips=skips
+        )
     except DatasetError as error:
         if dataset is not None or root is not None:
             raise

@@ -22,9 +22,8 @@ from stages.errors import (
 )
 from stages.inputs.checkpoints import weights_file
 from stages.settings import CacheConfig
-from stages.user_code import check_trusted
+from stages.user_code import FOLDERS, check_trusted
 
-_FOLDERS = ("folder:", "hf:")
 _CHANGED = ("dataset.images: ", "dataset.num_samples: ", "dataset.labels: ")
 """Of an identity, what another content of the same dataset changes."""
 
@@ -66,7 +65,7 @@ def recorded_job(
     try:
         job = prepare(config, begun=Begun.of(recorded, str(where)))
     except DatasetError as error:
-        if dataset is None and config.data.dataset.startswith(_FOLDERS):
+        if dataset is None and config.data.dataset.startswith(FOLDERS):
             raise ChangedImagesError(error.cause, error.remedy) from error
         raise
     check_teacher(where, job)
@@ -81,7 +80,7 @@ def _check_places(where: Location, config: CacheConfig) -> None:
     places: list[tuple[type[PipelineError], str, Path, str]] = []
     if weights is not None and weights != "pretrained":
         places.append((ModelError, "the weights", weights_file(weights)[0], "--weights"))
-    if dataset.startswith(_FOLDERS):
+    if dataset.startswith(FOLDERS):
         kind, _, folder = dataset.partition(":")
         places.append((DatasetError, "the dataset", Path(folder), f"--dataset {kind}:DIR"))
     if root is not None:

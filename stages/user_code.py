@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import ConfigError, PipelineError
+from stages.registry import names_in
 
-_OWN_KINDS = ("folder", "hf", "timm")
+FOLDERS = tuple(n for n in names_in("stages.inputs.datasets", "dataset") if n.endswith(":"))
+"""What stands before the folder of a dataset: `folder:` and others."""
+_OWN_KINDS = ("timm:", *FOLDERS)
 """What may stand before a colon and names no module."""
 _NOT_THEIRS = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<")
 _TRUSTED: ContextVar[frozenset[str]] = ContextVar("trusted modules", default=frozenset())
@@ -53,7 +56,7 @@ def _is_own(frame: traceback.FrameSummary) -> bool:
 
 def names_code(spec: str) -> bool:
     """Whether the name of a dataset, a model or a loss is a `module:callable`."""
-    return ":" in spec and spec.partition(":")[0] not in _OWN_KINDS
+    return ":" in spec and not spec.startswith(_OWN_KINDS)
 
 
 # ---- whose word is enough -------------------------------------------------------------------

@@ -104,7 +104,11 @@ def load_images(
             raise DatasetError("the cache does not say which dataset it was made from")
         _check_builtin(cache, str(spec), named=dataset is not None)
         train = load_dataset(
-            str(spec), "train", root or config.get("root"), "stream", skips=skips_of([cache.skips])
+            str(spec),
+            "train",
+            root=root or config.get("root"),
+            feeding="stream",
+            skips=skips_of([cache.skips]),
         )
         if differing := differences(dataset_identity(train), cache.identity.dataset):
             raise IdentityError(f"{spec} is another dataset or order: {'; '.join(differing[:3])}")

@@ -563,5 +563,5 @@ def test_classes_of_the_splits_differ(folder: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["cifar", "digits:", "", "module:"])
 def test_unknown_dataset(spec: str) -> None:
-    with pytest.raises(DatasetError, match=rf"unknown dataset '{spec}'\nKnown: digits, cifar10"):
+    with pytest.raises(DatasetError, match=f"'{spec}'"):
         load_dataset(spec, "train")

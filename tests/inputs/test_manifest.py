@@ -311,7 +311,7 @@ def test_imagenet_is_remembered_too(my_folder: Path, monkeypatch: pytest.MonkeyP
         return SimpleNamespace(samples=samples, wnids=names)
 
     monkeypatch.setattr("torchvision.datasets.ImageNet", fake)
-    loads = [load_dataset("imagenet", "train", str(my_folder)) for _ in range(2)]
+    loads = [load_dataset("imagenet", "train", root=str(my_folder)) for _ in range(2)]
     assert made == ["train"]
     assert loads[0].images_digest == loads[1].images_digest == digests(my_folder)[0]
     assert loads[1].class_names == ("ant", "bee", "cat")

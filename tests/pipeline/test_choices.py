@@ -33,7 +33,7 @@ def test_the_names_are_those_that_the_stages_know() -> None:
 def test_every_dataset_is_known(tmp_path: Path, name: str) -> None:
     told = ""
     try:
-        load_dataset(name, "test", str(tmp_path))
+        load_dataset(name, "test", root=str(tmp_path))
     except DatasetError as error:  # it is only not there
         told = error.cause
     assert "unknown dataset" not in told

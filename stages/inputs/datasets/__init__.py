@@ -4,28 +4,31 @@ Small images of one size are decoded once into a uint8 tensor; anything else is 
 (`feed.py` does that in workers). A dataset's digests do not depend on which of the two it is.
 """
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypedDict, Unpack
 
 from stages.errors import DatasetError
-from stages.inputs.datasets.arrays import TORCHVISION, digits, torchvision_arrays
 from stages.inputs.datasets.callables import from_callable
 from stages.inputs.datasets.dataset import (
     PUBLISHED_STATISTICS,
+    SOURCES,
     ImageDataset,
     Skip,
+    Source,
     Split,
     Statistics,
 )
-from stages.inputs.datasets.files import folder, imagenet
-from stages.inputs.datasets.hf import hugging_face
 from stages.inputs.datasets.skipping import read_skip_list
+from stages.registry import import_all
 from stages.settings import Feeding
 
 __all__ = [
     "PUBLISHED_STATISTICS",
+    "SOURCES",
     "ImageDataset",
     "Skip",
+    "Source",
     "Split",
     "Statistics",
     "load_dataset",
@@ -33,42 +36,37 @@ __all__ = [
     "read_skip_list",
 ]
 
+import_all(__name__)
 
-def load_dataset(
-    spec: str,
-    split: Split,
-    root: str | None = None,
-    feeding: Feeding = "auto",
-    download: bool = False,
-    rescan: bool = False,
-    skips: Iterable[Skip] = (),
-) -> ImageDataset:
+
+class Reading(TypedDict, total=False):
+    """How a dataset is read, see `Source`. skips: of any split; the
+    first that speaks of a sample counts.
+    """
+
+    root: str | None
+    feeding: Feeding
+    download: bool
+    rescan: bool
+    skips: Sequence[Skip]
+
+
+def load_dataset(spec: str, split: Split, **reading: Unpack[Reading]) -> ImageDataset:
     """One split of `digits`, `cifar10`, `cifar100`, `fashion-mnist`, `imagenet`, `folder:DIR`,
-    `hf:DIR` or `module:callable`. rescan: list folders of images again, see `manifest.py`. skips:
-    samples to leave out, of any split; the first that speaks of a sample counts.
+    `hf:DIR` or `module:callable`.
 
     Raises DatasetError if it is missing, unreadable, or has fewer than two classes.
     """
-    kind, _, argument = spec.partition(":")
-    mine = [skip for skip in skips if skip.split == split]
-    if kind == "folder":
-        dataset = folder(Path(argument), split, feeding, rescan, mine)
-    elif kind == "hf":
-        dataset = hugging_face(Path(argument), split, feeding, mine)
-    elif spec == "digits":
-        dataset = digits(split, mine)
-    elif spec in TORCHVISION:
-        dataset = torchvision_arrays(spec, split, root, download, mine)
-    elif spec == "imagenet":
-        dataset = imagenet(split, root, feeding, rescan, mine)
-    elif argument:
-        dataset = from_callable(spec, split, feeding, mine)
-    else:
+    kind, colon, argument = spec.partition(":")
+    read = SOURCES.get(f"{kind}{colon}") or (from_callable if argument else None)
+    if read is None:
+        known = (f"{name}DIR" if name.endswith(":") else name for name in sorted(SOURCES))
         raise DatasetError(
-            f"unknown dataset '{spec}'",
-            "Known: digits, cifar10, cifar100, fashion-mnist, imagenet, folder:DIR, hf:DIR, "
-            "module:callable.",
+            f"unknown dataset '{spec}'", f"Known: {', '.join(known)}, module:callable."
         )
+    given = Source(spec, split, **reading)
+    skips = [skip for skip in given.skips if skip.split == split]
+    dataset = read(replace(given, skips=skips))
     labels = dataset.labels
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(dataset.class_names):
         raise DatasetError(
@@ -85,18 +83,9 @@ def load_dataset(
     return dataset
 
 
-def load_splits(
-    spec: str,
-    root: str | None = None,
-    feeding: Feeding = "auto",
-    download: bool = False,
-    rescan: bool = False,
-    skips: Iterable[Skip] = (),
-) -> tuple[ImageDataset, ImageDataset]:
-    """The training and the test split, which must have the same classes."""
-    skips = list(skips)
-    train = load_dataset(spec, "train", root, feeding, download, rescan, skips)
-    test = load_dataset(spec, "test", root, feeding, download, rescan, skips)
+def load_splits(spec: str, **reading: Unpack[Reading]) -> tuple[ImageDataset, ImageDataset]:
+    """The training and the test split, which must have the same classes. Raises DatasetError."""
+    train, test = (load_dataset(spec, split, **reading) for split in ("train", "test"))
     if train.class_names != test.class_names:
         only = sorted(set(train.class_names) ^ set(test.class_names))
         raise DatasetError(

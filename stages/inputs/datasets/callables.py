@@ -13,8 +13,7 @@ from torch import Tensor
 from stages.errors import DatasetError, PipelineError
 from stages.inputs.datasets.dataset import (
     ImageDataset,
-    Skip,
-    Split,
+    Source,
     digest,
     fixed_sample,
     in_memory,
@@ -22,7 +21,6 @@ from stages.inputs.datasets.dataset import (
     without,
 )
 from stages.inputs.datasets.skipping import blackened, skipped_numbers
-from stages.settings import Feeding
 from stages.user_code import error_line, imported
 
 MOST_CLASSES = 2**20
@@ -34,27 +32,26 @@ _FORM = (
 Result = TypeVar("Result")
 
 
-def from_callable(
-    spec: str, split: Split, feeding: Feeding, skips: Sequence[Skip] = ()
-) -> ImageDataset:
+def from_callable(source: Source) -> ImageDataset:
     """The dataset that `module:callable` returns for a split. Raises DatasetError for whatever is
     wrong with it, and for whatever it raises, with the line of its code.
     """
+    spec, split = source.spec, source.split
     name = f"dataset '{spec}' ({split})"
     make = asked(f"importing {name}", lambda: imported(spec, "dataset", DatasetError))
     if not callable(make):
         raise DatasetError(f"{name} is a {type(make).__name__}, which cannot be called", _FORM)
-    source = asked(name, lambda: make(split))
-    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
-        raise DatasetError(f"{name} is a {type(source).__name__} without length or items", _FORM)
-    size = asked(f"len() of {name}", lambda: len(source))
-    labels = labels_of(source, size, name)
-    class_names = _class_names(source, labels, name)
+    theirs = asked(name, lambda: make(split))
+    if not (hasattr(theirs, "__len__") and hasattr(theirs, "__getitem__")):
+        raise DatasetError(f"{name} is a {type(theirs).__name__} without length or items", _FORM)
+    size = asked(f"len() of {name}", lambda: len(theirs))
+    labels = labels_of(theirs, size, name)
+    class_names = _class_names(theirs, labels, name)
 
-    found = skipped_numbers(skips, size, name)
+    found = skipped_numbers(source.skips, size, name)
     left_out = torch.tensor([skip.sample for skip in found], dtype=torch.int64)
     sampled = fixed_sample(size)
-    read = MapStyle(source, name)
+    read = MapStyle(theirs, name)
     if shown := without(torch.tensor(sampled, dtype=torch.int64), left_out).tolist():
         read = replace(read, channels=steady(read, shown[:READ_TWICE]))
     load = blackened(read, found, size)
@@ -64,7 +61,7 @@ def from_callable(
         class_names,
         labels,
         load,
-        in_memory(load, size, feeding),
+        in_memory(load, size, source.feeding),
         digest(part for i in sampled for part in identifying(read, i)),
         skips=tuple(found),
     )

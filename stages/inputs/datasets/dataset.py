@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -24,12 +24,7 @@ SAMPLED_IMAGES = 2048
 """How many images channel statistics and the digest of an arbitrary dataset are taken from."""
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-PUBLISHED_STATISTICS: dict[str, Statistics] = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "fashion-mnist": ((0.2860,), (0.3530,)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
+"""Mean and standard deviation of each channel, on the scale of 0 to 1."""
 
 
 class Skip(msgspec.Struct, frozen=True, order=True):
@@ -109,6 +104,56 @@ class ImageDataset:
         variance = (squares.double() - count * mean**2) / max(1, count - 1)
         std = variance.clamp(min=0).sqrt()
         return _rounded(mean / 255), _rounded((std / 255).clamp(min=1e-3))
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of a dataset by its name, and how it is read.
+
+    spec: as users give it; argument: what follows its colon. root: the folder of datasets that have
+    none in their name. download: let torchvision download what is missing. rescan: list folders of
+    images again, see `manifest.py`. skips: samples of this split to leave out.
+    """
+
+    spec: str
+    split: Split
+    root: str | None = None
+    feeding: Feeding = "auto"
+    download: bool = False
+    rescan: bool = False
+    skips: Sequence[Skip] = ()
+
+    @property
+    def argument(self) -> str:
+        return self.spec.partition(":")[2]
+
+
+Read = Callable[[Source], ImageDataset]
+SOURCES: dict[str, Read] = {}
+"""What reads a dataset, by its name; a name that ends with a colon is followed by a folder."""
+PUBLISHED_STATISTICS: dict[str, Statistics] = {}
+"""Of datasets for which the literature has them."""
+
+
+DIGESTED_WHOLE: set[str] = set()
+"""Datasets whose `images_digest` is taken of the pixels of all images."""
+
+
+def dataset(
+    name: str, statistics: Statistics | None = None, whole: bool = False
+) -> Callable[[Read], Read]:
+    """Register what reads the datasets of this name. statistics: published ones. whole: its digest
+    is taken of the pixels of all images.
+    """
+
+    def register(read: Read) -> Read:
+        SOURCES[name] = read
+        DIGESTED_WHOLE.update({name} if whole else ())
+        if statistics is not None:
+            PUBLISHED_STATISTICS[name] = statistics
+        return read
+
+    return register
 
 
 def samples_of(skips: Iterable[Skip], split: Split = "train") -> Tensor:

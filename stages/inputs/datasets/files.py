@@ -18,8 +18,8 @@ from stages.inputs.datasets.compressed import (
 )
 from stages.inputs.datasets.dataset import (
     ImageDataset,
-    Skip,
-    Split,
+    Source,
+    dataset,
     digest,
     fixed_sample,
     in_memory,
@@ -27,7 +27,6 @@ from stages.inputs.datasets.dataset import (
 from stages.inputs.datasets.listing import list_folder, not_taken, split_folder
 from stages.inputs.datasets.manifest import FolderListing, remembered
 from stages.inputs.datasets.skipping import blackened, skipped_files
-from stages.settings import Feeding
 
 
 @dataclass(frozen=True)
@@ -48,28 +47,22 @@ class _ImageFiles:
         return path, str(path)
 
 
-def folder(
-    root: Path, split: Split, feeding: Feeding, rescan: bool = False, skips: Sequence[Skip] = ()
-) -> ImageDataset:
-    root = root.expanduser()
-    base = split_folder(root, split)
-    listing = remembered("folder", base, lambda: list_folder(base), rescan)
-    command = check_command(f"folder:{root}")
-    return _from_files("folder", split, base, listing, feeding, command, skips)
+@dataset("folder:")
+def folder(source: Source) -> ImageDataset:
+    """DIR/train/CLASS/IMAGE and DIR/test, or DIR/val. Raises DatasetError."""
+    root = Path(source.argument).expanduser()
+    base = split_folder(root, source.split)
+    listing = remembered("folder", base, lambda: list_folder(base), source.rescan)
+    return _from_files("folder", source, base, listing, check_command(f"folder:{root}"))
 
 
-def imagenet(
-    split: Split,
-    root: str | None,
-    feeding: Feeding,
-    rescan: bool = False,
-    skips: Sequence[Skip] = (),
-) -> ImageDataset:
-    folder = Path(root or "data/downloads/imagenet").expanduser()
-    base = folder / ("train" if split == "train" else "val")  # as torchvision has it
-    listing = remembered("imagenet", base, lambda: _list_imagenet(folder, base), rescan)
-    command = check_command("imagenet", root)
-    return _from_files("imagenet", split, base, listing, feeding, command, skips)
+@dataset("imagenet", ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+def imagenet(source: Source) -> ImageDataset:
+    """torchvision's ImageNet in the folder `root`. Raises DatasetError."""
+    folder = Path(source.root or "data/downloads/imagenet").expanduser()
+    base = folder / ("train" if source.split == "train" else "val")  # as torchvision has it
+    listing = remembered("imagenet", base, lambda: _list_imagenet(folder, base), source.rescan)
+    return _from_files("imagenet", source, base, listing, check_command("imagenet", source.root))
 
 
 def _list_imagenet(folder: Path, base: Path) -> FolderListing:
@@ -101,17 +94,11 @@ def _listing(class_names: Sequence[str], files: list[tuple[int, str, int]]) -> F
 
 
 def _from_files(
-    name: str,
-    split: Split,
-    base: Path,
-    listing: FolderListing,
-    feeding: Feeding,
-    command: str,
-    skips: Sequence[Skip],
+    name: str, source: Source, base: Path, listing: FolderListing, command: str
 ) -> ImageDataset:
     """command: what `pipeline check-data` has to be given for this dataset."""
     notes = not_taken(base, listing, f"pipeline check-data {command}")
-    listing, found = skipped_files(listing, skips, str(base))
+    listing, found = skipped_files(listing, source.skips, str(base))
     paths, left_out = tuple(listing.paths), {skip.sample for skip in found}
     lines = (
         f"{path}\t{size}\n".encode(errors="surrogateescape")
@@ -122,11 +109,11 @@ def _from_files(
     load = blackened(_ImageFiles(base, paths, mode, command), found, len(paths))
     return ImageDataset(
         name,
-        split,
+        source.split,
         tuple(listing.class_names),
         torch.tensor(listing.labels, dtype=torch.int64),
         load,
-        in_memory(load, len(paths), feeding),
+        in_memory(load, len(paths), source.feeding),
         digest(lines),
         notes,
         tuple(found),

@@ -1,6 +1,6 @@
 """Datasets of Hugging Face's `datasets`, as `save_to_disk` leaves them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,14 +19,14 @@ from stages.inputs.datasets.compressed import (
 )
 from stages.inputs.datasets.dataset import (
     ImageDataset,
-    Skip,
+    Source,
     Split,
+    dataset,
     digest,
     fixed_sample,
     in_memory,
 )
 from stages.inputs.datasets.skipping import blackened, skipped_numbers
-from stages.settings import Feeding
 
 SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "val")}
 
@@ -66,14 +66,13 @@ class _StoredImages:
             return b""
 
 
-def hugging_face(
-    root: Path, split: Split, feeding: Feeding, skips: Sequence[Skip] = ()
-) -> ImageDataset:
+@dataset("hf:")
+def hugging_face(source: Source) -> ImageDataset:
     """One split of a DatasetDict. Its images are identified by the stored bytes of a fixed sample.
 
     Raises DatasetError if there is not exactly one column of images and one of class labels.
     """
-    root = root.expanduser()
+    root, split = Path(source.argument).expanduser(), source.split
     try:
         datasets: Any = import_module("datasets")
     except ModuleNotFoundError as error:
@@ -107,7 +106,7 @@ def hugging_face(
     stored = table.select_columns([image]).with_format(None)
     stored = stored.cast_column(image, datasets.Image(decode=False))
     command, size = check_command(f"hf:{root}"), len(table)
-    found = skipped_numbers(skips, size, where)
+    found = skipped_numbers(source.skips, size, where)
     left_out, sampled = {skip.sample for skip in found}, fixed_sample(size)
     images = _StoredImages(stored, image, where, command)
     shown = [i for i in sampled[:SAMPLED_MODES] if i not in left_out]
@@ -119,7 +118,7 @@ def hugging_face(
         tuple(table.features[label].names),
         torch.from_numpy(labels.astype("int64")),
         load,
-        in_memory(load, size, feeding),
+        in_memory(load, size, source.feeding),
         digest(part for i in sampled for part in _length_and_bytes(images.stored(i))),
         skips=tuple(found),
     )

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from stages.errors import DatasetError, IdentityError
-from stages.inputs.datasets.arrays import TORCHVISION
 from stages.inputs.datasets.callables import (
     READ_TWICE,
     MapStyle,
@@ -19,6 +18,7 @@ from stages.inputs.datasets.callables import (
     steady,
 )
 from stages.inputs.datasets.dataset import (
+    DIGESTED_WHOLE,
     ImageDataset,
     Skip,
     digest,
@@ -73,7 +73,7 @@ def own_images(
     read = replace(read, channels=steady(read, shown[:READ_TWICE]))
     load = blackened(read, skipped, size)
     images = in_memory(load, size, "auto")
-    if name in ("digits", *TORCHVISION) and images is not None and not skipped:
+    if name in DIGESTED_WHOLE and images is not None and not skipped:
         images_digest = digest(shape_and_bytes(images))
     elif names_code(name):
         images_digest = digest(part for i in sampled for part in identifying(read, i))
