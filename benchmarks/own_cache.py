@@ -76,7 +76,7 @@ def bench_cache(console: Console, out: str | None = None, **given: Any) -> Repor
     """
     # 1) what there is
     if out is not None:
-        check_json(out)
+        check_json(out, Report)
     known = {name: value for name, value in given.items() if value is not None}
     settings = convert(BenchSettings, known)
     cache, device = LogitCache.open(settings.cache), choose_device(settings.device)

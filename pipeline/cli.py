@@ -198,10 +198,10 @@ def evaluate_command(settings: EvaluateSettings) -> None:
 
     from pipeline.console import Console
     from pipeline.evaluation import check_json, show_evaluation, write_json
-    from stages.evaluate import evaluate_run
+    from stages.evaluate import Evaluated, evaluate_run
 
     if settings.out:
-        check_json(settings.out)
+        check_json(settings.out, Evaluated)
     console = Console()
     asked = {name: value for name, value in asdict(settings).items() if name != "out"}
     evaluated = evaluate_run(**asked, reporter=console)

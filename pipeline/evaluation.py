@@ -15,8 +15,10 @@ FEW_CLASSES = 20
 """So many are shown whole; of more, the worst and the best ten."""
 
 
-def check_json(out: str) -> None:
-    """Raise ConfigError, before anything is computed, unless a JSON file can go there."""
+def check_json(out: str, kind: type[msgspec.Struct]) -> None:
+    """Raise ConfigError, before anything is computed, unless a JSON file can go there: to a place
+    where nothing lies, or in place of one that holds the same `kind`.
+    """
     path = Path(out)
     if path.suffix != ".json" or path.is_dir():
         raise ConfigError(f"--out {out} is not a .json file", "Give --out FILE.json.")
@@ -33,6 +35,21 @@ def check_json(out: str) -> None:
         ) from error
     if not there:
         path.unlink()
+    elif not _holds(path, kind):
+        raise ConfigError(
+            f"--out {out} holds something else than what this command writes",
+            "Choose another --out, or delete the file.",
+        )
+
+
+def _holds(path: Path, kind: type[msgspec.Struct]) -> bool:
+    """Whether a JSON file has every field of `kind`; an empty file is free to be used."""
+    content = path.read_bytes()
+    try:
+        found = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return not content
+    return {field.name for field in msgspec.structs.fields(kind)} <= found.keys()
 
 
 def write_json(out: str, evaluated: Evaluated) -> None:

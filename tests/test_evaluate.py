@@ -17,10 +17,17 @@ from torch import Tensor
 
 from pipeline.cli import cli
 from pipeline.console import Console
-from pipeline.evaluation import show_evaluation
+from pipeline.evaluation import check_json, show_evaluation
 from stages.cache import LogitCache
 from stages.data import Splits
-from stages.errors import DatasetError, IdentityError, ModelError, PipelineError, RunError
+from stages.errors import (
+    ConfigError,
+    DatasetError,
+    IdentityError,
+    ModelError,
+    PipelineError,
+    RunError,
+)
 from stages.evaluate import Evaluated, evaluate_run
 from stages.scores import BINS, calibration, class_scores, compare, score
 from stages.settings import ModelSettings, StudentConfig, TrainSettings
@@ -290,6 +297,16 @@ def test_the_command_shows_and_writes_it(my_student: Path, tmp_path: Path) -> No
     found = json.loads(out.read_text())
     assert found == json.loads(msgspec.json.encode(evaluate_run(my_student, device="cpu")))
     assert len(found["classes"]) == 10
+    check_json(str(out), Evaluated)  # its own file may be replaced
+
+
+@pytest.mark.parametrize("content", ['{"my": "results"}', "[1, 2]", "no JSON", "\xff"])
+def test_a_file_of_somebody_else_is_not_replaced(content: str, tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    out.write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError, match="--out"):
+        check_json(str(out), Evaluated)
+    assert out.read_text(encoding="latin-1") == content
 
 
 @pytest.mark.parametrize("out", ["found.txt", "nowhere/found.json"])
