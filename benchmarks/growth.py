@@ -16,8 +16,8 @@ process held before it:
     append          one view more: room, blocks, the statistics of all views
     append rectify  and that view rectified, with the statistics of all views
 
-Flat means: at 16 times the size both figures are what they are at the base, within a machine's
-moods. Memory is bounded by threads times blocks: `verify` takes about 45 MiB for each of its four
+Flat means: at 16 times the size both figures are what they are at the base, within the
+noise. Memory is bounded by threads times blocks: `verify` takes about 45 MiB for each of its four
 threads, and a base of fewer blocks than threads would look four times smaller than what it grows
 to. Measured for 4, 8, 32 and 128 views: 97, 185, 183, 171 MiB at the most, with one thread 41 to 86
 for 32 views; how many blocks come together is a matter of chance. `rectify` takes 5 to 18 MiB, the

@@ -1,4 +1,4 @@
-"""Figures that a machine's moods do not decide: ratios of two things run alternately.
+"""Figures that do not depend on how busy the machine is: ratios of two things run alternately.
 
 Nothing here is a test: nothing fails by being slow. A ratio is the median over turns, each of which
 runs both things, the one that goes first changing from turn to turn, so that drift cancels.

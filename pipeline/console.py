@@ -41,8 +41,8 @@ def visible(text: str, keep: str = "") -> str:
 
 
 class _Output(Rich):
-    """Standard output. One that nobody reads any more ends the command without a word, one that
-    takes nothing more with an error.
+    """Standard output. One whose reader has gone ends the command without a word, one that
+    is full with an error.
     """
 
     def on_broken_pipe(self) -> None:

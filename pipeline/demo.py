@@ -18,7 +18,7 @@ from pipeline.console import Console, duration
 from pipeline.report import write_report
 from pipeline.sweep.directory import Result, as_lines
 from pipeline.sweep.grid import Run
-from pipeline.sweep.table import spread
+from pipeline.sweep.table import percent_text
 from stages.cache.lock import exclusive
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import load_data
@@ -147,7 +147,7 @@ def _show(
             (
                 name,
                 f"{students[name][0]['parameters']:,}",
-                spread(values),
+                percent_text(values),
                 "" if name == "hard labels" else f"{100 * gain:+.2f}",
                 f"{statistics.mean(epochs):.2g} s",
             )

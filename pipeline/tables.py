@@ -221,7 +221,7 @@ def show_verified(console: Console, path: str, verified: Verified, faults: Seque
     """What was looked at, and what is wrong."""
     if not faults:
         console.say(
-            f"{path}: {counted(verified.blocks, 'block')}, {size(verified.bytes)}: everything holds"
+            f"{path}: {counted(verified.blocks, 'block')}, {size(verified.bytes)}: no faults found"
         )
         return
     shown = [(fault.where, fault.what) for fault in faults[:MOST_FAULTS]]

@@ -150,7 +150,7 @@ class KnownCaches:
 
     def of(self, path: str | None) -> CacheFacts | None:
         """The facts of the cache at a path; None if it cannot be opened, or lies behind a URL that
-        was not given: nobody waits for an object store that they did not ask for.
+        was not given: an object store may take long to answer.
         """
         if path is None:
             return None

@@ -8,7 +8,7 @@ a group differs from its baseline in more than loss and bias, its difference say
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ import msgspec
 from pipeline.compared import budget, deciding, differing
 from pipeline.config import convert, flat, put
 from pipeline.console import Console, visible
+from pipeline.runs import spread
 from pipeline.sweep.directory import Result
 from pipeline.sweep.grid import Run
 from stages.errors import ConfigError
@@ -158,8 +159,8 @@ def _row(group: Group, baseline: Group | None) -> list[str]:
     teacher = results[0].teacher_top1
     return [
         group.label,
-        spread(last),
-        spread([result.best for result in results]),
+        percent_text(last),
+        percent_text([result.best for result in results]),
         str(len(results)),
         f"{mean(result.seconds for result in results):.3g} s",
         _compared(group, baseline),
@@ -180,10 +181,11 @@ def _compared(group: Group, baseline: Group | None) -> str:
     return f"{found.points:+.2f} (p {p}, n {found.pairs}{more})"
 
 
-def spread(values: Sequence[float]) -> str:
+def percent_text(values: Sequence[float]) -> str:
     """Mean and sample standard deviation in percent."""
-    text = f"{mean(values):.2%}"
-    return text if len(values) == 1 else f"{text} ± {100 * stdev(values):.2f}"
+    found = spread(values)
+    text = f"{found.mean:.2%}"
+    return text if found.std is None else f"{text} ± {100 * found.std:.2f}"
 
 
 def table_markdown(results: Sequence[Result], wanted: dict[str, Any] | None) -> str:

@@ -29,17 +29,18 @@ from stages.user_code import trusting
 _ONE_AT_A_TIME = threading.Lock()
 """First weights come from torch's global generator: students of one process take turns, also where
 an existing cluster gives its workers several threads."""
-_PATIENCE = 60.0
-"""Seconds to wait for whoever still trains a run: it stops when it sees that it is not wanted."""
-_GLANCE = 2.0
-"""Seconds between two looks at whether a run is still wanted."""
+_LOCK_TIMEOUT = 60.0
+"""Seconds to wait for a task of an earlier sweep that still trains a run: it stops when it sees
+that its sweep was cancelled."""
+_POLL_SECONDS = 2.0
+"""Between two looks at whether a task was cancelled."""
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a task runs. folder: what relative paths start from. threads: of torch, None to leave
     them as they are. gpus: worker i uses GPU i % gpus; 0 to leave the choice to torch. trusted: the
-    modules that whoever started the sweep has named.
+    modules that were named on the command line of the sweep.
     """
 
     folder: str
@@ -131,8 +132,8 @@ def _worker_number() -> int:
 
 
 class Watch(Silent):
-    """A reporter that stops a run which nobody waits for: a thread cannot be stopped from outside,
-    and a cluster's workers outlive the sweep that gave them work.
+    """A reporter that stops a cancelled run: a thread cannot be stopped from outside, and workers
+    of a cluster outlive the sweep that gave them work.
     """
 
     def __init__(self) -> None:
@@ -145,20 +146,20 @@ class Watch(Silent):
 
     def progress(self, task: str, done: float, total: float, unit: str) -> None:
         now = time.monotonic()
-        if self._worker is None or now - self._looked < _GLANCE:
+        if self._worker is None or now - self._looked < _POLL_SECONDS:
             return
         self._looked = now
         state = self._worker.state.tasks.get(self._task)
         if state is None or state.state in ("cancelled", "released", "forgotten"):
-            raise RunError("nobody waits for this run any more", "Go on with the same command.")
+            raise RunError("its sweep was cancelled", "Go on with the same command.")
 
 
 def wait_for(folder: Path) -> None:
-    """Wait until nobody writes to a run's folder: what an earlier sweep has left running ends.
+    """Wait until no other task writes to a run's folder: those of an earlier sweep end.
 
-    Raises RunError if somebody holds it for long.
+    Raises RunError if it is held for longer than `_LOCK_TIMEOUT`.
     """
-    give_up = time.monotonic() + _PATIENCE
+    give_up = time.monotonic() + _LOCK_TIMEOUT
     while True:
         try:
             held(folder).release()

@@ -1,4 +1,4 @@
-"""Whole sweeps on processes: what they leave behind, and what happens when somebody dies."""
+"""Whole sweeps on processes: what they leave behind, and what happens when a process dies."""
 
 import contextlib
 import json

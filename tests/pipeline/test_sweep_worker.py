@@ -106,7 +106,7 @@ def test_a_run_waits_for_who_still_trains_it(monkeypatch: pytest.MonkeyPatch) ->
         timer.start()
         worker.wait_for(Path("run"))
         timer.join()
-    monkeypatch.setattr(worker, "_PATIENCE", 0.0)
+    monkeypatch.setattr(worker, "_LOCK_TIMEOUT", 0.0)
     with (
         Hold(Path("run")),
         pytest.raises(RunError, match="another process is writing to run"),
@@ -136,10 +136,10 @@ def endless() -> None:
         _stopped.set()
 
 
-def test_a_run_that_nobody_waits_for_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_run_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     from distributed import Client, LocalCluster
 
-    monkeypatch.setattr(worker, "_GLANCE", 0.0)
+    monkeypatch.setattr(worker, "_POLL_SECONDS", 0.0)
     with (
         LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster, set_as_default=False) as client,
