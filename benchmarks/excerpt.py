@@ -6,8 +6,9 @@ import msgspec
 import torch
 
 from stages.cache import LogitCache
+from stages.cache.blocks import Block
 from stages.cache.encoding import FIT_ROWS, Encoding, fit_encoding
-from stages.cache.store import Block
+from stages.cache.metadata import NewCache
 
 MOST_LOGITS = 2**24
 """Of one view: 64 MiB of decoded rows, 167,772 rows of 100 classes."""
@@ -35,14 +36,16 @@ def excerpt(cache: LogitCache, path: Path, views: int, encoding: str | None = No
     dataset = replace(cache.identity.dataset, num_samples=rows)
     made = LogitCache.create(
         path,
-        identity=replace(cache.identity, dataset=dataset),
-        coding=coding,
-        num_views=views,
-        dataset_index=torch.arange(rows),
-        labels=first.labels,
-        eval_labels=first.labels[:1],
-        pixel_probes=cache.pixel_probes,
-        provenance={},
+        NewCache(
+            identity=replace(cache.identity, dataset=dataset),
+            coding=coding,
+            num_views=views,
+            dataset_index=torch.arange(rows),
+            labels=first.labels,
+            eval_labels=first.labels[:1],
+            pixel_probes=cache.pixel_probes,
+            provenance={},
+        ),
     )
     for view in range(views):
         source = complete[view % len(complete)]

@@ -119,7 +119,7 @@ def write(shape: Shape, folder: str, name: str) -> Figures:
         _peak(f"write {name}", max(peaks)),
         Figure(
             name=f"{name}: row of the view",
-            value=cache.commits.bytes_of_view(0) / shape.rows,
+            value=cache.commits.extent([0]).bytes / shape.rows,
             unit="B",
         ),
         Figure(name=f"{name}: whole store", value=sum(kept), unit="B"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stages.cache import LogitCache
 from stages.cache.encoding import Encoding
 from stages.cache.identity import Identity, TeacherIdentity, ViewsIdentity
+from stages.cache.metadata import NewCache
 from stages.data import Splits, dataset_identity
 from stages.inputs.counter_hash import counter_hash, permute
 from stages.inputs.datasets.dataset import ImageDataset
@@ -96,19 +97,21 @@ def new_cache(path: str, coding: Encoding, splits: Splits) -> LogitCache:
     train, views = splits.train, policy()
     return LogitCache.create(
         path,
-        Identity(
-            TeacherIdentity("synthetic", "synthetic", (0.5,), (0.5,), None),
-            dataset_identity(train),
-            ViewsIdentity(views.name, views.parameters, views.version, views.seed),
-            "float32",
+        NewCache(
+            Identity(
+                TeacherIdentity("synthetic", "synthetic", (0.5,), (0.5,), None),
+                dataset_identity(train),
+                ViewsIdentity(views.name, views.parameters, views.version, views.seed),
+                "float32",
+            ),
+            coding,
+            1,
+            row_order(len(train)),
+            train.labels,
+            splits.test.labels,
+            pixel_probes(train, views, None),
+            {"teacher": "synthetic logits, see benchmarks/imagenet_data.py"},
         ),
-        coding,
-        1,
-        row_order(len(train)),
-        train.labels,
-        splits.test.labels,
-        pixel_probes(train, views, None),
-        {"teacher": "synthetic logits, see benchmarks/imagenet_data.py"},
     )
 
 

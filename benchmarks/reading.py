@@ -49,10 +49,12 @@ def hashing_ratio(cache: LogitCache, turns: int) -> Ratio:
     read by Zarr alone.
     """
     rows, view = excerpt_rows(cache), cache.complete_views[0]
-    runs, names = [slice(0, rows)], (*cache.encoding.arrays(), "prediction")
+    runs, names = [slice(0, rows)], list(cache.blocks.specs)
     works: dict[str, Pass] = {
         "hashed": lambda: cache.read_view(view, runs=runs),
-        "plain": lambda: [arrays.read_rows(cache.group, name, view, runs) for name in names],
+        "plain": lambda: [
+            arrays.read_rows(arrays.get_array(cache.group, name), view, runs) for name in names
+        ],
     }
     on_cpu = torch.device("cpu")
     times = in_turns({name: steadily(work, on_cpu) for name, work in works.items()}, turns)

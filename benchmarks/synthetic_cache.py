@@ -9,6 +9,7 @@ from benchmarks.imagenet_data import SyntheticTeacher
 from stages.cache import LogitCache
 from stages.cache.encoding import FIT_ROWS, fit_encoding
 from stages.cache.identity import DatasetIdentity, Identity, TeacherIdentity, ViewsIdentity
+from stages.cache.metadata import NewCache
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets.dataset import digest
 from stages.settings import MAX_BLOCK_ROWS
@@ -29,20 +30,22 @@ def new_cache(path: Path, views: int, samples: int, block_rows: int = MAX_BLOCK_
     coding = fit_encoding("klt", SyntheticTeacher(CLASSES).block(0, 0, fitted), fitted)
     return LogitCache.create(
         path,
-        Identity(
-            TeacherIdentity("synthetic", "synthetic", (0.5,), (0.5,), None),
-            DatasetIdentity("synthetic", "train", samples, names, digest([known]), "none"),
-            ViewsIdentity("none", {}, 1, 0),
-            "float32",
+        NewCache(
+            Identity(
+                TeacherIdentity("synthetic", "synthetic", (0.5,), (0.5,), None),
+                DatasetIdentity("synthetic", "train", samples, names, digest([known]), "none"),
+                ViewsIdentity("none", {}, 1, 0),
+                "float32",
+            ),
+            coding,
+            views,
+            order,
+            labels,
+            labels_of(TEST_SAMPLES),
+            pixel_probes=[],
+            provenance={"teacher": "synthetic logits, see benchmarks/imagenet_data.py"},
+            block_rows=block_rows,
         ),
-        coding,
-        views,
-        order,
-        labels,
-        labels_of(TEST_SAMPLES),
-        pixel_probes=[],
-        provenance={"teacher": "synthetic logits, see benchmarks/imagenet_data.py"},
-        block_rows=block_rows,
     )
 
 

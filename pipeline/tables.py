@@ -18,7 +18,7 @@ def show_cache(path: str, console: Console) -> None:
     """Print identity, provenance, completeness, size and rectifications of a cache."""
     cache = LogitCache.open(path)
     identity, complete = cache.identity, cache.complete_views
-    there = cache.commits.there()
+    there = cache.commits.extent()
     parameters = ", ".join(f"{k}={v}" for k, v in identity.views.parameters.items())
     versions = ", ".join(f"{k} {v}" for k, v in cache.provenance.get("versions", {}).items())
     made_from = cache.provenance.get("config", {}).get("teacher", {})

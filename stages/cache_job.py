@@ -21,7 +21,7 @@ from stages.cache.identity import (
     identity_from_json,
     weights_digest,
 )
-from stages.cache.layout import MAX_BLOCK_BYTES, block_grid
+from stages.cache.layout import MAX_BLOCK_BYTES, BlockId, block_grid
 from stages.cache.metadata import RootAttributes, read_attributes
 from stages.cache.storage import location
 from stages.data import (
@@ -194,7 +194,7 @@ def row_order(job: CacheJob) -> Tensor:
 
 def fitted_encoding(
     job: CacheJob, feed: ViewFeed, progress: Callable[[int], None] = lambda rows: None
-) -> tuple[dict[tuple[int, int], Tensor], Encoding]:
+) -> tuple[dict[BlockId, Tensor], Encoding]:
     """The encoding asked for, fitted to the first rows of view 0; and the blocks that these are,
     (view, block) -> float32 (n, C), so that nothing is computed twice.
     """
@@ -202,7 +202,7 @@ def fitted_encoding(
     grid = block_grid(len(order), job.num_classes, job.config.block_rows)
     needed = -(-min(FIT_ROWS, len(order)) // grid.block_rows)
     blocks = {
-        (0, block): checked_logits(job, feed, order[grid.rows(block)], 0, progress)
+        BlockId(0, block): checked_logits(job, feed, order[grid.rows(block)], 0, progress)
         for block in range(needed)
     }
     rows = torch.cat([block[:FIT_ROWS] for block in blocks.values()])[:FIT_ROWS]

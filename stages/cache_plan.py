@@ -21,6 +21,7 @@ from stages.cache.encoding import (
     measure_all,
 )
 from stages.cache.layout import BlockGrid, block_grid
+from stages.cache.metadata import NewCache
 from stages.cache.storage import location
 from stages.cache_job import CacheJob, check_finite, row_order, teacher_logits
 from stages.cache_teacher import missing_blocks, open_existing
@@ -213,8 +214,7 @@ def _empty_cache(
 ) -> LogitCache:
     """A cache of some rows, in the form that the real one will have."""
     dataset = msgspec.structs.replace(job.identity.dataset, num_samples=len(order))
-    return LogitCache.create(
-        folder,
+    new = NewCache(
         msgspec.structs.replace(job.identity, dataset=dataset),
         coding,
         job.config.views,
@@ -225,6 +225,7 @@ def _empty_cache(
         provenance={"config": msgspec.to_builtins(job.config), "versions": versions()},
         block_rows=block_rows,
     )
+    return LogitCache.create(folder, new)
 
 
 def _half_row_bytes(encodings: list[Measured], num_classes: int) -> float:

@@ -25,7 +25,9 @@ from stages.cache.blocks import BackgroundWriter
 from stages.cache.commits import Record
 from stages.cache.encoding import FIT_ROWS, Encoding, is_encoding
 from stages.cache.identity import differences
+from stages.cache.layout import BlockId
 from stages.cache.lock import exclusive, joined
+from stages.cache.metadata import NewCache
 from stages.cache.storage import Location, check_place, location, remove_half_written
 from stages.cache_job import (
     CacheJob,
@@ -63,7 +65,7 @@ __all__ = [
     "teacher_logits",
 ]
 
-Blocks = dict[tuple[int, int], Tensor]
+Blocks = dict[BlockId, Tensor]
 """(view, block) -> float32 logits (n, C)."""
 _SHOWN_SECONDS = 90.0
 """What one machine wrote, another sees within this on a network file system."""
@@ -98,7 +100,7 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         for doubt in [] if job.told else _doubts(job, fitted):
             reporter.say(f"WARNING: {doubt}")
 
-        def look() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        def look() -> tuple[list[BlockId], list[BlockId]]:
             cache.commits.check_records()  # damage is told before hours of work
             return missing_blocks(cache, views), [*fitted]
 
@@ -110,12 +112,12 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         # 2) the training views, block by block
         record: Record = {"device": device_name(job.device), "versions": versions()}
         with BackgroundWriter(functools.partial(_write_block, cache, record)).running() as writer:
-            for view, block in share(missing, there, ranks):
-                logits = fitted.pop((view, block), None)
+            for at in share(missing, there, ranks):
+                logits = fitted.pop(at, None)
                 if logits is None:
-                    samples = cache.dataset_index[cache.grid.rows(block)]
-                    logits = checked_logits(job, feed, samples, view, progress)
-                writer.put((view, block, logits))
+                    samples = cache.dataset_index[cache.grid.rows(at.block)]
+                    logits = checked_logits(job, feed, samples, at.view, progress)
+                writer.put((at, logits))
         feed.close()
         wait_for_all(ranks, progress.look)
 
@@ -134,9 +136,7 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         return first_rank_does(ranks, finish)
 
 
-def share(
-    missing: list[tuple[int, int]], fitted: list[tuple[int, int]], ranks: Ranks
-) -> list[tuple[int, int]]:
+def share(missing: list[BlockId], fitted: list[BlockId], ranks: Ranks) -> list[BlockId]:
     """The missing (view, block) pairs that are this rank's to write: a run of them, so that most
     views are one rank's. Those that fitting the encoding computed are with the first rank.
     """
@@ -171,7 +171,7 @@ def open_existing(job: CacheJob, out: str | Path) -> LogitCache | None:
     return cache
 
 
-def missing_blocks(cache: LogitCache, views: int) -> list[tuple[int, int]]:
+def missing_blocks(cache: LogitCache, views: int) -> list[BlockId]:
     """The (view, block) pairs of the first `views` views that are not committed, in order."""
     return cache.commits.missing(range(views))
 
@@ -245,7 +245,7 @@ def _check_skips(job: CacheJob, cache: LogitCache) -> None:
         )
 
 
-def _see(cache: LogitCache, blocks: list[tuple[int, int]]) -> None:
+def _see(cache: LogitCache, blocks: list[BlockId]) -> None:
     """Read all commit records again, until those of the other ranks show."""
     deadline = time.monotonic() + _SHOWN_SECONDS
     while True:
@@ -293,8 +293,7 @@ class _Progress:
 
 def _create(job: CacheJob, out: str | Path, coding: Encoding) -> LogitCache:
     config, train = job.config, job.splits.train
-    return LogitCache.create(
-        out,
+    new = NewCache(
         identity=job.identity,
         coding=coding,
         num_views=config.views,
@@ -305,6 +304,7 @@ def _create(job: CacheJob, out: str | Path, coding: Encoding) -> LogitCache:
         provenance=_provenance(job),
         block_rows=config.block_rows,
     )
+    return LogitCache.create(out, new)
 
 
 def _provenance(job: CacheJob) -> dict[str, object]:
@@ -317,9 +317,9 @@ def _provenance(job: CacheJob) -> dict[str, object]:
     }
 
 
-def _write_block(cache: LogitCache, record: Record, computed: tuple[int, int, Tensor]) -> None:
-    view, block, logits = computed
-    cache.write_block(view, block, logits, logits.argmax(1), record)
+def _write_block(cache: LogitCache, record: Record, computed: tuple[BlockId, Tensor]) -> None:
+    at, logits = computed
+    cache.write_block(*at, logits, logits.argmax(1), record)
 
 
 def _cache_test_split(job: CacheJob, cache: LogitCache, record: Record) -> None:

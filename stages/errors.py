@@ -42,8 +42,11 @@ class CacheError(PipelineError, RuntimeError):
     """A store that is missing, incomplete, of another format, or that cannot be written."""
 
 
-class UnansweredError(CacheError):
-    """A file or an object store that cannot be read: the bytes may well be intact."""
+class UnansweredError(PipelineError, RuntimeError):
+    """A file or an object store that cannot be read: the bytes may well be intact.
+
+    No CacheError, so that whoever handles damage does not take this for it.
+    """
 
 
 class IdentityError(CacheError):

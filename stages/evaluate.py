@@ -20,7 +20,14 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.data import check_output, skips_of
 from stages.device import choose_device, forward, place
-from stages.errors import CacheError, DatasetError, IdentityError, ModelError, RunError
+from stages.errors import (
+    CacheError,
+    DatasetError,
+    IdentityError,
+    ModelError,
+    RunError,
+    UnansweredError,
+)
 from stages.inputs.datasets import ImageDataset, Skip, load_dataset, read_skip_list
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.model_outputs import output_order
@@ -127,7 +134,7 @@ def _skips(file: str | None, caches: Sequence[str]) -> list[Skip]:
     """What a list and these caches leave out; caches that cannot be opened are told of later."""
     opened = []
     for path in caches:
-        with contextlib.suppress(CacheError):
+        with contextlib.suppress(CacheError, UnansweredError):
             opened.append(LogitCache.open(path).skips)
     return [*skips_of(opened), *([] if file is None else read_skip_list(file))]
 
@@ -211,7 +218,7 @@ def _teacher_of(
             return members[0], paths
         together = mean_logits([logits for logits, _ in members])
         return (together, together.argmax(1)), paths
-    except CacheError as error:
+    except (CacheError, UnansweredError) as error:
         if given:
             raise
         reporter.say(f"not compared with the teacher: {error.cause}; name its cache with --cache")

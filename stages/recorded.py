@@ -18,7 +18,6 @@ from stages.errors import (
     IdentityError,
     ModelError,
     PipelineError,
-    UnansweredError,
 )
 from stages.inputs.checkpoints import weights_file
 from stages.settings import CacheConfig
@@ -111,8 +110,6 @@ def trusted_attributes(where: Location, mend: bool = False) -> RootAttributes:
     """The root attributes, or their copy where they are damaged; `mend` writes it back."""
     try:
         return metadata.read_attributes(where, open_group(where).attrs.asdict())
-    except UnansweredError:
-        raise
     except CacheError as error:
         copy = metadata.copied_attributes(where)
         if copy is None:

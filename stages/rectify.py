@@ -2,25 +2,26 @@
 
     pipeline rectify digits.zarr --method pairwise --temperature 4
 
-Runs on Dask, one task a block; each holds one block in memory. A wrong row is one whose stored
-prediction (taken before any encoding) differs from the label, on that view. Rectification replaces
-two of its logits, the label's and the predicted class's, and only those two are stored.
+One task a block, on threads or on a Dask cluster; each holds one block in memory. A wrong row is
+one whose stored prediction (taken before any encoding) differs from the label, on that view.
+Rectification replaces two of its logits, the label's and the predicted class's, and only those two
+are stored.
 The formulas are in `stages.objectives.rectification`, the statistics in `stages.tally`.
 """
 
-import functools
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import dask
 import msgspec
 import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.encoding import check_offset, check_temperature
-from stages.cache.layout import threads_at_once
+from stages.cache.layout import BlockId, threads_at_once
 from stages.cache.lock import exclusive
 from stages.cache.rectified import Rectification, RectificationSettings
 from stages.cache.storage import Location, remove_half_written
@@ -92,16 +93,12 @@ def rectify(
             reporter.say(f"{there} blocks are there already")
 
         # 2) one task a block
-        tasks = (
-            _run_on_threads(cache, rectification, missing)
-            if config.scheduler is None
-            else _run_on_cluster(cache, rectification, missing, config.scheduler)
-        )
-        for done, _ in enumerate(tasks, start=1):
-            reporter.progress("rectify", done, len(missing), "blocks")
+        with _workers(cache, rectification, config.scheduler) as submit:
+            for done in _finished([submit(at) for at in missing]):
+                reporter.progress("rectify", done, len(missing), "blocks")
 
         # 3) what came of it, from every block's record
-        rectification = cache.rectification(name)  # reads the records afresh
+        rectification.commits.reread()
         rectification.commits.compact_rest()
         tally = Tally(cache.num_classes)
         for _, records in rectification.commits.each_view():
@@ -114,43 +111,43 @@ def rectify(
 # ---- blocks ---------------------------------------------------------------------------------
 
 
-def rectify_block(cache: LogitCache, rectification: Rectification, view: int, block: int) -> None:
-    """Rectify and commit one block: a Dask task."""
-    arrays, statistics = rectified_block(cache, rectification.settings, view, block)
+def rectify_block(cache: LogitCache, rectification: Rectification, at: BlockId) -> None:
+    """Rectify and commit one block."""
+    arrays, statistics = rectified_block(cache, rectification.settings, at)
     record = {"settings": msgspec.to_builtins(rectification.settings), "statistics": statistics}
-    rectification.write_block(view, block, arrays, record)
+    rectification.blocks.write(at, arrays, record)
 
 
 def rectified_block(
-    cache: LogitCache, settings: RectificationSettings, view: int, block: int
+    cache: LogitCache, settings: RectificationSettings, at: BlockId
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The arrays of one rectified block, each (n, ...) as layout.py names them; its statistics."""
     config = config_of(settings)
     temperature = 1.0 if settings.temperature_free else settings.temperature
-    rows = cache.read_encoded_block(view, block)
-    record = cache.commits.of_view(view)[block]
+    rows = cache.read_encoded_block(*at)
+    record = cache.commits.of_view(at.view)[at.block]
     wrong = rows.predictions != rows.labels  # never of a skipped sample
-    at = wrong.nonzero().squeeze(1)
-    labels, predictions = rows.labels[at], rows.predictions[at]
+    some = wrong.nonzero().squeeze(1)
+    labels, predictions = rows.labels[some], rows.predictions[some]
     # Right rows stay what they are: only a materialised rectification has to know them.
     whole = rows.logits(temperature) if settings.materialised else None
-    logits = rows.logits(temperature, at) if whole is None else whole[at]
+    logits = rows.logits(temperature, some) if whole is None else whole[some]
     new_label, new_predicted = replaced_logits(
         logits, labels, predictions, config.method, config.space, config.temperature
     )
     label_logit, predicted_logit = torch.zeros(2, len(wrong))
-    label_logit[at], predicted_logit[at] = new_label, new_predicted
+    label_logit[some], predicted_logit[some] = new_label, new_predicted
     arrays = {"wrong": wrong, "label_logit": label_logit, "predicted_logit": predicted_logit}
     rectified = logits.scatter_(1, labels[:, None], new_label[:, None])
     rectified.scatter_(1, predictions[:, None], new_predicted[:, None])
     if whole is not None:
-        whole.index_copy_(0, at, rectified)
+        whole.index_copy_(0, some, rectified)
         arrays["log_distribution"] = torch.log_softmax(whole / temperature, dim=1)
     pairs, counts = (labels * cache.num_classes + predictions).unique(return_counts=True)
     confused = torch.stack([pairs // cache.num_classes, pairs % cache.num_classes, counts], dim=1)
     statistics = {
-        "rows": len(wrong) - int(cache.skipped_rows(block, record).sum()),
-        "wrong": len(at),
+        "rows": len(wrong) - int(cache.skipped_rows(at.block, record).sum()),
+        "wrong": len(some),
         "label_is_argmax": int((rectified.argmax(1) == labels).sum()),
         "confused": confused.tolist(),
     }
@@ -160,7 +157,7 @@ def rectified_block(
 def _rectify_block_at(path: Location, name: str, view: int, block: int) -> None:
     """As `rectify_block`, in a process of its own."""
     cache = LogitCache.open(path, writable=True)
-    rectify_block(cache, cache.rectification(name), view, block)
+    rectify_block(cache, cache.rectification(name), BlockId(view, block))
 
 
 # ---- running --------------------------------------------------------------------------------
@@ -184,31 +181,30 @@ def _views(cache: LogitCache, wanted: int | None) -> range:
     return views
 
 
-def _run_on_threads(
-    cache: LogitCache, rectification: Rectification, blocks: list[tuple[int, int]]
-) -> Iterator[None]:
-    """One task a block on this machine's cores, so many blocks at a time; yields after each."""
-    threads = threads_at_once(cache.grid, cache.num_classes, torch.get_num_threads())
-    # As a partial: Dask would take the arguments apart.
-    task = dask.delayed(functools.partial(rectify_block, cache, rectification))
-    for start in range(0, len(blocks), threads):
-        tasks = [task(*block) for block in blocks[start:][:threads]]
-        dask.compute(*tasks, scheduler="threads", num_workers=threads, optimize_graph=False)
-        yield from (None for _ in tasks)
+@contextlib.contextmanager
+def _workers(
+    cache: LogitCache, rectification: Rectification, scheduler: str | None
+) -> Iterator[Callable[[BlockId], Future[None]]]:
+    """What submits a block: to threads of this process, as many as may hold a decoded block, or to
+    an existing Dask cluster that sees the same path.
+    """
+    if scheduler is None:
+        threads = threads_at_once(cache.grid, cache.num_classes, torch.get_num_threads())
+        with ThreadPoolExecutor(threads) as pool:
+            yield lambda at: pool.submit(rectify_block, cache, rectification, at)
+        return
+    path = cache.path.absolute() if isinstance(cache.path, Path) else cache.path
+    with existing_cluster(scheduler) as client:
+        submit = client.get_executor(pure=False).submit
+        yield lambda at: submit(_rectify_block_at, path, rectification.name, *at)
 
 
-def _run_on_cluster(
-    cache: LogitCache, rectification: Rectification, blocks: list[tuple[int, int]], address: str
-) -> Iterator[None]:
-    """One task a block on an existing Dask cluster that sees the same path."""
-    from distributed import as_completed
-
-    with existing_cluster(address) as client:
-        path = cache.path.absolute() if isinstance(cache.path, Path) else cache.path
-        tasks = [
-            client.submit(_rectify_block_at, path, rectification.name, *b, pure=False)
-            for b in blocks
-        ]
-        for task in as_completed(tasks, loop=client.loop):
+def _finished(tasks: Sequence[Future[None]]) -> Iterator[int]:
+    """How many are done, after each of them. Where one fails, no other is begun."""
+    try:
+        for done, task in enumerate(as_completed(tasks), start=1):
             task.result()
-            yield
+            yield done
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -20,9 +20,9 @@ from stages.cache import LogitCache, metadata
 from stages.cache.arrays import open_group, read_array
 from stages.cache.commits import CommitLog
 from stages.cache.encoding import Encoding, restored
-from stages.cache.identity import Identity, identity_from_json
+from stages.cache.identity import identity_from_json
 from stages.cache.lock import exclusive
-from stages.cache.metadata import RootAttributes, all_arrays, check_seal
+from stages.cache.metadata import NewCache, RootAttributes, all_arrays, check_seal
 from stages.cache.rectified import RectificationSettings
 from stages.cache.storage import Location, folders, location, read_object, write_object
 from stages.cache.witnesses import known_views, rectified_views
@@ -32,7 +32,7 @@ from stages.cache_teacher import (
     fitted_encoding,
     row_order,
 )
-from stages.errors import CacheError, UnansweredError
+from stages.errors import CacheError
 from stages.recorded import check_teacher, recorded_job, trusted_attributes
 from stages.rectify import config_of, rectify
 from stages.reporting import Reporter, Silent
@@ -88,7 +88,20 @@ def _mend_metadata(
     settings = _rectification_settings(where, attributes.identity_digest)
     covered = {name: rectified_views(group.store, name, views) for name in settings}
     with TemporaryDirectory() as folder:
-        reference = _reference(Path(folder) / "reference", identity, coding, job, views, attributes)
+        reference = LogitCache.create(
+            Path(folder) / "reference",
+            NewCache(
+                identity=identity,
+                coding=coding,
+                num_views=views,
+                dataset_index=row_order(job),
+                labels=job.splits.train.labels,
+                eval_labels=job.splits.test.labels,
+                pixel_probes=attributes.pixel_probes,
+                provenance=attributes.provenance,
+                block_rows=job.config.block_rows,
+            ),
+        )
         for name, found in settings.items():
             reference.create_rectification(name, found)
         store = reference.group.store
@@ -106,35 +119,11 @@ def _mend_metadata(
     return covered
 
 
-def _reference(
-    path: Path,
-    identity: Identity,
-    coding: Encoding,
-    job: CacheJob,
-    views: int,
-    attributes: RootAttributes,
-) -> LogitCache:
-    return LogitCache.create(
-        path,
-        identity=identity,
-        coding=coding,
-        num_views=views,
-        dataset_index=row_order(job),
-        labels=job.splits.train.labels,
-        eval_labels=job.splits.test.labels,
-        pixel_probes=attributes.pixel_probes,
-        provenance=attributes.provenance,
-        block_rows=job.config.block_rows,
-    )
-
-
 def _calibrated(where: Location, attributes: RootAttributes, job: CacheJob) -> Encoding:
     """The cache's encoding; its calibration computed again where it is damaged."""
     group = open_group(where)
     try:
         return restored(attributes.encoding, job.num_classes, lambda name: read_array(group, name))
-    except UnansweredError:
-        raise
     except CacheError as error:
         again = _with_config(job, encoding=attributes.encoding.name)
         coding = fitted_encoding(again, again.feed(again.splits.train, again.policy))[1]
@@ -169,8 +158,6 @@ def _settings_by_attributes(store: Store, name: str) -> RectificationSettings | 
             return None
         check_seal(attributes, name)
         return RectificationSettings.of_attributes(attributes)
-    except UnansweredError:
-        raise
     except (AttributeError, ValueError, CacheError) as error:
         raise CacheError(
             f"rectification '{name}' cannot be repaired: its attributes and all its records are "
@@ -184,8 +171,6 @@ def _intact(where: Location, key: str) -> bool:
     try:
         cache = LogitCache.open(where)
         cache.rectification(key.split("/")[1])
-    except UnansweredError:
-        raise
     except CacheError:
         return False
     return True
@@ -200,13 +185,10 @@ def _forget(where: Location, faults: list[Fault]) -> None:
     logs = {"logits": cache.commits, "eval": cache.eval_commits}
     logs |= {f"rectified/{n}": cache.rectification(n).commits for n in cache.rectifications}
     for fault in faults:
-        if fault.part is None:
-            continue
-        made_from = fault.part == "logits"
         for part, log in logs.items():
-            bad = log.has(fault.view, fault.block)
-            if bad and (part == fault.part or (made_from and part.startswith("rectified/"))):
-                log.forget(fault.view, fault.block)
+            made_from = fault.part == "logits" and part.startswith("rectified/")
+            if fault.at and (part == fault.part or made_from) and log.has(fault.at):
+                log.forget(fault.at)
 
 
 def _to_rectify(cache: LogitCache, covered: Mapping[str, int]) -> list[RectifyConfig]:

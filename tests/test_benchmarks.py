@@ -35,6 +35,7 @@ from benchmarks.worlds import Plan
 from pipeline.console import Console
 from stages.cache import LogitCache
 from stages.cache.encoding import ENCODINGS
+from stages.cache.layout import BlockId
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, ConfigError, IdentityError, ModelError, PipelineError
@@ -183,7 +184,7 @@ def test_an_empty_cache_is_refused(
     small = Splits(first(digits.train, 100), first(digits.test, 100))
     cache_teacher(prepare(msgspec.structs.replace(cache_config, views=1), small), whole)
     cache = LogitCache.open(whole, writable=True)
-    cache.commits.forget(0, 0)
+    cache.commits.forget(BlockId(0, 0))
     with pytest.raises(CacheError, match="no complete view"):
         bench_cache(Console(), cache=str(whole))
 

@@ -302,6 +302,6 @@ def test_a_record_of_a_view_that_cannot_be_is_discarded(
 
     faults = verify(store).faults
 
-    assert {fault.view for fault in faults if fault.part} == {10**12}
+    assert {fault.at.view for fault in faults if fault.at} == {10**12}
     assert repair(store, job, faults).faults == []
     assert differing(store, plain) == []

@@ -27,6 +27,7 @@ from helpers import Words
 from safetensors.torch import load_file, save_file
 
 from stages.cache import LogitCache
+from stages.cache.layout import BlockId
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.errors import CacheError, IdentityError, ModelError
 from stages.rectify import rectify
@@ -168,7 +169,7 @@ def test_a_block_made_from_a_damaged_one_is_made_again(
     rows = cache.read_block(0, 0)
     cache.write_block(0, 0, rows.logits.flip(1), rows.predictions, {})
     rectification = cache.rectification("pairwise-T4")
-    rectification.commits.forget(0, 0)
+    rectification.commits.forget(BlockId(0, 0))
     rectify(store, RectifyConfig())
     flip(store / "logits_code/c/0/0/0")
 

@@ -236,7 +236,7 @@ def test_repair_makes_the_same_bytes(gone_on: Gone, tmp_path: Path) -> None:
     before = path.read_bytes()
     path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
     faults = verify(str(out)).faults
-    assert [(fault.view, fault.block) for fault in faults] == [(1, block)]
+    assert [fault.at for fault in faults] == [(1, block)]
     assert repair(str(out), recorded_job(str(out)), faults).faults == []
     assert path.read_bytes() == before
 

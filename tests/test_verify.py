@@ -30,6 +30,7 @@ from zarr.storage import LocalStore
 
 from stages.cache import LogitCache
 from stages.cache.commits import seal_records, unsealed
+from stages.cache.layout import BlockId
 from stages.cache.stores import described
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits
@@ -67,7 +68,7 @@ def by_kind(keys: list[str]) -> list[list[str]]:
 
 
 def blocks_with_faults(faults: list[Fault]) -> set[tuple[str, int, int]]:
-    return {(fault.part, fault.view, fault.block) for fault in faults if fault.part is not None}
+    return {(fault.part, *fault.at) for fault in faults if fault.part is not None}
 
 
 def found_by_verify(store: Path) -> bool:
@@ -204,7 +205,7 @@ def test_a_record_of_a_block_outside_the_arrays_is_found(
     small_copy: Path, at: tuple[int, int]
 ) -> None:
     cache = LogitCache.open(small_copy, writable=True)
-    cache.commits.commit(*at, {**cache.commits.records[0, 0], "view": at[0], "block": at[1]})
+    cache.commits.commit(BlockId(*at), cache.commits.of_view(0)[0])
 
     # A view below zero has no name that a record could have: such a file is nobody's.
     faults = verify(small_copy).faults
@@ -233,12 +234,12 @@ def test_a_damaged_record_says_nothing_of_its_neighbours(small_copy: Path) -> No
 
 def test_missing_blocks_are_named(small_copy: Path) -> None:
     cache = LogitCache.open(small_copy, writable=True)
-    cache.commits.forget(1, 2)
-    cache.rectification("pairwise-T4").commits.forget(0, 1)
+    cache.commits.forget(BlockId(1, 2))
+    cache.rectification("pairwise-T4").commits.forget(BlockId(0, 1))
 
     faults = verify(small_copy).faults
 
-    missing = {(f.part, f.view, f.block) for f in faults if f.what == "is not there"}
+    missing = {(f.part, *f.at) for f in faults if f.what == "is not there"}
     assert missing == {("logits", 1, 2), ("rectified/pairwise-T4", 0, 1)}
 
 
@@ -336,7 +337,7 @@ def test_rectified_values_that_do_not_follow_from_the_rows_are_found(
 
     (fault,) = verify(small_copy).faults
 
-    assert (fault.part, fault.view, fault.block) == ("rectified/pairwise-T4", 0, 1)
+    assert (fault.part, *(fault.at or ())) == ("rectified/pairwise-T4", 0, 1)
     assert fault.what == f"{array} is not what the rows give"
 
 
@@ -346,7 +347,7 @@ def test_statistics_that_do_not_follow_from_the_rows_are_found(small_copy: Path)
 
     (fault,) = verify(small_copy).faults
 
-    assert (fault.part, fault.view, fault.block) == (part, 0, 1)
+    assert (fault.part, *(fault.at or ())) == (part, 0, 1)
     assert fault.what == "its statistics are not those of its rows"
 
 

@@ -40,7 +40,7 @@ def cache_part(cache: LogitCache, key: str, options: Options) -> dict[str, Any]:
     views, dataset = identity.views, identity.dataset
     settings = ", ".join(f"{k} {v}" for k, v in views.parameters.items())
     coding = ", ".join(f"{k} {short(v)}" for k, v in cache.encoding.parameters.items())
-    sizes = [cache.commits.bytes_of_view(view) for view in cache.complete_views]
+    sizes = [cache.commits.extent([view]).bytes for view in cache.complete_views]
     each = sum(sizes) / max(1, len(sizes)) / cache.num_samples
     spec = cache.provenance.get("config", {}).get("data", {}).get("dataset") or dataset.name
     whole = complete == cache.num_views

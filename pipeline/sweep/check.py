@@ -15,7 +15,7 @@ from pipeline.sweep.grid import Run, check_distinct
 from stages.cache import LogitCache
 from stages.data import cached_policy, check_dataset, load_data, skips_of, split_digests
 from stages.device import choose_device
-from stages.errors import CacheError, ConfigError, ModelError, PipelineError
+from stages.errors import CacheError, ConfigError, ModelError, PipelineError, UnansweredError
 from stages.inputs.checkpoints import weights_file
 from stages.inputs.models import build_model
 from stages.reporting import Reporter, Silent
@@ -101,7 +101,7 @@ class _Known:
         if paths not in self.top1:
             try:
                 self.top1[paths] = teacher_top1(self.members(config))
-            except CacheError:
+            except (CacheError, UnansweredError):
                 self.top1[paths] = None
         return self.top1[paths]
 

@@ -21,6 +21,8 @@ from pipeline.config import read_config
 from pipeline.console import Console
 from stages.cache import LogitCache
 from stages.cache.encoding import FIT_ROWS, fit_encoding, row_kl
+from stages.cache.layout import BlockId
+from stages.cache.metadata import NewCache
 from stages.data import load_data
 from stages.settings import DataSettings, StudentConfig
 from stages.train_student import train_student
@@ -58,19 +60,21 @@ def recoded(exact: LogitCache, name: str, folder: Path) -> LogitCache:
         labels = exact.row_labels[: len(logits)]
         LogitCache.create(
             path,
-            identity=exact.identity,
-            coding=fit_encoding(name, logits, labels),
-            num_views=exact.num_views,
-            dataset_index=exact.dataset_index,
-            labels=exact.labels,
-            eval_labels=exact.eval_logits()[1],
-            pixel_probes=exact.pixel_probes,
-            provenance=exact.provenance,
+            NewCache(
+                identity=exact.identity,
+                coding=fit_encoding(name, logits, labels),
+                num_views=exact.num_views,
+                dataset_index=exact.dataset_index,
+                labels=exact.labels,
+                eval_labels=exact.eval_logits()[1],
+                pixel_probes=exact.pixel_probes,
+                provenance=exact.provenance,
+            ),
         )
     cache = LogitCache.open(path, writable=True)
     for view in range(exact.num_views):
         for block in range(exact.grid.num_blocks):
-            if not cache.commits.has(view, block):
+            if not cache.commits.has(BlockId(view, block)):
                 rows = exact.read_block(view, block)
                 cache.write_block(view, block, rows.logits, rows.predictions, {})
     if not cache.eval_commits.is_complete(0):
@@ -86,7 +90,7 @@ def measured(exact: LogitCache, cache: LogitCache) -> dict[str, Any]:
     whole = sum(f.stat().st_size for f in Path(cache.path).rglob("*") if f.is_file())
     views, samples = range(cache.num_views), torch.arange(cache.num_samples)
     records = sum(f.stat().st_size for f in Path(cache.path, "commits/logits").rglob("*.json"))
-    grows = records + sum(cache.commits.bytes_of_view(view) for view in views)
+    grows = records + cache.commits.extent(views).bytes
     kls: dict[float, list[float]] = {1.0: [], 4.0: []}
     agreed, read, decode = [], [], []
     for view in views:

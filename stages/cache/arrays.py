@@ -17,7 +17,7 @@ from zarr.storage import MemoryStore
 from stages.cache.identity import weights_digest
 from stages.cache.layout import ArraySpec, BlockGrid, BlockId, block_key, whole_key
 from stages.cache.storage import Location, answered, ask, open_store
-from stages.errors import CacheError, UnansweredError
+from stages.errors import CacheError, PipelineError, UnansweredError
 
 
 def open_group(where: Location, writable: bool = False) -> zarr.Group:
@@ -93,25 +93,21 @@ def array_digest(name: str, spec: ArraySpec, values: Tensor) -> str:
     return weights_digest({name: values.to(getattr(torch, spec.dtype))})
 
 
-def read_array(group: zarr.Group, name: str, *where: int | slice) -> Tensor:
-    """Values of an array, as a tensor of the nearest dtype torch has arithmetic for.
-
-    Raises CacheError, naming the place, if bytes are damaged.
-    """
-    return _values(get_array(group, name), *where)
+def read_array(group: zarr.Group, name: str) -> Tensor:
+    """All of an array, as `read_values` gives it."""
+    return read_values(get_array(group, name))
 
 
 _PIECE_BYTES = 8 * 2**20
 """Of decoded values that are asked of Zarr in one go."""
 
 
-def read_rows(group: zarr.Group, name: str, view: int, runs: Sequence[slice]) -> Tensor:
-    """Some runs of rows of one view, one after another, as `read_array` gives them.
+def read_rows(array: zarr.Array[Any], view: int, runs: Sequence[slice]) -> Tensor:
+    """Some runs of rows of one view, one after another, as `read_values` gives them.
 
     Beside the result a few pieces are in memory: Zarr takes several times what it is asked for in
     one go. Much smaller pieces would be slower, as every request has its price.
     """
-    array = get_array(group, name)
     shape = (sum(run.stop - run.start for run in runs), *array.shape[2:])
     values = torch.empty(shape, dtype=held_dtype(array.dtype.name))
     chunk_rows, row_bytes = int(array.chunks[1]), array.dtype.itemsize * math.prod(shape[1:])
@@ -120,7 +116,7 @@ def read_rows(group: zarr.Group, name: str, view: int, runs: Sequence[slice]) ->
     for run in runs:
         for piece in pieces(run, chunks * chunk_rows):
             stop = start + piece.stop - piece.start
-            values[start:stop] = _values(array, view, piece)
+            values[start:stop] = read_values(array, view, piece)
             start = stop
     return values
 
@@ -139,13 +135,17 @@ def held_dtype(stored: str) -> torch.dtype:
     return dtype
 
 
-def _values(array: zarr.Array[Any], *where: int | slice) -> Tensor:
+def read_values(array: zarr.Array[Any], *where: int | slice) -> Tensor:
+    """Values of an array, as a tensor of the nearest dtype torch has arithmetic for.
+
+    Raises CacheError, naming the place, if bytes are damaged.
+    """
     if array.shards is None and not _has_bytes(array):
         raise CacheError(f"{array.store_path}: its values are missing")
     try:
         with answered(array.store_path):
             values = np.asarray(array[where if where else slice(None)])
-    except CacheError:  # not answered, or found to be damaged already
+    except PipelineError:  # not answered, or found to be damaged already
         raise
     except Exception as error:  # codecs raise what they like on damaged bytes
         raise CacheError(

@@ -5,13 +5,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import zarr
 from torch import Tensor
 
-from stages.cache.arrays import encode_shard, read_rows
+from stages.cache.arrays import encode_shard, get_array, read_rows
 from stages.cache.commits import CommitLog, Record
+from stages.cache.encoding import Encoding
 from stages.cache.layout import ArraySpec, BlockGrid, BlockId, block_key
 from stages.cache.storage import write_object
 from stages.cache.stores import checked, described
@@ -21,7 +23,7 @@ from stages.cache.stores import checked, described
 class BlockGroup:
     """The arrays of one group that are written block by block: the logits, or a rectification.
 
-    specs: those arrays, by name.
+    specs: those arrays, by name. Their documents are read once.
     """
 
     group: zarr.Group
@@ -46,7 +48,7 @@ class BlockGroup:
             write_object(self.group.store, key, shard)
             objects[key] = described(shard, self.grid.chunks_per_block)
         whole = {**record, "rows": [rows.start, rows.stop], "objects": objects}
-        self.commits.commit(at.view, at.block, whole)
+        self.commits.commit(at, whole)
 
     def read(
         self, names: Iterable[str], view: int, runs: Sequence[slice], block: int | None = None
@@ -56,8 +58,50 @@ class BlockGroup:
         The bytes are compared with the commit records as they are read. Raises CacheError where
         they differ.
         """
-        group = checked(self.group, self.commits.objects_of(view, block))
-        return {name: read_rows(group, name, view, runs) for name in names}
+        objects = self.commits.objects_of(view, block)
+        arrays = {name: checked(self._array(name, view), objects) for name in names}
+        return {name: read_rows(array, view, runs) for name, array in arrays.items()}
+
+    def _array(self, name: str, view: int) -> zarr.Array[Any]:
+        """An array with room for a view. Its document is read again where it had none before."""
+        array = self._opened.get(name)
+        if array is None or view >= array.shape[0]:
+            array = self._opened[name] = get_array(self.group, name)
+        return array
+
+    @cached_property
+    def _opened(self) -> dict[str, zarr.Array[Any]]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block as it was written: its rows in row order.
+
+    logits: float32 (n, C), decoded. labels, predictions: int64 (n,).
+    """
+
+    logits: Tensor
+    labels: Tensor
+    predictions: Tensor
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """As `Block`, still encoded. arrays: what the encoding stored, each (n, ...)."""
+
+    encoding: Encoding
+    arrays: Mapping[str, Tensor]
+    labels: Tensor
+    predictions: Tensor
+
+    def logits(self, temperature: float, rows: Tensor | None = None) -> Tensor:
+        """float32 (m, C), decoded as `Encoding.decode` says. rows: int64 (m,), None for all.
+
+        A row decoded among others may differ in its last bit: matrix products round as they like.
+        """
+        some = {n: x if rows is None else x[rows] for n, x in self.arrays.items()}
+        return self.encoding.decode(some, temperature)
 
 
 Item = TypeVar("Item")

@@ -22,6 +22,7 @@ from typing import Any
 
 from zarr.abc.store import Store
 
+from stages.cache.layout import BlockId
 from stages.cache.storage import (
     ask,
     folders,
@@ -33,23 +34,21 @@ from stages.cache.storage import (
 )
 from stages.errors import CacheError
 
-_NUMBER = r"(\d{5}|[1-9]\d{5,})"
-_VIEW = re.compile(rf"v{_NUMBER}(\.json)?")
-_BLOCK = re.compile(rf"v{_NUMBER}/b{_NUMBER}\.json")
-_VIEWS_KEPT = 8
-"""Of so many views the records stay in memory; those of a rectification may be large."""
-_FILES_AT_ONCE = 16
-"""Of records, that are asked for at the same time."""
-_OBJECTS_AT_ONCE = 256
-"""Whose sizes are asked for."""
-
 Record = dict[str, Any]
 ViewRecords = dict[int, Record]
 """The committed blocks of one view: block -> record."""
 
-
-_OF_A_BLOCK = re.compile(r"/b(\d+)\.json$")
+_NUMBER = r"(\d{5}|[1-9]\d{5,})"
+_VIEW = re.compile(rf"v{_NUMBER}(\.json)?")
+_BLOCK = re.compile(rf"v{_NUMBER}/b{_NUMBER}\.json")
 _SEALED = re.compile(rb'\{"digest":"([0-9a-f]{64})","records":(\[.*\])\}', re.DOTALL)
+_VIEWS_KEPT = 8
+"""Views whose records are cached: those of a rectification may be large."""
+_FILES_AT_ONCE = 16
+"""Files of records that are asked for at the same time."""
+_OBJECTS_AT_ONCE = 256
+"""Objects whose sizes are asked for at the same time."""
+_REPAIR = "Run `pipeline verify CACHE --repair`: it computes {} again."
 
 
 def seal_records(records: list[Record]) -> bytes:
@@ -68,46 +67,6 @@ def unsealed(content: bytes) -> list[Record]:
     return records
 
 
-def unpacked(
-    owner: Mapping[str, Any], files: Mapping[str, bytes | None]
-) -> tuple[ViewRecords, list[str]]:
-    """The records of a view in some files, later ones first; the keys of those that are damaged.
-
-    owner: what each record has to say of where it belongs: part and view, and of which cache.
-    """
-    found: ViewRecords = {}
-    damaged: list[str] = []
-    for key, content in files.items():
-        if content is None:  # compacted, or removed, since it was listed
-            continue
-        try:
-            records = {int(record["block"]): record for record in unsealed(content)}
-            if any(record[name] != owner[name] for record in records.values() for name in owner):
-                raise ValueError("these are the records of something else")
-            if (named := _OF_A_BLOCK.search(key)) and [*records] != [int(named[1])]:
-                raise ValueError("this is the record of another block")
-        except (TypeError, KeyError, ValueError):
-            damaged.append(key)
-        else:
-            found |= records
-    return found, damaged
-
-
-def object_sizes(view: int, blocks: Iterable[int], records: ViewRecords) -> dict[str, int]:
-    """The objects of committed blocks and their sizes."""
-    sizes: dict[str, int] = {}
-    for block in blocks:
-        try:
-            objects = records[block]["objects"]
-            sizes |= {key: described["bytes"] for key, described in objects.items()}
-        except (AttributeError, KeyError, TypeError) as error:
-            raise CacheError(
-                f"the commit record of block {block} of view {view} is not readable: {error!r}",
-                "Run `pipeline verify CACHE --repair`: it computes that block again.",
-            ) from error
-    return sizes
-
-
 @dataclass(frozen=True)
 class Extent:
     """How many blocks are committed, of how many rows, in how many bytes."""
@@ -119,7 +78,7 @@ class Extent:
 
 @dataclass
 class CommitLog:
-    """The records of one part of a cache: `logits`, or `rectified/<name>`.
+    """The records of one part of a cache: `logits`, `eval` or `rectified/<name>`.
 
     Which views there are is looked up once and kept up by `commit`; see `reread`. Whatever gives
     the records of a view raises CacheError if a file of them is damaged, or is another part's or
@@ -132,9 +91,7 @@ class CommitLog:
     identity: str | None = None
     _known: dict[int, ViewRecords] = field(default_factory=dict, init=False, repr=False)
 
-    @property
-    def _prefix(self) -> str:
-        return f"commits/{self.part}/"
+    # ---- which views and blocks there are -------------------------------------------------
 
     @cached_property
     def _listed(self) -> dict[int, bool]:
@@ -151,10 +108,6 @@ class CommitLog:
         """The views that have a file or a folder of records, damaged or empty ones as well."""
         return sorted(self._listed)
 
-    def complete(self, num_views: int) -> list[int]:
-        """Those of the first `num_views` views that are complete, in order."""
-        return [view for view in self.listed if view < num_views and self.is_complete(view)]
-
     @property
     def views(self) -> list[int]:
         """The views of which blocks are committed, in order."""
@@ -163,17 +116,40 @@ class CommitLog:
     def is_complete(self, view: int) -> bool:
         """Whether all blocks of a view are committed. Of a compacted one nothing is read."""
         if view in self._known or self._listed.get(view) is False:
-            return all(block in self.of_view(view) for block in range(self.num_blocks))
+            return self.has_view(view)
         return view in self._listed
 
-    def missing(self, views: Iterable[int]) -> list[tuple[int, int]]:
-        """The (view, block) pairs of these views that are not committed, in order."""
+    def complete(self, num_views: int) -> list[int]:
+        """Those of the first `num_views` views that are complete, in order."""
+        return [view for view in self.listed if view < num_views and self.is_complete(view)]
+
+    def has_view(self, view: int) -> bool:
+        """As `is_complete`, by the records of the blocks and not by a name."""
+        records = self.of_view(view)
+        return all(block in records for block in range(self.num_blocks))
+
+    def beyond(self, num_views: int) -> list[int]:
+        """The views from `num_views` on of which blocks are committed."""
+        later = [view for view in self._listed if view >= num_views]
+        return [view for view in later if self._listed[view] or self.of_view(view)]
+
+    def missing(self, views: Iterable[int]) -> list[BlockId]:
+        """The blocks of these views that are not committed, in order."""
         incomplete = [view for view in views if not self.is_complete(view)]
         there = {view: self.of_view(view) for view in incomplete if view in self._listed}
-        pairs = ((v, b) for v in incomplete for b in range(self.num_blocks))
-        return [(view, block) for view, block in pairs if block not in there.get(view, {})]
+        blocks = (BlockId(v, b) for v in incomplete for b in range(self.num_blocks))
+        return [at for at in blocks if at.block not in there.get(at.view, {})]
 
-    # ---- records ------------------------------------------------------------------------
+    def has(self, at: BlockId) -> bool:
+        """Whether one block is committed."""
+        return at.block in self.of_view(at.view)
+
+    def reread(self) -> None:
+        """Look at the store when records are next asked for: others have written as well."""
+        self.__dict__.pop("_listed", None)
+        self._known.clear()
+
+    # ---- records --------------------------------------------------------------------------
 
     def of_view(self, view: int) -> ViewRecords:
         """The committed blocks of one view."""
@@ -182,10 +158,6 @@ class CommitLog:
             records = self._read(view, read_object(self.store, self._view_key(view)))
             self.hold(view, records)
         return records
-
-    def has(self, view: int, block: int) -> bool:
-        """Whether one block is committed."""
-        return block in self.of_view(view)
 
     def hold(self, view: int, records: ViewRecords) -> None:
         """Take these for the records of a view, until those of other views push them out."""
@@ -204,15 +176,24 @@ class CommitLog:
                 yield view, self._read(view, content) if known is None else known
 
     @property
-    def records(self) -> dict[tuple[int, int], Record]:
-        """Every committed block, (view, block) -> record. All are in memory: see `each_view`."""
+    def records(self) -> dict[BlockId, Record]:
+        """Every committed block and its record. All are in memory: see `each_view`."""
         each = self.each_view()
-        return {(view, block): found[block] for view, found in each for block in sorted(found)}
+        return {BlockId(v, block): found[block] for v, found in each for block in sorted(found)}
 
     def check_records(self) -> None:
         """Raise CacheError if any file of records is damaged."""
         for _ in self.each_view():
             pass
+
+    def extent(self, views: Iterable[int] | None = None) -> Extent:
+        """How much of these views is committed, None for all; also of incomplete ones."""
+        records = [record for _, found in self.each_view(views) for record in found.values()]
+        return Extent(
+            len(records),
+            sum(stop - start for start, stop in (record["rows"] for record in records)),
+            sum(int(d["bytes"]) for record in records for d in record["objects"].values()),
+        )
 
     def files(self) -> dict[int, list[str]]:
         """Every file of records there is: of each view that has one the keys of its blocks' files,
@@ -235,14 +216,10 @@ class CommitLog:
             found, damaged = self._parsed(view, block_keys)
             yield view, found, damaged
 
-    def readable(self) -> tuple[dict[tuple[int, int], Record], list[str]]:
-        """All of `inspect` in memory: the intact records, the keys of damaged files."""
-        found: dict[tuple[int, int], Record] = {}
-        damaged: list[str] = []
-        for view, intact, keys in self.inspect():
-            found |= {(view, block): record for block, record in intact.items()}
-            damaged += keys
-        return found, damaged
+    def block_files(self, view: int) -> list[str]:
+        """The keys of a view's records that have a file a block."""
+        listed = list_objects(self.store, f"{self._folder(view)}/")
+        return [key for key in listed if _BLOCK.fullmatch(key.removeprefix(self._prefix))]
 
     def _read(self, view: int, whole: bytes | None) -> ViewRecords:
         """The records of a view; `whole` is what its one file holds, None if there is none."""
@@ -251,16 +228,9 @@ class CommitLog:
         else:
             found, damaged = self._parsed(view, self.block_files(view))
         if damaged:
-            raise CacheError(
-                f"commit record {damaged[0]} is not readable",
-                "Run `pipeline verify CACHE --repair`: it computes those blocks again.",
-            )
+            cause = f"commit record {damaged[0]} is not readable"
+            raise CacheError(cause, _REPAIR.format("those blocks"))
         return found
-
-    def block_files(self, view: int) -> list[str]:
-        """The keys of a view's records that have a file a block."""
-        listed = list_objects(self.store, f"{self._folder(view)}/")
-        return [key for key in listed if _BLOCK.fullmatch(key.removeprefix(self._prefix))]
 
     def _parsed(self, view: int, block_keys: list[str]) -> tuple[ViewRecords, list[str]]:
         """The records in these files and in the view's one file; the keys that are damaged."""
@@ -273,28 +243,40 @@ class CommitLog:
         self, view: int, files: Mapping[str, bytes | None]
     ) -> tuple[ViewRecords, list[str]]:
         """The records in these files, later ones first; the keys of those that are damaged."""
-        owner = {"part": self.part, "view": view}
-        if self.identity is not None:
-            owner["identity_digest"] = self.identity
-        return unpacked(owner, files)
+        found: ViewRecords = {}
+        damaged: list[str] = []
+        for key, content in files.items():
+            if content is None:  # compacted, or removed, since it was listed
+                continue
+            try:
+                records = {int(record["block"]): record for record in unsealed(content)}
+                owner = self._owner(view).items()
+                if any(record[n] != value for record in records.values() for n, value in owner):
+                    raise ValueError("these are the records of something else")
+                named = _BLOCK.fullmatch(key.removeprefix(self._prefix))
+                if named and [*records] != [int(named[2])]:
+                    raise ValueError("this is the record of another block")
+            except (TypeError, KeyError, ValueError):
+                damaged.append(key)
+            else:
+                found |= records
+        return found, damaged
 
-    def reread(self) -> None:
-        """Look at the store when records are next asked for: others have written as well."""
-        self.__dict__.pop("_listed", None)
-        self._known.clear()
+    def _owner(self, view: int) -> Record:
+        """What each record has to say of where it belongs: part, view and cache."""
+        owner: Record = {"part": self.part, "view": view}
+        return owner if self.identity is None else {**owner, "identity_digest": self.identity}
 
-    # ---- changes ------------------------------------------------------------------------
+    # ---- changes --------------------------------------------------------------------------
 
-    def commit(self, view: int, block: int, record: Record) -> None:
+    def commit(self, at: BlockId, record: Record) -> None:
         """Make a block exist. Its objects must lie in the store already."""
-        record = {"part": self.part, "view": view, "block": block, **record}
-        if self.identity is not None:
-            record["identity_digest"] = self.identity
-        write_object(self.store, self._block_key(view, block), seal_records([record]))
+        record = {**record, **self._owner(at.view), "block": at.block}
+        write_object(self.store, self._block_key(at), seal_records([record]))
         if "_listed" in self.__dict__:
-            self._listed.setdefault(view, False)
-        if (known := self._known.get(view)) is not None:
-            known[block] = record
+            self._listed.setdefault(at.view, False)
+        if (known := self._known.get(at.view)) is not None:
+            known[at.block] = record
 
     def compact(self, view: int) -> None:
         """One file for all records of a complete view. Only for the part's single writer."""
@@ -311,16 +293,17 @@ class CommitLog:
             if (match := _VIEW.fullmatch(name)) and not match[2]:
                 self.compact(int(match[1]))
 
-    def forget(self, view: int, block: int) -> None:
+    def forget(self, at: BlockId) -> None:
         """Unmake a block, so that its stage computes it again. Only for the single writer."""
-        found = self.of_view(view)
-        left = {b: r for b, r in found.items() if b != block and b < self.num_blocks}
+        found = self.of_view(at.view)
+        left = {b: r for b, r in found.items() if b != at.block and b < self.num_blocks}
         for other, record in left.items():  # a file a block again, before that of the view goes
-            write_object(self.store, self._block_key(view, other), seal_records([record]))
-        ask(self.store, self.store.delete(self._view_key(view)))
-        ask(self.store, self.store.delete(self._block_key(view, block)))
-        self._listed[view] = False
-        self.hold(view, left)
+            key = self._block_key(BlockId(at.view, other))
+            write_object(self.store, key, seal_records([record]))
+        ask(self.store, self.store.delete(self._view_key(at.view)))
+        ask(self.store, self.store.delete(self._block_key(at)))
+        self._listed[at.view] = False
+        self.hold(at.view, left)
 
     def discard(self, key: str) -> None:
         """Remove a damaged file of records: its blocks are then not there."""
@@ -332,64 +315,38 @@ class CommitLog:
         ask(self.store, self.store.delete_dir(self._prefix.rstrip("/")))
         self.reread()
 
-    # ---- objects ------------------------------------------------------------------------
-
-    def check_objects(self, view: int, block: int | None = None) -> None:
-        """Raise CacheError if an object of a committed view (or of one block of it) is missing or
-        of another size: Zarr would give zeros for a missing one.
-        """
-        blocks = range(self.num_blocks) if block is None else [block]
-        self._check_sizes(object_sizes(view, blocks, self.of_view(view)))
+    # ---- objects --------------------------------------------------------------------------
 
     def objects_of(self, view: int, block: int | None = None) -> dict[str, Any]:
         """What the records of a view (or of one block of it) know of its objects, by key."""
-        objects: dict[str, Any] = {}
         records = self.of_view(view)
-        for number in records if block is None else [block]:
-            known = records[number].get("objects")
-            if not isinstance(known, dict):
-                raise CacheError(
-                    f"the commit record of block {number} of view {view} is not readable",
-                    "Run `pipeline verify CACHE --repair`: it computes that block again.",
-                )
-            objects |= known
-        return objects
+        return _objects(view, records if block is None else {block: records[block]})
 
     def check_all_objects(self, views: Iterable[int] | None = None) -> None:
-        """As `check_objects`, of every committed block of these views, None for all; also raised
-        where a file of their records is damaged.
+        """Raise CacheError if an object of a committed block of these views (None for all) is
+        missing or of another size, or a file of their records is damaged.
         """
-        sizes: dict[str, int] = {}
+        objects: dict[str, Any] = {}
         for view, records in self.each_view(views):
-            sizes |= object_sizes(view, sorted(records), records)
-            if len(sizes) >= _OBJECTS_AT_ONCE:
-                self._check_sizes(sizes)
-                sizes = {}
-        self._check_sizes(sizes)
+            objects |= _objects(view, records)
+            if len(objects) >= _OBJECTS_AT_ONCE:
+                self._check_sizes(objects)
+                objects = {}
+        self._check_sizes(objects)
 
-    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
-        found = sizes_of(self.store, list(sizes))
-        for (key, size), there in zip(sizes.items(), found, strict=True):
-            if there != size:
-                found_there = "is missing" if there is None else f"has {there} bytes, not {size}"
-                raise CacheError(
-                    f"{self.store}: object {key} {found_there}",
-                    "Run `pipeline verify CACHE --repair`: it computes that block again.",
-                )
+    def _check_sizes(self, objects: Mapping[str, Any]) -> None:
+        found = sizes_of(self.store, list(objects))
+        for (key, known), there in zip(objects.items(), found, strict=True):
+            if there != (size := known.get("bytes")):
+                what = "is missing" if there is None else f"has {there} bytes, not {size}"
+                cause = f"{self.store}: object {key} {what}"
+                raise CacheError(cause, _REPAIR.format("that block"))
 
-    def there(self) -> Extent:
-        """How much is committed, also in views that are not complete."""
-        records = [record for _, found in self.each_view() for record in found.values()]
-        return Extent(
-            len(records),
-            sum(stop - start for start, stop in (record["rows"] for record in records)),
-            sum(int(d["bytes"]) for record in records for d in record["objects"].values()),
-        )
+    # ---- names ----------------------------------------------------------------------------
 
-    def bytes_of_view(self, view: int) -> int:
-        """Size of the committed objects of a view."""
-        records = self.of_view(view).values()
-        return sum(int(d["bytes"]) for record in records for d in record["objects"].values())
+    @property
+    def _prefix(self) -> str:
+        return f"commits/{self.part}/"
 
     def _folder(self, view: int) -> str:
         return f"{self._prefix}v{view:05d}"
@@ -397,5 +354,17 @@ class CommitLog:
     def _view_key(self, view: int) -> str:
         return f"{self._folder(view)}.json"
 
-    def _block_key(self, view: int, block: int) -> str:
-        return f"{self._folder(view)}/b{block:05d}.json"
+    def _block_key(self, at: BlockId) -> str:
+        return f"{self._folder(at.view)}/b{at.block:05d}.json"
+
+
+def _objects(view: int, records: ViewRecords) -> dict[str, Any]:
+    """The objects of these blocks, as their records have them. Raises CacheError."""
+    objects: dict[str, Any] = {}
+    for block, record in sorted(records.items()):
+        known = record.get("objects")
+        if not isinstance(known, dict):
+            cause = f"the commit record of block {block} of view {view} is not readable"
+            raise CacheError(cause, _REPAIR.format("that block"))
+        objects |= known
+    return objects

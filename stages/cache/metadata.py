@@ -8,7 +8,8 @@ something else. So attributes carry a digest of themselves, and arrays are compa
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from zarr.core.group import GroupMetadata
 from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
-from stages.cache import arrays, layout
-from stages.cache.arrays import create_array, get_array, open_group
+from stages.cache import layout
+from stages.cache.arrays import array_digest, create_array, get_array, open_group
 from stages.cache.commits import seal_records, unsealed
 from stages.cache.encoding import Encoding, EncodingAttributes, Fidelity, encoding_attributes
 from stages.cache.identity import Identity, SkippedSample
@@ -36,7 +37,8 @@ from stages.cache.storage import (
     write_object,
 )
 from stages.cache.stores import readable
-from stages.errors import CacheError, UnansweredError
+from stages.errors import CacheError
+from stages.settings import MAX_BLOCK_ROWS
 
 UNFINISHED = {"format": layout.FORMAT, "unfinished": True}
 """The root attributes of a cache that is being created."""
@@ -154,35 +156,50 @@ def all_arrays(num_classes: int, coding: Encoding) -> dict[str, ArraySpec]:
     return layout.base_arrays(num_classes) | coding.arrays() | coding.calibration_arrays()
 
 
-def create_store(
-    where: Location,
-    identity: Identity,
-    coding: Encoding,
-    num_views: int,
-    whole: Mapping[str, Tensor],
-    attributes: Mapping[str, Any],
-    block_rows: int,
-) -> None:
+@dataclass(frozen=True)
+class NewCache:
+    """What a cache is made of, before its first block.
+
+    dataset_index: int64 (N,), the sample of each row. labels: int64 (N,), in dataset order.
+    eval_labels: int64 (M,). provenance: plain JSON values.
+    """
+
+    identity: Identity
+    coding: Encoding
+    num_views: int
+    dataset_index: Tensor
+    labels: Tensor
+    eval_labels: Tensor
+    pixel_probes: Sequence[int] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    block_rows: int = MAX_BLOCK_ROWS
+
+
+def create_store(where: Location, new: NewCache) -> None:
     """Documents and whole arrays of a new cache; the root attributes come last and make it one.
 
-    whole: the values of the arrays that are written once, by name. attributes: the root attributes
-    beside identity and encoding.
+    Whatever an interrupted creation left there is replaced.
     """
-    classes = len(identity.dataset.class_names)
-    samples = len(whole["dataset_index"])
+    classes, samples = len(new.identity.dataset.class_names), len(new.dataset_index)
     sizes = {
-        "view": num_views,
+        "view": new.num_views,
         "sample": samples,
         "class": classes,
-        "eval_sample": len(whole["eval_label"]),
-        **coding.sizes,
+        "eval_sample": len(new.eval_labels),
+        **new.coding.sizes,
     }
-    grid = layout.block_grid(samples, classes, block_rows)
+    whole = {
+        "dataset_index": new.dataset_index,
+        "label": new.labels[new.dataset_index],
+        "eval_label": new.eval_labels,
+    }
+    specs = all_arrays(classes, new.coding)
+    grid = layout.block_grid(samples, classes, new.block_rows)
     group = unfinished_group(where)
-    for name, spec in all_arrays(classes, coding).items():
-        arrays.create_array(group, name, spec, sizes, grid)
-    for name, values in whole.items():
-        array = arrays.get_array(group, name)
+    for name, spec in specs.items():
+        create_array(group, name, spec, sizes, grid)
+    for name, values in (whole | new.coding.calibration()).items():
+        array = get_array(group, name)
         array[...] = values.numpy().astype(array.dtype)
     group.create_group("commits")
     group.create_group("rectified")
@@ -191,15 +208,12 @@ def create_store(
         {
             "format": layout.FORMAT,
             "version": layout.VERSION,
-            "identity": identity.to_json(),
-            "identity_digest": identity.digest(),
-            "encoding": encoding_attributes(coding),
-            "shared_arrays": {
-                name: arrays.array_digest(name, spec, whole[name])
-                for name, spec in layout.base_arrays(classes).items()
-                if name in whole
-            },
-            **attributes,
+            "identity": new.identity.to_json(),
+            "identity_digest": new.identity.digest(),
+            "encoding": encoding_attributes(new.coding),
+            "shared_arrays": {n: array_digest(n, specs[n], whole[n]) for n in whole},
+            "provenance": dict(new.provenance),
+            "pixel_probes": list(new.pixel_probes),
         },
     )
 
@@ -223,7 +237,15 @@ def check_seal(attributes: Mapping[str, Any], where: str) -> None:
         )
 
 
-def array_fault(
+def array_faults(
+    group: zarr.Group, specs: Mapping[str, ArraySpec], sizes: Mapping[str, int], grid: BlockGrid
+) -> list[str]:
+    """What is wrong with the documents of these arrays."""
+    faults = (_array_fault(group, name, spec, sizes, grid) for name, spec in specs.items())
+    return [fault for fault in faults if fault is not None]
+
+
+def _array_fault(
     group: zarr.Group, name: str, spec: ArraySpec, sizes: Mapping[str, int], grid: BlockGrid
 ) -> str | None:
     """What is wrong with the document of an array, if anything is.
@@ -232,8 +254,6 @@ def array_fault(
     """
     try:
         found = get_array(group, name).metadata.to_dict()
-    except UnansweredError:
-        raise
     except CacheError as error:
         return error.cause
     scratch = zarr.create_group(MemoryStore())

@@ -1,19 +1,18 @@
-"""One rectification of a cache: a group rectified/<name> beside the logits it belongs to."""
+"""Rectifications of a cache: groups rectified/<name> beside the logits that they belong to."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import msgspec
 import zarr
-from torch import Tensor
 
 from stages.cache import arrays, layout
 from stages.cache.blocks import BlockGroup
-from stages.cache.commits import CommitLog, Record
-from stages.cache.layout import ArraySpec, BlockGrid, BlockId
-from stages.cache.metadata import array_fault, check_seal, sealed
+from stages.cache.commits import CommitLog
+from stages.cache.description import CacheDescription
+from stages.cache.metadata import array_faults, check_seal, sealed
+from stages.cache.storage import entries, folders
 from stages.cache.targets import RectifiedValues
 from stages.errors import CacheError
 
@@ -42,87 +41,25 @@ class Rectification:
     """An open rectification; `LogitCache.rectification` gives it."""
 
     name: str
-    group: zarr.Group
-    grid: BlockGrid
     settings: RectificationSettings
-
-    @staticmethod
-    def create(
-        group: zarr.Group,
-        grid: BlockGrid,
-        sizes: Mapping[str, int],
-        settings: RectificationSettings,
-        identity_digest: str,
-    ) -> None:
-        """Write the metadata into an empty group; the attributes come last and make it one."""
-        for name, spec in layout.rectified_arrays(settings.materialised).items():
-            arrays.create_array(group, name, spec, sizes, grid)
-        known = {**msgspec.to_builtins(settings), "identity_digest": identity_digest}
-        group.attrs.put(sealed(known))
-
-    @staticmethod
-    def open(
-        name: str,
-        group: zarr.Group,
-        grid: BlockGrid,
-        sizes: Mapping[str, int],
-        identity_digest: str,
-    ) -> "Rectification":
-        """Raises CacheError if it belongs to another cache, or its metadata are damaged."""
-        attributes = group.attrs.asdict()
-        check_seal(attributes, f"rectification '{name}'")
-        if attributes.get("identity_digest") != identity_digest:
-            raise CacheError(
-                f"rectification '{name}' belongs to another cache than the one it lies in",
-                f"Remove rectified/{name} and run `pipeline rectify` again.",
-            )
-        try:
-            settings = RectificationSettings.of_attributes(attributes)
-        except msgspec.ValidationError as error:
-            raise CacheError(f"rectification '{name}' is not readable: {error}") from error
-        rectification = Rectification(name, group, grid, settings)
-        if faults := rectification.document_faults(sizes):
-            raise CacheError(
-                f"rectification '{name}': {faults[0]}", "Run `pipeline verify CACHE --repair`."
-            )
-        return rectification
+    blocks: BlockGroup
 
     @property
-    def specs(self) -> dict[str, ArraySpec]:
-        return layout.rectified_arrays(self.settings.materialised)
-
-    def document_faults(self, sizes: Mapping[str, int]) -> list[str]:
-        """What is wrong with the metadata of its arrays."""
-        specs = self.specs.items()
-        faults = (array_fault(self.group, n, spec, sizes, self.grid) for n, spec in specs)
-        return [fault for fault in faults if fault is not None]
-
-    @cached_property
     def commits(self) -> CommitLog:
-        part, identity = f"rectified/{self.name}", self.group.attrs.asdict()["identity_digest"]
-        return CommitLog(self.group.store, part, self.grid.num_blocks, str(identity))
-
-    @cached_property
-    def blocks(self) -> BlockGroup:
-        return BlockGroup(self.group, self.commits, self.grid, self.specs)
+        return self.blocks.commits
 
     @property
     def statistics(self) -> dict[str, Any]:
         """What stage two measured; empty until it has finished, with all views that are there."""
-        found: Any = self.group.attrs.asdict().get("statistics", {})
+        found: Any = self.blocks.group.attrs.asdict().get("statistics", {})
         if not isinstance(found, dict):
             return {}
         measured = found.get("top1_per_view", ())
         return dict(found) if len(measured) == len(self.commits.listed) else {}
 
     def write_statistics(self, statistics: Mapping[str, Any]) -> None:
-        self.group.attrs.put(sealed({**self.group.attrs.asdict(), "statistics": statistics}))
-
-    def write_block(
-        self, view: int, block: int, values: Mapping[str, Tensor], record: Record
-    ) -> None:
-        """Write and commit a block: its arrays as layout.py names them."""
-        self.blocks.write(BlockId(view, block), values, record)
+        attributes = self.blocks.group.attrs
+        attributes.put(sealed({**attributes.asdict(), "statistics": statistics}))
 
     def read_values(self, view: int, runs: Sequence[slice]) -> RectifiedValues:
         """The replaced logits of some runs of rows of a complete view."""
@@ -136,3 +73,97 @@ class Rectification:
                 f"{self.settings.temperature:g}, not {temperature:g}",
                 f"Rectify again with --temperature {temperature:g}, or --space probability-1.",
             )
+
+
+def rectification_names(cache: CacheDescription) -> list[str]:
+    """The rectifications of a cache. Raises CacheError where the metadata of one are missing."""
+    store, names = cache.group.store, []
+    for name in folders(store, "rectified"):
+        if "zarr.json" not in entries(store, f"rectified/{name}"):
+            if not folders(store, f"commits/rectified/{name}"):
+                continue  # a creation that stopped at its first step, or not ours
+            raise CacheError(
+                f"{cache.path}: the metadata of rectification '{name}' are missing",
+                "Run `pipeline verify CACHE --repair`.",
+            )
+        if _group(cache, name).attrs.asdict():
+            names.append(name)
+    return names
+
+
+def open_rectification(cache: CacheDescription, name: str) -> Rectification:
+    """Raises CacheError if there is none of this name, it belongs to another cache, or its metadata
+    are damaged.
+    """
+    names = rectification_names(cache)
+    if name not in names:
+        raise CacheError(
+            f"{cache.path} has no rectification '{name}'"
+            + (f"; it has {', '.join(names)}" if names else ""),
+            f"Make one with `pipeline rectify {cache.path}`.",
+        )
+    group = _group(cache, name)
+    attributes = group.attrs.asdict()
+    check_seal(attributes, f"rectification '{name}'")
+    if attributes.get("identity_digest") != cache.identity_digest:
+        raise CacheError(
+            f"rectification '{name}' belongs to another cache than the one it lies in",
+            f"Remove rectified/{name} and run `pipeline rectify` again.",
+        )
+    try:
+        settings = RectificationSettings.of_attributes(attributes)
+    except msgspec.ValidationError as error:
+        raise CacheError(f"rectification '{name}' is not readable: {error}") from error
+    specs = layout.rectified_arrays(settings.materialised)
+    if faults := array_faults(group, specs, cache.sizes, cache.grid):
+        raise CacheError(
+            f"rectification '{name}': {faults[0]}", "Run `pipeline verify CACHE --repair`."
+        )
+    return Rectification(name, settings, BlockGroup(group, _log(cache, name), cache.grid, specs))
+
+
+def create_rectification(
+    cache: CacheDescription, name: str, settings: RectificationSettings
+) -> Rectification:
+    """A new rectification, or the one of this name if it has the same settings.
+
+    Raises CacheError if it has others.
+    """
+    if name not in rectification_names(cache):
+        _check_free(cache, name)
+        group = cache.group.create_group(f"rectified/{name}", overwrite=True)
+        _log(cache, name).clear()
+        for array, spec in layout.rectified_arrays(settings.materialised).items():
+            arrays.create_array(group, array, spec, cache.sizes, cache.grid)
+        known = msgspec.to_builtins(settings)
+        # The attributes come last and make it one.
+        group.attrs.put(sealed({**known, "identity_digest": cache.identity_digest}))
+    rectification = open_rectification(cache, name)
+    if rectification.settings != settings:
+        there = rectification.settings
+        raise CacheError(
+            f"rectification '{name}' exists with other settings: {there.method}, "
+            f"{there.space}, T={there.temperature:g}",
+            "Choose another --name.",
+        )
+    return rectification
+
+
+def _group(cache: CacheDescription, name: str) -> zarr.Group:
+    return arrays.subgroup(cache.group, f"rectified/{name}")
+
+
+def _log(cache: CacheDescription, name: str) -> CommitLog:
+    store, blocks = cache.group.store, cache.grid.num_blocks
+    return CommitLog(store, f"rectified/{name}", blocks, cache.identity_digest)
+
+
+def _check_free(cache: CacheDescription, name: str) -> None:
+    """Raise CacheError if somebody else has put something where a rectification would lie."""
+    ours = set(layout.RECTIFIED_ARRAYS)
+    store = cache.group.store
+    if theirs := [n for n in folders(store, f"rectified/{name}") if n not in ours]:
+        raise CacheError(
+            f"{cache.path}: rectified/{name} holds something that is no rectification: {theirs[0]}",
+            "Choose another --name.",
+        )

@@ -42,8 +42,8 @@ _REMEDIES = {
     errno.EMFILE: "Allow more open files (`ulimit -n`)",
     errno.ENFILE: "Allow more open files (`ulimit -n`)",
 }
-_ASK_AGAIN = (0.1, 0.5, 1.0)
-"""Seconds to wait before an object that is listed is asked for once more."""
+ASK_AGAIN_SECONDS = (0.1, 0.5, 1.0)
+"""Waits before an object that is listed is asked for once more."""
 
 
 class Folder(LocalStore):
@@ -147,7 +147,7 @@ class Bucket(ObjectStore[Any]):
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         found = await super().get(key, prototype, byte_range)
-        for seconds in _ASK_AGAIN:
+        for seconds in ASK_AGAIN_SECONDS:
             if found is not None or not await self._lists(key):
                 return found
             await asyncio.sleep(seconds)
@@ -157,7 +157,7 @@ class Bucket(ObjectStore[Any]):
         return found
 
     async def getsize(self, key: str) -> int:
-        for seconds in _ASK_AGAIN:
+        for seconds in ASK_AGAIN_SECONDS:
             try:
                 return await super().getsize(key)
             except FileNotFoundError:
@@ -308,7 +308,7 @@ def _span(byte_range: ByteRequest | None, size: int) -> tuple[int, int] | None:
     return None if span == (0, size) else span
 
 
-def checked(group: zarr.Group, objects: Mapping[str, Described]) -> zarr.Group:
-    """The same group, whose objects are compared with their records as they are read."""
-    place = StorePath(CheckedStore(group.store, objects), group.path)
-    return zarr.Group(zarr.AsyncGroup(metadata=group.metadata, store_path=place))
+def checked(array: zarr.Array[Any], objects: Mapping[str, Described]) -> zarr.Array[Any]:
+    """The same array, whose objects are compared with their records as they are read."""
+    place = StorePath(CheckedStore(array.store, objects), array.path)
+    return zarr.Array(zarr.AsyncArray(metadata=array.metadata, store_path=place))

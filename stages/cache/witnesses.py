@@ -18,7 +18,7 @@ from stages.cache.commits import CommitLog
 from stages.cache.layout import MAX_VIEWS, rectified_arrays
 from stages.cache.metadata import check_seal
 from stages.cache.storage import folders, read_object
-from stages.errors import CacheError, UnansweredError
+from stages.errors import CacheError
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 
@@ -107,8 +107,6 @@ def _measured(store: Store, name: str) -> int:
         document = json.loads(read_object(store, f"rectified/{name}/zarr.json") or b"")
         check_seal(document["attributes"], name)
         return min(len(document["attributes"]["statistics"]["top1_per_view"]), MAX_VIEWS)
-    except UnansweredError:
-        raise
     except (CacheError, AttributeError, KeyError, TypeError, ValueError):
         return 0
 

@@ -10,8 +10,9 @@ with the dataset, that its pixels are still those the teacher saw (`pixels`).
 
 from stages.cache import LogitCache, metadata
 from stages.cache.commits import ViewRecords
+from stages.cache.layout import BlockId
 from stages.cache.storage import Location, location
-from stages.errors import CacheError, UnansweredError
+from stages.errors import CacheError
 from stages.reporting import Reporter, Silent
 from stages.verify.blocks import check_blocks
 from stages.verify.documents import (
@@ -34,8 +35,6 @@ def verify(path: str | Location, reporter: Reporter | None = None, threads: int 
     reporter, where = reporter or Silent(), location(path)
     try:
         there = metadata.exists(where)
-    except UnansweredError:
-        raise
     except CacheError:
         if metadata.copied_attributes(where) is None:
             raise
@@ -46,23 +45,19 @@ def verify(path: str | Location, reporter: Reporter | None = None, threads: int 
         return Verified(faults, 0, 0)  # nothing else can be believed
     try:
         cache = LogitCache.open(where, check=False)
-    except UnansweredError:
-        raise
     except CacheError as error:
         faults = [Fault("metadata", error.cause), *document_faults(where)]
         return Verified(faults, 0, 0)
 
     faults = [*document_faults(where), *whole_array_faults(cache)]
-    bad: set[tuple[int, int]] = set()
+    bad: set[BlockId] = set()
     intact: dict[int, ViewRecords] = {}
     parts = [logits_part(cache)]
     for name in rectification_names(cache, faults):
         try:
             rectification = cache.rectification(name)
-            faults += room_faults(cache, rectification)
+            faults += room_faults(cache, rectification.blocks)
             parts.append(rectified_part(cache, rectification, bad))
-        except UnansweredError:
-            raise
         except CacheError as error:
             faults.append(Fault(f"rectified/{name}", error.cause))
     blocks = bytes_read = 0
@@ -71,7 +66,7 @@ def verify(path: str | Location, reporter: Reporter | None = None, threads: int 
         blocks, bytes_read = blocks + found.blocks, bytes_read + found.bytes
         faults += found.faults
         if part is parts[0]:
-            bad.update((fault.view, fault.block) for fault in found.faults)
+            bad.update(fault.at for fault in found.faults if fault.at is not None)
         if found.blocks and not found.faults and not bad:
             faults += part.whole()
     faults += eval_faults(cache)

@@ -9,10 +9,11 @@ from itertools import islice
 from zarr.abc.store import Store
 
 from stages.cache import LogitCache
+from stages.cache.blocks import BlockGroup
 from stages.cache.commits import CommitLog, Record, ViewRecords
-from stages.cache.layout import ArraySpec, BlockId, block_key, threads_at_once
+from stages.cache.layout import BlockId, threads_at_once
 from stages.cache.storage import read_object
-from stages.errors import CacheError, UnansweredError
+from stages.errors import CacheError
 from stages.reporting import Reporter
 from stages.verify.faults import Fault, Verified
 
@@ -32,13 +33,15 @@ class Part:
     what is then wrong with all of them together.
     """
 
-    commits: CommitLog
-    folder: str
-    specs: dict[str, ArraySpec]
+    blocks: BlockGroup
     views: range | None
-    consistent: Callable[[int, int, Record], Iterator[str]]
+    consistent: Callable[[BlockId, Record], Iterator[str]]
     count: Callable[[ViewRecords], object]
     whole: Callable[[], list[Fault]]
+
+    @property
+    def commits(self) -> CommitLog:
+        return self.blocks.commits
 
 
 def check_blocks(
@@ -67,7 +70,7 @@ def check_blocks(
                 part.commits.hold(view, found)
                 if view in intact:
                     cache.commits.hold(view, intact[view])
-            where = [((view, block), r) for view, found, _ in some for block, r in found.items()]
+            where = [(BlockId(v, block), r) for v, found, _ in some for block, r in found.items()]
             for read, wrong in pool.map(lambda item: _block_faults(cache, part, *item), where):
                 size, blocks = size + read, blocks + 1
                 faults += wrong
@@ -95,7 +98,7 @@ def _missing(cache: LogitCache, part: Part, view: int, found: ViewRecords) -> li
     name, blocks = part.commits.part, cache.grid.num_blocks
     missing = islice((b for b in range(blocks) if b not in found), _MISSING_NAMED)
     faults = [
-        Fault(f"{name}, view {view}, block {block}", "is not there", name, view, block)
+        Fault(f"{name}, view {view}, block {block}", "is not there", name, BlockId(view, block))
         for block in missing
     ]
     there = sum(0 <= block < blocks for block in found)
@@ -105,27 +108,23 @@ def _missing(cache: LogitCache, part: Part, view: int, found: ViewRecords) -> li
 
 
 def _block_faults(
-    cache: LogitCache, part: Part, where: tuple[int, int], record: Record
+    cache: LogitCache, part: Part, at: BlockId, record: Record
 ) -> tuple[int, list[Fault]]:
     """Bytes read, and the faults of one block."""
-    view, block = where
-    name = f"{part.commits.part}, view {view}, block {block}"
+    name = f"{part.commits.part}, view {at.view}, block {at.block}"
 
     def faults(whats: list[str]) -> list[Fault]:
-        return [Fault(name, what, part.commits.part, view, block) for what in whats]
+        return [Fault(name, what, part.commits.part, at) for what in whats]
 
-    if not (0 <= view < cache.num_views and 0 <= block < cache.grid.num_blocks):
+    if not (0 <= at.view < cache.num_views and 0 <= at.block < cache.grid.num_blocks):
         return 0, faults(["is outside the arrays"])
-    at = BlockId(view, block)
-    keys = {block_key(f"{part.folder}{n}", spec, at) for n, spec in part.specs.items()}
-    rows, size = cache.grid.rows(block), 0
+    keys = {part.blocks.key(array, at) for array in part.blocks.specs}
+    rows, size = cache.grid.rows(at.block), 0
     try:
         size, whats = object_faults(cache.group.store, record, keys)
         if record.get("rows") != [rows.start, rows.stop]:
             whats.append("its record speaks of other rows")
-        whats = whats or list(part.consistent(view, block, record))
-    except UnansweredError:
-        raise
+        whats = whats or list(part.consistent(at, record))
     except CacheError as error:
         whats = [error.cause]
     except (AttributeError, KeyError, TypeError, ValueError) as error:

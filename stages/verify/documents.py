@@ -7,11 +7,12 @@ from zarr.abc.store import Store
 
 from stages.cache import LogitCache, layout, metadata
 from stages.cache.arrays import get_array, open_group
+from stages.cache.blocks import BlockGroup
 from stages.cache.commits import unsealed
-from stages.cache.metadata import all_arrays, is_empty_group, is_intact
-from stages.cache.rectified import Rectification
+from stages.cache.layout import BlockId
+from stages.cache.metadata import is_empty_group, is_intact
 from stages.cache.storage import Location, entries, folders, read_object
-from stages.errors import CacheError, UnansweredError
+from stages.errors import CacheError
 from stages.inputs.datasets.dataset import labels_digest
 from stages.verify.blocks import object_faults
 from stages.verify.faults import Fault
@@ -22,8 +23,6 @@ def root_faults(where: Location) -> Iterator[Fault]:
     try:
         group = open_group(where)
         metadata.read_attributes(where, group.attrs.asdict())
-    except UnansweredError:
-        raise
     except CacheError as error:
         yield Fault("root attributes", error.cause)
         return
@@ -71,10 +70,7 @@ def _rectified_folders(store: Store) -> list[str]:
 def whole_array_faults(cache: LogitCache) -> Iterator[Fault]:
     """Of the arrays that do not grow with the views, and of how many views the others have."""
     identity = cache.identity.dataset
-    for name, spec in all_arrays(cache.num_classes, cache.encoding).items():
-        room = get_array(cache.group, name).shape[0]
-        if spec.by_block and room != cache.num_views:
-            yield Fault(name, f"has room for {room} views, not {cache.num_views}")
+    yield from room_faults(cache, cache.blocks)
     claim = cache.known_views
     if claim.views > cache.num_views:
         yield Fault(claim.where, f"knows of {claim.views} views, the arrays of {cache.num_views}")
@@ -84,42 +80,36 @@ def whole_array_faults(cache: LogitCache) -> Iterator[Fault]:
         elif labels_digest(cache.labels) != identity.labels:
             yield Fault("label", "the labels are not those of the identity")
         _ = cache.eval_labels
-    except UnansweredError:
-        raise
     except CacheError as error:
         yield Fault("whole arrays", error.cause)
 
 
-def room_faults(cache: LogitCache, rectification: Rectification) -> Iterator[Fault]:
-    """Of how many views the arrays of a rectification have room for: as many as the cache has."""
-    for name, spec in rectification.specs.items():
-        room = get_array(rectification.group, name).shape[0]
-        if spec.by_block and room != cache.num_views:
-            where = f"rectified/{rectification.name}/{name}"
+def room_faults(cache: LogitCache, blocks: BlockGroup) -> Iterator[Fault]:
+    """Of how many views the arrays of a group have room for: as many as the cache has."""
+    for name in blocks.specs:
+        room = get_array(blocks.group, name).shape[0]
+        if room != cache.num_views:
+            where = f"{blocks.group.path}/{name}".lstrip("/")
             yield Fault(where, f"has room for {room} views, not {cache.num_views}")
 
 
 def eval_faults(cache: LogitCache) -> list[Fault]:
-    part = cache.eval_commits
-    found, damaged = part.readable()
-    if damaged:
-        return [Fault(key, "the record is damaged", key=key) for key in damaged]
-    if not found:
-        return [Fault("eval_logits", "the test split is not there yet")]
+    """Of the test split, which is one block."""
+    faults, record = [], None
+    for _, found, damaged in cache.eval_commits.inspect():
+        faults += [Fault(key, "the record is damaged", key=key) for key in damaged]
+        record = found.get(0, record)
+    if faults or record is None:
+        return faults or [Fault("eval_logits", "the test split is not there yet")]
     keys = {"eval_logits/c/0/0", "eval_prediction/c/0"}
-    return [
-        Fault("eval_logits", what, "eval", 0, 0)
-        for record in found.values()
-        for what in object_faults(cache.group.store, record, keys)[1]
-    ]
+    whats = object_faults(cache.group.store, record, keys)[1]
+    return [Fault("eval_logits", what, "eval", BlockId(0, 0)) for what in whats]
 
 
 def rectification_names(cache: LogitCache, faults: list[Fault]) -> list[str]:
     """The rectifications, by their folders and their records: also damaged or deleted ones."""
     try:
         known = set(cache.rectifications)
-    except UnansweredError:
-        raise
     except CacheError as error:
         faults.append(Fault("rectified", error.cause))
         known = set()

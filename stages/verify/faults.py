@@ -2,20 +2,21 @@
 
 from dataclasses import dataclass
 
+from stages.cache.layout import BlockId
+
 
 @dataclass(frozen=True)
 class Fault:
     """What is wrong, and where.
 
-    part, view, block: the block that repair computes again, where it is one. key: the object that
-    repair removes first. Anything else repair writes again.
+    part, at: the block that repair computes again, where it is one. key: the object that repair
+    removes first. Anything else repair writes again.
     """
 
     where: str
     what: str
     part: str | None = None
-    view: int = -1
-    block: int = -1
+    at: BlockId | None = None
     key: str | None = None
 
 

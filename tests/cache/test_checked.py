@@ -18,9 +18,10 @@ from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from stages.cache import LogitCache, arrays
 from stages.cache.encoding import Float32
-from stages.cache.layout import ArraySpec, BlockGrid
+from stages.cache.layout import ArraySpec, BlockGrid, BlockId
+from stages.cache.metadata import NewCache
 from stages.cache.rectified import RectificationSettings
-from stages.cache.stores import CheckedStore, described
+from stages.cache.stores import CheckedStore, checked, described
 from stages.errors import CacheError
 
 SPEC = ArraySpec(("view", "sample", "class"), "uint8")  # of random bytes: no shard is compressed
@@ -106,12 +107,12 @@ def test_runs_of_rows_are_checked_and_read_once(
     stored: tuple[torch.Tensor, Counting, dict[str, Any]], runs: list[slice]
 ) -> None:
     values, counting, objects = stored
-    plain = zarr.open_group(counting, mode="r")
-    expected = arrays.read_rows(plain, "a", 0, runs)
+    array = arrays.get_array(zarr.open_group(counting, mode="r"), "a")
+    expected = arrays.read_rows(array, 0, runs)
     unchecked = sorted(counting.sizes)
     counting.sizes.clear()
 
-    found = arrays.read_rows(zarr.open_group(CheckedStore(counting, objects)), "a", 0, runs)
+    found = arrays.read_rows(checked(array, objects), 0, runs)
 
     assert torch.equal(found, torch.cat([values[run] for run in runs]))
     assert torch.equal(found, expected)
@@ -124,6 +125,7 @@ def test_whatever_bytes_are_read_are_compared(
 ) -> None:
     """Another shard of the same size, whole in itself: its checksums hold."""
     _, counting, objects = stored
+    array = arrays.get_array(zarr.open_group(counting, mode="r"), "a")
     for block in (0, 1):
         _, other = shard(block, seed=9)
         key = f"a/c/0/{block}/0"
@@ -131,7 +133,7 @@ def test_whatever_bytes_are_read_are_compared(
         sync(counting.set(key, default_buffer_prototype().buffer.from_bytes(other)))
 
     with pytest.raises(CacheError, match=r"a/c/0/[01]/0 is damaged: its sha256") as told:
-        arrays.read_rows(zarr.open_group(CheckedStore(counting, objects)), "a", 0, runs)
+        arrays.read_rows(checked(array, objects), 0, runs)
     assert "--repair" in told.value.remedy
 
 
@@ -189,9 +191,8 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         if seed:
             shutil.rmtree(path)
             cache = LogitCache.create(
-                path, cache.identity, Float32(), 2, ORDER.flip(0), LABELS.flip(0),
-                torch.tensor([2, 1, 0, 1]), [1, 2, 3], {"device": "abacus"}, 4,
-            )  # fmt: skip
+                path, NewCache(cache.identity, Float32(), 2, ORDER.flip(0), LABELS.flip(0),
+                torch.tensor([2, 1, 0, 1]), [1, 2, 3], {"device": "abacus"}, 4))  # fmt: skip
         rectification = cache.create_rectification("r", SETTINGS)
         for view in range(2):
             for block in range(BLOCKS):
@@ -201,7 +202,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
                 some = torch.randn(2, len(logits), generator=torch.Generator().manual_seed(view))
                 values = dict(zip(("label_logit", "predicted_logit"), some + seed, strict=True))
                 values["wrong"] = logits.argmax(1) != cache.row_labels[rows]
-                rectification.write_block(view, block, values, {})
+                rectification.blocks.write(BlockId(view, block), values, {})
             rectification.commits.compact(view)
         cache.write_eval_logits(torch.eye(4, 3) * (1 + seed), {})
         made.append(path)

@@ -50,19 +50,19 @@ def test_views_are_read_in_pieces(
     my_cache: LogitCache, monkeypatch: pytest.MonkeyPatch, runs: Sequence[slice], chunks: int
 ) -> None:
     """Pieces of one chunk, of two, and as here a whole view in one go."""
-    array = my_cache.group["prediction"]
-    expected = torch.cat([torch.from_numpy(array[1, run].astype("int32")) for run in runs])  # type: ignore[index, union-attr]
+    array = arrays.get_array(my_cache.group, "prediction")
+    expected = torch.cat([torch.from_numpy(array[1, run].astype("int32")) for run in runs])
     asked: list[slice] = []
 
     def values(array: Any, view: int, piece: slice) -> torch.Tensor:
         asked.append(piece)
         return whole(array, view, piece)
 
-    whole = arrays._values
-    monkeypatch.setattr(arrays, "_values", values)
+    whole = arrays.read_values
+    monkeypatch.setattr(arrays, "read_values", values)
     monkeypatch.setattr(arrays, "_PIECE_BYTES", chunks * 334 * 2)
 
-    assert torch.equal(arrays.read_rows(my_cache.group, "prediction", 1, runs), expected)
+    assert torch.equal(arrays.read_rows(array, 1, runs), expected)
     assert max(piece.stop - piece.start for piece in asked) <= chunks * 334
     assert all(piece.start % 334 == 0 or piece.start in {r.start for r in runs} for piece in asked)
 

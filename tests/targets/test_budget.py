@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.encoding.klt import Klt
+from stages.cache.metadata import NewCache
 from stages.cache.targets import ViewTargets
 from stages.errors import ConfigError
 from stages.sizes import in_words, parse_bytes
@@ -151,14 +152,16 @@ def test_all_views_of_cifar100_stay_resident(tmp_path: Path, my_cache: LogitCach
     dataset = msgspec.structs.replace(identity.dataset, num_samples=50_000, class_names=names)
     cache = LogitCache.create(
         tmp_path / "c.zarr",
-        identity=msgspec.structs.replace(identity, dataset=dataset),
-        coding=Klt(torch.eye(100), torch.zeros(100), torch.ones(100)),
-        num_views=162,
-        dataset_index=torch.arange(50_000),
-        labels=torch.arange(50_000) % 100,
-        eval_labels=torch.arange(100),
-        pixel_probes=[],
-        provenance={},
+        NewCache(
+            identity=msgspec.structs.replace(identity, dataset=dataset),
+            coding=Klt(torch.eye(100), torch.zeros(100), torch.ones(100)),
+            num_views=162,
+            dataset_index=torch.arange(50_000),
+            labels=torch.arange(50_000) % 100,
+            eval_labels=torch.arange(100),
+            pixel_probes=[],
+            provenance={},
+        ),
     )
     assert cache.row_bytes == 100 + 4 + 8
     settings = {"samples": torch.arange(50_000), "batch_size": 64}

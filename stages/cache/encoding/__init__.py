@@ -27,6 +27,7 @@ from stages.cache.encoding.fidelity import (
     mean_kl,
     measure,
     row_kl,
+    rows_of_a_view,
 )
 from stages.cache.encoding.floats import Float16, Float32
 from stages.cache.encoding.klt import DEFAULT_MAX_KL, Klt, fit_klt
@@ -62,4 +63,5 @@ __all__ = [
     "measure_all",
     "restored",
     "row_kl",
+    "rows_of_a_view",
 ]

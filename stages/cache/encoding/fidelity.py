@@ -1,5 +1,6 @@
 """How far decoded rows are from the exact ones."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import msgspec
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.cache.encoding.base import Encoding
+from stages.cache.layout import BlockGrid
 
 TEMPERATURES = (1.0, 2.0, 4.0)
 _CHECKED, _LEAST_ROWS, _MOST_ROWS = 2**22, 256, 4096
@@ -17,6 +19,18 @@ def checked_rows(num_classes: int) -> int:
     (256 at the least), so that double precision takes no more than the block itself.
     """
     return max(_LEAST_ROWS, min(_MOST_ROWS, _CHECKED // num_classes))
+
+
+def rows_of_a_view(grid: BlockGrid, num_classes: int, skipped: Tensor) -> int:
+    """How many rows of a view its fidelity is measured on. skipped: int64, the rows that are left
+    out.
+    """
+    most, last = checked_rows(num_classes), grid.num_blocks - 1
+    rows = last * min(most, grid.block_rows) + min(most, grid.length(last))
+    for block, left_out in Counter((skipped // grid.block_rows).tolist()).items():
+        length = grid.length(block)
+        rows -= min(most, length) - min(most, length - left_out)
+    return rows
 
 
 class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

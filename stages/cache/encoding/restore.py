@@ -11,7 +11,7 @@ from stages.cache.encoding.base import Encoding
 from stages.cache.encoding.choose import ENCODINGS
 from stages.cache.encoding.klt import Klt
 from stages.cache.encoding.topk import TopK
-from stages.errors import CacheError
+from stages.errors import CacheError, PipelineError
 
 
 class EncodingAttributes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,9 +43,9 @@ def restored(
         )
     try:
         coding = _made(attributes, num_classes, read)
+    except PipelineError:
+        raise
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        if isinstance(error, CacheError):
-            raise
         raise CacheError(f"the encoding's parameters are damaged: {error}") from error
     if coding.digest() != attributes.digest or coding.parameters != attributes.parameters:
         raise CacheError(

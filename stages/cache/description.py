@@ -1,0 +1,162 @@
+"""What a cache is, by its metadata: identity, encoding, rows and labels."""
+
+import math
+from functools import cached_property
+from typing import Any
+
+import torch
+import zarr
+from torch import Tensor
+
+from stages.cache import arrays, metadata
+from stages.cache.encoding import Encoding, Fidelity, restored
+from stages.cache.identity import Identity, SkippedSample, identity_from_json
+from stages.cache.layout import ArraySpec, BlockGrid
+from stages.cache.storage import Location
+from stages.cache.witnesses import Claim, known_views
+from stages.errors import CacheError
+
+
+class CacheDescription:
+    """The metadata of a cache, compared with what was written.
+
+    They are read once; `look_again` reads what another process may have changed since.
+    """
+
+    def __init__(self, path: Location, group: zarr.Group) -> None:
+        self.path, self.group = path, group
+        attributes = metadata.read_attributes(path, group.attrs.asdict())
+        self.identity: Identity = identity_from_json(attributes.identity, str(path))
+        self.identity_digest = self.identity.digest()
+        if self.identity_digest != attributes.identity_digest:
+            raise CacheError(f"{path}: the identity does not match its digest")
+        self.provenance = attributes.provenance
+        self.pixel_probes = attributes.pixel_probes
+        self.fidelity: Fidelity | None = attributes.fidelity
+        self.skips: tuple[SkippedSample, ...] = attributes.skipped
+        self.encoding: Encoding = restored(
+            attributes.encoding, self.num_classes, lambda name: arrays.read_array(group, name)
+        )
+        self.specs: dict[str, ArraySpec] = metadata.all_arrays(self.num_classes, self.encoding)
+        self._array_digests = attributes.shared_arrays
+        self.look_again()
+        if faults := self.document_faults():
+            raise CacheError(f"{path}: {faults[0]}", "Run `pipeline verify CACHE --repair`.")
+
+    def look_again(self) -> None:
+        """Read again how many views the arrays have room for."""
+        self.num_views = int(arrays.get_array(self.group, "prediction").shape[0])
+        """How many views it is to hold; `complete_views` says which it does hold."""
+
+    # ---- sizes and documents ------------------------------------------------------------
+
+    @property
+    def num_samples(self) -> int:
+        return self.identity.dataset.num_samples
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.identity.dataset.class_names)
+
+    @cached_property
+    def grid(self) -> BlockGrid:
+        """The block grid the arrays were created with."""
+        array = arrays.get_array(self.group, "prediction")
+        if array.shards is None or array.ndim != 2:
+            raise CacheError(f"{self.path}: array 'prediction' is not sharded by view and sample")
+        rows, chunk, shard = int(array.shape[1]), int(array.chunks[1]), int(array.shards[1])
+        return BlockGrid(rows, chunk, max(1, shard // chunk))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The length of every dimension."""
+        return {
+            "view": self.num_views,
+            "sample": self.num_samples,
+            "class": self.num_classes,
+            "eval_sample": int(arrays.get_array(self.group, "eval_label").shape[0]),
+            **self.encoding.sizes,
+        }
+
+    @property
+    def row_bytes(self) -> int:
+        """What one row of a view takes in memory once it is read, a rectification included; without
+        what all views share.
+        """
+        sizes = {**self.encoding.sizes, "class": self.num_classes, "view": 1, "sample": 1}
+        values = sum(
+            math.prod(spec.shape(sizes)) * arrays.held_dtype(spec.dtype).itemsize
+            for spec in self.specs.values()
+            if spec.by_block
+        )
+        return values + 2 * torch.float32.itemsize
+
+    def document_faults(self) -> list[str]:
+        """What is wrong with the metadata of the root's arrays."""
+        return metadata.array_faults(self.group, self.specs, self.sizes, self.grid)
+
+    @property
+    def known_views(self) -> Claim:
+        """How many views anything in the cache knows of: more than `num_views` where the arrays
+        have been damaged.
+        """
+        by_block = [name for name, spec in self.specs.items() if spec.by_block]
+        return known_views(self.group.store, by_block, self.num_samples, self.provenance)
+
+    # ---- rows ---------------------------------------------------------------------------
+
+    @cached_property
+    def dataset_index(self) -> Tensor:
+        """int64 (N,): the sample of each row."""
+        return self._whole("dataset_index")
+
+    @cached_property
+    def row_of(self) -> Tensor:
+        """int64 (N,): the row of each sample."""
+        rows = torch.empty_like(self.dataset_index)
+        rows[self.dataset_index] = torch.arange(len(rows))
+        return rows
+
+    @cached_property
+    def row_labels(self) -> Tensor:
+        """int64 (N,): the label of each row."""
+        return self._whole("label")
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """int64 (N,), in dataset order."""
+        return self.row_labels[self.row_of]
+
+    @cached_property
+    def eval_labels(self) -> Tensor:
+        """int64 (M,): the labels of the test split."""
+        return self._whole("eval_label")
+
+    def _whole(self, name: str) -> Tensor:
+        """An array that is written once. Raises CacheError unless it is what was written."""
+        values = arrays.read_array(self.group, name)
+        if arrays.array_digest(name, self.specs[name], values) != self._array_digests.get(name):
+            raise CacheError(
+                f"{self.path}: array '{name}' is damaged: its values are not those written",
+                "Run `pipeline verify CACHE --repair`.",
+            )
+        return values
+
+    # ---- samples that are left out ------------------------------------------------------
+
+    def skipped(self, split: str = "train") -> Tensor:
+        """int64, ascending: the samples of a split that nobody is shown."""
+        return torch.tensor([s.sample for s in self.skips if s.split == split], dtype=torch.int64)
+
+    @property
+    def eval_shown(self) -> Tensor:
+        """int64, ascending: the samples of the test split but for those that nobody is shown."""
+        every = torch.arange(self.sizes["eval_sample"])
+        return every[~torch.isin(every, self.skipped("test"))]
+
+    def skipped_rows(self, block: int, record: dict[str, Any]) -> Tensor:
+        """bool (n,): the rows of a block that were written without the teacher having seen their
+        samples, as its record has them.
+        """
+        samples = self.dataset_index[self.grid.rows(block)]
+        return torch.isin(samples, torch.tensor(record.get("skipped", []), dtype=torch.int64))
