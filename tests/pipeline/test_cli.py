@@ -16,12 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.cli import cli, main
+from pipeline.options import GROUPS
 from stages import cache_plan
 from stages.cache import LogitCache
 from stages.cache_teacher import cache_teacher, prepare
 from stages.inputs.cifar_models import cifar_model
 from stages.rectify import rectify
+from stages.schema import settings_of
 from stages.settings import (
+    CONFIGS,
     CacheConfig,
     DataSettings,
     ModelSettings,
@@ -33,12 +36,13 @@ from stages.settings import (
 from stages.train_teacher import train_teacher
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = [*cli.commands]
-POLICY = "pad-crop:pad=2"
+VIEWS = "pad-crop:pad=2"
+POLICY = f"--augment {VIEWS}"
 
-TEACH = f"train-teacher --dataset digits --model resnet8 --augment {POLICY} --epochs 1 --out new"
-CACHE = f"cache-teacher --dataset digits --weights teacher --views 2 --augment {POLICY} --out new"
+TEACH = f"train-teacher --dataset digits --model resnet8 {POLICY} --epochs 1 --out new"
+CACHE = f"cache-teacher --dataset digits --weights teacher --views 2 {POLICY} --out new"
 STUDY = "train-student cache.zarr --dataset digits --student resnet8 --epochs 1 --out new"
+CORRECTED = STUDY.replace("cache.zarr", "rectified.zarr")
 RECTIFY = "rectify cache.zarr"
 
 
@@ -57,13 +61,13 @@ def my_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = TeacherConfig(
         data=data,
         model=ModelSettings(architecture="resnet8"),
-        augment=POLICY,
+        augment=VIEWS,
         train=TrainSettings(epochs=1, batch_size=500),
         device="cpu",
     )
     train_teacher(config, folder / "teacher")
     teacher = TeacherSettings(weights=str(folder / "teacher"))
-    job = prepare(CacheConfig(data=data, teacher=teacher, views=2, augment=POLICY, device="cpu"))
+    job = prepare(CacheConfig(data=data, teacher=teacher, views=2, augment=VIEWS, device="cpu"))
     cache_teacher(job, folder / "cache.zarr")
     shutil.copytree(folder / "cache.zarr", folder / "rectified.zarr")
     rectify(folder / "rectified.zarr", RectifyConfig())
@@ -75,7 +79,6 @@ def my_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(cifar_model("resnet8", 7, 1).state_dict(), folder / "seven.safetensors")
     torch.save(nn.Linear(1, 1), folder / "pickle.pt")
     (folder / "noise.safetensors").write_bytes(b"\x00\x01noise")
-    (folder / "noise.bin").write_bytes(b"\xff\xfe\x80\x81")
     (folder / "broken.yaml").write_text("train: [1, 2")
     (folder / "list.yaml").write_text("- 1")
     (folder / "wrong.yaml").write_text("train: {epoch: 3}")
@@ -120,165 +123,119 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 
 # ---- wrong input ----------------------------------------------------------------------------
 
-WRONG: dict[str, tuple[str, list[str]]] = {
-    # what is learned from
-    "dataset-unknown": (f"{TEACH} --dataset cifar11", ["unknown dataset 'cifar11'", "cifar10"]),
-    "dataset-none": ("train-teacher --model resnet8 --out new", ["'data.dataset' is missing"]),
-    "dataset-raises": (
-        f"{TEACH} --dataset my_broken_data:make",
-        ["raised ZeroDivisionError", "my_broken_data.py:2"],
-    ),
-    "folder-missing": (f"{TEACH} --dataset folder:nowhere", ["no folder nowhere"]),
-    "folder-empty-class": (f"{TEACH} --dataset folder:images", ["holds no images"]),
-    "dataset-not-there": (f"{TEACH} --dataset cifar10 --root empty", ["cifar10 is missing"]),
-    "dataset-not-importable": (f"{TEACH} --dataset nowhere:make", ["cannot import", "nowhere"]),
-    "dataset-without-module": (f"{TEACH} --dataset :make", ["cannot import dataset ':make'"]),
+WRONG = {
+    # what is learned from: words, and the name that the error says
+    "dataset-unknown": (f"{TEACH} --dataset cifar11", "cifar11"),
+    "dataset-none": ("train-teacher --model resnet8 --out new", "data.dataset"),
+    "dataset-raises": (f"{TEACH} --dataset my_broken_data:make", "my_broken_data.py:2"),
+    "folder-missing": (f"{TEACH} --dataset folder:nowhere", "nowhere"),
+    "folder-empty-class": (f"{TEACH} --dataset folder:images", "images"),
+    "dataset-not-there": (f"{TEACH} --dataset cifar10 --root empty", "cifar10"),
+    "dataset-not-importable": (f"{TEACH} --dataset nowhere:make", "nowhere"),
+    "dataset-without-module": (f"{TEACH} --dataset :make", ":make"),
     # models and weights
-    "model-unknown": (f"{TEACH} --model resnet8x", ["unknown model 'resnet8x'", "did you mean"]),
-    "model-none": ("train-teacher --dataset digits --out new", ["'model.architecture' is missing"]),
-    "model-not-importable": (f"{TEACH} --model nowhere:net", ["cannot import model"]),
-    "model-without-module": (f"{TEACH} --model :net", ["cannot import model ':net'"]),
-    "student-unknown": (f"{STUDY} --student wrn_17_2", ["unknown model 'wrn_17_2'"]),
-    "weights-missing": (f"{CACHE} --weights gone.pt --teacher resnet8", ["no weights at gone.pt"]),
-    "weights-pickled": (
-        f"{CACHE} --weights pickle.pt --teacher resnet8",
-        ["pickle.pt cannot be read as plain tensors", "state_dict"],
-    ),
-    "weights-noise": (
-        f"{CACHE} --weights noise.safetensors --teacher resnet8",
-        ["noise.safetensors cannot be read"],
-    ),
-    "weights-partial": (
-        f"{CACHE} --weights partial.safetensors --teacher resnet8",
-        ["belongs to another architecture"],
-    ),
+    "model-unknown": (f"{TEACH} --model resnet8x", "resnet8x"),
+    "model-none": ("train-teacher --dataset digits --out new", "--model"),
+    "model-not-importable": (f"{TEACH} --model nowhere:net", "nowhere:net"),
+    "model-without-module": (f"{TEACH} --model :net", ":net"),
+    "student-unknown": (f"{STUDY} --student wrn_17_2", "wrn_17_2"),
+    "weights-missing": (f"{CACHE} --weights gone.pt --teacher resnet8", "gone.pt"),
+    "weights-pickled": (f"{CACHE} --weights pickle.pt --teacher resnet8", "pickle.pt"),
+    "weights-noise": (f"{CACHE} --weights noise.safetensors --teacher resnet8", "noise"),
+    "weights-partial": (f"{CACHE} --weights partial.safetensors --teacher resnet8", "partial"),
     "weights-other-classes": (
         f"{CACHE} --weights seven.safetensors --teacher resnet8",
-        ["has 7 classes, the dataset has 10"],
+        "7 classes",
     ),
-    "weights-without-name": (f"{CACHE} --weights seven.safetensors", ["does not say which model"]),
-    "weights-not-a-run": (f"{CACHE} --weights thesis", ["thesis is not a run directory"]),
-    "weights-other-model": (f"{CACHE} --teacher resnet20", ["holds a resnet8, not a resnet20"]),
-    "weights-none": (
-        f"cache-teacher --dataset digits --views 1 --augment {POLICY} --out new",
-        ["no weights given"],
-    ),
-    "init-missing": (f"{TEACH} --init gone.pt", ["no weights at gone.pt"]),
+    "weights-without-name": (f"{CACHE} --weights seven.safetensors", "which model"),
+    "weights-not-a-run": (f"{CACHE} --weights thesis", "thesis"),
+    "weights-other-model": (f"{CACHE} --teacher resnet20", "resnet20"),
+    "weights-none": (f"cache-teacher --dataset digits --views 1 {POLICY} --out new", "weights"),
+    "init-missing": (f"{TEACH} --init gone.pt", "gone.pt"),
     # views
-    "views-0": (f"{CACHE} --views 0", ["views must be positive, was 0"]),
-    "views-minus-1": (f"{CACHE} --views -1", ["views must be positive, was -1"]),
-    "views-too-many": (f"{CACHE} --views 26", ["25 distinct view", "--views 25"]),
-    "views-none": (
-        f"cache-teacher --dataset digits --weights teacher --augment {POLICY} --out new",
-        ["'views' is missing"],
-    ),
-    "views-a-word": (f"{CACHE} --views many", ["--views", "many"]),
-    "augment-unknown": (f"{TEACH} --augment pad-corp", ["unknown view policy", "pad-crop"]),
-    "augment-parameter": (f"{TEACH} --augment pad-crop:pud=2", ["'pud=2'", "pad=4"]),
-    "augment-value": (f"{TEACH} --augment pad-crop:pad=-1", ["pad must be in"]),
-    "student-views-0": (f"{STUDY} --views 0", ["0 views", "has 2"]),
-    "student-views-too-many": (f"{STUDY} --views 3", ["3 views", "has 2"]),
+    "views-0": (f"{CACHE} --views 0", "views"),
+    "views-minus-1": (f"{CACHE} --views -1", "views"),
+    "views-too-many": (f"{CACHE} --views 26", "--views 25"),
+    "views-none": (f"cache-teacher --dataset digits --weights teacher {POLICY} --out new", "views"),
+    "views-a-word": (f"{CACHE} --views many", "--views"),
+    "augment-unknown": (f"{TEACH} --augment pad-corp", "pad-crop"),
+    "augment-parameter": (f"{TEACH} --augment pad-crop:pud=2", "pud=2"),
+    "augment-value": (f"{TEACH} --augment pad-crop:pad=-1", "pad"),
+    "student-views-0": (f"{STUDY} --views 0", "0 views"),
+    "student-views-too-many": (f"{STUDY} --views 3", "3 views"),
     # caches
-    "cache-missing": (STUDY.replace("cache.zarr", "gone.zarr"), ["gone.zarr"]),
-    "cache-is-a-folder": (STUDY.replace("cache.zarr", "thesis"), ["thesis"]),
-    "cache-is-a-file": (STUDY.replace("cache.zarr", "list.yaml"), ["list.yaml"]),
-    "cache-incomplete": (STUDY.replace("cache.zarr", "half.zarr"), ["2 of 5 views", "--views 2"]),
-    "cache-of-another": (f"{CACHE} --seed 1 --out cache.zarr", ["views.seed", "another --out"]),
-    "cache-over-a-folder": (f"{CACHE} --out thesis", ["thesis"]),
-    "cache-in-a-cache": (f"{CACHE} --out cache.zarr/new", ["lies inside the cache"]),
-    "plan-below-a-file": (f"{CACHE} --out list.yaml/c.zarr --dry-run", ["list.yaml", "a file"]),
-    "plan-in-a-cache": (f"{CACHE} --out cache.zarr/a/b --dry-run", ["lies inside the cache"]),
-    "cache-encoding": (f"{CACHE} --encoding zip", ["zip"]),
-    "inspect-missing": ("inspect gone.zarr", ["gone.zarr"]),
-    "inspect-a-folder": ("inspect thesis", ["thesis"]),
-    "rectify-missing": ("rectify gone.zarr", ["gone.zarr"]),
-    "rectify-incomplete": ("rectify half.zarr", ["2 of 5 views", "--views 2"]),
-    "rectify-method": (f"{RECTIFY} --method avarage", ["method", "pairwise, swap, blend"]),
-    "rectify-space": (f"{RECTIFY} --space logit --method blend", ["'logit'", "--method pairwise"]),
-    "rectify-temperature": (f"{RECTIFY} --temperature 0", ["temperature must be in"]),
-    "rectify-views": (f"{RECTIFY} --views 3", ["cache.zarr has 2 views, 3 were asked for"]),
-    "rectify-views-0": (f"{RECTIFY} --views 0", ["views must be positive, was 0"]),
-    "rectify-views-minus-1": (f"{RECTIFY} --views -1", ["views must be positive, was -1"]),
-    "rectify-name-upwards": (f"{RECTIFY} --name ../x", ["'../x' cannot name a rectification"]),
-    "rectify-name-nested": (f"{RECTIFY} --name a/b", ["'a/b' cannot name a rectification"]),
+    "cache-missing": (STUDY.replace("cache.zarr", "gone.zarr"), "gone.zarr"),
+    "cache-is-a-folder": (STUDY.replace("cache.zarr", "thesis"), "thesis"),
+    "cache-is-a-file": (STUDY.replace("cache.zarr", "list.yaml"), "list.yaml"),
+    "cache-incomplete": (STUDY.replace("cache.zarr", "half.zarr"), "--views 2"),
+    "cache-of-another": (f"{CACHE} --seed 1 --out cache.zarr", "views.seed"),
+    "cache-over-a-folder": (f"{CACHE} --out thesis", "thesis"),
+    "cache-in-a-cache": (f"{CACHE} --out cache.zarr/new", "cache.zarr"),
+    "plan-below-a-file": (f"{CACHE} --out list.yaml/c.zarr --dry-run", "list.yaml"),
+    "plan-in-a-cache": (f"{CACHE} --out cache.zarr/a/b --dry-run", "cache.zarr"),
+    "cache-encoding": (f"{CACHE} --encoding zip", "zip"),
+    "cache-check": (f"{CACHE} --check some", "some"),
+    "inspect-missing": ("inspect gone.zarr", "gone.zarr"),
+    "inspect-a-folder": ("inspect thesis", "thesis"),
+    "rectify-missing": ("rectify gone.zarr", "gone.zarr"),
+    "rectify-incomplete": ("rectify half.zarr", "--views 2"),
+    "rectify-method": (f"{RECTIFY} --method avarage", "pairwise, swap, blend"),
+    "rectify-space": (f"{RECTIFY} --space logit --method blend", "--method pairwise"),
+    "rectify-temperature": (f"{RECTIFY} --temperature 0", "temperature"),
+    "rectify-views": (f"{RECTIFY} --views 3", "2 views"),
+    "rectify-views-0": (f"{RECTIFY} --views 0", "views"),
+    "rectify-name-upwards": (f"{RECTIFY} --name ../x", "../x"),
+    "rectify-name-nested": (f"{RECTIFY} --name a/b", "a/b"),
     # the objective
-    "loss-unknown": (f"{STUDY} --loss kl", ["unknown loss 'kl'", "kd"]),
-    "bias-unknown": (f"{STUDY} --bias fix", ["bias.mode", "none, eliminate, rectify"]),
-    "bias-with-ce": (f"{STUDY} --bias rectify --loss ce", ["'ce'"]),
-    "rectification-missing": (f"{STUDY} --bias rectify", ["no rectif", "pipeline rectify"]),
-    "rectification-unknown": (
-        f"{STUDY.replace('cache.zarr', 'rectified.zarr')} --bias rectify --rectified swap-T4",
-        ["'swap-T4'", "pairwise-T4"],
-    ),
-    "rectification-temperature": (
-        f"{STUDY.replace('cache.zarr', 'rectified.zarr')} --bias rectify --temperature 2",
-        ["temperature 4, not 2"],
-    ),
-    "loss-temperature": (f"{STUDY} --temperature -4", ["loss.temperature must be in"]),
+    "loss-unknown": (f"{STUDY} --loss kl", "kl"),
+    "bias-unknown": (f"{STUDY} --bias fix", "bias.mode"),
+    "bias-with-ce": (f"{STUDY} --bias rectify --loss ce", "'ce'"),
+    "rectification-missing": (f"{STUDY} --bias rectify", "pipeline rectify"),
+    "rectification-unknown": (f"{CORRECTED} --bias rectify --rectified swap-T4", "pairwise-T4"),
+    "rectification-temperature": (f"{CORRECTED} --bias rectify --temperature 2", "temperature 4"),
+    "loss-temperature": (f"{STUDY} --temperature -4", "loss.temperature"),
     # training
-    "nesterov-alone": (
-        f"{TEACH} --set train.nesterov=true --set train.momentum=0",
-        ["train.nesterov needs a train.momentum above 0"],
-    ),
-    "seed-of-90-bits": (f"{TEACH} --seed {2**90}", ["seed.data must be in"]),
-    "nothing-left-to-train-on": (
-        f"{TEACH} --val-fraction 0.9995",
-        ["data.val_fraction 0.9995 of 1000 samples leaves 0 for training"],
-    ),
-    "nothing-held-out": (f"{TEACH} --val-fraction 0.0004", ["1000 for training and 0 held out"]),
-    "student-nothing-left": (f"{STUDY} --val-fraction 0.9995", ["leaves 0 for training"]),
-    "epochs-0": (f"{TEACH} --epochs 0", ["train.epochs must be positive, was 0"]),
-    "batch-size": (f"{TEACH} --batch-size -5", ["train.batch_size must be positive, was -5"]),
-    "lr-nan": (f"{TEACH} --lr nan", ["train.lr must be positive, was nan"]),
-    "lr-inf": (f"{TEACH} --lr inf", ["train.lr must be positive, was inf"]),
-    "lr-a-word": (f"{TEACH} --lr fast", ["--lr", "fast"]),
-    "val-fraction": (f"{TEACH} --val-fraction 1.5", ["data.val_fraction must be in [0, 1)"]),
-    "schedule-unknown": (f"{TEACH} --set train.schedule=step", ["cosine"]),
-    "dtype-unknown": (f"{TEACH} --dtype float8", ["train.dtype", "bfloat16"]),
-    "device-unknown": (f"{TEACH} --device gpu", ["device 'gpu' cannot be used", "cpu"]),
-    "device-not-there": (f"{STUDY} --device cuda:99", ["device 'cuda:99' cannot be used"]),
-    "mean-a-word": (f"{TEACH} --mean grey --std 1", ["--mean", "grey"]),
-    "mean-alone": (f"{TEACH} --mean 0.5", ["belong together"]),
-    "mean-too-long": (f"{TEACH} --mean 1,2,3,4 --std 1,1,1,1", ["mean has 4 numbers"]),
-    "mean-nan": (f"{TEACH} --mean nan --std 1", ["mean must be finite, was (nan,)"]),
-    "std-inf": (f"{TEACH} --mean 0 --std inf", ["std must be", "inf"]),
-    "teacher-std-nan": (f"{CACHE} --mean 0 --std nan", ["std must be", "nan"]),
-    "std-0": (f"{TEACH} --mean 0.5 --std 0", ["std must be positive"]),
-    "image-size": (f"{TEACH} --image-size 0", ["data.image_size must be positive"]),
-    "workers": (f"{TEACH} --workers -1", ["data.workers must be in [0, 1024]"]),
+    "nesterov-alone": (f"{TEACH} --set train.nesterov=1 --set train.momentum=0", "train.momentum"),
+    "seed-of-90-bits": (f"{TEACH} --seed {2**90}", "seed.data"),
+    "nothing-left-to-train-on": (f"{TEACH} --val-fraction 0.9995", "data.val_fraction"),
+    "nothing-held-out": (f"{TEACH} --val-fraction 0.0004", "data.val_fraction"),
+    "student-nothing-left": (f"{STUDY} --val-fraction 0.9995", "data.val_fraction"),
+    "lr-a-word": (f"{TEACH} --lr fast", "--lr"),
+    "val-fraction": (f"{TEACH} --val-fraction 1", "data.val_fraction"),
+    "schedule-unknown": (f"{TEACH} --set train.schedule=step", "cosine"),
+    "dtype-unknown": (f"{TEACH} --dtype float8", "bfloat16"),
+    "device-unknown": (f"{TEACH} --device gpu", "gpu"),
+    "device-not-there": (f"{STUDY} --device cuda:99", "cuda:99"),
+    "mean-a-word": (f"{TEACH} --mean grey --std 1", "--mean"),
+    "mean-alone": (f"{TEACH} --mean 0.5", "std"),
+    "mean-too-long": (f"{TEACH} --mean 1,2,3,4 --std 1,1,1,1", "mean"),
+    "mean-nan": (f"{TEACH} --mean nan --std 1", "mean"),
+    "teacher-std-nan": (f"{CACHE} --mean 0 --std nan", "std"),
+    "std-0": (f"{TEACH} --mean 0.5 --std 0", "std"),
     # configuration
-    "config-missing": (f"{TEACH} --config gone.yaml", ["cannot read gone.yaml"]),
-    "config-not-yaml": (f"{TEACH} --config broken.yaml", ["broken.yaml is not YAML"]),
-    "config-not-text": (f"{TEACH} --config noise.bin", ["noise.bin is not a text file in UTF-8"]),
-    "set-not-yaml": (f"{TEACH} --set train.lr={{", ["--set train.lr={ is not YAML"]),
-    "config-a-list": (f"{TEACH} --config list.yaml", ["does not hold keys and values"]),
-    "config-unknown-key": (f"{TEACH} --config wrong.yaml", ["'train.epoch'", "'train.epochs'"]),
-    "config-of-another-kind": (f"{STUDY} --config teacher/config.yaml", ["unknown key 'augment'"]),
-    "set-without-equals": (f"{TEACH} --set train.lr", ["no '='"]),
-    "set-unknown-key": (f"{TEACH} --set train.lrr=1", ["did you mean 'train.lr'?"]),
+    "config-missing": (f"{TEACH} --config gone.yaml", "gone.yaml"),
+    "config-not-yaml": (f"{TEACH} --config broken.yaml", "broken.yaml"),
+    "set-not-yaml": (f"{TEACH} --set train.lr={{", "--set train.lr={"),
+    "config-unknown-key": (f"{TEACH} --config wrong.yaml", "'train.epochs'"),
+    "config-of-another-kind": (f"{STUDY} --config teacher/config.yaml", "augment"),
+    "config-of-no-command": ("config inspect", "train-student"),
     # where it goes
-    "out-none": (TEACH.removesuffix(" --out new"), ["--out"]),
-    "out-occupied": (f"{TEACH} --out teacher", ["teacher is not empty", "--resume", "--overwrite"]),
-    "out-occupied-student": (f"{STUDY} --out teacher", ["not empty", "--resume"]),
-    "out-not-a-run": (f"{TEACH} --out thesis --overwrite", ["something else than a run"]),
-    "out-a-file": (f"{TEACH} --out list.yaml", ["list.yaml"]),
-    "out-below-a-file": (f"{TEACH} --out list.yaml/run", ["cannot make list.yaml/run"]),
-    "resume-with-others": (
-        f"{TEACH} --out teacher --resume --lr 0.3",
-        ["teacher was started with other settings", "train.batch_size: 128, not 500"],
-    ),
-    "resume-and-overwrite": (
-        f"{TEACH} --out teacher --resume --overwrite",
-        ["cannot be resumed and overwritten"],
-    ),
+    "out-none": (TEACH.removesuffix(" --out new"), "--out"),
+    "out-occupied": (f"{TEACH} --out teacher", "--overwrite"),
+    "out-occupied-student": (f"{STUDY} --out teacher", "--resume"),
+    "out-not-a-run": (f"{TEACH} --out thesis --overwrite", "thesis"),
+    "out-a-file": (f"{TEACH} --out list.yaml", "list.yaml"),
+    "out-below-a-file": (f"{TEACH} --out list.yaml/run", "list.yaml/run"),
+    "resume-with-others": (f"{TEACH} --out teacher --resume --lr 0.3", "train.batch_size"),
+    "resume-and-overwrite": (f"{TEACH} --out teacher --resume --overwrite", "overwritten"),
     # commands
-    "command-unknown": ("distil", ["No such command 'distil'"]),
-    "option-unknown": (f"{TEACH} --epoch 3", ["--epoch"]),
-    "argument-missing": ("inspect", ["CACHE"]),
+    "command-unknown": ("distil", "distil"),
+    "option-unknown": (f"{TEACH} --epoch 3", "--epoch"),
+    "argument-missing": ("inspect", "CACHE"),
 }
 
 
-def check_told(answer: Answer, told: list[str]) -> None:
+def check_told(answer: Answer, name: str) -> None:
     """Exit code 2 and one clear error: cause and remedy in at most three lines, or click's."""
     assert answer.code == 2, answer.err
     assert "Traceback" not in answer.err
@@ -286,16 +243,15 @@ def check_told(answer: Answer, told: list[str]) -> None:
     errors = [line for line in lines if line.lower().startswith("error:")]
     assert len(errors) == 1
     assert errors[0].startswith("Error:") or (lines[0] == errors[0] and len(lines) <= 3)
-    for words in told:
-        assert words in answer.err
+    assert name in answer.err
 
 
-@pytest.mark.parametrize(("words", "told"), WRONG.values(), ids=list(WRONG))
+@pytest.mark.parametrize(("words", "name"), WRONG.values(), ids=WRONG)
 def test_wrong_input_is_one_clear_error_and_leaves_nothing(
-    my_pipeline: Callable[..., Answer], my_folder: Path, words: str, told: list[str]
+    my_pipeline: Callable[..., Answer], my_folder: Path, words: str, name: str
 ) -> None:
     before = everything_in(my_folder)
-    check_told(my_pipeline(words), told)
+    check_told(my_pipeline(words), name)
     assert everything_in(my_folder) == before
 
 
@@ -353,20 +309,27 @@ def test_a_dry_run_writes_nothing(my_pipeline: Callable[..., Answer], my_folder:
 # ---- help -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
-def test_help(command: list[str], flag: str) -> None:
-    answer = CliRunner().invoke(cli, [*command, flag])
+@pytest.mark.parametrize("command", [*cli.commands])
+def test_help_says_what_is_required_and_what_is_left_out(command: str) -> None:
+    answer = CliRunner().invoke(cli, [command, "-h"], terminal_width=100)
     assert answer.exit_code == 0
-    assert "Usage:" in answer.output
-    if not command:
-        assert all(name in answer.output for name in COMMANDS)
+    lines = answer.output.splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    said = " ".join(answer.output.split())
+    for kind in [CONFIGS[command]] if command in CONFIGS else []:
+        for setting in settings_of(kind).values():
+            assert setting.flag is None or setting.flag.partition("/")[0] in said
+            if setting.flag and setting.kind in (int, float) and setting.default is not None:
+                assert setting.required or f"[default: {setting.default}]" in said
+        titles = [line.partition(" options:")[0].lower() for line in lines if "options:" in line]
+        assert titles == [group for group in GROUPS if group in titles]
 
 
-def test_version() -> None:
-    answer = CliRunner().invoke(cli, ["--version"])
-    assert answer.exit_code == 0
-    assert answer.output.strip()[-1].isdigit()
+def test_help_of_everything() -> None:
+    answers = [CliRunner().invoke(cli, [flag]).output for flag in ("--help", "-h")]
+    assert answers[0] == answers[1]
+    assert all(name in answers[0] for name in cli.commands)
+    assert CliRunner().invoke(cli, ["--version"]).output.strip()[-1].isdigit()
 
 
 def outside(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -374,7 +337,7 @@ def outside(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [sys.executable, *words],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
@@ -382,17 +345,15 @@ def outside(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str
 
 
 def test_help_imports_nothing_heavy() -> None:
-    done = outside("-X", "importtime", "-m", "pipeline", "--help")
-    assert done.returncode == 0
-    assert "train-student" in done.stdout
+    done = outside("-X", "importtime", "-m", "pipeline", "train-student", "--help")
+    assert "--student" in done.stdout
     imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "click" in imported
     assert not imported & {"torch", "torchvision", "zarr", "dask", "distributed", "numpy", "yaml"}
 
 
 def test_as_a_process_of_its_own(tmp_path: Path) -> None:
-    done = outside("-m", "pipeline", *STUDY.split(), folder=tmp_path)
-    assert done.returncode == 2
+    done = outside("-m", "pipeline", *f"{TEACH} --config gone.yaml".split(), folder=tmp_path)
+    check_told(Answer(done.returncode, done.stdout, done.stderr), "gone.yaml")
     assert done.stdout == ""
-    check_told(Answer(done.returncode, done.stdout, done.stderr), ["cache.zarr"])
     assert not list(tmp_path.iterdir())
