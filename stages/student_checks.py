@@ -1,7 +1,7 @@
 """What must hold before a student's first step: cache, objective, views, memory, dataset."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -44,10 +44,8 @@ def check_students(
     caches = open_members(cache, config.also, [c.loss.temperature or 1.0 for c in configs])
     for each in configs:
         check_rows_known(caches, each.loss)
-    # Objects are looked at: once for all students that ask for the same.
-    asking = {(each.views, each.bias.rectified): each for each in configs}
-    (views,) = {tuple(shared_views(caches, each)) for each in asking.values()}
-    return caches, views_at_once(config, cached_policy(cache), views)
+    views = shared_views(caches, config.views, {each.bias.rectified for each in configs})
+    return caches, views_at_once(config.loss, cached_policy(cache), views, config.slab_memory)
 
 
 def complete(config: StudentConfig, cache: LogitCache) -> StudentConfig:
@@ -116,27 +114,6 @@ def _only_rectification(cache: LogitCache) -> str:
     )
 
 
-def check_ranks(config: StudentConfig, ranks: Ranks) -> None:
-    """Raise ConfigError where a run cannot be divided among the processes of a launch."""
-    if ranks.world == 1:
-        return
-    if (batch_size := config.train.batch_size) % ranks.world:
-        raise ConfigError(
-            f"a batch of {batch_size} cannot be divided among {ranks.world} processes",
-            f"Give a --batch-size that is a multiple of {ranks.world}.",
-        )
-    if views_seen(config.loss) > 1:
-        raise ConfigError(
-            "a loss that sees two views of a sample at once is trained in one process",
-            "Start it without torchrun, or use another loss.",
-        )
-    if config.slab_memory is not None:
-        raise ConfigError(
-            "several processes read their parts of a view, and no groups of them",
-            "Leave --slab-memory out under torchrun.",
-        )
-
-
 def slab_plan(
     configs: Sequence[StudentConfig],
     caches: Sequence[LogitCache],
@@ -147,13 +124,28 @@ def slab_plan(
     """How the targets of students of one stream are read, and their samples ordered. choices: what
     an epoch may show. skipped: int64, samples that are left out.
 
-    Raises ConfigError where slab_memory is too small, or missing.
+    Raises ConfigError where slab_memory is too small, or missing, or where a run cannot be divided
+    among the processes of a launch.
     """
-    cache = caches[0]
+    cache, config = caches[0], next((c for c in configs if c.loss.name != "ce"), configs[0])
     if ranks.world > 1:
+        if (batch_size := config.train.batch_size) % ranks.world:
+            raise ConfigError(
+                f"a batch of {batch_size} cannot be divided among {ranks.world} processes",
+                f"Give a --batch-size that is a multiple of {ranks.world}.",
+            )
+        if views_seen(config.loss) > 1:
+            raise ConfigError(
+                "a loss that sees two views of a sample at once is trained in one process",
+                "Start it without torchrun, or use another loss.",
+            )
+        if config.slab_memory is not None:
+            raise ConfigError(
+                "several processes read their parts of a view, and no groups of them",
+                "Leave --slab-memory out under torchrun.",
+            )
         groups = groups_of_ranks(cache.row_of, cache.grid.chunk_rows, ranks.world)
         return SlabPlan(groups, share=ranks.rank)
-    config = next((each for each in configs if each.loss.name != "ce"), configs[0])
     text, seed = config.slab_memory, config.seed.data
     if text is None and config.loss.name == "ce":
         return SlabPlan()  # none are read
@@ -203,21 +195,21 @@ def _stream(config: StudentConfig) -> dict[str, Any]:
 
 
 def views_at_once(
-    config: StudentConfig, policy: ViewPolicy, views: Sequence[int]
+    loss: LossSettings, policy: ViewPolicy, views: Sequence[int], slab_memory: str | None
 ) -> list[tuple[int, ...]]:
     """What epochs may show: a view each, or the weak and the strong view of a sample where the loss
     sees both. Raises ConfigError where the cache does not hold them in pairs.
     """
-    if views_seen(config.loss) == 1:
+    if views_seen(loss) == 1:
         return [(view,) for view in views]
-    name = config.loss.name
+    name = loss.name
     if not isinstance(policy, Paired):
         raise ConfigError(
             f"the loss '{name}' sees a weak and a strong view of every sample, the cache holds "
             f"views of '{policy.name}'",
             "Cache both: --augment 'pad-crop-flip|pad-crop-flip+rand-augment'.",
         )
-    if len(views) < 2 or config.slab_memory is not None:
+    if len(views) < 2 or slab_memory is not None:
         raise ConfigError(
             f"the loss '{name}' reads two whole views at a time",
             "Give it --views 2 or more, and no --slab-memory.",
@@ -225,16 +217,20 @@ def views_at_once(
     return [policy.paired_views(view) for view in views[1::2]]
 
 
-def shared_views(caches: Sequence[LogitCache], config: StudentConfig) -> list[int]:
-    """The views to train from, which every cache must have; see `usable_views`."""
+def shared_views(
+    caches: Sequence[LogitCache], views: int | None, rectified: Collection[str | None]
+) -> list[int]:
+    """The views to train from, which every cache must have with each of these rectifications; see
+    `usable_views`.
+    """
     counts = {cache.num_views for cache in caches}
-    if config.views is None and len(counts) > 1:
+    if views is None and len(counts) > 1:
         raise ConfigError(
             f"the caches have {' and '.join(map(str, sorted(counts)))} views",
             f"Train from those that all have with --views {min(counts)}.",
         )
-    views, *_ = [usable_views(c, config.views, config.bias.rectified) for c in caches]
-    return views
+    usable, *_ = [usable_views(cache, views, name) for name in rectified for cache in caches]
+    return usable
 
 
 def made_from(config: StudentConfig, caches: Sequence[LogitCache]) -> dict[str, Any]:

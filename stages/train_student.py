@@ -37,7 +37,7 @@ from stages.objectives.bias import BiasWeights, bias_weights
 from stages.objectives.losses import mixed_ce
 from stages.reporting import Reporter, Silent
 from stages.settings import StudentConfig
-from stages.student_checks import check_ranks, check_students, complete, made_from, slab_plan
+from stages.student_checks import check_students, complete, made_from, slab_plan
 from stages.targets.reader import TargetReader
 from stages.training.learner import Learner
 from stages.training.models import build, check_models
@@ -103,7 +103,6 @@ def student_trainer(
     configs = [complete(config, cache) for config in configs]
     caches, choices = check_students(configs, cache)
     config = configs[0]  # what decides the stream of batches is the same in all of them
-    check_ranks(config, ranks)
 
     # 2) the images: those that the teachers saw
     splits = splits or first_rank_before_others(

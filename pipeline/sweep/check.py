@@ -30,7 +30,7 @@ class Checked:
     """Runs that can be started, and what is known about their teachers.
 
     teacher_top1: by run name, in [0, 1]; None where a cache has no logits of the test split.
-    made_from: by run name, digests of caches and images, see `stages.training.same_run`.
+    made_from: by run name, digests of caches and images, see `stages.training.run_folder`.
     """
 
     runs: list[Run]

@@ -24,7 +24,7 @@ from stages.files import replace_file
 from stages.inputs.run_files import read_config, read_summary
 from stages.settings import StudentConfig
 from stages.training.history import Summary
-from stages.training.same_run import MADE_FROM, check_same
+from stages.training.run_folder import MADE_FROM, check_same
 
 _FORMAT = "teacher-cache-sweep"
 

@@ -22,7 +22,7 @@ from stages.training.history import said, selected_epoch, summarise
 from stages.training.models import InitialModel, RandomState
 from stages.training.optimise import make_optimizer, make_schedule, restore_optimizer
 from stages.training.run_directory import RunDirectory
-from stages.training.same_run import MADE_FROM
+from stages.training.run_folder import MADE_FROM
 from stages.training.stream import BatchStream, Evaluation
 
 
@@ -64,9 +64,9 @@ class Position:
 class Learner:
     """A model and all that its training changes.
 
-    made_from: digests of what it is made from, see `stages.training.same_run`. random_state: of the
-    generators, for one of several learners in a process: each then draws as if it were alone, None
-    for the only one. error: why it was given up.
+    made_from: digests of what it is made from, see `stages.training.run_folder`. random_state: of
+    the generators, for one of several learners in a process: each then draws as if it were alone,
+    None for the only one. error: why it was given up.
     """
 
     config: RunConfig

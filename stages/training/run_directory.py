@@ -28,8 +28,7 @@ from stages.distributed import ALONE, Ranks, first_rank_does
 from stages.errors import RunError
 from stages.files import replace_file
 from stages.inputs.run_files import config_text, damaged, sha256, summary_text
-from stages.training.run_folder import claim, remove_run, unreadable
-from stages.training.same_run import digest_of_settings
+from stages.training.run_folder import claim, digest_of_settings, remove_run, unreadable
 
 _TRAILER = b"\nsha256 "
 
