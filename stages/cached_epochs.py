@@ -154,7 +154,8 @@ class CachedEpochs:
 
     def _shown(self, epoch: int) -> Iterator[CachedBatch]:
         view, order = self.sampler.view(epoch), self.sampler.order(epoch)
-        targets = self.cache.read_view(view, self.dataset.rectified).to(self.device)
+        runs = self.sampler.runs(epoch)
+        targets = self.cache.read_view(view, self.dataset.rectified, runs).to(self.device)
         for batch in self._feed.batches(order, view, self.batch_size):
             labels, partner_labels, shares = batch.hard_labels(self.labels)
             yield CachedBatch(

@@ -132,6 +132,12 @@ class EpochSampler(DistributedSampler[int]):
             self._groups = groups_of_ranks(cache.row_of, cache.grid.chunk_rows, world)
         return self._groups
 
+    def runs(self, epoch: int) -> list[slice] | None:
+        """The rows of a view that this rank needs in an epoch; None for all of them."""
+        if (groups := self.groups) is None:
+            return None
+        return groups.runs(groups.chunks(self.seed, epoch)[self.place[0]])
+
     # ---- resume -------------------------------------------------------------------------
 
     def state_dict(self, position: int | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from helpers import DIGITS, weights
 from torch.utils.data import DataLoader
 
-from stages import CachedDataset, EpochSampler
+from stages import CachedDataset, CachedEpochs, EpochSampler
 from stages.data import Splits
 from stages.device import place
 from stages.distributed import Ranks
@@ -140,6 +140,7 @@ def test_two_gloo_ranks_see_what_train_student_shows_them(
     sampler = EpochSampler(my_dataset, seed=2)  # made before there is a process group
     assert len(sampler) == 1000
     loader = DataLoader(my_dataset, BATCH // 2, sampler=sampler)
+    epochs = CachedEpochs(finished_cache, DIGITS, BATCH // 2, seed=2, device="cpu")
 
     def seen(ranks: Ranks) -> list[list[list[int]]]:
         config, out = student(finished_cache, seed=2), tmp_path / "run"
@@ -147,7 +148,11 @@ def test_two_gloo_ranks_see_what_train_student_shows_them(
         shown = []
         for epoch in range(2):
             sampler.set_epoch(epoch)
-            ours = torch.cat([batch.samples for batch in loader])
+            batches = [*loader]
+            for batch, fast in zip(batches, epochs.epoch(epoch), strict=True):
+                assert torch.equal(batch.samples, fast.samples)
+                assert torch.equal(batch.teacher_logits, fast.teacher_logits)
+            ours = torch.cat([batch.samples for batch in batches])
             theirs = trainer.stream.order(trainer.stream.samples, 2, epoch)
             shown.append([ours.tolist(), theirs.tolist()])
         return shown
