@@ -17,7 +17,6 @@ from helpers import weights
 
 from pipeline.cli import cli
 from stages.objectives.losses import DEFINITIONS
-from stages.settings import LossSettings
 
 README = Path(__file__).parents[1] / "README.md"
 LOSSES = README.parent / "docs" / "losses.md"
@@ -109,12 +108,10 @@ def test_every_loss_is_named(place: str) -> None:
         assert row is not None
         named = re.findall(r"`(\w+)`", row[1])
     else:
-        (option,) = (o for o in cli.commands["train-student"].params if o.name == "loss")
+        (option,) = (o for o in cli.commands["train-student"].params if o.name == "loss_name")
         assert isinstance(option, click.Option)
         assert option.help is not None
-        losses, _, rest = option.help.partition(".")
-        named = re.findall(r"\w+", losses)
-        assert rest.startswith(f" {LossSettings().name} if left out")
+        named = re.findall(r"\w+", option.help.partition("Names: ")[2].partition(".")[0])
     assert sorted(named) == sorted(DEFINITIONS)
 
 
@@ -123,7 +120,11 @@ def test_every_loss_is_named(place: str) -> None:
 
 COMMANDS = sorted(
     {
-        re.sub(r"\s*\\\n\s*", " ", line).split("  #")[0].removesuffix(" ...").strip()
+        re.sub(r"\s*\\\n\s*", " ", line)
+        .split("  #")[0]
+        .split(" > ")[0]
+        .removesuffix(" ...")
+        .strip()
         for page in PAGES
         for line in re.findall(
             r"^    (pipeline [a-z](?:.*\\\n)*.*)$", page.read_text(), re.MULTILINE
