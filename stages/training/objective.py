@@ -26,8 +26,7 @@ def resolved(settings: LossSettings) -> LossSettings:
     name = settings.name
     if name == "ce":
         return LossSettings(name="ce")
-    given = _parameters(settings)
-    definition = definition_of(name, given)
+    definition, given = definition_of(name), _parameters(settings)
     weights = {key: getattr(definition, key) for key in ("ce_weight", "weight", "warmup")}
     given |= {key: v for key in weights if (v := getattr(settings, key)) is not None}
     standard = dict(definition.lskd) if settings.standardise else {}
@@ -45,8 +44,22 @@ def unused_settings(settings: LossSettings) -> list[str]:
 
 
 def _parameters(settings: LossSettings) -> dict[str, Any]:
-    """The loss's own parameters, those that are set."""
-    return {key: v for key in PARAMETERS if (v := getattr(settings, key)) is not None}
+    """The loss's own parameters, those that are set. Raises ConfigError for one that it has not."""
+    named = settings.__struct_fields__
+    given = {key: getattr(settings, key) for key in PARAMETERS if key in named}
+    others = dict(text.partition("=")[::2] for text in settings.parameters)
+    given = {key: value for key, value in given.items() if value is not None}
+    defaults = definition_of(settings.name, given | others).defaults
+    return given | {key: _value(key, text, defaults[key]) for key, text in others.items()}
+
+
+def _value(key: str, text: str, default: Any) -> Any:
+    """A parameter of the type that its default has."""
+    kind = float if default is None else type(default)
+    try:
+        return msgspec.convert(text, kind, strict=False)
+    except msgspec.ValidationError:
+        raise ConfigError(f"loss.parameters: {key} must be {kind.__name__}, was '{text}'") from None
 
 
 class Objective:

@@ -82,6 +82,15 @@ def test_its_defaults_are_those_of_its_signature() -> None:
     assert not definition_of("my_losses:of_batch").weighs_rows
 
 
+def test_parameters_that_no_setting_has() -> None:
+    settings = LossSettings(name="my_losses:of_rows", parameters=("margin=2e0",))
+    value = Objective(resolved(settings))(STUDENT, TEACHER, LABELS)
+    assert torch.equal(value, of_rows(STUDENT, TEACHER, LABELS, margin=2.0, reduction="none"))
+    for wrong in ("margin=wide", "width=1", "margin"):
+        with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
+            resolved(LossSettings(name="my_losses:of_rows", parameters=(wrong,)))
+
+
 def test_rows_by_temperature_are_read_at_its_own() -> None:
     rows = TemperedRows(lambda temperature: TEACHER * temperature)
     found = build_loss("my_losses:of_rows")(STUDENT, rows, LABELS)
