@@ -71,11 +71,6 @@ class Setting:
         """The values that it can have, where they are few."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
-    def check(self, value: Any) -> None:
-        """Raise ConfigError for a number out of bounds."""
-        if self.bounds and value is not None:
-            check_bounds(self.key, value, **self.bounds)
-
 
 REQUIRED = msgspec.NODEFAULT
 _BOUNDS = ("above", "least", "below", "most")
@@ -98,8 +93,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     section: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        for setting in _bounded(type(self)):
-            setting.check(getattr(self, setting.key.rpartition(".")[2]))
+        for key, setting in settings_of(type(self)).items():
+            if setting.bounds and "." not in key and (value := getattr(self, key)) is not None:
+                check_bounds(f"{self.section}.{key}".lstrip("."), value, **setting.bounds)
 
 
 @functools.cache
@@ -153,34 +149,24 @@ def section(kind: Any) -> type[msgspec.Struct] | None:
     return next(found, None)
 
 
-@functools.cache
-def _bounded(kind: type[Settings]) -> list[Setting]:
-    every = _settings(kind, f"{kind.section}." if kind.section else "", "run", {}, sections=False)
-    return [setting for setting in every if setting.bounds]
-
-
 def _settings(
-    kind: type[msgspec.Struct],
-    prefix: str,
-    group: str,
-    flags: Mapping[str, str | None],
-    sections: bool = True,
+    kind: type[msgspec.Struct], prefix: str, group: str, flags: Mapping[str, str | None]
 ) -> Iterator[Setting]:
+    """The settings of a struct whose keys begin with `prefix`. flags: instead of their own."""
     for each in msgspec.structs.fields(kind):
-        said = _said(each.type)
-        inner = section(each.type)
-        if inner is None:
-            bounds = {name: said.pop(name) for name in _BOUNDS if name in said}
-            said = {"group": group} | said
-            if each.name in flags:
-                said["flag"] = flags[each.name]
-            key, default = prefix + each.name, each.default
-            if default is REQUIRED and each.default_factory is not REQUIRED:
-                default = each.default_factory()
-            yield Setting(key=key, type=plain(each.type), default=default, bounds=bounds, **said)
-        elif sections:
+        said, key = _said(each.type), prefix + each.name
+        if (inner := section(each.type)) is not None:
             own = said.get("group", each.name), said.get("flags", {})
-            yield from _settings(inner, f"{prefix}{each.name}.", *own)
+            yield from _settings(inner, f"{key}.", *own)
+            continue
+        said = {"group": group} | said
+        if each.name in flags:
+            said["flag"] = flags[each.name]
+        said["bounds"] = {name: said.pop(name) for name in _BOUNDS if name in said}
+        default = each.default
+        if default is REQUIRED and each.default_factory is not REQUIRED:
+            default = each.default_factory()
+        yield Setting(key=key, type=plain(each.type), default=default, **said)
 
 
 def _said(kind: Any) -> dict[str, Any]:

@@ -1,14 +1,19 @@
-"""Where a setting comes from, and what a wrong one is told."""
+"""Where a setting comes from, what is declared about it, and what a wrong one is told."""
 
+import operator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
-from pipeline.config import keys_of, read_config
+from pipeline.cli import cli
+from pipeline.config import flat, read_config
 from stages.errors import ConfigError, PipelineError
+from stages.schema import Settings, settings_of
 from stages.settings import (
+    CONFIGS,
     DataSettings,
     ModelSettings,
     RectifyConfig,
@@ -48,6 +53,7 @@ def teacher(
         ("train: {lr: 1e-4}", {}, [], 1e-4),  # YAML 1.1 reads a string there
         ("train: {lr: .1e-3}", {}, [], 1e-4),
         ("train: {lr: 1}", {}, [], 1.0),
+        ("train:\nmodel: {init: null}", {}, [], TrainSettings().lr),
     ],
 )
 def test_what_comes_later_wins(
@@ -60,48 +66,66 @@ def test_what_comes_later_wins(
 
 
 @pytest.mark.parametrize(
-    ("override", "section", "key", "value"),
+    ("override", "value"),
     [
-        ("train.milestones=[1, 2]", "train", "milestones", (1, 2)),
-        ("train.milestones=[]", "train", "milestones", ()),
-        ("train.nesterov=true", "train", "nesterov", True),
-        ("train.optimizer=adamw", "train", "optimizer", "adamw"),
-        ("model.mean=[0.5]", "model", "mean", (0.5,)),
-        ("model.mean=null", "model", "mean", None),
-        ("model.init=null", "model", "init", None),
-        ("model.init=123", "model", "init", "123"),  # a name, though YAML sees a number
-        ("model.init=a=b.pt", "model", "init", "a=b.pt"),
-        ("data.root=no", "data", "root", "no"),
-        ("data.dataset=folder:/a: b", "data", "dataset", "folder:/a: b"),
+        ("train.milestones=[1, 2]", (1, 2)),
+        ("train.milestones=[]", ()),
+        ("train.nesterov=true", True),
+        ("train.optimizer=adamw", "adamw"),
+        ("model.mean=[0.5]", (0.5,)),
+        ("model.mean=null", None),
+        ("model.init=null", None),
+        ("model.init=123", "123"),  # a name, though YAML sees a number
+        ("model.init=a=b.pt", "a=b.pt"),
+        ("data.root=no", "no"),
+        ("data.dataset=folder:/a: b", "folder:/a: b"),
     ],
 )
-def test_set_reaches_every_type(
-    tmp_path: Path, override: str, section: str, key: str, value: object
-) -> None:
-    assert getattr(getattr(teacher(tmp_path, None, {}, override), section), key) == value
+def test_set_reaches_every_type(tmp_path: Path, override: str, value: object) -> None:
+    key = override.partition("=")[0]
+    assert operator.attrgetter(key)(teacher(tmp_path, None, {}, override)) == value
 
 
-def test_every_key_can_be_set(tmp_path: Path) -> None:
-    keys = set(keys_of(TeacherConfig))
-    assert {"train.epochs", "train.batch_size", "train.lr", "seed.data", "seed.init"} <= keys
-    everything = teacher(tmp_path, None, {})
-    leaves = {key for key in keys if "." in key} | {"augment", "device"}
-    for key in leaves:
-        value: Any = everything
-        for part in key.split("."):
-            value = getattr(value, part)
-        text = "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
-        assert teacher(tmp_path, None, {}, f"{key}={text}") == everything
+# ---- what is declared -----------------------------------------------------------------------
 
 
-def test_flags_fill_sections_that_the_file_leaves_out(tmp_path: Path) -> None:
-    found = teacher(tmp_path, "augment: none", {"train.epochs": 3, "seed.init": 5})
-    assert (found.augment, found.train.epochs, found.seed.init, found.seed.data) == (
-        "none",
-        3,
-        5,
-        0,
-    )
+@pytest.mark.parametrize("command", CONFIGS)
+def test_config_prints_what_a_command_takes_back(tmp_path: Path, command: str) -> None:
+    """Every key, with its default; what is required has no value, and may be given beside."""
+    kind, settings = CONFIGS[command], settings_of(CONFIGS[command])
+    text = CliRunner().invoke(cli, ["config", command]).output
+    assert all(len(line) <= 100 for line in text.splitlines())
+    (tmp_path / "c.yaml").write_text(text)
+    assert set(flat(yaml.safe_load(text))) == set(settings)
+    needed: dict[str, Any] = {key: "x" for key, s in settings.items() if s.required}
+    if needed:
+        with pytest.raises(ConfigError, match="is missing"):
+            read_config(kind, str(tmp_path / "c.yaml"), {}, [])
+    needed |= {"views": 3} if "views" in needed else {}
+    found = read_config(kind, str(tmp_path / "c.yaml"), needed, [])
+    assert found == read_config(kind, None, needed, [])
+    for setting in settings.values():
+        assert setting.text
+        assert " ".join(setting.text.split()) in " ".join(text.replace("# ", "").split())
+        assert all(choice in text for choice in setting.choices)
+
+
+@pytest.mark.parametrize("kind", CONFIGS.values())
+def test_every_number_is_held_within_its_bounds(kind: type[Settings]) -> None:
+    needed = {"data.dataset": "d", "model.architecture": "m", "cache": "c", "views": 3}
+    needed = {key: value for key, value in needed.items() if key in settings_of(kind)}
+    for key, setting in settings_of(kind).items():
+        outside = {
+            "above": lambda bound: bound,
+            "below": lambda bound: bound,
+            "least": lambda bound: bound - 1,
+            "most": lambda bound: bound + 1,
+        }
+        for name, bound in setting.bounds.items():
+            with pytest.raises(ConfigError, match=key):
+                read_config(kind, None, needed | {key: outside[name](bound)}, [])
+            if name in ("least", "most"):
+                read_config(kind, None, needed | {key: bound}, [])
 
 
 # ---- what is wrong --------------------------------------------------------------------------
@@ -115,64 +139,63 @@ def bomb(level: str, seed: str = "[1]") -> str:
 
 
 WRONG_TEXT = {
-    "unknown-key": ("train: {lrr: 1}", "unknown key 'train.lrr'; did you mean 'train.lr'?"),
-    "unknown-section": ("trian: {lr: 1}", "unknown key 'trian'; did you mean 'train'?"),
-    "nothing-near": ("xyzzy: 1", "unknown key 'xyzzy'"),
-    "wrong-type": ("train: {epochs: many}", r"train\.epochs: .*expected 'int', got 'str'"),
-    "wrong-choice": (
-        "train: {optimizer: lion}",
-        r"train\.optimizer: .*lion.*\(one of sgd, adam, adamw\)",
-    ),
-    "value-for-a-section": ("train: 5", r"train: expected 'object', got 'int'"),
-    "section-for-a-value": ("train: {lr: {x: 1}}", r"unknown key 'train\.lr\.x'"),
-    "own-check": ("train: {lr: -1}", r"^train\.lr must be positive, was -1"),
-    "own-check-nan": ("train: {lr: .nan}", r"^train\.lr must be positive, was nan"),
-    "not-yaml": ("train: [1, 2", "given.yaml is not YAML"),
-    "control-character": ("train: \x07", "given.yaml is not YAML"),
+    "unknown-key": ("train: {lrr: 1}", r"'train\.lrr'.*'train\.lr'"),
+    "unknown-section": ("trian: {lr: 1}", "'trian'.*'train'"),
+    "nothing-near": ("xyzzy: 1", "'xyzzy'"),
+    "wrong-type": ("train: {epochs: many}", r"train\.epochs: .*'int'"),
+    "wrong-choice": ("train: {optimizer: lion}", r"train\.optimizer: .*lion.*sgd, adam, adamw"),
+    "value-for-a-section": ("train: 5", "train: "),
+    "section-for-a-value": ("train: {lr: {x: 1}}", r"'train\.lr\.x'"),
+    "own-check": ("train: {lr: -1}", r"^train\.lr .*-1"),
+    "own-check-nan": ("train: {lr: .nan}", r"^train\.lr .*nan"),
+    "not-yaml": ("train: [1, 2", "given.yaml"),
+    "control-character": ("train: \x07", "given.yaml"),
     "given-twice": (
         "train: {lr: 1}\nseed: {data: 1}\ntrain: {epochs: 2}",
-        r"given.yaml: 'train' in line 3 is given twice",
+        "given.yaml: 'train' in line 3",
     ),
-    "a-key-that-is-a-number": ("1: 2", "the key 1 is not a text"),
-    "a-list": ("- 1\n- 2", "does not hold keys and values"),
-    "a-word": ("hello", "does not hold keys and values"),
-    "empty": ("", "does not hold keys and values"),
-    "5000-deep": ("train: " + "[" * 5000 + "]" * 5000, "given.yaml is nested too deeply"),
-    "5000-digits": (f"seed: {{data: {'9' * 5000}}}", "a value that cannot be read"),
-    "no-date": ("train: {lr: 2001-13-45}", "a value that cannot be read"),
-    "no-number": ("train: {lr: !!float ''}", "a value that cannot be read"),
-    "a-bomb-of-lists": (bomb("[*{0}, *{0}]"), "its aliases stand for more than 100,000 values"),
-    "a-bomb-of-keys": (
-        bomb("{{? a{1} : 1, ? <<  : [*{0}, *{0}]}}", "{a: 1}"),
-        "its aliases stand for more than 100,000 values",
-    ),
-    "a-circle": ("train: &a [*a]", "its aliases stand for more than 100,000 values"),
-    "tabs": ("train:\n\tlr: 1", "given.yaml is not YAML"),
-    "a-megabyte": ("# " + "x" * 2**20, "has more than 1,048,576 bytes"),
-    "given-twice-below": ("train: {lr: 1, lr: 2}", "'lr' in line 1 is given twice"),
-    "nan-in-a-list": ("model: {mean: [.nan]}", r"model\.mean must be finite, was"),
-    "80-bits": (f"train: {{epochs: {10**23}}}", r"train\.epochs must be"),
-    "a-long-key": ("? " + "x" * 5000 + "\n: 1", r"unknown key 'x{200}\.\.\.'"),
+    "a-key-that-is-a-number": ("1: 2", "key 1"),
+    "a-list": ("- 1\n- 2", "given.yaml"),
+    "a-word": ("hello", "given.yaml"),
+    "empty": ("", "given.yaml"),
+    "5000-deep": ("train: " + "[" * 5000 + "]" * 5000, "given.yaml"),
+    "5000-digits": (f"seed: {{data: {'9' * 5000}}}", "given.yaml"),
+    "no-date": ("train: {lr: 2001-13-45}", "given.yaml"),
+    "no-number": ("train: {lr: !!float ''}", "given.yaml"),
+    "a-bomb-of-lists": (bomb("[*{0}, *{0}]"), "100,000"),
+    "a-bomb-of-keys": (bomb("{{? a{1} : 1, ? <<  : [*{0}, *{0}]}}", "{a: 1}"), "100,000"),
+    "a-circle": ("train: &a [*a]", "100,000"),
+    "tabs": ("train:\n\tlr: 1", "given.yaml"),
+    "a-megabyte": ("# " + "x" * 2**20, "1,048,576"),
+    "given-twice-below": ("train: {lr: 1, lr: 2}", "'lr' in line 1"),
+    "nan-in-a-list": ("model: {mean: [.nan]}", r"model\.mean"),
+    "80-bits": (f"train: {{epochs: {10**23}}}", r"train\.epochs"),
+    "a-long-key": ("? " + "x" * 5000 + "\n: 1", r"'x{200}\.\.\.'"),
 }
 WRONG_SET = {
-    "unknown-key": ("train.lrr=1", "unknown key 'train.lrr'; did you mean 'train.lr'?"),
-    "unknown-top": ("agument=none", "did you mean 'augment'?"),
-    "no-equals": ("train.lr", "--set train.lr has no '='"),
-    "no-key": ("=1", "unknown key ''"),
-    "wrong-type": ("train.epochs=many", r"train\.epochs: .*expected 'int', got 'str'"),
-    "half-an-epoch": ("train.epochs=1.5", r"train\.epochs: .*expected 'int', got 'float'"),
-    "wrong-choice": ("train.schedule=step", r"train\.schedule: .*one of constant, multistep"),
-    "wrong-element": ("model.mean=[a]", r"model\.mean\[0\]: expected 'float', got 'str'"),
-    "own-check": ("train.epochs=0", r"^train\.epochs must be positive, was 0"),
-    "inside-a-value": ("train.lr.x=1", r"unknown key 'train\.lr\.x'"),
-    "value-for-a-section": ("train=5", r"train: expected 'object', got 'int'"),
-    "null": ("train.lr=null", r"train\.lr: expected 'float', got 'null'"),
-    "5000-deep": ("train.lr=" + "[" * 5000 + "]" * 5000, "nested too deeply"),
-    "5000-digits": ("train.epochs=" + "9" * 5000, "a value that cannot be read"),
+    "unknown-key": ("train.lrr=1", r"'train\.lrr'.*'train\.lr'"),
+    "unknown-top": ("agument=none", "'augment'"),
+    "no-equals": ("train.lr", r"--set train\.lr"),
+    "no-key": ("=1", "key ''"),
+    "wrong-type": ("train.epochs=many", r"train\.epochs: .*'int'"),
+    "half-an-epoch": ("train.epochs=1.5", r"train\.epochs: .*'int'"),
+    "wrong-choice": ("train.schedule=step", r"train\.schedule: .*multistep"),
+    "wrong-element": ("model.mean=[a]", r"model\.mean\[0\]: .*'float'"),
+    "own-check": ("train.epochs=0", r"^train\.epochs .*0"),
+    "inside-a-value": ("train.lr.x=1", r"'train\.lr\.x'"),
+    "value-for-a-section": ("train=5", "train: "),
+    "null": ("train.lr=null", r"train\.lr: .*'null'"),
+    "5000-deep": ("train.lr=" + "[" * 5000 + "]" * 5000, r"train\.lr"),
+    "5000-digits": ("train.epochs=" + "9" * 5000, r"train\.epochs"),
     "a-long-value": ("train.optimizer=" + "x" * 5000, r"train\.optimizer: .*x\.\.\."),
-    "80-bits": (f"train.epochs={10**23}", r"train\.epochs must be"),
-    "a-key-of-5000-parts": (".".join("x" * 5000) + "=1", "unknown key"),
-}
+    "80-bits": (f"train.epochs={10**23}", r"train\.epochs"),
+    "a-key-of-5000-parts": (".".join("x" * 5000) + "=1", "key"),
+    **{f"no-yaml-{n}": (f"train.lr={v}", r"--set train\.lr=")
+       for n, v in enumerate(["{", "[1, 2", "a: b: c", "@x", "%"])},
+    **{f"{value}-{key}": (f"{key}={value}", rf"^{key} .*{value}$")
+       for key in ("train.lr", "train.weight_decay", "train.gamma")
+       for value in ("inf", "-inf", "nan")},
+}  # fmt: skip
 
 
 def one_clear_error(error: PipelineError) -> None:
@@ -184,76 +207,51 @@ def one_clear_error(error: PipelineError) -> None:
     assert "$" not in error.cause
 
 
-@pytest.mark.parametrize(("text", "message"), WRONG_TEXT.values(), ids=WRONG_TEXT)
-def test_a_wrong_file(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as told:
-        teacher(tmp_path, text)
+@pytest.mark.parametrize(
+    ("text", "override", "named"),
+    [
+        *(pytest.param(text, None, named, id=id) for id, (text, named) in WRONG_TEXT.items()),
+        *(pytest.param(None, s, named, id=f"set-{id}") for id, (s, named) in WRONG_SET.items()),
+    ],
+)
+def test_what_is_wrong_is_named(
+    tmp_path: Path, text: str | None, override: str | None, named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named) as told:
+        teacher(tmp_path, text, {}, *filter(None, [override]))
     one_clear_error(told.value)
 
 
-@pytest.mark.parametrize(("override", "message"), WRONG_SET.values(), ids=WRONG_SET)
-def test_a_wrong_set(tmp_path: Path, override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as told:
-        teacher(tmp_path, None, {}, override)
-    one_clear_error(told.value)
-
-
-@pytest.mark.parametrize("value", ["{", "[1, 2", "a: b: c", "@x", "%"])
-def test_a_set_that_is_not_yaml(tmp_path: Path, value: str) -> None:
-    with pytest.raises(ConfigError, match=r"--set train\.lr=.* is not YAML: ") as told:
-        teacher(tmp_path, None, {}, f"train.lr={value}")
-    one_clear_error(told.value)
-
-
-def test_a_file_that_is_not_text(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"\xff\xfe\x80\x81")
-    with pytest.raises(ConfigError, match=r"model\.safetensors is not a text file") as told:
-        read_config(TeacherConfig, str(tmp_path / "model.safetensors"), NEEDED, [])
-    one_clear_error(told.value)
-
-
-@pytest.mark.parametrize("kind", ["missing", "folder"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "weights"])
 def test_a_file_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
-    path = tmp_path if kind == "folder" else tmp_path / "nowhere.yaml"
-    with pytest.raises(ConfigError, match="cannot read"):
+    path = tmp_path if kind == "folder" else tmp_path / "given"
+    if kind == "weights":
+        path.write_bytes(b"\xff\xfe\x80\x81")
+    with pytest.raises(ConfigError, match=str(path)) as told:
         read_config(TeacherConfig, str(path), NEEDED, [])
+    one_clear_error(told.value)
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"model.architecture": "resnet8"}, "'data.dataset' is missing"),
-        ({"data.dataset": "digits"}, "'model.architecture' is missing"),
-    ],
+    ("missing", "option"), [("data.dataset", "--dataset"), ("model.architecture", "--student")]
 )
-def test_what_is_missing_is_named_with_the_way_to_give_it(
-    flags: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message) as told:
-        read_config(TeacherConfig, None, flags, [])
+def test_what_is_missing_is_named_with_the_way_to_give_it(missing: str, option: str) -> None:
+    flags = NEEDED | {"cache": "c.zarr", missing: None}
+    with pytest.raises(ConfigError, match=missing) as told:
+        read_config(StudentConfig, None, flags, [])
+    assert option in told.value.remedy
     assert "--set" in told.value.remedy
     one_clear_error(told.value)
 
 
-@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
-@pytest.mark.parametrize(
-    "key", ["loss.weight", "loss.temperature", "train.lr", "train.weight_decay", "train.gamma"]
-)
-def test_numbers_are_finite(key: str, value: str) -> None:
-    """JSON and float() take them; a run would only tell after its first epoch."""
-    flags = NEEDED | {"cache": "c.zarr"}
-    with pytest.raises(ConfigError, match=rf"^{key} must be .*, was {value}$"):
-        read_config(StudentConfig, None, flags, [f"{key}={value}"])
-
-
 def test_a_structs_own_error_keeps_its_remedy() -> None:
-    with pytest.raises(ConfigError, match="not defined for the method 'blend'") as told:
+    with pytest.raises(ConfigError, match="'blend'") as told:
         read_config(RectifyConfig, None, {"space": "logit", "method": "blend"}, [])
-    assert told.value.remedy.startswith("Use --method pairwise")
+    assert "--method pairwise" in told.value.remedy
 
 
 def test_a_flag_below_a_value_in_the_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'train' holds keys, not the value 5"):
+    with pytest.raises(ConfigError, match=r"'train'.* 5"):
         teacher(tmp_path, "train: 5", {"train.lr": 0.1})
 
 
@@ -271,8 +269,7 @@ def test_a_runs_configuration_can_be_given_back(tmp_path: Path) -> None:
     train_teacher(config, tmp_path / "run")
     kept = tmp_path / "run" / "config.yaml"
     assert yaml.safe_load(kept.read_text())["kind"] == "teacher"
-    again = read_config(TeacherConfig, str(kept), {}, [])
-    assert again == config
+    assert read_config(TeacherConfig, str(kept), {}, []) == config
     assert read_config(TeacherConfig, str(kept), {"train.epochs": 9}, []).train.epochs == 9
-    with pytest.raises(ConfigError, match="unknown key 'augment'"):
+    with pytest.raises(ConfigError, match="'augment'"):
         read_config(StudentConfig, str(kept), {"cache": "c.zarr"}, [])
