@@ -116,29 +116,18 @@ def alternately(
     yardstick: Callable[[], float],
     turns: int,
     target: float | None = None,
-    at_least: bool = False,
     note: str = "",
 ) -> Ratio:
     """Both things in every turn, each answering with its own seconds (see `seconds`)."""
-    mine: list[float] = []
-    theirs: list[float] = []
-    for turn in range(turns):
-        pair = [(ours, mine), (yardstick, theirs)]
-        for work, times in pair if turn % 2 else reversed(pair):
-            times.append(work())
+    times = in_turns({"yardstick": yardstick, "ours": ours}, turns)
     return Ratio(
-        name=name,
-        ours=tuple(mine),
-        yardstick=tuple(theirs),
-        target=target,
-        at_least=at_least,
-        note=note,
+        name=name, ours=times["ours"], yardstick=times["yardstick"], target=target, note=note
     )
 
 
 def in_turns(works: Mapping[str, Callable[[], float]], turns: int) -> dict[str, tuple[float, ...]]:
-    """As `alternately` for any number of things, another one first in every turn: the seconds of
-    each by its name, turn by turn.
+    """Any number of things in every turn, another one first each time: the seconds of each by its
+    name, turn by turn.
     """
     names = list(works)
     times: dict[str, list[float]] = {name: [] for name in names}

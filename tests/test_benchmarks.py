@@ -33,6 +33,7 @@ from benchmarks.table import README, tables, write_table
 from benchmarks.training import OnlineTask
 from benchmarks.worlds import Plan
 from pipeline.console import Console
+from pipeline.evaluation import check_json
 from stages.cache import LogitCache
 from stages.cache.encoding import ENCODINGS
 from stages.cache.layout import BlockId
@@ -121,7 +122,7 @@ class OtherDigits:
 @pytest.mark.parametrize(
     ("given", "kind", "named"),
     [
-        ({"cache": "nowhere.zarr"}, CacheError, "no cache at"),
+        ({"cache": "nowhere.zarr"}, CacheError, "nowhere.zarr"),
         ({"students": ("resnet8",)}, ConfigError, "--dataset"),
         ({"dataset": "digits", "weights": "run"}, ConfigError, "--student"),
         ({"turns": 0}, ConfigError, "--turns"),
@@ -130,31 +131,29 @@ class OtherDigits:
         ({"device": "abacus"}, ConfigError, "abacus"),
         ({"dataset": "digits", "students": ("resnet8", "resnett")}, ModelError, "resnett"),
         ({"out": "/dev/full/x.json"}, ConfigError, "no folder"),
+        ({"out": "report.txt"}, ConfigError, "--out"),
+        ({"out": "CACHE/a.json"}, ConfigError, "inside the cache"),
+        ({"dataset": "test_benchmarks:OtherDigits", "students": ("vgg8",)}, IdentityError, "data"),
     ],
 )
-def test_wrong_input_is_refused(
+def test_wrong_input_is_refused_before_anything_is_measured(
     given: dict[str, Any], kind: type[PipelineError], named: str, finished_cache: Path
 ) -> None:
+    if "out" in given:
+        given = {"out": given["out"].replace("CACHE", str(finished_cache))}
     with pytest.raises(kind, match=named):
-        bench_cache(Console(), **{"cache": str(finished_cache), **given})
+        bench_cache(Console(), **{"cache": str(finished_cache), "device": "cpu", **given})
 
 
-def test_a_report_has_a_place_before_anything_is_measured(finished_cache: Path) -> None:
-    with pytest.raises(ConfigError, match=r"not a \.json file"):
-        bench_cache(Console(), out="report.txt", cache=str(finished_cache))
-    with pytest.raises(ConfigError, match="inside the cache"):
-        bench_cache(Console(), out=str(finished_cache / "a.json"), cache=str(finished_cache))
-
-
-def test_a_folder_that_takes_no_file_is_told_before_anything_is_measured(
-    finished_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_place_that_takes_no_file_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def refuses(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuses)
-    with pytest.raises(ConfigError, match=r"cannot write .*: Permission denied"):
-        bench_cache(Console(), out=str(tmp_path / "a.json"), cache=str(finished_cache))
+    with pytest.raises(ConfigError, match="Permission denied"):
+        check_json(str(tmp_path / "a.json"), Report)
 
 
 def test_a_damaged_cache_is_told_before_a_student_is_trained(cache_copy: Path) -> None:
@@ -162,18 +161,6 @@ def test_a_damaged_cache_is_told_before_a_student_is_trained(cache_copy: Path) -
     with pytest.raises(CacheError, match="prediction/c/2/0 is missing"):
         bench_cache(
             Console(), cache=str(cache_copy), dataset="digits", students=("resnet8",), device="cpu"
-        )
-
-
-def test_another_dataset_is_refused(finished_cache: Path) -> None:
-    with pytest.raises(IdentityError, match="dataset"):
-        bench_cache(
-            Console(),
-            cache=str(finished_cache),
-            dataset="test_benchmarks:OtherDigits",
-            students=("resnet8",),
-            turns=1,
-            device="cpu",
         )
 
 

@@ -159,11 +159,13 @@ def killed(folder: Path) -> Killed:
     impatient = os.environ | {"DASK_DISTRIBUTED__DEPLOY__LOST_WORKER_TIMEOUT": "0.1s"}
     with Path("said.txt").open("w") as said:
         sweep = started(file, stdout=said, stderr=subprocess.STDOUT, env=impatient)
-        wait_for(out / "long-s0" / "last.pt", sweep)
-    told = Path("said.txt").read_text()
-    workers = psutil.Process(sweep.pid).children(recursive=True)
-    os.kill(sweep.pid, signal.SIGKILL)
-    sweep.wait()
+        try:
+            wait_for(out / "long-s0" / "last.pt", sweep)
+        finally:
+            told = Path("said.txt").read_text()
+            workers = psutil.Process(sweep.pid).children(recursive=True)
+            sweep.kill()
+            sweep.wait()
     ended, table = gone(workers), (out / "table.md").read_text()
     return Killed(file, out, told, lines(out), table, ended)
 
