@@ -1,4 +1,4 @@
-"""A Dask cluster that somebody else has started."""
+"""An existing Dask cluster."""
 
 import contextlib
 import logging
@@ -14,7 +14,7 @@ def existing_cluster(address: str) -> Iterator[Any]:
     from distributed import Client
     from distributed.utils import silence_logging_cmgr
 
-    with silence_logging_cmgr(logging.CRITICAL + 1):  # what goes wrong is told once, by us
+    with silence_logging_cmgr(logging.CRITICAL + 1):  # errors are reported once, below
         try:
             client = Client(address, timeout=10, set_as_default=False)
         except (OSError, ValueError) as error:

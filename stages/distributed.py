@@ -1,4 +1,4 @@
-"""One launch on several processes: what torchrun started, and how its ranks act as one.
+"""Several processes of one launch, as torchrun starts them, and what they do together.
 
     torchrun --nproc-per-node=8 -m pipeline cache-teacher ...
 
@@ -7,8 +7,8 @@
         plan = first_rank_does(ranks, make_plan)  # one works; all have its result, or its error
         barrier(ranks)
 
-With one rank every function is a plain call. A rank that fails or is killed ends the launch:
-torchrun stops the others, and those that wait for it in here raise RankError.
+With one rank every function is a plain call. If a rank fails or is killed, the launch ends:
+torchrun stops the others, and those that wait for it here raise RankError.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ from stages.device import choose_device
 from stages.errors import ConfigError, PipelineError, RankError
 
 TIMEOUT = timedelta(hours=1)
-"""How long a rank waits for another that shows no sign of life."""
+"""How long a rank waits for another that makes no progress."""
 _TELLING = timedelta(seconds=10)
 _POLL_SECONDS = 0.1
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _groups, _counts = itertools.count(), itertools.count()
-"""What ranks make together is numbered by each: the same numbers mean the same thing."""
+"""Numbers of groups and counts. Every rank counts alike, so equal numbers mean the same object."""
 
 Result = TypeVar("Result")
 
@@ -193,8 +193,8 @@ def first_rank_does(ranks: Ranks, work: Callable[[], Result]) -> Result:
 
 
 def first_rank_before_others(ranks: Ranks, work: Callable[[], Result]) -> Result:
-    """Call `work` on every rank, on the first one first: what it downloads, or remembers on disk,
-    is there for the others. What it returns stays on its rank.
+    """Call `work` on every rank, first on rank 0, so that what it downloads or keeps on disk is
+    there for the others. What it returns stays on its rank.
     """
     mine: list[Result] = []
     first_rank_does(ranks, lambda: mine.append(work()))
@@ -202,9 +202,7 @@ def first_rank_before_others(ranks: Ranks, work: Callable[[], Result]) -> Result
 
 
 class SharedCount:
-    """A number that all ranks add to: how far they are together. Every rank makes one, in the same
-    order among others.
-    """
+    """A number that all ranks add to. Every rank makes its counts in the same order."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self._key, self._own = ranks, f"count{next(_counts)}", 0
@@ -223,8 +221,8 @@ def wait_for_all(
 ) -> None:
     """Wait until every rank is here, however long, as long as `progress()` changes now and then.
 
-    For the end of shares that take hours, where a barrier would give up. Raises RankError where a
-    rank has failed, or nothing has changed for `timeout`.
+    For the end of work that takes hours, where a barrier would time out. Raises RankError if a rank
+    has failed, or nothing has changed for `timeout`.
     """
     if ranks.world == 1:
         return
@@ -239,15 +237,15 @@ def wait_for_all(
         if (now := progress()) != known:
             known, since = now, time.monotonic()
         elif time.monotonic() - since > timeout.total_seconds():
-            raise RankError(f"{ranks.world - here} other rank(s) stand still", _AGAIN)
+            raise RankError(f"{ranks.world - here} other rank(s) make no progress", _AGAIN)
     barrier(ranks)
 
 
 @contextlib.contextmanager
 def told_once() -> Iterator[bool]:
-    """Around the telling of an error: whether this rank is the one of its launch to tell it.
+    """Around reporting an error: whether this rank of the launch is the one that reports it.
 
-    The others wait until it has been told: torchrun stops all ranks when the first one ends.
+    The others wait until it has: torchrun stops all ranks when the first one ends.
     """
     try:
         ranks = launched_ranks()
@@ -270,7 +268,7 @@ _AGAIN = "Run the same command again: what is finished is kept."
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
-    """torch.distributed tells everything as a RuntimeError, often over many lines."""
+    """torch.distributed raises RuntimeError for everything, often over many lines."""
     try:
         yield
     except RuntimeError as error:
@@ -302,7 +300,7 @@ def _failures(ranks: Ranks, more: int = 0) -> int:
 
 @functools.cache
 def _tells(ranks: Ranks) -> bool:
-    """Whether this rank is the first of its launch to fail. Twice told is better than never."""
+    """Whether this rank is the first of its launch to fail; also if the store does not answer."""
     if ranks.world == 1:
         return True
     try:

@@ -1,7 +1,7 @@
-"""Errors of the user's or the surroundings': told as cause and remedy, exit code 2.
+"""Errors that a user can act on: printed as cause and remedy, exit code 2.
 
-The one module that everything in `stages` may import. A `PipelineError` is printed without a
-traceback; any other exception is a fault of ours and keeps its traceback (exit code 1).
+Everything in `stages` may import this module. A `PipelineError` is printed without a traceback; any
+other exception is a bug and keeps its traceback (exit code 1).
 """
 
 import signal

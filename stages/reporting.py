@@ -1,11 +1,11 @@
-"""What a stage tells whoever runs it: `pipeline/console.py` shows it, a library call is silent."""
+"""Messages and progress of a stage: `pipeline/console.py` shows them, a library call is silent."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
 
 class Reporter(Protocol):
-    """Where a stage's words and numbers go."""
+    """Receives the messages of a stage."""
 
     def say(self, text: str) -> None:
         """One line."""

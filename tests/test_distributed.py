@@ -180,7 +180,7 @@ def test_an_error_before_the_ranks_meet_is_told_once(outcomes: dict[str, list[An
     [
         ("one_is_killed", "another rank has ended"),
         ("one_never_comes", "does not answer"),
-        ("one_stands_still", "1 other rank(s) stand still"),
+        ("one_stands_still", "1 other rank(s) make no progress"),
     ],
 )
 def test_nobody_waits_forever(outcomes: dict[str, list[Any]], scenario: str, words: str) -> None:

@@ -24,8 +24,21 @@ def rectify_rows(
 ) -> Tensor:
     """Rectify rows of probabilities; rows whose prediction is the label stay as they are.
 
-    probabilities: float (n, C), each row sums to 1. labels: int64 (n,). predictions: int64 (n,),
-    None for the rows' own argmax. Returns (n, C) of the same dtype; each row sums to 1.
+    Parameters
+    ----------
+    probabilities : Tensor
+        float (n, C); each row sums to 1.
+    labels : Tensor
+        int64 (n,).
+    method : {"pairwise", "swap", "blend"}
+        See the formulas of this module.
+    predictions : Tensor, optional
+        int64 (n,); the rows' own argmax if None.
+
+    Returns
+    -------
+    Tensor
+        (n, C) of the same dtype; each row sums to 1.
     """
     label = labels.unsqueeze(1)
     predicted = (

@@ -21,12 +21,28 @@ _SIDES = ("weak", "strong")
 
 
 def view_policy(spec: str, seed: int = 0, plain: Plain | None = None) -> ViewPolicy:
-    """The policy that a specification describes, for example `pad-crop:pad=2` or
-    `pad-crop-flip+trivial-augment+mixup:alpha=0.4`; see docs/views.md.
+    """The policy that a specification describes; see docs/views.md.
 
-    plain: what a `none` without parameters stands for, None for the image as it is.
-    Raises ViewError for an unknown name or parameter, suggesting the nearest, and for stages that
-    do not go together.
+    Parameters
+    ----------
+    spec : str
+        For example `pad-crop:pad=2` or `pad-crop-flip+trivial-augment+mixup:alpha=0.4`.
+    seed : int
+        Of all draws.
+    plain : Plain, optional
+        What a `none` without parameters stands for; the image as it is if None.
+
+    Returns
+    -------
+    ViewPolicy
+        `apply(images, samples, view)` takes uint8 (B, C, H, W) and int64 (B,), the positions in the
+        dataset, and returns view `view` of each, uint8 (B, C, H, W).
+
+    Raises
+    ------
+    ViewError
+        For an unknown name or parameter, suggesting the nearest, and for parts that do not go
+        together.
     """
     sides = [[_parsed(part) for part in side.split("+")] for side in spec.split("|")]
     if not all(map(_is_orderly, sides)):
