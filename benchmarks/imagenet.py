@@ -35,16 +35,11 @@ from benchmarks.imagenet_data import (
 from benchmarks.measure import Figure, Report, new_report, peak_memory, seconds
 from pipeline.console import Console, size
 from stages.cache import LogitCache
-from stages.cache.encoding import (
-    FIT_ROWS,
-    Float16,
-    Float32,
-    Klt,
-    TopK,
-    Uint8,
-    fit_encoding,
-    measure_all,
-)
+from stages.cache.encoding import FIT_ROWS, fit_encoding, measure_all
+from stages.cache.encoding.floats import Float16, Float32
+from stages.cache.encoding.klt import Klt
+from stages.cache.encoding.topk import TopK
+from stages.cache.encoding.uint8 import Uint8
 from stages.cache.layout import block_grid
 from stages.cache_plan import count_files
 from stages.inputs.counter_hash import permute

@@ -16,7 +16,7 @@ from stages.user_code import FOLDERS
 
 LOSSES = names_in("stages.objectives.losses", "loss")
 DEVICES = ("auto", "cpu", "cuda")
-ENCODINGS = ("auto", "float32", "float16", "uint8", "klt", "topk")
+ENCODINGS = ("auto", *names_in("stages.cache.encoding", "encoding"))
 DATASETS = tuple(n for n in names_in("stages.inputs.datasets", "dataset") if n not in FOLDERS)
 POLICIES = names_in("stages.inputs.views", "base")
 ON_TOP = names_in("stages.inputs.views", "on_top")

@@ -1,4 +1,4 @@
-"""Losses, layers of views and datasets register themselves: a new one is one new file.
+"""Losses, encodings, layers of views and datasets register themselves: each is one file.
 
 A decorator with the name in it, `@loss("kd", ...)`, puts what it decorates into a table.
 """

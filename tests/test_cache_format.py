@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from stages.cache import LogitCache, layout
 from stages.cache.commits import seal_records, unsealed
-from stages.cache.encoding import ENCODINGS, EncodingAttributes, Fidelity, TopK
+from stages.cache.encoding import ENCODINGS, EncodingAttributes, Fidelity
+from stages.cache.encoding.topk import TopK
 from stages.cache.identity import Identity, weights_digest
 from stages.cache.metadata import RootAttributes, all_arrays, sealed
 from stages.cache.rectified import RectificationSettings

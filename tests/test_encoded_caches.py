@@ -18,7 +18,8 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.blocks import BlockGroup
-from stages.cache.encoding import DEFAULT_MAX_KL, Fidelity, Klt
+from stages.cache.encoding import DEFAULT_MAX_KL, Fidelity
+from stages.cache.encoding.klt import Klt
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, IdentityError, PipelineError

@@ -17,7 +17,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from stages.cache import LogitCache, arrays
-from stages.cache.encoding import Float32
+from stages.cache.encoding.floats import Float32
 from stages.cache.layout import ArraySpec, BlockGrid, BlockId
 from stages.cache.metadata import NewCache
 from stages.cache.rectified import RectificationSettings

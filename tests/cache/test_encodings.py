@@ -24,23 +24,21 @@ from stages.cache.encoding import (
     Encoding,
     EncodingAttributes,
     Fidelity,
-    Float16,
-    Float32,
-    Klt,
-    TopK,
-    Uint8,
     checked_rows,
     combined,
     encoding_attributes,
     fit_encoding,
-    fit_klt,
     measure,
     measure_all,
     restored,
+    row_bytes_on_disk,
     row_kl,
     topk,
 )
-from stages.cache.encoding.choose import row_bytes_on_disk
+from stages.cache.encoding.floats import Float16, Float32
+from stages.cache.encoding.klt import Klt
+from stages.cache.encoding.topk import TopK
+from stages.cache.encoding.uint8 import Uint8
 from stages.errors import CacheError, ConfigError, PipelineError
 
 Rows = NDArray[np.float32]
@@ -93,8 +91,8 @@ def some_encodings(classes: int = 12) -> dict[str, Encoding]:
         "float32": Float32(),
         "float16": Float16(),
         "uint8": Uint8(),
-        "klt": fit_klt(rows),
-        "klt-int16": fit_klt(rows, 1e-8),
+        "klt": Klt.fit(rows),
+        "klt-int16": Klt.fit(rows, 1e-8),
         "topk": TopK(classes, 4),
         "topk-all": TopK(classes, classes),
     }
@@ -223,7 +221,7 @@ def test_klt_is_fitted_alike_at_any_offset(each: bool) -> None:
     rows = (rows * 256).round() / 256
     offset = OFFSETS["each-row" if each else "negative"](2000).round()
 
-    plain, moved = fit_klt(rows), fit_klt(rows + offset)
+    plain, moved = Klt.fit(rows), Klt.fit(rows + offset)
 
     assert moved.dtype == plain.dtype
     torch.testing.assert_close(moved.step[:-1], plain.step[:-1], rtol=0.1, atol=0)
@@ -329,7 +327,7 @@ def kl_at(coding: Encoding, rows: Tensor, temperature: float = 1.0) -> float:
 @pytest.mark.parametrize("classes", [2, 11, 40])
 def test_the_basis_of_klt_is_orthonormal_and_sorted_by_variance(classes: int) -> None:
     rows, _ = teacher_rows(500, classes)
-    coding = fit_klt(rows)
+    coding = Klt.fit(rows)
 
     basis = coding.basis.double().numpy()
     np.testing.assert_allclose(basis @ basis.T, np.eye(classes), rtol=0, atol=1e-6)
@@ -347,8 +345,8 @@ def test_the_basis_of_klt_is_orthonormal_and_sorted_by_variance(classes: int) ->
 def test_fitting_klt_again_gives_the_same_bits() -> None:
     rows, _ = teacher_rows(300, 20)
 
-    assert fit_klt(rows.clone()).digest() == fit_klt(rows).digest()
-    assert fit_klt(rows, 1e-3).digest() != fit_klt(rows).digest()
+    assert Klt.fit(rows.clone()).digest() == Klt.fit(rows).digest()
+    assert Klt.fit(rows, 1e-3).digest() != Klt.fit(rows).digest()
 
 
 @pytest.mark.parametrize("budget", [0.5, 5e-2, DEFAULT_MAX_KL, 1e-3, 1e-5, 1e-7])
@@ -356,7 +354,7 @@ def test_fitting_klt_again_gives_the_same_bits() -> None:
 def test_klt_holds_its_budget_with_the_coarsest_step(budget: float, classes: int) -> None:
     rows, _ = teacher_rows(800, classes)
 
-    coding = fit_klt(rows, budget)
+    coding = Klt.fit(rows, budget)
 
     assert kl_at(coding, rows) <= 0.9 * budget
     limit = torch.iinfo(getattr(torch, coding.dtype)).max
@@ -368,7 +366,7 @@ def test_klt_holds_its_budget_with_the_coarsest_step(budget: float, classes: int
 def test_klt_never_takes_a_step_above_the_coarsest() -> None:
     rows, _ = teacher_rows(100, 11)
 
-    assert float(fit_klt(rows * 1e-3, 10.0).step.max()) == 8.0
+    assert float(Klt.fit(rows * 1e-3, 10.0).step.max()) == 8.0
 
 
 def test_klt_keeps_to_one_byte_with_a_coarser_leading_component() -> None:
@@ -376,7 +374,7 @@ def test_klt_keeps_to_one_byte_with_a_coarser_leading_component() -> None:
     rows, _ = teacher_rows(2000, 20)
     rows[:, :2] += 200 * torch.randn(2000, 1, generator=torch.Generator().manual_seed(3)) - 900
 
-    coding = fit_klt(rows)
+    coding = Klt.fit(rows)
 
     assert coding.dtype == "int8"
     assert float(coding.step[0]) > 3 * float(coding.step[1])
@@ -388,7 +386,7 @@ def test_klt_keeps_to_one_byte_with_a_coarser_leading_component() -> None:
 def test_klt_takes_two_bytes_for_tiny_budgets_alone(budget: float, dtype: str) -> None:
     rows, _ = teacher_rows(500, 20)
 
-    coding = fit_klt(rows, budget)
+    coding = Klt.fit(rows, budget)
 
     assert coding.dtype == dtype
     assert coding.encode(rows)["logits_code"].dtype == getattr(torch, dtype)
@@ -398,14 +396,14 @@ def test_a_budget_below_the_finest_step_is_refused() -> None:
     rows, _ = teacher_rows(500, 20)
 
     with pytest.raises(CacheError, match="no step of the encoding klt holds a KL of 1e-13") as told:
-        fit_klt(rows, 1e-13)
+        Klt.fit(rows, 1e-13)
     assert "--encoding float32" in told.value.remedy
 
 
 @pytest.mark.parametrize("budget", [DEFAULT_MAX_KL, 1e-8], ids=["int8", "int16"])
 def test_codes_beyond_the_range_are_clamped_and_counted(budget: float) -> None:
     rows, _ = teacher_rows(300, 12)
-    coding = fit_klt(rows, budget)
+    coding = Klt.fit(rows, budget)
     assert coding.saturated(coding.encode(rows)) == 0
     far = rows.clone()
     far[[4, 17, 200]] = coding.mean + 1e6 * coding.basis[0] * torch.tensor([[1.0], [-1.0], [3.0]])
@@ -431,7 +429,7 @@ def test_codes_beyond_the_range_are_clamped_and_counted(budget: float) -> None:
     ],
 )
 def test_klt_is_fitted_to_rows_of_low_rank(rows: Tensor) -> None:
-    coding = fit_klt(rows)
+    coding = Klt.fit(rows)
 
     basis = coding.basis.double()
     torch.testing.assert_close(basis @ basis.T, torch.eye(20).double(), rtol=0, atol=1e-6)
@@ -444,7 +442,7 @@ def test_klt_is_fitted_to_rows_of_low_rank(rows: Tensor) -> None:
 @pytest.mark.parametrize("budget", [DEFAULT_MAX_KL, 1e-4])
 @pytest.mark.parametrize("classes", [11, 50])
 def test_klt_holds_its_budget_on_rows_it_has_not_seen(budget: float, classes: int) -> None:
-    coding = fit_klt(teacher_rows(2000, classes)[0], budget)
+    coding = Klt.fit(teacher_rows(2000, classes)[0], budget)
     unseen, _ = teacher_rows(4000, classes, seed=9)
 
     assert kl_at(coding, unseen) <= 1.5 * budget
@@ -476,7 +474,7 @@ def test_klt_against_numpy(name: str) -> None:
 def test_a_step_is_the_same_error_in_every_direction() -> None:
     """A rotation keeps lengths: the error of a row is that of its codes."""
     rows, _ = teacher_rows(2000, 30)
-    coding = fit_klt(rows, 1e-3)
+    coding = Klt.fit(rows, 1e-3)
     error = (round_trip(coding, rows) - rows).double()
 
     lengths = error.square().sum(1)
@@ -755,7 +753,7 @@ def changed(tensor: Tensor, where: int) -> Tensor:
 
 def test_a_digest_changes_with_every_parameter_and_every_value() -> None:
     rows, _ = teacher_rows(100, 5)
-    klt = fit_klt(rows)
+    klt = Klt.fit(rows)
     several: list[Encoding] = [Float32(), Float16(), Uint8(), klt]
     several += [TopK(5, 2), TopK(5, 3), TopK(5, 2, (1.0,)), TopK(5, 2, (4.0, 2.0, 1.0))]
     several += [dataclasses.replace(klt, dtype="int16")]

@@ -31,7 +31,8 @@ from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import LocalStore
 
 from stages.cache import LogitCache
-from stages.cache.encoding import Klt, TopK
+from stages.cache.encoding.klt import Klt
+from stages.cache.encoding.topk import TopK
 from stages.cache.identity import identity_from_json
 from stages.cache.storage import half_written
 from stages.cache_teacher import CacheJob, cache_teacher

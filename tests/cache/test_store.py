@@ -17,7 +17,7 @@ from pipeline.console import Console
 from pipeline.tables import show_cache
 from stages.cache import LogitCache, commits, metadata
 from stages.cache.commits import unsealed
-from stages.cache.encoding import Float32
+from stages.cache.encoding.floats import Float32
 from stages.cache.identity import DatasetIdentity, Identity, TeacherIdentity, ViewsIdentity
 from stages.cache.layout import BlockId
 from stages.cache.metadata import NewCache, sealed

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.cache.encoding import TopK
+from stages.cache.encoding.topk import TopK
 from stages.objectives.losses import kd, lump
 
 TEMPERATURES = [1.0, 2.0, 4.0]

@@ -15,7 +15,7 @@ from helpers import DIGITS, metrics
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.encoding import Float32
+from stages.cache.encoding.floats import Float32
 from stages.cache.targets import ViewTargets
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits

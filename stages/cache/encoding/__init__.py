@@ -1,4 +1,4 @@
-"""Logits <-> stored arrays: one frozen class an encoding.
+"""Logits <-> stored arrays: one frozen class an encoding, registered by its own file.
 
 | name    | for                                                                    |
 |---------|------------------------------------------------------------------------|
@@ -9,15 +9,24 @@
 | topk    | thousands of classes: the largest logits and the weight of the rest    |
 """
 
-from stages.cache.encoding.base import Encoding, check_offset, check_temperature
-from stages.cache.encoding.choose import (
+from stages.cache.encoding.base import (
+    DEFAULT_MAX_KL,
     ENCODINGS,
+    Encoding,
+    check_offset,
+    check_temperature,
+)
+from stages.cache.encoding.choose import (
     FIT_ROWS,
+    EncodingAttributes,
     Measured,
     check_encoding,
+    encoding_attributes,
     fit_encoding,
     is_encoding,
     measure_all,
+    restored,
+    row_bytes_on_disk,
 )
 from stages.cache.encoding.fidelity import (
     Fidelity,
@@ -29,11 +38,9 @@ from stages.cache.encoding.fidelity import (
     row_kl,
     rows_of_a_view,
 )
-from stages.cache.encoding.floats import Float16, Float32
-from stages.cache.encoding.klt import DEFAULT_MAX_KL, Klt, fit_klt
-from stages.cache.encoding.restore import EncodingAttributes, encoding_attributes, restored
-from stages.cache.encoding.topk import TopK
-from stages.cache.encoding.uint8 import Uint8
+from stages.registry import import_all
+
+import_all(__name__)
 
 __all__ = [
     "DEFAULT_MAX_KL",
@@ -42,12 +49,7 @@ __all__ = [
     "Encoding",
     "EncodingAttributes",
     "Fidelity",
-    "Float16",
-    "Float32",
-    "Klt",
     "Measured",
-    "TopK",
-    "Uint8",
     "check_encoding",
     "check_offset",
     "check_temperature",
@@ -56,12 +58,12 @@ __all__ = [
     "compare",
     "encoding_attributes",
     "fit_encoding",
-    "fit_klt",
     "is_encoding",
     "mean_kl",
     "measure",
     "measure_all",
     "restored",
+    "row_bytes_on_disk",
     "row_kl",
     "rows_of_a_view",
 ]

@@ -3,17 +3,35 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from stages.cache.layout import ArraySpec
-from stages.errors import CacheError
+from stages.errors import CacheError, ConfigError
 
 A_ROW = ("view", "sample")
 ALONG_CLASSES = (*A_ROW, "class")
+DEFAULT_MAX_KL = 5e-3
+"""Mean KL at T=1, in nats: what `klt` aims at where nothing is asked for."""
+
+
+ENCODINGS: dict[str, type["Encoding"]] = {}
+"""Every encoding by its name on the command line."""
+Class = TypeVar("Class", bound=type["Encoding"])
+
+
+def encoding(name: str) -> Callable[[Class], Class]:
+    """Register a class as the encoding of this name."""
+
+    def register(made: Class) -> Class:
+        made.name = name
+        ENCODINGS[name] = made
+        return made
+
+    return register
 
 
 class Encoding(ABC):
@@ -25,7 +43,49 @@ class Encoding(ABC):
     that are written once, before the first block.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "auto"
+    default_up_to: ClassVar[float] = 0
+    """Classes up to which `auto` takes it, where no KL is asked for; of several the smallest."""
+    takes: ClassVar[Mapping[str, Callable[[str], Any]]] = {}
+    """What can be set after a colon (`topk:k=20`), and how each is read. Raises ValueError."""
+
+    # ---- making one -------------------------------------------------------------------------
+
+    @classmethod
+    def parse(cls, text: str) -> dict[str, Any]:
+        """`k=20,temperatures=1/2/4` as arguments of `fit`. Raises ConfigError."""
+        given: dict[str, Any] = {}
+        for part in filter(None, text.split(",")):
+            key, _, value = part.partition("=")
+            try:
+                given[key] = cls.takes[key](value)
+            except (KeyError, ValueError):
+                raise ConfigError(
+                    f"'{part}' is not a parameter of the encoding {cls.name}",
+                    f"It takes {', '.join(cls.takes) or 'none'}.",
+                ) from None
+        return given
+
+    @classmethod
+    def fit(cls, logits: Tensor, max_kl: float = DEFAULT_MAX_KL, **given: Any) -> "Encoding":
+        """The encoding for rows like these.
+
+        logits: float32 (n, C), a fair draw of rows. max_kl: mean KL to the exact rows at T=1, in
+        nats. given: as `parse` gives it. Raises CacheError if there is none.
+        """
+        return cls()
+
+    @classmethod
+    def restore(
+        cls, parameters: Mapping[str, Any], num_classes: int, read: Callable[[str], Tensor]
+    ) -> "Encoding":
+        """The encoding of a store that exists. read: name of a calibration array -> values.
+
+        Raises an exception of any kind if parameters or calibration are not those of an encoding.
+        """
+        return cls()
+
+    # ---- what it is -------------------------------------------------------------------------
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -48,6 +108,8 @@ class Encoding(ABC):
     def calibration(self) -> dict[str, Tensor]:
         """Their values."""
         return {}
+
+    # ---- encoding and decoding --------------------------------------------------------------
 
     @abstractmethod
     def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:

@@ -1,34 +1,25 @@
-"""Which encoding: by name, fitted to real rows, or the smallest that is faithful enough."""
+"""Which encoding: by name, the smallest that is faithful enough, or the one of a store."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from torch import Tensor
 
 from stages.cache.arrays import encode_shard
-from stages.cache.encoding.base import Encoding
+from stages.cache.encoding.base import DEFAULT_MAX_KL, ENCODINGS, Encoding
 from stages.cache.encoding.fidelity import Fidelity, compare
-from stages.cache.encoding.floats import Float16, Float32
-from stages.cache.encoding.klt import DEFAULT_MAX_KL, Klt, fit_klt
-from stages.cache.encoding.topk import TopK
-from stages.cache.encoding.uint8 import Uint8
 from stages.cache.layout import base_arrays, block_grid
-from stages.errors import CacheError, ConfigError
+from stages.errors import CacheError, PipelineError
 
-ENCODINGS: dict[str, type[Encoding]] = {
-    coding.name: coding for coding in (Float32, Float16, Uint8, Klt, TopK)
-}
 FIT_ROWS = 8192
 """How many rows an encoding is fitted to."""
 _MEASURED = 2**22
 """Logits that an encoding is measured on: all 8,192 rows of up to 512 classes, fewer of more."""
-_EXACT_CLASSES = 10
-"""Up to so many classes a row is small as it is."""
-_KLT_CLASSES = 4096
-"""Above, an eigenbasis costs more than it saves: C^2 numbers, and a product of that size a row."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +40,21 @@ def check_encoding(spec: str) -> str:
     name, _, parameters = spec.partition(":")
     if name not in ("auto", *ENCODINGS):
         raise CacheError(f"unknown encoding '{name}'", f"Known: auto, {', '.join(ENCODINGS)}.")
-    _parameters(name, parameters)
+    _class(name).parse(parameters)
     return name
 
 
 def is_encoding(spec: str, coding: Encoding) -> bool:
     """Whether an encoding is what a spec asks for, as far as it asks."""
     name, _, text = spec.partition(":")
-    asked = json.loads(json.dumps(_parameters(name, text)))  # as attributes have them
+    asked = json.loads(json.dumps(_class(name).parse(text)))  # as attributes have them
     known = coding.parameters
     return name == "auto" or (name == coding.name and {**known, **asked} == known)
+
+
+def _class(name: str) -> type[Encoding]:
+    """The encoding of a name; for `auto` what all have in common."""
+    return ENCODINGS.get(name, Encoding)
 
 
 def fit_encoding(
@@ -87,25 +83,20 @@ def measure_all(
     """Every encoding on real rows, as `fit_encoding` takes them; and one more, where given."""
     fitted = {more.name: more} if more else {}
     for name in ENCODINGS:
-        if name not in fitted and not (name == "klt" and logits.shape[1] > _KLT_CLASSES):
-            try:
+        if name not in fitted:
+            # klt has too many classes, or a budget that only whole floats hold.
+            with contextlib.suppress(CacheError):
                 fitted[name] = _fitted(name, logits, max_kl or DEFAULT_MAX_KL)
-            except CacheError:  # klt, at a budget that only whole floats hold
-                continue
     measured = []
-    for name in ENCODINGS:
-        if name in fitted:
-            try:
-                measured.append(_measured(fitted[name], logits, labels))
-            except CacheError:  # logits beyond its range
-                continue
+    for name in filter(fitted.__contains__, ENCODINGS):
+        with contextlib.suppress(CacheError):  # logits beyond its range
+            measured.append(_measured(fitted[name], logits, labels))
     return measured
 
 
 def _by_classes(num_classes: int) -> str:
-    if num_classes <= _EXACT_CLASSES:
-        return "float32"
-    return "klt" if num_classes <= _KLT_CLASSES else "topk"
+    able = [coding for coding in ENCODINGS.values() if coding.default_up_to >= num_classes]
+    return min(able, key=lambda coding: coding.default_up_to).name
 
 
 def _holding(measured: list[Measured], max_kl: float) -> Measured:
@@ -137,40 +128,8 @@ def _measured(coding: Encoding, logits: Tensor, labels: Tensor) -> Measured:
 
 def _fitted(spec: str, logits: Tensor, max_kl: float) -> Encoding:
     name, _, text = spec.partition(":")
-    given = _parameters(name, text)
-    classes = logits.shape[1]
-    if name == "klt":
-        if classes > _KLT_CLASSES:
-            raise CacheError(
-                f"klt is for up to {_KLT_CLASSES:,} classes, not {classes:,}",
-                "Use --encoding topk.",
-            )
-        return fit_klt(logits, max_kl)
-    if name == "topk":
-        return TopK(classes, **{"k": min(TopK.k, classes), **given})
-    return ENCODINGS[name]()
-
-
-def _parameters(name: str, text: str) -> dict[str, Any]:
-    """`k=20,temperatures=1/2/4` as keyword arguments."""
-    known: dict[str, Callable[[str], Any]] = {}
-    if name == "topk":
-        known = {"k": int, "temperatures": _numbers}
-    given: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
-        key, _, value = part.partition("=")
-        try:
-            given[key] = known[key](value)
-        except (KeyError, ValueError):
-            raise ConfigError(
-                f"'{part}' is not a parameter of the encoding {name}",
-                f"It takes {', '.join(known) or 'none'}.",
-            ) from None
-    return given
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(map(float, text.split("/")))
+    chosen = ENCODINGS[name]
+    return chosen.fit(logits, max_kl, **chosen.parse(text))
 
 
 def row_bytes_on_disk(coding: Encoding, logits: Tensor, labels: Tensor) -> float:
@@ -191,3 +150,48 @@ def row_bytes_on_disk(coding: Encoding, logits: Tensor, labels: Tensor) -> float
         )
         / rows
     )
+
+
+# ---- as the root attributes have it ---------------------------------------------------------
+
+
+class EncodingAttributes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How rows are stored, as the root attributes say. digest: as `Encoding.digest`."""
+
+    name: str
+    parameters: dict[str, Any]
+    digest: str
+
+
+def encoding_attributes(coding: Encoding) -> dict[str, Any]:
+    """The root attribute `encoding`."""
+    attributes = EncodingAttributes(coding.name, coding.parameters, coding.digest())
+    plain: dict[str, Any] = msgspec.to_builtins(attributes)
+    return plain
+
+
+def restored(
+    attributes: EncodingAttributes, num_classes: int, read: Callable[[str], Tensor]
+) -> Encoding:
+    """The encoding that a store was written with. read: name of a calibration array -> values.
+
+    Raises CacheError if it is unknown, or not what its digest says.
+    """
+    if attributes.name not in ENCODINGS:
+        raise CacheError(
+            f"unknown encoding '{attributes.name}'",
+            "Install the version of teacher-cache that wrote it, or a newer one.",
+        )
+    try:
+        made = ENCODINGS[attributes.name]
+        coding = made.restore(attributes.parameters, num_classes, read)
+    except PipelineError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise CacheError(f"the encoding's parameters are damaged: {error}") from error
+    if coding.digest() != attributes.digest or coding.parameters != attributes.parameters:
+        raise CacheError(
+            f"the calibration of the encoding {coding.name} is not the one it was made with",
+            "Run `pipeline verify CACHE --repair`.",
+        )
+    return coding

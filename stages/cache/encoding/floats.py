@@ -2,20 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from stages.cache.encoding.base import A_ROW, ALONG_CLASSES, Encoding, check_range, check_span
+from stages.cache.encoding.base import (
+    A_ROW,
+    ALONG_CLASSES,
+    Encoding,
+    check_range,
+    check_span,
+    encoding,
+)
 from stages.cache.layout import ArraySpec
 
 
+@encoding("float32")
 @dataclass(frozen=True)
 class Float32(Encoding):
-    """Exact; the default for up to 10 classes."""
+    """Exact; the default for up to 10 classes: a row is small as it is."""
 
-    name: ClassVar[str] = "float32"
+    default_up_to = 10
 
     def arrays(self) -> dict[str, ArraySpec]:
         return {"logits": ArraySpec(ALONG_CLASSES, "float32")}
@@ -28,14 +35,13 @@ class Float32(Encoding):
         return arrays["logits"].float()
 
 
+@encoding("float16")
 @dataclass(frozen=True)
 class Float16(Encoding):
     """logit = offset + difference, the offset a row's largest logit in single precision, the
     difference in half: 11 significant bits of the distance to the largest, whatever the offset. KL
     to the exact row about 1e-7 at T=1.
     """
-
-    name: ClassVar[str] = "float16"
 
     def arrays(self) -> dict[str, ArraySpec]:
         return {

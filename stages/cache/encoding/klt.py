@@ -11,20 +11,17 @@ it is, it changes nothing of what the others say.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from stages.cache.encoding.base import Encoding, check_range
+from stages.cache.encoding.base import DEFAULT_MAX_KL, Encoding, check_range, encoding
 from stages.cache.encoding.fidelity import mean_kl
 from stages.cache.layout import ArraySpec
 from stages.errors import CacheError
-
-DEFAULT_MAX_KL = 5e-3
-"""Mean KL at T=1, in nats: what `klt` aims at where nothing is asked for."""
 
 _HEADROOM = 1.5
 """How much larger than the calibration's largest code a code may be."""
@@ -35,6 +32,7 @@ _SEARCHED = 2**21
 _COARSEST, _STEPS_PER_OCTAVE, _OCTAVES = 8.0, 8, 16
 
 
+@encoding("klt")
 @dataclass(frozen=True, eq=False)
 class Klt(Encoding):
     """logits = mean + (code * step) @ basis.
@@ -50,7 +48,60 @@ class Klt(Encoding):
     mean: Tensor
     step: Tensor
     dtype: str = "int8"
-    name: ClassVar[str] = "klt"
+    default_up_to: ClassVar[float] = 4096
+    """Above, an eigenbasis costs more than it saves: C^2 numbers, as large a product a row."""
+
+    @classmethod
+    def fit(cls, logits: Tensor, max_kl: float = DEFAULT_MAX_KL, **given: Any) -> "Klt":
+        """Basis and mean of these rows, and the coarsest step that holds the budget on them.
+
+        logits: float32 (n, C), a fair draw of rows. max_kl: mean KL to the exact rows at T=1, in
+        nats. Raises CacheError if no step holds it, or there are too many classes.
+        """
+        if logits.shape[1] > cls.default_up_to:
+            raise CacheError(
+                f"klt is for up to {cls.default_up_to:,} classes, not {logits.shape[1]:,}",
+                "Use --encoding topk.",
+            )
+        mean = logits.double().mean(0)
+        basis = _eigenbasis(logits.double() - mean).float().contiguous()
+        mean = mean.float()
+        peaks = _rotated(logits, mean, basis).abs().amax(0) * _HEADROOM
+
+        searched = logits[: max(1, _SEARCHED // logits.shape[1])]
+        # int8 first: where it holds the budget, it takes half the bytes.
+        for dtype in ("int8", "int16"):
+            finest_that_fits = peaks / torch.iinfo(getattr(torch, dtype)).max
+
+            def with_step(exponent: int) -> Klt:
+                step = _COARSEST * 2 ** (-exponent / _STEPS_PER_OCTAVE)
+                return Klt(basis, mean, finest_that_fits.clamp(min=step), dtype)  # noqa: B023
+
+            low, high = 0, _STEPS_PER_OCTAVE * _OCTAVES  # KL falls with the exponent
+            if _kl(with_step(high), searched) > _MARGIN * max_kl:
+                continue
+            while low < high:
+                middle = (low + high) // 2
+                if _kl(with_step(middle), searched) <= _MARGIN * max_kl:
+                    high = middle
+                else:
+                    low = middle + 1
+            return with_step(high)
+        raise CacheError(
+            f"no step of the encoding klt holds a KL of {max_kl:g}", "Use --encoding float32."
+        )
+
+    @classmethod
+    def restore(
+        cls, parameters: Mapping[str, Any], num_classes: int, read: Callable[[str], Tensor]
+    ) -> "Klt":
+        basis, mean, step = (read(f"klt_{n}") for n in ("basis", "mean", "step"))
+        shapes = tuple(tuple(t.shape) for t in (basis, mean, step))
+        if shapes != ((num_classes, num_classes), (num_classes,), (num_classes,)):
+            raise ValueError("calibration of another shape")
+        if any(t.dtype != torch.float32 for t in (basis, mean, step)):
+            raise ValueError("calibration of another dtype")
+        return Klt(basis, mean, step, str(parameters["dtype"]))
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -93,41 +144,6 @@ class Klt(Encoding):
     def to(self, device: torch.device) -> "Klt":
         moved = {n: getattr(self, n).to(device) for n in ("basis", "mean", "step")}
         return dataclasses.replace(self, **moved)
-
-
-def fit_klt(logits: Tensor, max_kl: float = DEFAULT_MAX_KL) -> Klt:
-    """Basis and mean of these rows, and the coarsest step that holds the budget on them.
-
-    logits: float32 (n, C), a fair draw of rows. max_kl: mean KL to the exact rows at T=1, in nats.
-    Raises CacheError if no step holds it.
-    """
-    mean = logits.double().mean(0)
-    basis = _eigenbasis(logits.double() - mean).float().contiguous()
-    mean = mean.float()
-    peaks = _rotated(logits, mean, basis).abs().amax(0) * _HEADROOM
-
-    searched = logits[: max(1, _SEARCHED // logits.shape[1])]
-    # int8 first: where it holds the budget, it takes half the bytes.
-    for dtype in ("int8", "int16"):
-        finest_that_fits = peaks / torch.iinfo(getattr(torch, dtype)).max
-
-        def with_step(exponent: int) -> Klt:
-            step = _COARSEST * 2 ** (-exponent / _STEPS_PER_OCTAVE)
-            return Klt(basis, mean, finest_that_fits.clamp(min=step), dtype)  # noqa: B023
-
-        low, high = 0, _STEPS_PER_OCTAVE * _OCTAVES  # KL falls with the exponent
-        if _kl(with_step(high), searched) > _MARGIN * max_kl:
-            continue
-        while low < high:
-            middle = (low + high) // 2
-            if _kl(with_step(middle), searched) <= _MARGIN * max_kl:
-                high = middle
-            else:
-                low = middle + 1
-        return with_step(high)
-    raise CacheError(
-        f"no step of the encoding klt holds a KL of {max_kl:g}", "Use --encoding float32."
-    )
 
 
 def _eigenbasis(rows: Tensor) -> Tensor:

@@ -1,14 +1,21 @@
 """The largest logits of a row, and enough about the rest to know its weight: for many classes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from stages.cache.encoding.base import A_ROW, Encoding, check_span, check_temperature
+from stages.cache.encoding.base import (
+    A_ROW,
+    DEFAULT_MAX_KL,
+    Encoding,
+    check_span,
+    check_temperature,
+    encoding,
+)
 from stages.cache.layout import ArraySpec
 from stages.errors import CacheError
 
@@ -17,6 +24,7 @@ _ENCODED = 2**22
 _DTYPES = ((2**8, "uint8"), (2**16, "uint16"), (2**32, "uint32"))
 
 
+@encoding("topk")
 @dataclass(frozen=True)
 class TopK(Encoding):
     """The k largest logits, largest first; the last of them gives way to the label's where the
@@ -31,7 +39,11 @@ class TopK(Encoding):
     num_classes: int
     k: int = 10
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
-    name: ClassVar[str] = "topk"
+    default_up_to: ClassVar[float] = math.inf
+    takes: ClassVar[Mapping[str, Callable[[str], Any]]] = {
+        "k": int,
+        "temperatures": lambda text: tuple(map(float, text.split("/"))),
+    }
 
     def __post_init__(self) -> None:
         if not 2 <= self.k <= self.num_classes:
@@ -45,6 +57,18 @@ class TopK(Encoding):
                 f"topk cannot keep tails at the temperatures {self.temperatures}",
                 "Give positive ones: --encoding topk:temperatures=1/2/4.",
             )
+
+    @classmethod
+    def fit(cls, logits: Tensor, max_kl: float = DEFAULT_MAX_KL, **given: Any) -> "TopK":
+        classes = logits.shape[1]
+        return TopK(classes, **{"k": min(TopK.k, classes), **given})
+
+    @classmethod
+    def restore(
+        cls, parameters: Mapping[str, Any], num_classes: int, read: Callable[[str], Tensor]
+    ) -> "TopK":
+        temperatures = tuple(float(t) for t in parameters["temperatures"])
+        return TopK(num_classes, int(parameters["k"]), temperatures)
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from stages.cache.encoding.base import A_ROW, ALONG_CLASSES, Encoding, check_span
+from stages.cache.encoding.base import A_ROW, ALONG_CLASSES, Encoding, check_span, encoding
 from stages.cache.layout import ArraySpec
 
 _LEVELS = 255
 
 
+@encoding("uint8")
 @dataclass(frozen=True)
 class Uint8(Encoding):
     """logit = offset + scale * code: the offset of a row, its smallest logit, in single precision,
@@ -21,8 +21,6 @@ class Uint8(Encoding):
     The error of an entry is at most half a step, (largest - smallest) / 510, up to the rounding of
     the scale. Simple and dense; `klt` is smaller at the same KL.
     """
-
-    name: ClassVar[str] = "uint8"
 
     def arrays(self) -> dict[str, ArraySpec]:
         return {
