@@ -40,7 +40,18 @@ _MAX_SATURATED = 0.01
 
 
 class LogitCache(CacheDescription):
-    """A store that exists: open it with `open`, make one with `create`."""
+    """A cache: `LogitCache.open(path)` to read one, `create` to make one.
+
+    Attributes
+    ----------
+    num_views, num_samples, num_classes : int
+    labels : Tensor
+        int64 (N,), in dataset order.
+    dataset_index, row_of : Tensor
+        int64 (N,): the sample of each row, and the row of each sample.
+    identity : Identity
+        Teacher, dataset and views.
+    """
 
     def __init__(self, path: Location, group: zarr.Group) -> None:
         super().__init__(path, group)
@@ -56,9 +67,23 @@ class LogitCache(CacheDescription):
 
     @staticmethod
     def open(path: str | Path, writable: bool = False, check: bool = True) -> "LogitCache":
-        """The cache at `path`. Raises CacheError if there is none, or a newer version, or if what
-        is read here is not what was written: attributes, documents, and the arrays that all views
-        share. check: False leaves these arrays until they are used.
+        """Open a cache.
+
+        Parameters
+        ----------
+        path : str or Path
+            A folder, or the URL of an object store.
+        writable : bool
+            Whether blocks and views may be added.
+        check : bool
+            Whether to read and compare now the arrays that all views share; if False, they are
+            compared when they are used.
+
+        Raises
+        ------
+        CacheError
+            If there is no cache, if it is of a newer version, or if what is read here is damaged:
+            attributes, array documents, and the arrays that all views share.
         """
         where = location(path)
         cache = LogitCache(where, arrays.open_group(where, writable))
@@ -98,7 +123,7 @@ class LogitCache(CacheDescription):
 
     @property
     def complete_views(self) -> list[int]:
-        """In order; by name, so that a damaged record shows when its view is read.
+        """The views that are stored, ascending. A damaged record shows when its view is read.
 
         Raises CacheError where views are committed for which the arrays have no room.
         """
@@ -106,7 +131,7 @@ class LogitCache(CacheDescription):
         return self.commits.complete(self.num_views)
 
     def top1(self, view: int) -> float:
-        """The teacher's accuracy on a complete view, in [0, 1], over the rows that it has seen."""
+        """The teacher's accuracy on a complete view, in [0, 1], without samples left out."""
         right = self.predictions(view) == self.row_labels
         records = self.commits.of_view(view)
         blocks = range(self.grid.num_blocks)
@@ -123,8 +148,18 @@ class LogitCache(CacheDescription):
         }
 
     def predictions(self, view: int, rows: slice | None = None) -> Tensor:
-        """int64 (n,): the teacher's argmax on a complete view, taken before any encoding; of a run
-        of rows, None for all.
+        """The teacher's argmax on a complete view, taken before any encoding.
+
+        Parameters
+        ----------
+        view : int
+        rows : slice, optional
+            A run of rows; all if None.
+
+        Returns
+        -------
+        Tensor
+            int64 (n,), in the order of rows.
         """
         self._require_view(view, self.commits)
         runs = [rows or slice(0, self.num_samples)]
@@ -133,10 +168,27 @@ class LogitCache(CacheDescription):
     def read_view(
         self, view: int, rectified: str | None = None, runs: Sequence[slice] | None = None
     ) -> ViewTargets:
-        """The targets of a view, still encoded; of all its rows, or of some runs of them.
+        """Read the targets of a view, still encoded.
 
-        runs: rows in `dataset_index`, disjoint; whole chunks of `grid` are read without waste.
-        Raises CacheError if the view is not complete.
+        Parameters
+        ----------
+        view : int
+        rectified : str, optional
+            A rectification, whose rows are then given by `rectified_rows`.
+        runs : sequence of slice, optional
+            Disjoint runs of rows to read; all rows if None. Whole chunks of `grid` are read
+            without waste.
+
+        Returns
+        -------
+        ViewTargets
+            Asked by dataset index int64 (n,): `rows(samples)` is float32 (n, C), `wrong(samples)`
+            bool (n,), `rectified_rows(samples)` float32 (n, C).
+
+        Raises
+        ------
+        CacheError
+            If the view is not complete or damaged, or if there is no such rectification.
         """
         self._require_view(view, self.commits)
         labels, row_of = self.row_labels, self.row_of
@@ -163,7 +215,27 @@ class LogitCache(CacheDescription):
     def distribution(
         self, view: int, rectified: str | None = None, temperature: float = 1.0
     ) -> Tensor:
-        """softmax(logits / temperature) of every sample: float32 (N, C), in dataset order."""
+        """The teacher's distribution for every sample: softmax(logits / temperature).
+
+        Parameters
+        ----------
+        view : int
+        rectified : str, optional
+            A rectification, whose rows to take instead.
+        temperature : float
+
+        Returns
+        -------
+        Tensor
+            float32 (N, C), in dataset order.
+
+        Raises
+        ------
+        CacheError
+            As `read_view`.
+        ConfigError
+            If rows are not known at this temperature.
+        """
         if rectified is not None:
             self.rectification(rectified).check_temperature(temperature)
         targets = self.read_view(view, rectified)
