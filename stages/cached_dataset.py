@@ -122,10 +122,10 @@ class CachedDataset(Dataset[CachedBatch]):
         checked by its labels and checksums, and by the digest where it can be computed from pixels
         (caches of embedded, torchvision's and `module:callable` datasets, not of folders).
     CacheError
-        If there is no such cache, if views are not complete, or if there is no such rectification.
+        If there is no such cache or rectification, if views are not complete, or if rows are not
+        known at this temperature.
     ConfigError
-        If there are fewer `views`, if rows are not known at this temperature, or if the cache names
-        code that is not trusted.
+        If the cache has fewer views than `views`, or names code that is not trusted.
     DatasetError
         If images are missing or unreadable.
     """

@@ -232,9 +232,7 @@ class LogitCache(CacheDescription):
         Raises
         ------
         CacheError
-            As `read_view`.
-        ConfigError
-            If rows are not known at this temperature.
+            As `read_view`; also if rows are not known at this temperature.
         """
         if rectified is not None:
             self.rectification(rectified).check_temperature(temperature)
