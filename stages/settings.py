@@ -214,8 +214,8 @@ class LossSettings(Settings, frozen=True):
     epsilon: Annotated[float | None, about(_OWN, least=0, most=1)] = None
     sure_temperature: Annotated[float | None, about(_OWN, **TEMPERATURES)] = None
     average: Annotated[Literal["kind", "batch"] | None, about(_OWN)] = None
-    parameters: Annotated[tuple[str, ...], about(
-        "Other parameters of a loss of your own, as [margin=0.5].")] = ()
+    parameters: Annotated[tuple[str, ...] | None, about(
+        "Other parameters of a loss of your own, as [margin=0.5].")] = None
 
 
 class BiasSettings(Settings, frozen=True):

@@ -47,7 +47,7 @@ def _parameters(settings: LossSettings) -> dict[str, Any]:
     """The loss's own parameters, those that are set. Raises ConfigError for one that it has not."""
     named = settings.__struct_fields__
     given = {key: getattr(settings, key) for key in PARAMETERS if key in named}
-    others = dict(text.partition("=")[::2] for text in settings.parameters)
+    others = dict(text.partition("=")[::2] for text in settings.parameters or ())
     given = {key: value for key, value in given.items() if value is not None}
     defaults = definition_of(settings.name, given | others).defaults
     return given | {key: _value(key, text, defaults[key]) for key, text in others.items()}

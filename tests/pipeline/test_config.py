@@ -4,13 +4,14 @@ import operator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from pipeline.cli import cli
 from pipeline.config import flat, read_config
-from stages.errors import ConfigError, PipelineError
+from stages.errors import ConfigError, PipelineError, RunError
 from stages.schema import Settings, settings_of
 from stages.settings import (
     CONFIGS,
@@ -22,6 +23,7 @@ from stages.settings import (
     TrainSettings,
 )
 from stages.train_teacher import train_teacher
+from stages.training.run_folder import check_same
 
 NEEDED = {"data.dataset": "digits", "model.architecture": "resnet8"}
 
@@ -126,6 +128,15 @@ def test_every_number_is_held_within_its_bounds(kind: type[Settings]) -> None:
                 read_config(kind, None, needed | {key: outside[name](bound)}, [])
             if name in ("least", "most"):
                 read_config(kind, None, needed | {key: bound}, [])
+
+
+def test_a_run_from_before_a_setting_goes_on() -> None:
+    now = msgspec.to_builtins(read_config(StudentConfig, None, NEEDED | {"cache": "c.zarr"}, []))
+    before = now | {"loss": {k: v for k, v in now["loss"].items() if k != "parameters"}}
+    check_same(Path("run"), now, before)
+    other = now | {"loss": now["loss"] | {"alpha": 2.0}}
+    with pytest.raises(RunError, match=r"loss\.alpha"):
+        check_same(Path("run"), other, before)
 
 
 # ---- what is wrong --------------------------------------------------------------------------
