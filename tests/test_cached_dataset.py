@@ -23,6 +23,8 @@ from stages.rectify import rectify
 from stages.settings import CacheConfig, DataSettings, RectifyConfig, TeacherSettings
 from stages.user_code import trusting
 
+FEW = DataSettings(dataset="test_cached_dataset:few", workers=0)
+
 
 @pytest.fixture(scope="module")
 def my_dataset(finished_cache: Path) -> CachedDataset:
@@ -221,18 +223,33 @@ def few(split: str) -> TensorDataset:
     return TensorDataset(images.view(60, 1, 8, 8), torch.arange(60) % 10)
 
 
-def test_code_that_only_the_cache_names_is_not_run(tmp_path: Path, teacher_run: Path) -> None:
+@pytest.fixture(scope="module")
+def few_cache(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path) -> Path:
+    """Of views that are rendered one by one."""
     config = CacheConfig(
-        data=DataSettings(dataset="test_cached_dataset:few", workers=0),
+        data=FEW,
         teacher=TeacherSettings(weights=str(teacher_run)),
-        views=1,
-        augment="none",
+        views=2,
+        augment="pad-crop:pad=2+trivial-augment",
         device="cpu",
     )
-    cache_teacher(prepare(config), tmp_path / "few.zarr")
+    path = tmp_path_factory.mktemp("few") / "few.zarr"
+    cache_teacher(prepare(config), path)
+    return path
+
+
+def test_code_that_only_the_cache_names_is_not_run(few_cache: Path) -> None:
     with pytest.raises(ConfigError, match="--trust test_cached_dataset"):
-        CachedDataset(tmp_path / "few.zarr")
+        CachedDataset(few_cache)
     with trusting("test_cached_dataset"):
-        named = CachedDataset(tmp_path / "few.zarr")
-    given = CachedDataset(tmp_path / "few.zarr", few("train"))
+        named = CachedDataset(few_cache)
+    given = CachedDataset(few_cache, few("train"))
     assert all(map(same, named[59], given[59]))
+
+
+def test_views_that_are_rendered_one_by_one(few_cache: Path) -> None:
+    dataset = CachedDataset(few_cache, few("train"))
+    loader = DataLoader(dataset, 30, sampler=EpochSampler(dataset), num_workers=1)
+    epochs = CachedEpochs(few_cache, FEW, batch_size=30, device="cpu")
+    for ours, theirs in zip(loader, epochs.epoch(0), strict=True):
+        assert all(map(same, ours[:5], theirs[:5]))
