@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from noise import noise, noise_dataset
 from torch import Tensor
 
 from stages.errors import ConfigError, DatasetError, ViewError
@@ -33,17 +34,6 @@ MIXTURES = [
     "pad-crop-flip|pad-crop-flip+mixup",
     "pad-crop-flip+rand-augment|pad-crop-flip+erasing+cutmix",
 ]
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-
-
-def dataset(size: int = 21, side: int = 12, streamed: bool = False) -> ImageDataset:
-    images, labels = noise(size, 3, side, side), torch.arange(size) % 2
-    held = None if streamed else images
-    return ImageDataset("noise", "train", ("a", "b"), labels, images.__getitem__, held, "")
 
 
 def fed(feed: ViewFeed, order: Tensor, view: int, batch_size: int) -> Batch:
@@ -96,7 +86,7 @@ def test_golden_shares() -> None:
     ],
 )
 def test_golden_pixels(spec: str, expected: int) -> None:
-    feed = ViewFeed(dataset(), view_policy(spec, seed=8), CPU)
+    feed = ViewFeed(noise_dataset(), view_policy(spec, seed=8), CPU)
     pixels = fed(feed, torch.arange(21), 200, 21).pixels
     assert zlib.crc32(pixels.numpy().tobytes()) == expected
 
@@ -113,15 +103,6 @@ def test_everyone_is_partner_once(size: int, view: int, seed: int) -> None:
     assert torch.equal(partners.sort().values, torch.arange(size))
 
 
-def test_partners_change_with_view_and_seed() -> None:
-    samples = torch.arange(2000)
-    policies = [view_policy("none+mixup", seed=seed) for seed in (0, 1)]
-    found = [p.partners(samples, view, 2000) for p in policies for view in (0, 1)]  # type: ignore
-    for i, one in enumerate(found):
-        for other in (*found[i + 1 :], samples):
-            assert int((one == other).sum()) < 10  # one on average
-
-
 # ---- shares ---------------------------------------------------------------------------------
 
 EXACT: dict[float, Callable[[float], float]] = {
@@ -135,7 +116,7 @@ EXACT: dict[float, Callable[[float], float]] = {
 
 def integrated(alpha: float) -> Callable[[float], float]:
     """The distribution function by integration: l = sin^2(t) flattens the ends of the density."""
-    edges = np.linspace(0, math.pi / 2, 2_000_001)
+    edges = np.linspace(0, math.pi / 2, 400_001)
     middle = (edges[1:] + edges[:-1]) / 2
     density = (np.sin(middle) * np.cos(middle)) ** (2 * alpha - 1)
     total = np.concatenate([[0], np.cumsum(density)]) / density.sum()
@@ -152,14 +133,6 @@ def test_the_table_is_the_folded_beta_distribution(alpha: float) -> None:
         edge = (k + 0.5) / 256  # what is rounded to k/256 or less
         expected = below(edge) - below(1 - edge)
         assert int(table[k - 128]) / 2**24 == pytest.approx(expected, abs=2e-6)
-
-
-@pytest.mark.parametrize("alpha", [0.01, 0.2, 100.0])
-def test_extreme_tables_are_distributions(alpha: float) -> None:
-    table = folded_beta(alpha)
-    assert int(table[0]) >= 0
-    assert bool((table.diff() >= 0).all())
-    assert int(table[-1]) == 2**24
 
 
 @pytest.mark.parametrize("mixer", [Mixup(0.5), Mixup(1.0), Mixup(2.0), Cutmix(1.0), Cutmix(3.0)])
@@ -224,7 +197,7 @@ def test_every_pair_of_pixels_is_mixed_as_by_hand() -> None:
 @pytest.mark.parametrize("view", [0, 7, 1000])
 @pytest.mark.parametrize("spec", ["pad-crop-flip+mixup", "pad-crop-flip+erasing:p=1+cutmix"])
 def test_pixels_equal_a_naive_mixture(spec: str, view: int) -> None:
-    policy, source = view_policy(spec, seed=5), dataset()
+    policy, source = view_policy(spec, seed=5), noise_dataset()
     assert isinstance(policy, Mixed)
     base = policy.base
     base_view = view if base.count is None else view % base.count
@@ -273,7 +246,7 @@ def selected(batch: Batch, which: list[int]) -> Batch:
 
 
 @pytest.mark.parametrize("spec", MIXTURES)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     st.lists(st.integers(0, 20), min_size=1, max_size=25),
     st.integers(1, 9),
@@ -283,26 +256,27 @@ def test_both_feeds_at_any_order_and_batch_size(
     spec: str, order: list[int], batch_size: int, view: int
 ) -> None:
     policy = view_policy(spec, seed=1)
-    whole = fed(ViewFeed(dataset(), policy, CPU, workers=0), torch.arange(21), view, 21)
+    whole = fed(ViewFeed(noise_dataset(), policy, CPU, workers=0), torch.arange(21), view, 21)
     for streamed in (False, True):
-        feed = ViewFeed(dataset(streamed=streamed), policy, CPU, workers=0)
+        feed = ViewFeed(noise_dataset(streamed=streamed), policy, CPU, workers=0)
         assert same(fed(feed, torch.tensor(order), view, batch_size), selected(whole, order))
 
 
-@pytest.mark.parametrize("spec", MIXTURES)
+@pytest.mark.parametrize("spec", MIXTURES[-2:])
 def test_workers_give_the_same_bytes(spec: str) -> None:
     policy, order = view_policy(spec, seed=1), torch.arange(21).flip(0)
-    expected = fed(ViewFeed(dataset(), policy, CPU, workers=0), order, 7, 21)
-    feed = ViewFeed(dataset(streamed=True), policy, CPU, workers=2)
+    expected = fed(ViewFeed(noise_dataset(), policy, CPU, workers=0), order, 7, 21)
+    feed = ViewFeed(noise_dataset(streamed=True), policy, CPU, workers=2)
     assert same(fed(feed, order, 7, 5), expected)
+    feed.close()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("spec", MIXTURES)
 def test_cuda_gives_the_same_bytes(spec: str) -> None:
     policy, order = view_policy(spec, seed=1), torch.arange(21).flip(0)
-    expected = fed(ViewFeed(dataset(), policy, CPU, workers=0), order, 7, 21)
-    seen = fed(ViewFeed(dataset(), policy, torch.device("cuda"), workers=0), order, 7, 5)
+    expected = fed(ViewFeed(noise_dataset(), policy, CPU, workers=0), order, 7, 21)
+    seen = fed(ViewFeed(noise_dataset(), policy, torch.device("cuda"), workers=0), order, 7, 5)
     assert seen.pixels.is_cuda
     on_cpu = (None if t is None else t.cpu() for t in tensors(seen))
     assert same(Batch(*on_cpu), expected)  # type: ignore[arg-type]
@@ -310,7 +284,7 @@ def test_cuda_gives_the_same_bytes(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["pad-crop-flip+mixup", "none+erasing+cutmix", "none|none+mixup"])
 def test_moved_and_mixed_pixels_need_no_workers(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    feed = ViewFeed(dataset(), view_policy(spec), CPU, workers=2)
+    feed = ViewFeed(noise_dataset(), view_policy(spec), CPU, workers=2)
     monkeypatch.setattr(ViewFeed, "_from_workers", None)  # calling it is a TypeError
     assert fed(feed, torch.arange(21), 1, 5).pixels.shape == (21, 3, 12, 12)
 
@@ -323,16 +297,10 @@ def test_a_larger_input_is_cut_in_the_same_place(mixer: Cutmix) -> None:
         assert float(difference.abs().max()) <= 2.5  # both are rounded down, halves too
 
 
-def test_another_size_is_mixed_at_that_size() -> None:
-    policy = view_policy("none+cutmix")
-    batch = fed(ViewFeed(dataset(), policy, CPU, image_size=5, workers=0), torch.arange(21), 3, 21)
-    assert batch.pixels.shape == (21, 3, 5, 5)
-    assert batch.shares is not None
-    assert torch.equal(batch.shares * 25, (batch.shares * 25).round())
-
-
 def test_only_mixed_views_have_partners() -> None:
-    feed = ViewFeed(dataset(), view_policy("pad-crop-flip|pad-crop-flip+mixup"), CPU, workers=0)
+    feed = ViewFeed(
+        noise_dataset(), view_policy("pad-crop-flip|pad-crop-flip+mixup"), CPU, workers=0
+    )
     weak, strong = (fed(feed, torch.arange(21), view, 21) for view in (6, 7))
     assert weak.partners is weak.shares is None
     assert strong.partners is not None
@@ -346,7 +314,7 @@ def test_only_mixed_views_have_partners() -> None:
 
 
 def test_files_held_in_memory_are_not_decoded_again() -> None:
-    source = dataset()
+    source = noise_dataset()
     images = source.images
     assert images is not None
 
@@ -359,11 +327,11 @@ def test_files_held_in_memory_are_not_decoded_again() -> None:
     assert same(fed(ViewFeed(held, policy, CPU, workers=0), torch.arange(21), 0, 8), expected)
 
 
-@pytest.mark.parametrize("spec", MIXTURES)
+@pytest.mark.parametrize("spec", [MIXTURES[3], MIXTURES[-1]])
 def test_probes_see_the_mixture(spec: str) -> None:
-    source, policy = dataset(), view_policy(spec)
+    source, policy = noise_dataset(), view_policy(spec)
     before = pixel_probes(source, policy, None)
-    assert before == pixel_probes(dataset(streamed=True), policy, None)
+    assert before == pixel_probes(noise_dataset(streamed=True), policy, None)
     assert source.images is not None
     source.images[7] ^= 255
     changed = sum(a != b for a, b in zip(before, pixel_probes(source, policy, None), strict=True))

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from noise import noise, noise_dataset
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from stages.errors import ViewError
 from stages.inputs.counter_hash import counter_hash
-from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import ViewFeed
 from stages.inputs.views import Transform, known_policy, transforms, view_policy
 from stages.inputs.views.policy import Stream
@@ -23,11 +23,6 @@ from stages.inputs.views.policy import Stream
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 
 CPU = torch.device("cpu")
-
-
-def noise(*shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 def three_generators(image: Tensor) -> Tensor:
@@ -72,17 +67,17 @@ def my_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     transforms._made.cache_clear()
 
 
-def dataset(streamed: bool = False) -> ImageDataset:
-    images, labels = noise(21, 3, 12, 12), torch.arange(21) % 2
-    held = None if streamed else images
-    return ImageDataset("noise", "train", ("a", "b"), labels, images.__getitem__, held, "")
-
-
 def seen(spec: str, order: Tensor, view: int, workers: int = 0, **changes: Any) -> Tensor:
     feed = ViewFeed(
-        dataset(workers > 0), view_policy(spec, seed=3), CPU, workers=workers, **changes
+        noise_dataset(streamed=workers > 0),
+        view_policy(spec, seed=3),
+        CPU,
+        workers=workers,
+        **changes,
     )
-    return torch.cat([batch.pixels for batch in feed.batches(order, view, 4)])
+    pixels = torch.cat([batch.pixels for batch in feed.batches(order, view, 4)])
+    feed.close()
+    return pixels
 
 
 def states() -> tuple[bytes, str, str]:
@@ -93,8 +88,9 @@ def states() -> tuple[bytes, str, str]:
 # ---- a pure function of (seed, view, sample) ------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["usual", "drawing", "usual+erasing", "drawing+mixup"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("spec", "workers"), [("usual", 2), ("drawing", 0), ("usual+erasing", 0), ("drawing+mixup", 2)]
+)
 def test_any_order_batch_and_worker_gives_the_same_bytes(spec: str, workers: int) -> None:
     spec = f"v2:mytransforms:{spec}"
     expected = seen(spec, torch.arange(21), 5)
@@ -164,7 +160,7 @@ def test_no_policy_touches_a_global_generator(spec: str) -> None:
 
 
 def test_transforms_in_place_do_not_change_the_dataset() -> None:
-    source = dataset()
+    source = noise_dataset()
     feed = ViewFeed(source, view_policy("v2:mytransforms:blank"), CPU, workers=0)
     (batch,) = feed.batches(torch.arange(21), 0, 21)
     assert int(batch.pixels.max()) == 0

@@ -1,5 +1,3 @@
-import math
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -8,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from noise import noise
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -24,11 +23,6 @@ from stages.inputs.views import (
     render,
     view_policy,
 )
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 def draw(policy: ViewPolicy, samples: Tensor, view: int | Tensor, size: tuple[int, int]) -> Boxes:
@@ -102,22 +96,6 @@ def test_golden_resized_crops(seed: int, view: int, sample: int, expected: tuple
 
 
 @pytest.mark.parametrize(
-    ("spec", "count"),
-    [
-        pytest.param("pad-crop-flip", 162, id="crop and flip"),
-        pytest.param("pad-crop", 81, id="crop"),
-        pytest.param("pad-crop-flip:pad=0", 2, id="flip alone"),
-        pytest.param("pad-crop:pad=0", 1, id="nothing to draw"),
-        pytest.param("pad-crop:pad=2", 25, id="crop by 2"),
-        pytest.param("none", 1, id="none"),
-        pytest.param("resized-crop-flip", None, id="unbounded"),
-    ],
-)
-def test_count(spec: str, count: int | None) -> None:
-    assert view_policy(spec).count == count
-
-
-@pytest.mark.parametrize(
     ("policy", "mirrors"),
     [
         pytest.param(PadCropFlip(), (0, 1), id="pad-crop-flip"),
@@ -132,13 +110,6 @@ def test_the_views_of_a_sample_are_all_there_are(policy: PadCrop, mirrors: tuple
         views = torch.arange(policy.count)
         boxes = draw(policy, torch.full_like(views, sample), views, (8, 8))
         assert sorted(numbers(boxes)) == every
-
-
-def test_all_pixels_of_all_162_views_differ() -> None:
-    views = PadCropFlip().apply(
-        noise(1, 3, 8, 8).expand(162, -1, -1, -1), torch.full((162,), 5), torch.arange(162)
-    )
-    assert len({view.numpy().tobytes() for view in views}) == 162
 
 
 @pytest.mark.parametrize("view", [0, 1, 161])
@@ -188,42 +159,12 @@ def test_a_hand_worked_view() -> None:
     assert seen.tolist() == [[[[0, 0, 0], [0, 0, 0], [1, 0, 0]]]]
 
 
-@pytest.mark.parametrize("spec", ["pad-crop-flip", "pad-crop", "resized-crop-flip", "none"])
-@settings(max_examples=15, deadline=None)
-@given(st.lists(st.integers(0, 11), min_size=1, max_size=12), st.integers(0, 80))
-def test_pixels_do_not_depend_on_the_batch(spec: str, chosen: list[int], view: int) -> None:
-    policy = view_policy(spec, seed=2)
-    view = view if policy.count != 1 else 0
-    images, samples = noise(12, 3, 8, 8), torch.arange(12) * 1000
-    every = policy.apply(images, samples, view)
-    assert torch.equal(policy.apply(images[chosen], samples[chosen], view), every[chosen])
-
-
-@pytest.mark.parametrize("spec", ["pad-crop-flip", "pad-crop", "resized-crop-flip"])
-def test_a_view_for_each_sample(spec: str) -> None:
-    policy = view_policy(spec)
-    images, samples, views = noise(6, 3, 8, 8), torch.arange(6), torch.tensor([0, 80, 3, 0, 9, 80])
-    together = policy.apply(images, samples, views)
-    for i, view in enumerate(views.tolist()):
-        one = policy.apply(images[i : i + 1], samples[i : i + 1], view)
-        assert torch.equal(together[i : i + 1], one)
-
-
 @pytest.mark.parametrize("spec", ["pad-crop-flip", "none"])
 def test_rendering_one_by_one_equals_cropping_a_batch(spec: str) -> None:
     policy, images = view_policy(spec), noise(20, 3, 7, 9)
     boxes = draw(policy, torch.arange(20), 0, (7, 9))
     one_by_one = torch.stack([render(x, boxes, i, (7, 9)) for i, x in enumerate(images)])
     assert torch.equal(policy.crop(images, boxes), one_by_one)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("spec", ["pad-crop-flip", "pad-crop", "none"])
-def test_cuda_equals_cpu(spec: str) -> None:
-    policy, images, samples = view_policy(spec), noise(64, 3, 32, 32), torch.arange(64)
-    on_gpu = policy.apply(images.cuda(), samples, 0)
-    assert on_gpu.is_cuda
-    assert torch.equal(on_gpu.cpu(), policy.apply(images, samples, 0))
 
 
 # ---- resized crops --------------------------------------------------------------------------
@@ -256,7 +197,7 @@ def test_boxes_are_within_limits(height: int, aspect: float, number: int) -> Non
         assert (w + 0.5) / (h - 0.5) >= 3 / 4
 
 
-@pytest.mark.parametrize("size", [(160, 160), (150, 200), (300, 120)])
+@pytest.mark.parametrize("size", [(150, 200), (300, 120)])
 def test_boxes_are_distributed_as_torchvision_draws_them(size: tuple[int, int]) -> None:
     height, width = size
     with torch.random.fork_rng():
@@ -402,11 +343,6 @@ def test_a_view_that_does_not_exist(policy: ViewPolicy, view: int | Tensor, mess
         policy.apply(noise(2, 1, 4, 4), torch.arange(2), view)
 
 
-def test_unbounded_policies_have_every_view() -> None:
-    seen = ResizedCropFlip().apply(noise(1, 3, 16, 16), torch.tensor([0]), 2**40)
-    assert seen.shape == (1, 3, 16, 16)
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -457,10 +393,3 @@ def test_an_identity_that_this_program_cannot_draw(change: dict[str, Any], messa
     identity = {"name": "pad-crop", "parameters": {"pad": 4}, "version": 1, "seed": 0}
     with pytest.raises(ViewError, match=message):
         known_policy(**{**identity, **change})
-
-
-@pytest.mark.parametrize("make", [PadCrop, PadCropFlip, Plain, ResizedCropFlip])
-def test_parameters_are_finite_numbers_without_the_seed(make: Callable[..., ViewPolicy]) -> None:
-    parameters = make(seed=5).parameters
-    assert "seed" not in parameters
-    assert all(math.isfinite(value) for value in parameters.values())

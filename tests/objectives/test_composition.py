@@ -15,8 +15,6 @@ from stages.training.objective import Objective, resolved
 
 NAMES = [name for name in DEFINITIONS if name != "ce"]
 OF_ROWS = [name for name in NAMES if not DEFINITIONS[name].couples_rows]
-MODES: tuple[BiasMode, ...] = get_args(BiasMode)
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 SIZE, EPOCHS = 8, 10
 MIXES = {
@@ -58,7 +56,10 @@ def value_and_gradient(
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_and_gradients_are_finite(name: str) -> None:
     """With no wrong row, and with nothing but wrong rows, at the first and the last epoch."""
-    for mode, schedule, reduction in product(MODES, SCHEDULES, REDUCTIONS):
+    ways: tuple[tuple[BiasMode, Schedule], ...] = (
+        ("none", "constant"), ("eliminate", "constant"), ("rectify", "cosine"), ("rectify", "ramp")
+    )  # fmt: skip
+    for (mode, schedule), reduction in product(ways, REDUCTIONS):
         for epoch, (mix, wrong) in product((0, EPOCHS - 1), MIXES.items()):
             bias = bias_weights(mode, schedule, reduction, epoch, EPOCHS)
             weights = bias.rows(wrong)

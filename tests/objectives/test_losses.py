@@ -24,12 +24,6 @@ from stages.registry import names_in
 from stages.settings import LossSettings
 from stages.training.objective import Objective, resolved
 
-EXTREME = {
-    "student-sure": (1e4, 1.0),
-    "teacher-sure": (1.0, 1e4),
-    "both-sure": (1e4, 1e4),
-    "all-equal": (0.0, 0.0),
-}
 # ce_weight, weight, warmup, parameters: of the sources that the docstrings name
 OFFICIAL: dict[str, tuple[float, float, int, dict[str, Any]]] = {
     "ce": (1.0, 0.0, 0, {}),
@@ -127,18 +121,6 @@ def test_which_losses_read_the_offset_of_a_teacher(name: str) -> None:
     values = [loss_of(name)(student, rows, labels) for rows in (teacher, teacher + 8)]
     same = torch.allclose(*values, rtol=1e-3, atol=1e-6)
     assert same is not DEFINITIONS[name].reads_offset
-
-
-@pytest.mark.parametrize(("student_scale", "teacher_scale"), EXTREME.values(), ids=EXTREME)
-@pytest.mark.parametrize("name", DEFINITIONS)
-def test_gradients_stay_finite(name: str, student_scale: float, teacher_scale: float) -> None:
-    student, teacher, labels = draw()
-    student = (student * student_scale).requires_grad_()
-    value = loss_of(name)(student, teacher * teacher_scale, labels)
-    value.backward()
-    assert value.isfinite()
-    assert student.grad is not None
-    assert student.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)

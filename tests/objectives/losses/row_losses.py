@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.errors import ConfigError
 from stages.objectives.losses import TemperedRows
 
 Row = NDArray[np.float64]
@@ -208,19 +207,6 @@ class RowLoss:
             assert gradient.isfinite().all()
         self.check(student, teacher, labels, rtol=2e-3, atol=1e-3)
 
-    def test_low_precision_is_computed_in_float32(self) -> None:
-        student, teacher, labels = draw()
-        for dtype in (torch.bfloat16, torch.float16):
-            low_s, low_t = student.to(dtype).requires_grad_(), teacher.to(dtype)
-            rows = self.loss(low_s, low_t, labels, reduction="none")
-            exact = self.loss(low_s.float(), low_t.float(), labels, reduction="none")
-            assert rows.dtype == torch.float32
-            assert torch.equal(rows, exact)
-            rows.sum().backward()
-            assert low_s.grad is not None
-            assert low_s.grad.dtype == dtype
-            assert low_s.grad.isfinite().all()
-
     def test_a_row_does_not_depend_on_the_others(self) -> None:
         student, teacher, labels = draw()
         rows = self.loss(student, teacher, labels, reduction="none")
@@ -252,23 +238,3 @@ class RowLoss:
                 for v, leaf in zip(values, leaves, strict=True)
             ]
             torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
-
-    def test_what_is_read_of_partial_rows(self) -> None:
-        student, teacher, labels = draw()
-        part, asked = part_of(teacher, labels, 4), []
-
-        def at(temperature: float) -> Tensor:
-            asked.append(temperature)
-            return part.at(temperature)
-
-        rows = TemperedRows(at, part.kept())
-        if self.reads is None:
-            with pytest.raises(ConfigError, match="whole teacher rows") as refused:
-                self.loss(student, rows, labels, **self.parameters[0])
-            assert "--encoding" in refused.value.remedy
-        else:
-            leaf = student.clone().requires_grad_()
-            value = self.loss(leaf, rows, labels, **self.parameters[0])
-            value.backward()
-            assert value.isfinite()
-            assert sorted(set(asked)) == sorted(self.reads)

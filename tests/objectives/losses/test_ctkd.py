@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from row_losses import KINDS, averaged, draw, part_of
+from row_losses import KINDS, averaged, draw
 
 from stages.errors import ConfigError
 from stages.objectives.losses import CTKD, kd
@@ -127,9 +127,3 @@ def test_several_teachers_are_read_at_the_learned_temperature() -> None:
     assert slope == pytest.approx(-(after - before) / 0.1, rel=1e-2)
     mean = averaged(teachers).at(START)
     assert value == pytest.approx(kd(student, mean, labels, START).item(), rel=1e-3)
-
-
-def test_partial_rows_are_refused() -> None:
-    student, teacher, labels = draw()
-    with pytest.raises(ConfigError, match="'ctkd' needs whole teacher rows"):
-        CTKD()(student, part_of(teacher, labels, 4), labels)

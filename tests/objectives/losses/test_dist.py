@@ -7,10 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_losses import KINDS, Row, averaged, draw, part_of, softmax
+from row_losses import KINDS, Row, averaged, draw, softmax
 from torch import Tensor
 
-from stages.errors import ConfigError
 from stages.objectives.losses.dist import dist
 
 
@@ -85,12 +84,6 @@ def test_several_teachers_are_read_at_the_temperature() -> None:
     mean = averaged([one, draw(seed=1)[1]], shift=5.0)
     expected = formula(student, mean.at(4.0))
     assert dist(student, mean, labels).item() == pytest.approx(expected, rel=1e-3)
-
-
-def test_partial_rows_are_refused() -> None:
-    student, teacher, labels = draw()
-    with pytest.raises(ConfigError, match="'dist' needs whole teacher rows"):
-        dist(student, part_of(teacher, labels, 4), labels)
 
 
 # ---- weights of rows ------------------------------------------------------------------------

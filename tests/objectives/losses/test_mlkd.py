@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_losses import KINDS, averaged, draw, log_softmax, part_of, softmax
+from row_losses import KINDS, averaged, draw, log_softmax, softmax
 from torch import Tensor
 
 from stages.errors import ConfigError
@@ -150,12 +150,6 @@ def test_extreme_logits() -> None:
     assert value.isfinite()
     assert leaf.grad is not None
     assert leaf.grad.isfinite().all()
-
-
-def test_partial_rows_are_refused() -> None:
-    student, teacher, labels = pairs()
-    with pytest.raises(ConfigError, match="'mlkd' needs whole teacher rows"):
-        mlkd(student, part_of(teacher, labels, 3), labels)
 
 
 @pytest.mark.parametrize("shape", [(16, 6), (3, 5, 6)])

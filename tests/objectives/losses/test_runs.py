@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 from helpers import DIGITS, first, metrics
@@ -156,16 +155,6 @@ def test_what_a_run_from_partial_rows_minimises(
     assert shown.line["loss"] == pytest.approx(total, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dkd", "rld", "wsld"])
-def test_rectified_partial_rows(my_world: World, tmp_path: Path, name: str) -> None:
-    bias = BiasSettings(mode="rectify", schedule="ramp", reduction="batch")
-    shown = run(my_world, tmp_path / "run", "part", loss=LossSettings(name=name), bias=bias)
-    assert np.isfinite(shown.line["loss"])
-    assert 0 < shown.line["wrong_rate"] < 1
-    assert shown.line["loss_wrong"] == 0  # at the start of the ramp
-    assert shown.line["loss_right"] > 0
-
-
 REFUSED: Mapping[str, tuple[LossSettings, type[PipelineError], str]] = {
     "dist": (LossSettings(name="dist"), ConfigError, "'dist' needs whole teacher rows"),
     "mlkd": (LossSettings(name="mlkd"), ConfigError, "'mlkd' needs whole teacher rows"),
@@ -276,9 +265,3 @@ def test_several_teachers(my_world: World, tmp_path: Path, name: str) -> None:
     assert shown.line["loss_kd"] == pytest.approx(expected, rel=1e-3)
     hard = by_formula(ce_formula, shown.logits, mean.at, shown.labels, {}).mean()
     assert shown.line["loss_ce"] == pytest.approx(hard, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["ctkd", "lr", "ttm"])
-def test_other_losses_run_from_several_teachers(my_world: World, tmp_path: Path, name: str) -> None:
-    shown = run(my_world, tmp_path / "run", "whole", "other", loss=LossSettings(name=name))
-    assert np.isfinite(shown.line["loss"])
