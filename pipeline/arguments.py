@@ -12,6 +12,7 @@ from stages.settings import MOST_IN_A_BATCH, MOST_WORKERS, Cache, Device, Downlo
 
 OtherDataset = Annotated[str | None, about(
     "Where the images are, if they have moved.", "--dataset", takes="dataset", group="data")]
+OtherRoot = Annotated[Root, about("Where torchvision's datasets lie, if they have moved.")]
 
 
 class RunPlace(Settings, frozen=True):
@@ -57,13 +58,13 @@ class EvaluateSettings(Settings, frozen=True):
 
     run: Annotated[str, about("The run directory.", argument=True, takes="folder")]
     dataset: Annotated[OtherDataset, about("The run's own if left out.")] = None
-    root: Root = None
+    root: OtherRoot = None
     download: Download = False
     skip: Annotated[str | None, about(
         "Test images to leave out; else the run's own list.",
         "--skip", metavar="FILE", takes="file", group="data")] = None
     batch_size: Annotated[int | None, about(
-        "The run's own if left out.", "--batch-size", above=0, most=MOST_IN_A_BATCH)] = None
+        "The run's own, or 256 if that is more, if left out.", "--batch-size", above=0, most=MOST_IN_A_BATCH)] = None
     caches: Annotated[tuple[str, ...], about(
         "Compare with its teacher; a student's own cache if left out. May be repeated: the "
         "teachers are averaged.", "--cache", metavar="CACHE", takes="folder")] = ()
@@ -81,7 +82,7 @@ class VerifySettings(Settings, frozen=True):
     pixels: Annotated[bool, about("Compare with the dataset's pixels as well.", "--pixels")] = False
     repair: Annotated[bool, about("Compute again what is damaged.", "--repair")] = False
     dataset: OtherDataset = None
-    root: Root = None
+    root: OtherRoot = None
     weights: Annotated[str | None, about(
         "The teacher's, if they have moved.", "--weights", takes="weights", group="data")] = None
     device: Device = "auto"
@@ -96,7 +97,7 @@ class ReportSettings(Settings, frozen=True):
     out: Annotated[str, about("The page.", "--out", takes="file")] = "report.html"
     overwrite: Annotated[bool, about("Replace a file that is no report.", "--overwrite")] = False
     dataset: OtherDataset = None
-    root: Root = None
+    root: OtherRoot = None
 
 
 class SweepSettings(Settings, frozen=True):

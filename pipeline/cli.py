@@ -238,9 +238,9 @@ def inspect_command(at: CacheAt) -> None:
 @cli.command("verify")
 @given(VerifySettings, trusts=True)
 def verify_command(asked: VerifySettings) -> None:
-    """Check every byte of a cache against what its stages promised.
+    """Check every byte of a cache against its commit records.
 
-    Exit code 0 only if all holds, 1 with a list of what does not.
+    Exit code 0 if no faults are found, 1 with a list of them.
     """
     from pipeline.console import Console
     from pipeline.tables import show_verified

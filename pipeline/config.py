@@ -73,9 +73,11 @@ def convert(kind: type[Config], values: dict[str, Any]) -> Config:
     for key in keys_of(kind):
         if key not in settings_of(kind) and values.get(key) is None:
             values[key] = {}
-    for setting in settings_of(kind).values():
-        if setting.required:
-            _drop_none(values, setting.key)
+    for key, setting in settings_of(kind).items():
+        section, _, name = key.rpartition(".")
+        inner = values[section] if section else values
+        if setting.required and isinstance(inner, dict) and inner.get(name, 0) is None:
+            del inner[name]  # as `pipeline config` prints it: it has to be given
     try:
         converted = msgspec.convert(values, kind, strict=False)
         _check_finite(msgspec.to_builtins(converted))
@@ -223,18 +225,6 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
             raise ConfigError(f"'{part}' holds keys, not the value {inner!r}")
         values = inner
     values[name] = value
-
-
-def _drop_none(values: dict[str, Any], key: str) -> None:
-    """Leave out a dotted key that has no value."""
-    *sections, name = key.split(".")
-    for part in sections:
-        inner = values.get(part)
-        if not isinstance(inner, dict):
-            return
-        values = inner
-    if values.get(name, 0) is None:
-        del values[name]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -268,7 +268,9 @@ class RectifyConfig(Settings, frozen=True):
     """A run of rectify."""
 
     method: Annotated[Method, about("How a wrong row is rectified.", "--method")] = "pairwise"
-    space: Annotated[Space, about("Of what it is done to.", "--space")] = "probability-T"
+    space: Annotated[Space, about(
+        "Where: in the softmax at the temperature, that at 1, or the logits.",
+        "--space")] = "probability-T"
     temperature: Annotated[float, about(
         "Of the loss that will use it.", "--temperature", **TEMPERATURES)] = 4.0
     name: Annotated[str | None, about(
