@@ -64,7 +64,8 @@ class EvaluateSettings(Settings, frozen=True):
         "Test images to leave out; else the run's own list.",
         "--skip", metavar="FILE", takes="file", group="data")] = None
     batch_size: Annotated[int | None, about(
-        "The run's own, or 256 if that is more, if left out.", "--batch-size", above=0, most=MOST_IN_A_BATCH)] = None
+        "The run's own, or 256 if that is more, if left out.",
+        "--batch-size", above=0, most=MOST_IN_A_BATCH)] = None
     caches: Annotated[tuple[str, ...], about(
         "Compare with its teacher; a student's own cache if left out. May be repeated: the "
         "teachers are averaged.", "--cache", metavar="CACHE", takes="folder")] = ()
