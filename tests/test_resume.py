@@ -14,7 +14,7 @@ import forks
 import msgspec
 import pytest
 import torch
-from helpers import DIGITS, Words, first, metrics, same_weights
+from helpers import DIGITS, Words, first, metrics, same_weights, without_probes
 
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.data import Splits
@@ -32,10 +32,7 @@ TRAIN = TrainSettings(epochs=2, batch_size=100, schedule="constant", lr=0.05)
 
 @pytest.fixture(scope="module", autouse=True)
 def no_probes() -> Iterator[None]:
-    """Pixel probes are the larger part of these runs, and tested elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.data.pixel_probes", lambda *_: [])
-        patch.setattr("stages.data.zip_longest", lambda *_: ())
+    with without_probes():
         yield
 
 

@@ -1,13 +1,14 @@
 """Several students from one stream of batches: each as it would be alone, bit for bit."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-from helpers import DIGITS, Words, first, metrics, same_weights
+from helpers import DIGITS, Words, first, metrics, same_weights, without_probes
 from torch import Tensor, nn
 
 from stages.cache import LogitCache
@@ -63,6 +64,12 @@ class Exploding(Dropping):
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) * torch.inf
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_probes() -> Iterator[None]:
+    with without_probes():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ from stages.train_student import CachedTask, train_student
 from stages.train_teacher import train_teacher
 from stages.training import run_directory
 
-SAMPLES, VIEWS, CACHE_BATCH = 400, 6, 90
+SAMPLES, VIEWS, CACHE_BATCH = 211, 6, 90
 POLICY = "pad-crop:pad=2"
 TIMES = {"seconds", "wait_seconds", "images_per_second"}
 
@@ -102,7 +102,7 @@ def my_probes() -> Iterator[None]:
 def my_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("student")
     splits = load_data(DIGITS)
-    splits = Splits(first(splits.train, SAMPLES), first(splits.test, 150))
+    splits = Splits(first(splits.train, SAMPLES), first(splits.test, 100))
     run, cache = folder / "teacher", folder / "digits.zarr"
     teacher = TeacherConfig(
         data=DIGITS,
@@ -147,7 +147,7 @@ def student_config(cache: Path, **changes: Any) -> StudentConfig:
         cache=str(cache),
         data=DIGITS,
         model=ModelSettings(architecture="resnet8"),
-        train=TrainSettings(epochs=3, batch_size=64, lr=0.05),
+        train=TrainSettings(epochs=3, batch_size=32, lr=0.05),
         device="cpu",
     )
     return msgspec.structs.replace(config, **changes)
@@ -319,8 +319,8 @@ def test_reported_loss_is_the_papers(
         assert line["wrong_rate"] == pytest.approx((z_t.argmax(1) != labels).mean())
 
 
-def test_ce_reads_no_targets(
-    my_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ce_shows_the_views_of_kd_and_reads_no_targets(
+    my_world: World, my_whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("targets are read")
@@ -330,12 +330,7 @@ def test_ce_reads_no_targets(
     train_student(config, tmp_path / "run", splits=my_world.splits)
     found = metrics(tmp_path / "run")
     assert found[-1]["loss"] < found[0]["loss"]
-
-
-def test_ce_shows_the_same_views_as_kd(my_world: World, my_whole: Path, tmp_path: Path) -> None:
-    config = student_config(my_world.cache, loss=LossSettings(name="ce"))
-    train_student(config, tmp_path / "run", splits=my_world.splits)
-    assert [x["view"] for x in metrics(tmp_path / "run")] == [x["view"] for x in metrics(my_whole)]
+    assert [line["view"] for line in found] == [line["view"] for line in metrics(my_whole)]
 
 
 # ---- what a run leaves ----------------------------------------------------------------------
@@ -387,17 +382,14 @@ def test_held_out_samples_are_never_trained_on(
     summary = train_student(
         student_config(my_world.cache, data=data), tmp_path / "run", splits=my_world.splits
     )
-    training, validation = held_out(SAMPLES, 0.25, seed=0)
+    training, _ = held_out(SAMPLES, 0.25, seed=0)
     assert shown == set(training.tolist())
+    assert len(shown) == 158
     lines = metrics(tmp_path / "run")
     best = max(line["val_top1"] for line in lines)
     assert summary["selected"]["val_top1"] == best
-    assert len(validation) == 100
-    # A top-1 over 100 samples is a whole number of percent.
-    assert all(
-        line["val_top1"] * 100 == pytest.approx(round(line["val_top1"] * 100), abs=1e-4)
-        for line in lines
-    )
+    for line in lines:  # of 53 samples a whole number is right
+        assert line["val_top1"] * 53 == pytest.approx(round(line["val_top1"] * 53), abs=1e-4)
 
 
 # ---- seeds ----------------------------------------------------------------------------------
@@ -458,51 +450,31 @@ def kill() -> None:
     raise KilledError
 
 
-@pytest.fixture(scope="module", params=[3, 7, 10, 21], ids="after-batch-{}".format)
-def my_resumed(
-    request: pytest.FixtureRequest, my_world: World, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+@pytest.mark.parametrize("batches", [3, 7, 10, 21])
+def test_a_resumed_run_is_an_uninterrupted_one(
+    my_world: World, my_whole: Path, tmp_path: Path, batches: int
+) -> None:
     """The run of `my_whole`, stopped by SIGTERM after some batch of its 21 and resumed."""
-    run = tmp_path_factory.mktemp("resumed") / "run"
-    config = student_config(my_world.cache, bias=RECTIFY)
+    config, run = student_config(my_world.cache, bias=RECTIFY), tmp_path / "run"
+    stops = Interrupter(batches, terminate)
     with pytest.raises(RunError, match="SIGTERM"):
-        train_student(
-            config,
-            run,
-            splits=my_world.splits,
-            reporter=Interrupter(request.param, terminate),
-        )
+        train_student(config, run, splits=my_world.splits, reporter=stops)
     assert not (run / "summary.json").exists()
     train_student(config, run, resume=True, splits=my_world.splits)
-    return run
-
-
-def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(
-    my_whole: Path, my_resumed: Path
-) -> None:
-    assert same_weights(my_whole, my_resumed)
-
-
-def test_a_resumed_run_has_the_metrics_of_an_uninterrupted_one(
-    my_whole: Path, my_resumed: Path
-) -> None:
-    assert metrics(my_resumed) == metrics(my_whole)
-    summaries = [json.loads((run / "summary.json").read_text()) for run in (my_whole, my_resumed)]
+    assert same_weights(my_whole, run)
+    assert metrics(run) == metrics(my_whole)
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (my_whole, run)]
     for name in ("last", "best", "selected"):
         assert summaries[0][name] == summaries[1][name]
-
-
-def test_resumed_metrics_have_the_epochs_rate(my_whole: Path, my_resumed: Path) -> None:
-    rates = [[line["lr"] for line in metrics(run)] for run in (my_whole, my_resumed)]
-    assert rates[1] == rates[0]
-    assert rates[0][0] > rates[0][1] > rates[0][2] > 0  # cosine
+    rates = [line["lr"] for line in metrics(my_whole)]
+    assert rates[0] > rates[1] > rates[2] > 0  # cosine
 
 
 def test_stopped_after_a_last_batch_that_took_one_sample_more(
     my_world: World, tmp_path: Path
 ) -> None:
-    """400 = 7 x 57 + 1: the seventh batch of an epoch has 58 samples."""
-    config = student_config(my_world.cache, train=TrainSettings(epochs=2, batch_size=57, lr=0.05))
+    """211 = 7 x 30 + 1: the seventh batch of an epoch has 31 samples."""
+    config = student_config(my_world.cache, train=TrainSettings(epochs=2, batch_size=30, lr=0.05))
     train_student(config, tmp_path / "whole", splits=my_world.splits)
     with pytest.raises(RunError, match="SIGTERM in epoch 1, after batch 7"):
         train_student(
@@ -590,8 +562,8 @@ def with_classes_renamed(train: ImageDataset) -> ImageDataset:
 
 
 IMPOSTORS: dict[str, tuple[Callable[[ImageDataset], ImageDataset], str]] = {
-    "name": (lambda train: dataclasses.replace(train, name="cifar10"), "name: cifar10, not digits"),
-    "size": (lambda train: first(train, 399), "num_samples: 399, not 400"),
+    "name": (lambda train: dataclasses.replace(train, name="cifar10"), "name"),
+    "size": (lambda train: first(train, 210), "num_samples"),
     "labels": (with_labels_swapped, "labels: "),
     "order": (with_samples_reordered, "images: another"),
     "classes": (with_classes_renamed, "class_names: "),
@@ -641,35 +613,39 @@ def test_accepting_drift_does_not_accept_another_dataset(my_world: World, tmp_pa
 # ---- what the cache has ---------------------------------------------------------------------
 
 
-def test_an_incomplete_cache_offers_what_it_has(
-    my_world: World, my_cache: Path, tmp_path: Path
-) -> None:
-    LogitCache.open(my_cache, writable=True).grow(9)
-    with pytest.raises(CacheError, match="6 of 9 views") as refused:
-        train_student(student_config(my_cache), tmp_path / "run", splits=my_world.splits)
-    assert "cache-teacher" in refused.value.remedy
-    assert "--views 6" in refused.value.remedy
-    config = student_config(my_cache, views=6, train=TrainSettings(epochs=1, batch_size=200))
-    train_student(config, tmp_path / "run", splits=my_world.splits)
+def grown(cache: Path) -> None:
+    LogitCache.open(cache, writable=True).grow(9)
 
 
-def test_a_hole_counts(my_world: World, my_cache: Path, tmp_path: Path) -> None:
+def with_a_hole(cache: Path) -> None:
     """View 2 is missing: five are there, two of them in a row from the first."""
-    (my_cache / "commits" / "logits" / "v00002.json").unlink()
-    with pytest.raises(CacheError, match="5 of 6 views") as refused:
-        train_student(student_config(my_cache), tmp_path / "run", splits=my_world.splits)
-    assert "--views 2" in refused.value.remedy
+    (cache / "commits" / "logits" / "v00002.json").unlink()
 
 
-def test_an_incomplete_rectification_offers_what_it_has(
-    my_world: World, my_cache: Path, tmp_path: Path
+def rectified_in_part(cache: Path) -> None:
+    rectify(cache, RectifyConfig(name="part", views=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "stage", "views"),
+    [
+        (grown, "cache-teacher", 6),
+        (with_a_hole, "cache-teacher", 2),
+        (rectified_in_part, "rectify", 2),
+    ],
+)
+def test_what_is_incomplete_offers_what_it_has(
+    my_world: World, my_cache: Path, tmp_path: Path, change: Any, stage: str, views: int
 ) -> None:
-    rectify(my_cache, RectifyConfig(name="part", views=2))
-    bias = BiasSettings(mode="rectify", rectified="part")
-    with pytest.raises(CacheError, match="2 of 6 views are rectified") as refused:
-        train_student(student_config(my_cache, bias=bias), tmp_path / "run", splits=my_world.splits)
-    assert "pipeline rectify" in refused.value.remedy
-    assert "--views 2" in refused.value.remedy
+    change(my_cache)
+    bias = BiasSettings(mode="rectify", rectified="part") if stage == "rectify" else BiasSettings()
+    config = student_config(my_cache, bias=bias, train=TrainSettings(epochs=1, batch_size=200))
+    with pytest.raises(CacheError) as refused:
+        train_student(config, tmp_path / "run", splits=my_world.splits)
+    assert f"pipeline {stage}" in refused.value.remedy
+    assert f"--views {views}" in refused.value.remedy
+    offered = msgspec.structs.replace(config, views=views)
+    train_student(offered, tmp_path / "run", splits=my_world.splits)
 
 
 @pytest.mark.parametrize("part", ["logits", "rectified/pairwise-T4"])
@@ -708,47 +684,37 @@ def my_variants(my_world: World, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 T2, CE = LossSettings(temperature=2.0), LossSettings(name="ce")
-REFUSED: dict[str, tuple[str, dict[str, Any], type[PipelineError], Sequence[str]]] = {
-    "no-rectification": ("none", {"bias": RECTIFY}, CacheError, ["no rectif", "pipeline rectify"]),
-    "several-rectifications": (
-        "several",
-        {"bias": RECTIFY},
-        CacheError,
-        ["2 rectif", "pairwise-T4", "pairwise-T4-probability-1", "--rectified"],
-    ),
+REFUSED: dict[str, tuple[str, dict[str, Any], type[PipelineError], str]] = {
+    "no-rectification": ("none", {"bias": RECTIFY}, CacheError, "pipeline rectify"),
+    "several-rectifications": ("several", {"bias": RECTIFY}, CacheError, "--rectified"),
     "unknown-rectification": (
         "one",
         {"bias": BiasSettings(mode="rectify", rectified="swap-T4")},
         CacheError,
-        ["'swap-T4'", "it has pairwise-T4"],
+        "pairwise-T4",
     ),
     "unused-rectification": (
         "one",
         {"bias": BiasSettings(rectified="pairwise-T4")},
         ConfigError,
-        ["not used", "--bias rectify"],
+        "--bias rectify",
     ),
-    "temperature": (
-        "one",
-        {"bias": RECTIFY, "loss": T2},
-        CacheError,
-        ["temperature 4, not 2", "probability-1"],
-    ),
-    "ce-with-bias": ("one", {"bias": RECTIFY, "loss": CE}, ConfigError, ["'ce'", "--loss kd"]),
+    "temperature": ("one", {"bias": RECTIFY, "loss": T2}, CacheError, "temperature 4"),
+    "ce-with-bias": ("one", {"bias": RECTIFY, "loss": CE}, ConfigError, "--loss kd"),
     "ce-with-elimination": (
         "one",
         {"bias": BiasSettings(mode="eliminate"), "loss": CE},
         ConfigError,
-        ["'eliminate'"],
+        "'eliminate'",
     ),
-    "unknown-loss": ("one", {"loss": LossSettings(name="kl")}, ConfigError, ["'kl'", "kd"]),
-    "no-views": ("one", {"views": 0}, ConfigError, ["0 views", "has 6"]),
-    "too-many-views": ("one", {"views": 7}, ConfigError, ["7 views", "has 6"]),
+    "unknown-loss": ("one", {"loss": LossSettings(name="kl")}, ConfigError, "'kl'"),
+    "no-views": ("one", {"views": 0}, ConfigError, "0 views"),
+    "too-many-views": ("one", {"views": 7}, ConfigError, "7 views"),
 }
 
 
 @pytest.mark.parametrize(
-    ("variant", "changes", "kind", "told"), REFUSED.values(), ids=list(REFUSED)
+    ("variant", "changes", "kind", "named"), REFUSED.values(), ids=list(REFUSED)
 )
 def test_refused(
     my_world: World,
@@ -757,13 +723,12 @@ def test_refused(
     variant: str,
     changes: dict[str, Any],
     kind: type[PipelineError],
-    told: Sequence[str],
+    named: str,
 ) -> None:
     config = student_config(my_variants[variant], **changes)
     with pytest.raises(kind) as refused:
         train_student(config, tmp_path / "run", splits=my_world.splits)
-    for words in told:
-        assert words in str(refused.value)
+    assert named in str(refused.value)
     assert not (tmp_path / "run").exists()
 
 

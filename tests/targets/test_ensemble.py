@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import DIGITS, metrics
+from helpers import DIGITS, metrics, without_probes
 from torch import Tensor
 
 from stages.cache import LogitCache
@@ -37,6 +37,12 @@ from stages.training.order import sample_order
 from stages.training.run_directory import RunDirectory
 
 SAMPLES, CLASSES, VIEWS = 60, 7, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_probes() -> Iterator[None]:
+    with without_probes():
+        yield
 
 
 def member(seed: int, scale: float, labels: Tensor) -> ViewTargets:
