@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import DIGITS, metrics, without_probes
+from helpers import DIGITS, first, metrics, without_probes
 from torch import Tensor
 
 from stages.cache import LogitCache
@@ -36,7 +36,7 @@ from stages.train_teacher import train_teacher
 from stages.training.order import sample_order
 from stages.training.run_directory import RunDirectory
 
-SAMPLES, CLASSES, VIEWS = 60, 7, 3
+SAMPLES, CLASSES, VIEWS, IMAGES = 60, 7, 3, 300
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,10 +118,14 @@ def test_there_is_no_rectification() -> None:
 
 
 @pytest.fixture(scope="module")
+def my_splits(digits: Splits) -> Splits:
+    return Splits(first(digits.train, IMAGES), first(digits.test, 100))
+
+
+@pytest.fixture(scope="module")
 def my_caches(
     cache_config: CacheConfig,
-    finished_cache: Path,
-    digits: Splits,
+    my_splits: Splits,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Mapping[str, Path]:
     """`first`, and caches of another teacher: `other` in half precision and in other blocks, `two`
@@ -135,18 +139,20 @@ def my_caches(
         train=TrainSettings(epochs=1, lr=0.05),
         device="cpu",
     )
-    train_teacher(teacher, folder / "run", splits=digits)
+    train_teacher(teacher, folder / "run", splits=my_splits)
     weights = msgspec.structs.replace(cache_config.teacher, weights=str(folder / "run"))
     changes: dict[str, dict[str, Any]] = {
-        "other": {"encoding": "float16", "block_rows": 130},
+        "first": {"teacher": cache_config.teacher},
+        "other": {"encoding": "float16", "block_rows": 45},
         "two": {"views": 2},
         "seed": {"seed": 1, "views": 1},
         "policy": {"augment": "pad-crop-flip:pad=2", "views": 1},
     }
     for name, changed in changes.items():
-        config = msgspec.structs.replace(cache_config, teacher=weights, **changed)
-        cache_teacher(prepare(config, digits), folder / name)
-    return {"first": finished_cache, **{name: folder / name for name in changes}}
+        own = {"teacher": weights, "block_rows": 100, **changed}
+        config = msgspec.structs.replace(cache_config, **own)
+        cache_teacher(prepare(config, my_splits), folder / name)
+    return {name: folder / name for name in changes}
 
 
 def student_config(caches: Mapping[str, Path], *names: str, **changes: Any) -> StudentConfig:
@@ -163,11 +169,11 @@ def student_config(caches: Mapping[str, Path], *names: str, **changes: Any) -> S
 
 
 def test_averaging_a_teacher_with_itself_changes_next_to_nothing(
-    my_caches: Mapping[str, Path], digits: Splits, tmp_path: Path
+    my_caches: Mapping[str, Path], my_splits: Splits, tmp_path: Path
 ) -> None:
     for name, caches in (("alone", ["first"]), ("twice", ["first", "first"])):
         config = student_config(my_caches, *caches)
-        train_student(config, tmp_path / name, splits=digits)
+        train_student(config, tmp_path / name, splits=my_splits)
     alone, twice = (metrics(tmp_path / name) for name in ("alone", "twice"))
     for one, two in zip(alone, twice, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
@@ -177,7 +183,7 @@ def test_averaging_a_teacher_with_itself_changes_next_to_nothing(
 @pytest.mark.parametrize("mode", ["none", "eliminate"])
 def test_two_teachers(
     my_caches: Mapping[str, Path],
-    digits: Splits,
+    my_splits: Splits,
     tmp_path: Path,
     mode: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -189,7 +195,7 @@ def test_two_teachers(
         "other",
         bias=BiasSettings(mode=mode),
         loss=LossSettings(ce_weight=0.0, weight=1.0),
-        train=TrainSettings(epochs=1, batch_size=1000, lr=1e-12, weight_decay=0),
+        train=TrainSettings(epochs=1, batch_size=IMAGES, lr=1e-12, weight_decay=0),
     )
     shown: list[tuple[Tensor, Tensor]] = []
     loss_parts = CachedTask.loss_parts
@@ -199,7 +205,7 @@ def test_two_teachers(
         return loss_parts(task, logits, batch)
 
     monkeypatch.setattr(CachedTask, "loss_parts", spy)
-    train_student(config, tmp_path / "run", splits=digits)
+    train_student(config, tmp_path / "run", splits=my_splits)
     ((samples, logits),) = shown
     (line,) = metrics(tmp_path / "run")
     caches = [LogitCache.open(my_caches[name]) for name in ("first", "other")]
@@ -207,7 +213,7 @@ def test_two_teachers(
     for temperature in (1.0, 4.0):
         rows = [c.read_view(line["view"]).rows(samples).double() / temperature for c in caches]
         means[temperature] = sum(torch.softmax(z, 1) for z in rows).numpy() / 2
-    wrong = means[1.0].argmax(1) != digits.train.labels[samples].numpy()
+    wrong = means[1.0].argmax(1) != my_splits.train.labels[samples].numpy()
     assert line["wrong_rate"] == pytest.approx(wrong.mean(), abs=1e-6)
     student = torch.log_softmax(logits / 4, 1).numpy()
     rows = 16 * (means[4.0] * (np.log(means[4.0]) - student)).sum(1)
@@ -217,31 +223,31 @@ def test_two_teachers(
 
 @pytest.mark.parametrize("bias", ["none", "eliminate"])
 def test_a_run_resumes_and_leaves_a_record(
-    my_caches: Mapping[str, Path], digits: Splits, tmp_path: Path, bias: Any
+    my_caches: Mapping[str, Path], my_splits: Splits, tmp_path: Path, bias: Any
 ) -> None:
     config = student_config(my_caches, "first", "other", bias=BiasSettings(mode=bias))
-    train_student(config, tmp_path / "run", splits=digits)
+    train_student(config, tmp_path / "run", splits=my_splits)
     kept = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert kept["also"] == [str(my_caches["other"])]
     alone = student_config(my_caches, "first", bias=BiasSettings(mode=bias))
     with pytest.raises(RunError, match=r"other caches .*--also"):
-        train_student(alone, tmp_path / "run", resume=True, splits=digits)
-    train_student(config, tmp_path / "run", resume=True, splits=digits)
+        train_student(alone, tmp_path / "run", resume=True, splits=my_splits)
+    train_student(config, tmp_path / "run", resume=True, splits=my_splits)
 
 
 def test_in_groups_of_the_firsts_chunks(
-    my_caches: Mapping[str, Path], digits: Splits, tmp_path: Path
+    my_caches: Mapping[str, Path], my_splits: Splits, tmp_path: Path
 ) -> None:
     """The members have other chunks; every sample is shown once, to the same effect at rate 0."""
-    still = TrainSettings(epochs=1, batch_size=100, lr=1e-12, weight_decay=0)
+    still = TrainSettings(epochs=1, batch_size=64, lr=1e-12, weight_decay=0)
     lines = {}
-    for name, memory in (("whole", None), ("groups", "120kB")):
+    for name, memory in (("whole", None), ("groups", "40kB")):
         config = student_config(my_caches, "first", "other", train=still, slab_memory=memory)
-        trainer = student_trainer([config], [RunDirectory(tmp_path / name)], digits)
+        trainer = student_trainer([config], [RunDirectory(tmp_path / name)], my_splits)
         trainer.fit()
         (lines[name],) = metrics(tmp_path / name)
-        order = trainer.stream.order(torch.arange(1000), 0, 0)
-        assert torch.equal(order, sample_order(torch.arange(1000), 0, 0)) == (memory is None)
+        order = trainer.stream.order(torch.arange(IMAGES), 0, 0)
+        assert torch.equal(order, sample_order(torch.arange(IMAGES), 0, 0)) == (memory is None)
     assert lines["groups"]["wrong_rate"] == pytest.approx(lines["whole"]["wrong_rate"], abs=1e-6)
     assert lines["groups"]["loss"] == pytest.approx(lines["whole"]["loss"], rel=0.1)
 
@@ -270,7 +276,7 @@ def test_caches_of_another_dataset(
 
 
 def test_caches_of_other_numbers_of_views(
-    my_caches: Mapping[str, Path], digits: Splits, tmp_path: Path
+    my_caches: Mapping[str, Path], my_splits: Splits, tmp_path: Path
 ) -> None:
     caches = [LogitCache.open(my_caches[name]) for name in ("first", "two")]
     with pytest.raises(ConfigError, match=r"have 2 and 3 views\n.*--views 2"):
@@ -291,19 +297,19 @@ def test_a_member_that_is_not_complete(my_caches: Mapping[str, Path], tmp_path: 
 
 
 def test_rectification_is_refused(
-    my_caches: Mapping[str, Path], digits: Splits, tmp_path: Path
+    my_caches: Mapping[str, Path], my_splits: Splits, tmp_path: Path
 ) -> None:
     config = student_config(my_caches, "first", "other", bias=BiasSettings(mode="rectify"))
     with pytest.raises(ConfigError, match=r"belongs to one cache.*\n.*--bias eliminate"):
-        train_student(config, tmp_path / "run", splits=digits)
+        train_student(config, tmp_path / "run", splits=my_splits)
     assert not (tmp_path / "run").exists()
 
 
 def test_rows_whose_rest_is_unknown_at_one(
-    cache_config: CacheConfig, my_caches: Mapping[str, Path], digits: Splits, tmp_path: Path
+    cache_config: CacheConfig, my_caches: Mapping[str, Path], my_splits: Splits, tmp_path: Path
 ) -> None:
     config = msgspec.structs.replace(cache_config, views=1, encoding="topk:k=3,temperatures=4")
-    cache_teacher(prepare(config, digits), tmp_path / "topk")
+    cache_teacher(prepare(config, my_splits), tmp_path / "topk")
     first = LogitCache.open(my_caches["first"])
     with pytest.raises(CacheError, match=r"topk keeps part of each row, without its rest at T = 1"):
         open_members(first, [str(tmp_path / "topk")], [4.0])
