@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.measure import Figure, Ratio, alternately, seconds, steadily
 from stages import device
 from stages.cache import LogitCache
-from stages.cache_job import CacheJob, prepare, row_order, teacher_logits
+from stages.cache_job import CacheJob, prepare
 from stages.cache_teacher import cache_teacher
 from stages.data import Splits
 from stages.errors import ConfigError
@@ -42,13 +42,13 @@ def teacher_figures(
     Raises ConfigError where the view policy has too few views to append any.
     """
     job, out = prepare(config, splits), folder / "passes.zarr"
-    feed, order = job.feed(splits.train, job.policy), row_order(job)
-    teacher_logits(job, feed, order[: _WARM_BATCHES * config.batch_size], 0)  # warms up
+    teacher, order = job.teacher(), job.row_order
+    teacher.logits(order[: _WARM_BATCHES * config.batch_size], 0)  # warms up
     logits = torch.empty(0)
 
     def first() -> None:
         nonlocal logits
-        logits = teacher_logits(job, feed, order, 0)
+        logits = teacher.logits(order, 0)
 
     taken = seconds(first, job.device)
     most = math.inf if job.policy.count is None else (job.policy.count - 1) // (turns + 1)
@@ -66,7 +66,7 @@ def teacher_figures(
     def bare() -> float:
         def views() -> None:
             for view in range(each):
-                teacher_logits(job, feed, order, view)
+                teacher.logits(order, view)
 
         return seconds(views, job.device)
 
@@ -80,7 +80,7 @@ def teacher_figures(
         target=None if small else PASS_TARGET,
         note=f"{note}; {FIXED}" if small else note,
     )
-    feed.close()
+    teacher.feed.close()
     more = (a - b for a, b in zip(ratio.ours, ratio.yardstick, strict=True))
     fixed = Figure(
         name="teacher pass, what a view costs beyond its forward",

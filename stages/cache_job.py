@@ -6,6 +6,7 @@ same batches whoever computes them, whatever was done before.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from stages.distributed import ALONE, Ranks, device_of_rank
 from stages.errors import ModelError, ViewError
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Skip, Statistics
-from stages.inputs.feed import Normalise, ViewFeed
+from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.model_outputs import Adapted, output_order
 from stages.inputs.models import Model, load_model
 from stages.inputs.views import ViewPolicy
@@ -83,8 +84,31 @@ class CacheJob:
         """What was chosen when the teacher was loaded, a line each."""
         return self.model.notes
 
+    @cached_property
+    def row_order(self) -> Tensor:
+        """int64 (N,): the sample of each row, a keyed permutation."""
+        samples = len(self.splits.train)
+        return permute(torch.arange(samples), samples, self.config.seed, _ROW_ORDER)
+
+    def seen_rows(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the first rows' logits, float32 (n, C), those whose samples the teacher has seen; and
+        their labels, int64 (m,).
+        """
+        samples, train = self.row_order[: len(logits)], self.splits.train
+        seen = ~torch.isin(samples, train.skipped)
+        return logits[seen], train.labels[samples[seen]]
+
     def feed(self, dataset: ImageDataset, policy: ViewPolicy) -> ViewFeed:
         return ViewFeed(dataset, policy, self.device, self.image_size, self.config.data.workers)
+
+    def teacher(self, progress: Callable[[int], None] = lambda rows: None) -> "TeacherPass":
+        """The teacher on views of the training split."""
+        return TeacherPass(self, self.feed(self.splits.train, self.policy), None, progress)
+
+    def teacher_on_test(self) -> "TeacherPass":
+        """The teacher on the test split, view 0."""
+        view = plain_view(self.image_size, self.config.data.resize)
+        return TeacherPass(self, self.feed(self.splits.test, view), "the test split")
 
 
 @dataclass(frozen=True)
@@ -186,81 +210,72 @@ def normalisation_text(mean: Sequence[float], std: Sequence[float], source: str)
     return f"mean {shown[0]}, std {shown[1]}{every}" + (f", {source}" if source else "")
 
 
-def row_order(job: CacheJob) -> Tensor:
-    """int64 (N,): the sample of each row, a keyed permutation."""
-    samples = len(job.splits.train)
-    return permute(torch.arange(samples), samples, job.config.seed, _ROW_ORDER)
+@dataclass(frozen=True)
+class TeacherPass:
+    """The teacher on the images of one split. Close its feed when it is done.
 
-
-def fitted_encoding(
-    job: CacheJob, feed: ViewFeed, progress: Callable[[int], None] = lambda rows: None
-) -> tuple[dict[BlockId, Tensor], Encoding]:
-    """The encoding asked for, fitted to the first rows of view 0; and the blocks that these are,
-    (view, block) -> float32 (n, C), so that nothing is computed twice.
+    split: as an error names it, None for the view that was asked for. progress: called with the
+    number of rows of each batch.
     """
-    order, labels = row_order(job), job.splits.train.labels
-    grid = block_grid(len(order), job.num_classes, job.config.block_rows)
-    needed = -(-min(FIT_ROWS, len(order)) // grid.block_rows)
-    blocks = {
-        BlockId(0, block): checked_logits(job, feed, order[grid.rows(block)], 0, progress)
-        for block in range(needed)
-    }
-    rows = torch.cat([block[:FIT_ROWS] for block in blocks.values()])[:FIT_ROWS]
-    seen = ~torch.isin(order[: len(rows)], job.splits.train.skipped)
-    coding = fit_encoding(
-        job.config.encoding, rows[seen], labels[order[: len(rows)]][seen], job.config.max_kl
-    )
-    return blocks, coding
 
+    job: CacheJob
+    feed: ViewFeed
+    split: str | None = None
+    progress: Callable[[int], None] = lambda rows: None
 
-@torch.inference_mode()
-def teacher_logits(
-    job: CacheJob,
-    feed: ViewFeed,
-    samples: Tensor,
-    view: int,
-    progress: Callable[[int], None] = lambda rows: None,
-) -> Tensor:
-    """The teacher's float32 logits (n, C) for one view of some samples, on the CPU.
+    @torch.inference_mode()
+    def logits(self, samples: Tensor, view: int) -> Tensor:
+        """The teacher's float32 logits (n, C) for one view of some samples, on the CPU.
 
-    From a GPU they are copied batch by batch while it goes on computing.
-    """
-    # A block must not depend on who computes it: cuDNN chooses by rule, not by timing.
-    torch.backends.cudnn.benchmark = False
-    on_gpu = job.device.type == "cuda"
-    pinned = on_gpu and 4 * len(samples) * job.num_classes <= MAX_BLOCK_BYTES  # torch keeps it
-    logits = torch.empty((len(samples), job.num_classes), pin_memory=pinned)
-    start = 0
-    for batch in feed.batches(samples, view, job.config.batch_size):
-        output = forward(job.model.module, job.normalise(batch.pixels), job.config.dtype)
-        if output.shape != (len(batch.samples), job.num_classes):
-            raise ModelError(
-                f"the teacher gives logits of shape {tuple(output.shape)} for "
-                f"{len(batch.samples)} images and {job.num_classes} classes",
-                "Let the model return a row of logits for each image.",
-            )
-        logits[start : start + len(output)].copy_(output, non_blocking=True)
-        start += len(output)
-        progress(len(output))
-    if on_gpu:
-        torch.cuda.current_stream(job.device).synchronize()
-    return logits
+        From a GPU they are copied batch by batch while it goes on computing.
+        """
+        job, classes = self.job, self.job.num_classes
+        # A block must not depend on who computes it: cuDNN chooses by rule, not by timing.
+        torch.backends.cudnn.benchmark = False
+        on_gpu = job.device.type == "cuda"
+        pinned = on_gpu and 4 * len(samples) * classes <= MAX_BLOCK_BYTES  # torch keeps it
+        logits = torch.empty((len(samples), classes), pin_memory=pinned)
+        start = 0
+        for batch in self.feed.batches(samples, view, job.config.batch_size):
+            output = forward(job.model.module, job.normalise(batch.pixels), job.config.dtype)
+            if output.shape != (len(batch.samples), classes):
+                raise ModelError(
+                    f"the teacher gives logits of shape {tuple(output.shape)} for "
+                    f"{len(batch.samples)} images and {classes} classes",
+                    "Let the model return a row of logits for each image.",
+                )
+            logits[start : start + len(output)].copy_(output, non_blocking=True)
+            start += len(output)
+            self.progress(len(output))
+        if on_gpu:
+            torch.cuda.current_stream(job.device).synchronize()
+        return logits
 
+    def finite_logits(self, samples: Tensor, view: int) -> Tensor:
+        """As `logits`. Raises ModelError unless all are finite."""
+        logits = self.logits(samples, view)
+        check_finite(logits, samples, self.split or f"view {view}")
+        return logits
 
-def checked_logits(
-    job: CacheJob,
-    feed: ViewFeed,
-    samples: Tensor,
-    view: int,
-    progress: Callable[[int], None] = lambda rows: None,
-) -> Tensor:
-    """As `teacher_logits`. Raises ModelError unless all are finite."""
-    logits = teacher_logits(job, feed, samples, view, progress)
-    check_finite(logits, samples, f"view {view}")
-    return logits
+    def fitted_encoding(self) -> tuple[dict[BlockId, Tensor], Encoding]:
+        """The encoding asked for, fitted to the first rows of view 0; and the blocks that these
+        are, float32 (n, C), so that nothing is computed twice.
+        """
+        job, order = self.job, self.job.row_order
+        grid = block_grid(len(order), job.num_classes, job.config.block_rows)
+        needed = -(-min(FIT_ROWS, len(order)) // grid.block_rows)
+        blocks = {
+            BlockId(0, block): self.finite_logits(order[grid.rows(block)], 0)
+            for block in range(needed)
+        }
+        rows, labels = job.seen_rows(
+            torch.cat([block[:FIT_ROWS] for block in blocks.values()])[:FIT_ROWS]
+        )
+        return blocks, fit_encoding(job.config.encoding, rows, labels, job.config.max_kl)
 
 
 def check_finite(logits: Tensor, samples: Tensor, where: str) -> None:
+    """Raise ModelError unless all logits are finite. samples: int64 (n,), whose they are."""
     finite = torch.isfinite(logits).all(1)
     if not bool(finite.all()):
         first = int(finite.logical_not().nonzero()[0])

@@ -23,8 +23,8 @@ from stages.cache.encoding import (
 from stages.cache.layout import BlockGrid, block_grid
 from stages.cache.metadata import NewCache
 from stages.cache.storage import location
-from stages.cache_job import CacheJob, check_finite, row_order, teacher_logits
-from stages.cache_teacher import missing_blocks, open_existing
+from stages.cache_job import CacheJob, check_finite
+from stages.cache_teacher import open_existing
 from stages.device import versions
 from stages.errors import CacheError
 from stages.inputs.probes import PROBES
@@ -98,12 +98,11 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
 
     Raises CacheError if the encoding asked for does not hold the KL asked for.
     """
-    config, train, order = job.config, job.splits.train, row_order(job)
+    config, train, order = job.config, job.splits.train, job.row_order
     # 1) the teacher, on the rows that encodings are fitted to
-    logits, computed_per_second = measured_teacher(job, order)
+    logits, computed_per_second = measured_teacher(job)
     check_finite(logits, order, "view 0")
-    seen = ~torch.isin(order[: len(logits)], train.skipped)
-    logits, labels = logits[seen], train.labels[order[: len(logits)]][seen]
+    logits, labels = job.seen_rows(logits)
 
     # 2) the encodings, on its rows
     cache = open_existing(job, out)
@@ -131,7 +130,7 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
         samples=len(train),
         views=config.views,
         blocks=blocks,
-        missing_blocks=len(missing_blocks(cache, config.views)) if cache else blocks,
+        missing_blocks=len(cache.commits.missing(range(config.views))) if cache else blocks,
         encoding=coding.name,
         bytes_per_view=chosen.row_bytes,
         files=count_files(coding, config.views, grid.num_blocks),
@@ -152,14 +151,15 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
 # ---- details --------------------------------------------------------------------------------
 
 
-def measured_teacher(job: CacheJob, order: Tensor) -> tuple[Tensor, float]:
+def measured_teacher(job: CacheJob) -> tuple[Tensor, float]:
     """Logits of the first rows of view 0, float32 (n, C), and how many rows a second there are.
 
     Runs of batches grow: what workers feed shows its pace once several batches are under way.
     """
+    order = job.row_order
     batch, wanted = min(job.config.batch_size, len(order)), min(FIT_ROWS, len(order))
-    feed = job.feed(job.splits.train, job.policy)
-    teacher_logits(job, feed, order[:batch], 0)  # warms up: allocations, kernels, workers
+    teacher = job.teacher()
+    teacher.logits(order[:batch], 0)  # warms up: allocations, kernels, workers
     kept: list[Tensor] = []
     timed: list[tuple[int, float]] = []
     done, run, began = 0, batch, time.perf_counter()
@@ -168,12 +168,12 @@ def measured_teacher(job: CacheJob, order: Tensor) -> tuple[Tensor, float]:
             break
         samples = order[torch.arange(done, done + run) % len(order)]
         started = time.perf_counter()
-        logits = teacher_logits(job, feed, samples, 0)  # waits for the device
+        logits = teacher.logits(samples, 0)  # waits for the device
         timed.append((run, time.perf_counter() - started))
         if done < wanted:
             kept.append(logits)
         done, run = done + run, max(batch, min(2 * run, FIT_ROWS // batch * batch))
-    feed.close()
+    teacher.feed.close()
     settled = timed[len(timed) // 2 :]
     pace = sum(rows for rows, _ in settled) / sum(seconds for _, seconds in settled)
     return torch.cat(kept)[:wanted], pace

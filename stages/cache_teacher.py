@@ -29,15 +29,7 @@ from stages.cache.layout import BlockId
 from stages.cache.lock import exclusive, joined
 from stages.cache.metadata import NewCache
 from stages.cache.storage import Location, check_place, location, remove_half_written
-from stages.cache_job import (
-    CacheJob,
-    check_finite,
-    checked_logits,
-    fitted_encoding,
-    prepare,
-    row_order,
-    teacher_logits,
-)
+from stages.cache_job import CacheJob, TeacherPass, prepare
 from stages.data import skipped_samples
 from stages.device import device_name, versions
 from stages.distributed import (
@@ -48,22 +40,11 @@ from stages.distributed import (
     wait_for_all,
 )
 from stages.errors import CacheError, IdentityError
-from stages.inputs.feed import ViewFeed, plain_view
 from stages.inputs.probes import pixel_probes
 from stages.reporting import Reporter, Silent
 from stages.teacher_checks import teacher_doubts
 
-__all__ = [
-    "CacheJob",
-    "CacheSummary",
-    "cache_teacher",
-    "fitted_encoding",
-    "missing_blocks",
-    "open_existing",
-    "prepare",
-    "row_order",
-    "teacher_logits",
-]
+__all__ = ["CacheJob", "CacheSummary", "cache_teacher", "open_existing", "prepare"]
 
 Blocks = dict[BlockId, Tensor]
 """(view, block) -> float32 logits (n, C)."""
@@ -95,14 +76,15 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         reporter.say(note)
     with _held(location(out), ranks):
         # 1) the store, its encoding fitted to the first rows; and what is missing in it
-        feed, progress = job.feed(job.splits.train, job.policy), _Progress(job, reporter)
-        cache, fitted = first_rank_before_others(ranks, lambda: _ready(job, out, feed, progress))
+        progress = _Progress(job, reporter)
+        teacher = job.teacher(progress)
+        cache, fitted = first_rank_before_others(ranks, lambda: _ready(teacher, out))
         for doubt in [] if job.told else _doubts(job, fitted):
             reporter.say(f"WARNING: {doubt}")
 
         def look() -> tuple[list[BlockId], list[BlockId]]:
             cache.commits.check_records()  # damage is told before hours of work
-            return missing_blocks(cache, views), [*fitted]
+            return cache.commits.missing(range(views)), [*fitted]
 
         missing, there = first_rank_does(ranks, look)
         progress.total = sum(cache.grid.length(block) for _, block in missing)
@@ -116,20 +98,24 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
                 logits = fitted.pop(at, None)
                 if logits is None:
                     samples = cache.dataset_index[cache.grid.rows(at.block)]
-                    logits = checked_logits(job, feed, samples, at.view, progress)
+                    logits = teacher.finite_logits(samples, at.view)
                 writer.put((at, logits))
-        feed.close()
+        teacher.feed.close()
         wait_for_all(ranks, progress.look)
 
         # 3) the test split, and what is known once all blocks are there
         def finish() -> CacheSummary:
             if ranks.world > 1:
                 _see(cache, missing)
-            cache.commits.check_all_objects()
+            logs = cache.commits, cache.eval_commits
+            for commits in logs:
+                commits.check_all_objects()
             cache.write_fidelity()
             if not cache.eval_commits.is_complete(0):
-                _cache_test_split(job, cache, record)
-            for commits in (cache.commits, cache.eval_commits):
+                test, samples = job.teacher_on_test(), torch.arange(len(job.splits.test))
+                cache.write_eval_logits(test.finite_logits(samples, 0), record)
+                test.feed.close()
+            for commits in logs:
                 commits.compact_rest()
             return _summary(cache, len(missing), job.normalisation)
 
@@ -171,11 +157,6 @@ def open_existing(job: CacheJob, out: str | Path) -> LogitCache | None:
     return cache
 
 
-def missing_blocks(cache: LogitCache, views: int) -> list[BlockId]:
-    """The (view, block) pairs of the first `views` views that are not committed, in order."""
-    return cache.commits.missing(range(views))
-
-
 # ---- details --------------------------------------------------------------------------------
 
 
@@ -200,14 +181,13 @@ def _held(where: Location, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _ready(
-    job: CacheJob, out: str | Path, feed: ViewFeed, progress: "_Progress"
-) -> tuple[LogitCache, Blocks]:
+def _ready(teacher: TeacherPass, out: str | Path) -> tuple[LogitCache, Blocks]:
     """The cache, with room for all views; and the blocks that fitting its encoding has computed."""
-    cache, fitted = open_existing(job, out), Blocks()
+    job, fitted = teacher.job, Blocks()
+    cache = open_existing(job, out)
     if cache is None:
-        fitted, coding = fitted_encoding(job, feed, progress)
-        cache = _create(job, out, coding)
+        fitted, coding = teacher.fitted_encoding()
+        cache = LogitCache.create(out, _new_cache(job, coding))
     _check_skips(job, cache)
     if job.ranks.first:
         remove_half_written(cache.path)
@@ -216,14 +196,31 @@ def _ready(
     return cache, fitted
 
 
+def _new_cache(job: CacheJob, coding: Encoding) -> NewCache:
+    return NewCache(
+        identity=job.identity,
+        coding=coding,
+        num_views=job.config.views,
+        dataset_index=job.row_order,
+        labels=job.splits.train.labels,
+        eval_labels=job.splits.test.labels,
+        pixel_probes=pixel_probes(job.splits.train, job.policy, job.image_size),
+        provenance={  # what was used and does not decide which numbers are right
+            "config": msgspec.to_builtins(job.config),
+            "device": device_name(job.device),
+            "versions": versions(),
+            "normalisation": job.normalised,
+        },
+        block_rows=job.config.block_rows,
+    )
+
+
 def _doubts(job: CacheJob, fitted: Blocks) -> list[str]:
     """Whether the teacher knows the dataset, by the rows that the encoding was fitted to."""
     if not fitted:
         return []
-    rows, train = torch.cat([*fitted.values()])[:FIT_ROWS], job.splits.train
-    samples = row_order(job)[: len(rows)]
-    seen = ~torch.isin(samples, train.skipped)
-    return teacher_doubts(rows[seen], train.labels[samples[seen]], train.class_names)
+    rows, labels = job.seen_rows(torch.cat([*fitted.values()])[:FIT_ROWS])
+    return teacher_doubts(rows, labels, job.splits.train.class_names)
 
 
 def _check_skips(job: CacheJob, cache: LogitCache) -> None:
@@ -238,7 +235,11 @@ def _check_skips(job: CacheJob, cache: LogitCache) -> None:
             "Prepare the job with begun=begun_at(path).",
         )
     views = job.config.views
-    if ours - theirs and not missing_blocks(cache, views) and cache.eval_commits.is_complete(0):
+    if (
+        ours - theirs
+        and not cache.commits.missing(range(views))
+        and cache.eval_commits.is_complete(0)
+    ):
         raise IdentityError(
             f"{cache.path} is finished: {len(ours - theirs)} more samples cannot be left out of it",
             "Leave --skip out; give it to train-student where its images are broken now.",
@@ -291,41 +292,6 @@ class _Progress:
         return done
 
 
-def _create(job: CacheJob, out: str | Path, coding: Encoding) -> LogitCache:
-    config, train = job.config, job.splits.train
-    new = NewCache(
-        identity=job.identity,
-        coding=coding,
-        num_views=config.views,
-        dataset_index=row_order(job),
-        labels=train.labels,
-        eval_labels=job.splits.test.labels,
-        pixel_probes=pixel_probes(train, job.policy, job.image_size),
-        provenance=_provenance(job),
-        block_rows=config.block_rows,
-    )
-    return LogitCache.create(out, new)
-
-
-def _provenance(job: CacheJob) -> dict[str, object]:
-    """What was used and does not decide which numbers are right."""
-    return {
-        "config": msgspec.to_builtins(job.config),
-        "device": device_name(job.device),
-        "versions": versions(),
-        "normalisation": job.normalised,
-    }
-
-
 def _write_block(cache: LogitCache, record: Record, computed: tuple[BlockId, Tensor]) -> None:
     at, logits = computed
     cache.write_block(*at, logits, logits.argmax(1), record)
-
-
-def _cache_test_split(job: CacheJob, cache: LogitCache, record: Record) -> None:
-    feed = job.feed(job.splits.test, plain_view(job.image_size, job.config.data.resize))
-    samples = torch.arange(len(job.splits.test))
-    logits = teacher_logits(job, feed, samples, 0)
-    feed.close()
-    check_finite(logits, samples, "the test split")
-    cache.write_eval_logits(logits, record)

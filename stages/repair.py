@@ -26,12 +26,7 @@ from stages.cache.metadata import NewCache, RootAttributes, all_arrays, check_se
 from stages.cache.rectified import RectificationSettings
 from stages.cache.storage import Location, folders, location, read_object, write_object
 from stages.cache.witnesses import known_views, rectified_views
-from stages.cache_teacher import (
-    CacheJob,
-    cache_teacher,
-    fitted_encoding,
-    row_order,
-)
+from stages.cache_teacher import CacheJob, cache_teacher
 from stages.errors import CacheError
 from stages.recorded import check_teacher, recorded_job, trusted_attributes
 from stages.rectify import config_of, rectify
@@ -94,7 +89,7 @@ def _mend_metadata(
                 identity=identity,
                 coding=coding,
                 num_views=views,
-                dataset_index=row_order(job),
+                dataset_index=job.row_order,
                 labels=job.splits.train.labels,
                 eval_labels=job.splits.test.labels,
                 pixel_probes=attributes.pixel_probes,
@@ -126,7 +121,7 @@ def _calibrated(where: Location, attributes: RootAttributes, job: CacheJob) -> E
         return restored(attributes.encoding, job.num_classes, lambda name: read_array(group, name))
     except CacheError as error:
         again = _with_config(job, encoding=attributes.encoding.name)
-        coding = fitted_encoding(again, again.feed(again.splits.train, again.policy))[1]
+        coding = again.teacher().fitted_encoding()[1]
         if coding.digest() != attributes.encoding.digest:
             raise CacheError(
                 f"the calibration of {where} is damaged and cannot be computed again here",

@@ -10,7 +10,7 @@ from torch import Tensor
 from stages import cache_plan
 from stages.cache import LogitCache
 from stages.cache.encoding import DEFAULT_MAX_KL, ENCODINGS
-from stages.cache_job import CacheJob, row_order, teacher_logits
+from stages.cache_job import TeacherPass
 from stages.cache_plan import CachePlan, plan_cache
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
@@ -247,14 +247,14 @@ def test_the_teacher_is_measured_on_the_rows_encodings_are_fitted_to(
 ) -> None:
     """In runs that grow, each in whole batches; the rows that come back are the first ones."""
     job = prepare(msgspec.structs.replace(cache_config, batch_size=64), digits)
-    order, runs = row_order(job), []
+    order, runs, logits_of = job.row_order, [], TeacherPass.logits
 
-    def spy(job: CacheJob, feed: Any, samples: Tensor, view: int) -> Tensor:
+    def spy(teacher: TeacherPass, samples: Tensor, view: int) -> Tensor:
         runs.append(samples.tolist())
-        return teacher_logits(job, feed, samples, view)
+        return logits_of(teacher, samples, view)
 
-    monkeypatch.setattr(cache_plan, "teacher_logits", spy)
-    logits, pace = cache_plan.measured_teacher(job, order)
+    monkeypatch.setattr(TeacherPass, "logits", spy)
+    logits, pace = cache_plan.measured_teacher(job)
 
     assert pace > 0
     warm_up, *timed = runs
@@ -263,8 +263,7 @@ def test_the_teacher_is_measured_on_the_rows_encodings_are_fitted_to(
     asked = [sample for run in timed for sample in run]
     assert asked[:1000] == order.tolist()
     assert asked[1000:1984] == order.tolist()[:984]  # and round again
-    feed = job.feed(digits.train, job.policy)
-    torch.testing.assert_close(logits, teacher_logits(job, feed, order, 0))
+    torch.testing.assert_close(logits, logits_of(job.teacher(), order, 0))
 
 
 @pytest.mark.parametrize(

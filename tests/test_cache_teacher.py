@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from zarr.storage import LocalStore
 
 from stages.cache import LogitCache, blocks
-from stages.cache_teacher import CacheSummary, cache_teacher, prepare, row_order
+from stages.cache_job import TeacherPass
+from stages.cache_teacher import CacheSummary, cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import (
     CacheError,
@@ -263,7 +264,7 @@ def test_a_damaged_record_is_told_before_the_teacher_works(
     cache_copy: Path, cache_config: CacheConfig, digits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (cache_copy / "commits/logits/v00001.json").write_bytes(b"{}")
-    monkeypatch.setattr("stages.cache_teacher.checked_logits", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(TeacherPass, "logits", lambda *_: pytest.fail("worked"))
     with pytest.raises(CacheError, match=r"v00001.json is not readable"):
         run(cache_config, cache_copy, digits, views=5)
 
@@ -641,7 +642,7 @@ def blackened(splits: Splits, split: str, sample: int) -> Splits:
 def prepare_order(config: CacheConfig, splits: Splits, teacher: TeacherSettings) -> list[int]:
     """The sample of each row."""
     job = prepare(msgspec.structs.replace(config, teacher=teacher), splits)
-    samples: list[int] = row_order(job).tolist()
+    samples: list[int] = job.row_order.tolist()
     return samples
 
 

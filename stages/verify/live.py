@@ -4,7 +4,7 @@ import torch
 
 from stages.cache import LogitCache
 from stages.cache.encoding import row_kl
-from stages.cache_teacher import CacheJob, teacher_logits
+from stages.cache_job import CacheJob
 from stages.data import Splits, cached_policy, check_dataset
 from stages.errors import DatasetError, IdentityError, ViewError
 from stages.reporting import Silent
@@ -28,12 +28,12 @@ def verify_live(cache: LogitCache, job: CacheJob, pairs: int, seed: int = 0) -> 
         return [Fault("fidelity", "nothing is declared: the cache is not finished")]
     which = torch.randint(len(views), (pairs,), generator=generator)
     samples = shown[torch.randint(len(shown), (pairs,), generator=generator)]
-    feed = job.feed(job.splits.train, job.policy)
+    teacher = job.teacher()
     divergences = []
     for position in which.unique().tolist():
         asked = samples[which == position]
         try:
-            live = teacher_logits(job, feed, asked, views[position])
+            live = teacher.logits(asked, views[position])
         except (DatasetError, ViewError) as error:
             return [Fault("live teacher", error.cause)]
         stored = cache.read_view(views[position]).rows(asked)

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stages.cache_job import prepare, teacher_logits
+from stages.cache_job import prepare
 from stages.cache_teacher import cache_teacher
 from stages.data import Splits, load_data
-from stages.inputs.feed import plain_view
 from stages.rectify import rectify
 from stages.settings import (
     CacheConfig,
@@ -83,12 +82,11 @@ def main() -> None:
             if name != "mixed":
                 rectify(f"{name}.zarr", RectifyConfig())
                 rectify(f"{name}.zarr", RectifyConfig(method="swap"))
-            feed = job.feed(job.splits.train, job.policy)
+            teacher = job.teacher()
             for view in range(VIEWS):
                 samples = torch.arange(SAMPLES)
-                truth[f"{name}-{view}"] = teacher_logits(job, feed, samples, view).numpy()
-            feed = job.feed(job.splits.test, plain_view(job.image_size, config.data.resize))
-            truth["test"] = teacher_logits(job, feed, torch.arange(TEST), 0).numpy()
+                truth[f"{name}-{view}"] = teacher.logits(samples, view).numpy()
+            truth["test"] = job.teacher_on_test().logits(torch.arange(TEST), 0).numpy()
             shutil.rmtree(HERE / f"{name}.zarr", ignore_errors=True)
             shutil.copytree(f"{name}.zarr", HERE / f"{name}.zarr")
         truth["train_labels"] = first(whole).train.labels.numpy()
