@@ -1,8 +1,9 @@
 """Specifications of composed policies, their identities, weak and strong pairs."""
 
 import json
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -16,9 +17,11 @@ from stages.errors import ViewError
 from stages.inputs.feed import ViewFeed
 from stages.inputs.probes import pixel_probes
 from stages.inputs.views import (
+    ON_TOP,
     Composed,
     Cutmix,
     Erasing,
+    Layer,
     Mixed,
     Mixup,
     PadCrop,
@@ -33,6 +36,8 @@ from stages.inputs.views import (
     known_policy,
     view_policy,
 )
+from stages.inputs.views.layers import on_top
+from stages.inputs.views.policy import Drawn
 from stages.inputs.views.transforms import TORCHVISION
 
 V2 = "v2:torchvision.transforms.v2:RandomHorizontalFlip"
@@ -285,3 +290,28 @@ def test_a_pair_applied_with_a_view_for_each_sample() -> None:
 def test_a_view_beyond_a_pairs_last() -> None:
     with pytest.raises(ViewError, match=r"view 162 of 'none\|pad-crop' is outside \[0, 161\]"):
         view_policy("none|pad-crop").apply(noise(2, 1, 4, 4), torch.arange(2), 162)
+
+
+def test_a_new_layer_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ON_TOP, "invert", Erasing)  # put back afterwards
+
+    @on_top("invert")
+    @dataclass(frozen=True)
+    class Invert(Layer):
+        above: int = 0
+        place: ClassVar[int] = 4
+
+        def draw(self, seed: int, samples: Tensor, *_: Tensor) -> Drawn:
+            return Drawn()
+
+        def on_image(self, image: Tensor, drawn: Any, i: int) -> Tensor:
+            return torch.where(image > self.above, 255 - image, image)
+
+    policy = view_policy("pad-crop+erasing+invert:above=9+mixup")
+    assert policy.name == "pad-crop+erasing+invert+mixup"
+    assert known_policy(policy.name, policy.parameters, version=1, seed=0) == policy
+    images = noise(4, 3, 8, 8)
+    seen = view_policy("none+invert:above=9").apply(images, torch.arange(4), 0)
+    assert torch.equal(seen, torch.where(images > 9, 255 - images, images))
+    with pytest.raises(ViewError, match="composition"):
+        view_policy("pad-crop+invert+erasing")

@@ -165,8 +165,17 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
 # ---- layouts --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("training", ["train", "Train", "training", "TRAINING"])
-@pytest.mark.parametrize("testing", ["test", "Testing", "val", "VAL", "valid", "validation"])
+@pytest.mark.parametrize(
+    ("training", "testing"),
+    [
+        ("train", "test"),
+        ("Train", "Testing"),
+        ("training", "val"),
+        ("TRAINING", "VAL"),
+        ("train", "valid"),
+        ("train", "validation"),
+    ],
+)
 def test_names_of_the_splits(tmp_path: Path, training: str, testing: str) -> None:
     classes(tmp_path / training)
     classes(tmp_path / testing)
