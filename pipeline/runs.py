@@ -120,7 +120,7 @@ def read_run(path: Path, name: str) -> Run | LeftOut:
         return LeftOut(name, "unreadable", error.cause)
     file, metrics = path / "summary.json", path / "metrics.jsonl"
     if not file.exists():
-        done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+        done = epochs_done(path)
         planned = config.get("train.epochs", "?")
         return LeftOut(name, "unfinished", f"{done} of {planned} epochs are done")
     try:
@@ -140,6 +140,14 @@ def read_run(path: Path, name: str) -> Run | LeftOut:
         return LeftOut(name, "unreadable", why)
     config |= _views(config, history)
     return Run(name, str(config.get("kind", "student")), config, tuple(history), summary)
+
+
+def epochs_done(folder: Path) -> int:
+    """How many epochs a run has finished, by its metrics.jsonl; 0 where that cannot be read."""
+    try:
+        return (folder / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
 
 
 def _views(config: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> dict[str, int]:

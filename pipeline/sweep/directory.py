@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from pipeline.runs import epochs_done
 from pipeline.sweep.grid import Run
 from stages.cache.lock import exclusive
 from stages.cache.storage import cache_around
@@ -133,11 +134,7 @@ class SweepDirectory:
                 told = msgspec.convert(summary, Summary)
                 if told.epochs >= run.config.train.epochs:
                     return Progress(summary=summary)
-        if not (folder / "last.pt").exists():
-            return Progress()
-        with contextlib.suppress(OSError):
-            return Progress(epochs=len((folder / "metrics.jsonl").read_text().splitlines()))
-        return Progress()
+        return Progress(epochs=epochs_done(folder) if (folder / "last.pt").exists() else 0)
 
 
 def _origins(folder: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
