@@ -79,7 +79,6 @@ def my_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(cifar_model("resnet8", 7, 1).state_dict(), folder / "seven.safetensors")
     torch.save(nn.Linear(1, 1), folder / "pickle.pt")
     (folder / "noise.safetensors").write_bytes(b"\x00\x01noise")
-    (folder / "broken.yaml").write_text("train: [1, 2")
     (folder / "list.yaml").write_text("- 1")
     (folder / "wrong.yaml").write_text("train: {epoch: 3}")
     (folder / "thesis").mkdir()
@@ -132,12 +131,10 @@ WRONG = {
     "folder-empty-class": (f"{TEACH} --dataset folder:images", "images"),
     "dataset-not-there": (f"{TEACH} --dataset cifar10 --root empty", "cifar10"),
     "dataset-not-importable": (f"{TEACH} --dataset nowhere:make", "nowhere"),
-    "dataset-without-module": (f"{TEACH} --dataset :make", ":make"),
     # models and weights
     "model-unknown": (f"{TEACH} --model resnet8x", "resnet8x"),
     "model-none": ("train-teacher --dataset digits --out new", "--model"),
     "model-not-importable": (f"{TEACH} --model nowhere:net", "nowhere:net"),
-    "model-without-module": (f"{TEACH} --model :net", ":net"),
     "student-unknown": (f"{STUDY} --student wrn_17_2", "wrn_17_2"),
     "weights-missing": (f"{CACHE} --weights gone.pt --teacher resnet8", "gone.pt"),
     "weights-pickled": (f"{CACHE} --weights pickle.pt --teacher resnet8", "pickle.pt"),
@@ -154,7 +151,6 @@ WRONG = {
     "init-missing": (f"{TEACH} --init gone.pt", "gone.pt"),
     # views
     "views-0": (f"{CACHE} --views 0", "views"),
-    "views-minus-1": (f"{CACHE} --views -1", "views"),
     "views-too-many": (f"{CACHE} --views 26", "--views 25"),
     "views-none": (f"cache-teacher --dataset digits --weights teacher {POLICY} --out new", "views"),
     "views-a-word": (f"{CACHE} --views many", "--views"),
@@ -166,13 +162,11 @@ WRONG = {
     # caches
     "cache-missing": (STUDY.replace("cache.zarr", "gone.zarr"), "gone.zarr"),
     "cache-is-a-folder": (STUDY.replace("cache.zarr", "thesis"), "thesis"),
-    "cache-is-a-file": (STUDY.replace("cache.zarr", "list.yaml"), "list.yaml"),
     "cache-incomplete": (STUDY.replace("cache.zarr", "half.zarr"), "--views 2"),
     "cache-of-another": (f"{CACHE} --seed 1 --out cache.zarr", "views.seed"),
     "cache-over-a-folder": (f"{CACHE} --out thesis", "thesis"),
     "cache-in-a-cache": (f"{CACHE} --out cache.zarr/new", "cache.zarr"),
     "plan-below-a-file": (f"{CACHE} --out list.yaml/c.zarr --dry-run", "list.yaml"),
-    "plan-in-a-cache": (f"{CACHE} --out cache.zarr/a/b --dry-run", "cache.zarr"),
     "cache-encoding": (f"{CACHE} --encoding zip", "zip"),
     "cache-check": (f"{CACHE} --check some", "some"),
     "inspect-missing": ("inspect gone.zarr", "gone.zarr"),
@@ -181,11 +175,8 @@ WRONG = {
     "rectify-incomplete": ("rectify half.zarr", "--views 2"),
     "rectify-method": (f"{RECTIFY} --method avarage", "pairwise, swap, blend"),
     "rectify-space": (f"{RECTIFY} --space logit --method blend", "--method pairwise"),
-    "rectify-temperature": (f"{RECTIFY} --temperature 0", "temperature"),
     "rectify-views": (f"{RECTIFY} --views 3", "2 views"),
-    "rectify-views-0": (f"{RECTIFY} --views 0", "views"),
     "rectify-name-upwards": (f"{RECTIFY} --name ../x", "../x"),
-    "rectify-name-nested": (f"{RECTIFY} --name a/b", "a/b"),
     # the objective
     "loss-unknown": (f"{STUDY} --loss kl", "kl"),
     "bias-unknown": (f"{STUDY} --bias fix", "bias.mode"),
@@ -193,15 +184,11 @@ WRONG = {
     "rectification-missing": (f"{STUDY} --bias rectify", "pipeline rectify"),
     "rectification-unknown": (f"{CORRECTED} --bias rectify --rectified swap-T4", "pairwise-T4"),
     "rectification-temperature": (f"{CORRECTED} --bias rectify --temperature 2", "temperature 4"),
-    "loss-temperature": (f"{STUDY} --temperature -4", "loss.temperature"),
     # training
     "nesterov-alone": (f"{TEACH} --set train.nesterov=1 --set train.momentum=0", "train.momentum"),
-    "seed-of-90-bits": (f"{TEACH} --seed {2**90}", "seed.data"),
     "nothing-left-to-train-on": (f"{TEACH} --val-fraction 0.9995", "data.val_fraction"),
     "nothing-held-out": (f"{TEACH} --val-fraction 0.0004", "data.val_fraction"),
-    "student-nothing-left": (f"{STUDY} --val-fraction 0.9995", "data.val_fraction"),
     "lr-a-word": (f"{TEACH} --lr fast", "--lr"),
-    "val-fraction": (f"{TEACH} --val-fraction 1", "data.val_fraction"),
     "schedule-unknown": (f"{TEACH} --set train.schedule=step", "cosine"),
     "dtype-unknown": (f"{TEACH} --dtype float8", "bfloat16"),
     "device-unknown": (f"{TEACH} --device gpu", "gpu"),
@@ -209,20 +196,16 @@ WRONG = {
     "mean-a-word": (f"{TEACH} --mean grey --std 1", "--mean"),
     "mean-alone": (f"{TEACH} --mean 0.5", "std"),
     "mean-too-long": (f"{TEACH} --mean 1,2,3,4 --std 1,1,1,1", "mean"),
-    "mean-nan": (f"{TEACH} --mean nan --std 1", "mean"),
     "teacher-std-nan": (f"{CACHE} --mean 0 --std nan", "std"),
     "std-0": (f"{TEACH} --mean 0.5 --std 0", "std"),
     # configuration
     "config-missing": (f"{TEACH} --config gone.yaml", "gone.yaml"),
-    "config-not-yaml": (f"{TEACH} --config broken.yaml", "broken.yaml"),
-    "set-not-yaml": (f"{TEACH} --set train.lr={{", "--set train.lr={"),
     "config-unknown-key": (f"{TEACH} --config wrong.yaml", "'train.epochs'"),
     "config-of-another-kind": (f"{STUDY} --config teacher/config.yaml", "augment"),
     "config-of-no-command": ("config inspect", "train-student"),
     # where it goes
     "out-none": (TEACH.removesuffix(" --out new"), "--out"),
     "out-occupied": (f"{TEACH} --out teacher", "--overwrite"),
-    "out-occupied-student": (f"{STUDY} --out teacher", "--resume"),
     "out-not-a-run": (f"{TEACH} --out thesis --overwrite", "thesis"),
     "out-a-file": (f"{TEACH} --out list.yaml", "list.yaml"),
     "out-below-a-file": (f"{TEACH} --out list.yaml/run", "list.yaml/run"),
