@@ -1,6 +1,6 @@
 """What Tab completes: names of options' values, and paths. Imports no torch.
 
-A name that is not here is no error here: whoever reads it says what is known, and what is near.
+A name that is not listed is not an error here: its reader reports known and similar names.
 """
 
 import os

@@ -1,7 +1,7 @@
 """How a command ends: its exit code, and what is said where it did not get to its end.
 
 0 done; 1 verify found faults, or a fault of ours with its traceback; 2 an error of the user's or
-the surroundings'; 130 and 143 stopped by Ctrl-C and SIGTERM; 141 nobody reads what it writes.
+the surroundings'; 130 and 143 stopped by Ctrl-C and SIGTERM; 141 its output is no longer read.
 """
 
 import contextlib

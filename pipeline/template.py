@@ -12,7 +12,7 @@ from stages.settings import CONFIGS
 
 _WIDTH = 98
 _LARGE = 2**62
-"""Bounds beyond are those of 64 bits, which nobody has to be told."""
+"""Larger bounds are those of 64 bits and are not printed."""
 _BOUNDS = {"above": "above", "least": "at least", "below": "below", "most": "at most"}
 
 

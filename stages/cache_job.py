@@ -1,7 +1,7 @@
 """What stage one is given, loaded and checked; and the teacher's logits of it, view by view.
 
 Logits of a row depend on nothing but the rows that are computed with it: blocks are cut into the
-same batches whoever computes them, whatever was done before.
+same batches in every process, whatever was done before.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,7 +54,7 @@ _ROW_ORDER = 4  # a stream of the view seed, apart from those of training
 class CacheJob:
     """Everything stage one needs, loaded and checked; make it with `prepare`.
 
-    normalised: where the normalisation comes from. told: whoever runs it has seen `notes` already.
+    normalised: where the normalisation comes from. told: `notes` have been printed already.
     """
 
     config: CacheConfig

@@ -96,7 +96,7 @@ def held_out(
 
 
 def dataset_identity(dataset: ImageDataset) -> DatasetIdentity:
-    """What a cache and whoever uses it must agree on about the images."""
+    """The images as a cache and its user must agree on them."""
     return DatasetIdentity(
         name=dataset.name,
         split=dataset.split,
@@ -162,7 +162,7 @@ def chosen_policy(
 
 
 def cached_policy(cache: LogitCache) -> ViewPolicy:
-    """The policy whose views the cache holds. Raises ConfigError for code that nobody trusts."""
+    """The policy whose views the cache holds. Raises ConfigError for code that is not trusted."""
     views = cache.identity.views
     check_trusted(f"cache {cache.path}", policy=views.policy)
     return known_policy(views.policy, views.parameters, views.version, views.seed)

@@ -45,7 +45,7 @@ class CacheError(PipelineError, RuntimeError):
 class UnansweredError(PipelineError, RuntimeError):
     """A file or an object store that cannot be read: the bytes may well be intact.
 
-    No CacheError, so that whoever handles damage does not take this for it.
+    It is not a CacheError, so that it is not handled as damage.
     """
 
 

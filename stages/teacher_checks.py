@@ -1,7 +1,6 @@
-"""Does a teacher know the dataset that it is shown? Told from the first rows, before hours of work.
+"""Whether a teacher fits its dataset, judged from the first rows, before hours of work.
 
-A wrong normalisation, weights that were never loaded and classes in another order all look alike in
-a cache that nobody has compared with labels.
+It finds a wrong normalisation, weights that were not loaded, and classes in another order.
 """
 
 import math

@@ -1,8 +1,7 @@
-"""What `module:callable` names, and whose word is enough to import it.
+"""Import what `module:callable` names, if the user trusts the module.
 
-What a user names is imported. What a document names that came with a cache or a run, somebody
-else's perhaps, is imported only if the user names its module as well: in the same command, or with
-`trusting` around a call. Nothing is trusted unless it is named.
+What the user names is imported. What only a cache or a run names may come from someone else: it is
+imported if the user names its module as well, in the same command or with `trusting` around a call.
 """
 
 import importlib

@@ -145,12 +145,12 @@ class CacheDescription:
     # ---- samples that are left out ------------------------------------------------------
 
     def skipped(self, split: str = "train") -> Tensor:
-        """int64, ascending: the samples of a split that nobody is shown."""
+        """int64, ascending: the samples of a split that are left out."""
         return torch.tensor([s.sample for s in self.skips if s.split == split], dtype=torch.int64)
 
     @property
     def eval_shown(self) -> Tensor:
-        """int64, ascending: the samples of the test split but for those that nobody is shown."""
+        """int64, ascending: the samples of the test split without those left out."""
         every = torch.arange(self.sizes["eval_sample"])
         return every[~torch.isin(every, self.skipped("test"))]
 

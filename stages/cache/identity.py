@@ -44,8 +44,8 @@ class DatasetIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SkippedSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=True):
-    """A sample that nobody is shown, of one split: its number, and its file's relative path and
-    size where the dataset is of files. No part of the identity: an unfinished cache may gain some.
+    """A sample of one split that is left out: its number, and its file's relative path and size
+    if the dataset has files. Not part of the identity: samples may be added to an unfinished cache.
     """
 
     split: str

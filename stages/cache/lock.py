@@ -76,7 +76,7 @@ class Hold:
     """A folder that this process holds until `release`, or until it ends, however it ends.
 
     Processes that it forks do not hold it. if_possible: nothing is held where the file system
-    has no such locks (NFS among them). Raises BlockingIOError where somebody else holds it.
+    has no such locks (NFS among them). Raises BlockingIOError where another process holds it.
     """
 
     def __init__(

@@ -159,7 +159,7 @@ def _log(cache: CacheDescription, name: str) -> CommitLog:
 
 
 def _check_free(cache: CacheDescription, name: str) -> None:
-    """Raise CacheError if somebody else has put something where a rectification would lie."""
+    """Raise CacheError if something else lies where the rectification would."""
     ours = set(layout.RECTIFIED_ARRAYS)
     store = cache.group.store
     if theirs := [n for n in folders(store, f"rectified/{name}") if n not in ours]:

@@ -52,7 +52,7 @@ def is_cache(path: Path) -> bool:
 
 
 def cache_around(path: Path) -> Path | None:
-    """The cache that a path lies inside of, where nobody else may write; None outside of all."""
+    """The cache that a path lies inside of, where nothing else is written; None outside of all."""
     return next((folder for folder in path.absolute().parents if is_cache(folder)), None)
 
 
@@ -187,7 +187,7 @@ def list_objects(store: Store, prefix: str) -> list[str]:
 
 
 def first_entry(store: Store) -> str | None:
-    """The name of something right under the root that somebody put there, None if there is none.
+    """The name of a foreign object right under the root, None if there is none.
 
     Nothing further down is looked at: the root may be a whole disk.
     """

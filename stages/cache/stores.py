@@ -1,12 +1,12 @@
-"""Stores that tell what is missing from what cannot be read, and find what is damaged.
+"""Stores that distinguish missing objects from read errors, and find damaged ones.
 
-Zarr takes whatever is not there for zeros, and repair would compute it again. So an object is
-missing only where that is certain: a file that may not be opened, or something that is no file,
-is an error; an object store that says 404 is asked for a listing, and then once more.
+Zarr reads a missing object as zeros, and repair would compute it again. So an object counts as
+missing only if that is certain: a file that may not be opened, or that is not a regular file, is an
+error; an object store that answers 404 is asked for a listing, and then once more.
 
 A commit record has the sha256 of an object, and the length and sha256 of each part of it: the
-chunks of a shard and its index, one after another. So whoever reads some chunks hashes these alone,
-and nothing is read twice.
+chunks of a shard and its index, one after another. A reader of some chunks hashes these alone, and
+nothing is read twice.
 """
 
 import asyncio

@@ -43,7 +43,7 @@ class TargetRows(Protocol):
 class Targets(ABC):
     """What is learned from, asked by dataset index int64 (n,).
 
-    Whoever has several questions about the same samples asks `of` once.
+    For several questions about the same samples, ask `of` once.
     """
 
     @abstractmethod

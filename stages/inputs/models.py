@@ -182,7 +182,7 @@ def _published(name: str, num_classes: int, new_head: bool) -> Model:
 
 
 def _own_statistics(model: Model, source: str) -> dict[str, Any]:
-    """As timm's models carry it, in whatever somebody's callable returns."""
+    """The `pretrained_cfg` that timm's models have, where the user's callable returns one."""
     config = getattr(model.module, "pretrained_cfg", None)
     found = recorded_statistics({"pretrained_cfg": config})
     return {"statistics": found, "source": f"{source}'s pretrained_cfg"} if found else {}

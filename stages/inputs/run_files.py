@@ -1,8 +1,7 @@
-"""What others read of a run directory: config.yaml, summary.json and what these say of the rest.
+"""Reading a run directory: config.yaml, summary.json, and the files whose digests these have.
 
-Both carry a sha256 of themselves, and summary.json those of config.yaml, metrics.jsonl and
-model.safetensors, so that damage is an error and not another number. Files that somebody wrote by
-hand carry none and are taken as they are.
+Both contain a sha256 of themselves, and summary.json those of config.yaml, metrics.jsonl and
+model.safetensors, so that damage is an error. Files written by hand have none and are accepted.
 """
 
 import hashlib

@@ -111,8 +111,8 @@ def available_bytes(device: torch.device) -> int:
 
 
 def slab_bytes(caches: Sequence[LogitCache], rows: int, views: int = 1) -> int:
-    """What so many rows of so many views take in memory, of all caches together: the views share
-    where each sample lies and the labels.
+    """Bytes of memory of `rows` rows of each of `views` views, of all caches together. The views
+    share labels and the rows of samples.
 
     Counted with a rectification, whether one is used or not: the order of samples is then the same
     for every student of a cache.
@@ -164,7 +164,7 @@ def plan_slabs(
     choices: what an epoch may show; several views at once are not read in groups: `budget` is None
     then. samples: int64, those that are trained on. Raises ConfigError, naming a budget that works,
     where the budget is too small, or where none is given and half of the available memory is. An
-    order of samples that depended on the machine would not be the seed's: nobody chooses silently.
+    order of samples must depend on the seed and not on the machine: so it is not chosen silently.
     """
     at_once, num_views = len(choices[0]), len({view for some in choices for view in some})
     samples_of_view, held = caches[0].num_samples, min(2 * at_once, num_views)

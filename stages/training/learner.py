@@ -145,7 +145,7 @@ class Learner:
             self._scaler.scale(parts["loss"]).backward()
             self._average_learned()
             self._scaler.step(self._optimizer)
-            # Now, and not before the next: nobody holds gradients while another learner steps.
+            # Now, so that gradients take no memory while another learner steps.
             self._optimizer.zero_grad(set_to_none=True)
         self._scaler.update()
         self._schedule.step()

@@ -1,4 +1,4 @@
-"""The order of views and samples: pure functions of (seed.data, epoch), whoever asks and where."""
+"""The order of views and samples: pure functions of (seed.data, epoch)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -45,7 +45,7 @@ def claim(
 ) -> tuple[Hold, bool]:
     """Hold a folder for a run; also whether there is a run that it goes on with.
 
-    Raises RunError if somebody else holds it, if it is not empty and neither `resume` nor
+    Raises RunError if another process holds it, if it is not empty and neither `resume` nor
     `overwrite` is given, if another run is to be resumed, or if anything but the files of a run
     would have to be removed.
     """
@@ -71,7 +71,7 @@ def claim(
 
 
 def held(path: Path) -> Hold:
-    """Make a run's folder and hold it. Raises RunError if somebody else does."""
+    """Make a run's folder and hold it. Raises RunError if another process does."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         return Hold(path, if_possible=True)
@@ -142,7 +142,7 @@ def _check_occupied(path: Path, config: Mapping[str, Any], resume: bool, overwri
 
 
 def _is_run(path: Path) -> bool:
-    """Whether the folder holds a run, and not somebody else's config.yaml."""
+    """Whether the folder holds a run, and not just any config.yaml."""
     try:
         config = yaml.safe_load((path / "config.yaml").read_bytes().decode())
     except (OSError, ValueError, RecursionError, yaml.YAMLError):

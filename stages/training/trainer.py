@@ -225,7 +225,7 @@ def stop_on_signals() -> Iterator[StopSignal]:
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as of a shell's background job
                 before[number] = signal.signal(number, request)
-    except ValueError:  # not the main thread: whoever owns the process handles its signals
+    except ValueError:  # not the main thread, which alone handles signals
         yield stop
         return
     try:

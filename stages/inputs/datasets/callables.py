@@ -1,4 +1,4 @@
-"""Datasets that somebody's own code returns."""
+"""Datasets that the user's own code returns."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -68,8 +68,8 @@ def from_callable(source: Source) -> ImageDataset:
 
 
 def asked(what: str, ask: Callable[[], Result]) -> Result:
-    """What somebody's own code returns. Raises DatasetError with the error and the line of that
-    code where it raises anything.
+    """The result of the user's own code. Raises DatasetError with the error and the line of that
+    code if it raises anything.
     """
     try:
         return ask()

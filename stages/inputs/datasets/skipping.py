@@ -1,7 +1,7 @@
-"""Samples that are left out of training and evaluation, as broken images have to be.
+"""Samples that are left out of training and evaluation, such as broken images.
 
-They keep their numbers, so that a cache that has begun without the list goes on with it. Their
-pixels are black, wherever somebody asks for them; who trains or measures asks for the others.
+They keep their numbers, so that a list can be added to a cache that has begun without it. Their
+pixels are black. Training and measuring use the other samples only.
 """
 
 import os

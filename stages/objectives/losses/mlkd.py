@@ -40,10 +40,11 @@ def mlkd(
         batch    sum (P_t P_t' - P_s P_s')^2 / B         of the weak views
 
     The code differs from the paper, and is followed because the published numbers are its: its
-    masks of the weak views (rows whose teacher is surer than the median, likewise classes) select
-    nothing but multiply by the share of what they would keep, the strong row terms of T = 2 and 6
-    read the weak views, and class and batch terms of the strong views are not added. standardise:
-    as in the code of LSKD (arXiv 2403.01427), where only the row terms read standardised logits.
+    masks of the weak views (rows whose teacher is more confident than the median, likewise classes)
+    select nothing but multiply by the share of what they would keep, the strong row terms of T = 2
+    and 6 read the weak views, and class and batch terms of the strong views are not added.
+    standardise: as in the code of LSKD (arXiv 2403.01427), where only the row terms read
+    standardised logits.
 
     Weights of rows: KL terms are mean_i w_i KL_i. Class and batch terms are sums over pairs of
     rows, where a pair weighs sqrt(w_i w_j): rows of weight 0 are as if they were not there, and

@@ -12,7 +12,7 @@ from stages.objectives.losses.rows import TeacherRows, needs_whole_rows
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _OF_THE_LOOP = ("reduction", "weights", "standardise")
-"""Arguments of losses that nobody sets: the training loop gives them."""
+"""Arguments of losses that the training loop gives; they are not settings."""
 
 
 class LearningLoss(nn.Module):
