@@ -198,13 +198,15 @@ def evaluate_command(settings: EvaluateSettings) -> None:
 
     from pipeline.console import Console
     from pipeline.evaluation import check_json, show_evaluation, write_json
-    from stages.evaluate import Evaluated, evaluate_run
+    from stages.evaluate import Evaluated, OtherImages, evaluate_run
 
     if settings.out:
         check_json(settings.out, Evaluated)
     console = Console()
-    asked = {name: value for name, value in asdict(settings).items() if name != "out"}
-    evaluated = evaluate_run(**asked, reporter=console)
+    asked = asdict(settings)
+    del asked["out"]
+    other = OtherImages(*(asked.pop(name) for name in ("dataset", "root", "download", "skip")))
+    evaluated = evaluate_run(**asked, other=other, reporter=console)
     show_evaluation(console, evaluated)
     if settings.out:
         write_json(settings.out, evaluated)

@@ -56,55 +56,49 @@ class Evaluated(msgspec.Struct, frozen=True):
     comparison: Comparison | None = None
 
 
+@dataclass(frozen=True)
+class OtherImages:
+    """Where the test split is, if not where the run had it. None is the run's own. skip: a file
+    that names samples to leave out.
+    """
+
+    dataset: str | None = None
+    root: str | None = None
+    download: bool = False
+    skip: str | None = None
+
+
 def evaluate_run(
     run: str | Path,
-    dataset: str | None = None,
-    root: str | None = None,
-    download: bool = False,
+    other: OtherImages | None = None,
+    caches: Sequence[str] = (),
     batch_size: int | None = None,
     device: str = "auto",
-    caches: Sequence[str] = (),
     reporter: Reporter | None = None,
-    skip: str | None = None,
 ) -> Evaluated:
-    """Measure a run on the test split; dataset, root, skip: the run's own where None. Images that
-    the caches of the run's own dataset leave out are left out here.
+    """Measure a run on the test split. Images that the caches of the run's own dataset leave out
+    are left out here.
 
     caches: the teacher's; empty for those that a student's run names, if they can be opened.
     Raises RunError for what is no finished run, ModelError or DatasetError where weights and images
     do not belong together, IdentityError where a cache given is of another test split.
     """
-    reporter = reporter or Silent()
+    other, reporter = other or OtherImages(), reporter or Silent()
     # 1) the run, its images, its weights
     settings = _read_run(Path(run))
-    data = settings.data
-    if dataset is None:
-        check_trusted(f"run {run}", name=data.dataset)
-    where, fetch = root or data.root, download or data.download
-    own = dataset in (None, data.dataset)
-    skips = _skips(skip or (data.skip if own else None), caches or settings.caches if own else ())
-    spec = dataset or data.dataset
-    try:
-        images = load_dataset(
-            spec, "test", root=where, feeding=data.feeding, download=fetch, skips=skips
-        )
-    except DatasetError as error:
-        if dataset is not None or root is not None:
-            raise
-        raise DatasetError(
-            f"the images that {run} names cannot be read from here: {error.cause}",
-            "Say where they are now: --dataset or --root.",
-        ) from error
+    own = other.dataset in (None, settings.data.dataset)
+    images = _test_images(run, settings, other, (caches or settings.caches) if own else ())
     for note in images.notes:
         reporter.say(note)
     try:
         model = load_model(None, str(run), len(images.class_names), images.shape[0])
         output_order(model.classes, images.class_names, None, str(run))
     except ModelError as error:
-        if dataset in (None, data.dataset):
+        if own:
             raise
         raise ModelError(
-            f"{run} was trained on {data.dataset}, {dataset} does not fit: {error.cause}",
+            f"{run} was trained on {settings.data.dataset}, {other.dataset} does not fit: "
+            f"{error.cause}",
             "Give the same images, or leave --dataset out.",
         ) from error
     labels = images.labels[images.shown]
@@ -128,6 +122,32 @@ def evaluate_run(
 
 
 # ---- the run --------------------------------------------------------------------------------
+
+
+def _test_images(
+    run: str | Path, settings: "_Run", other: OtherImages, caches: Sequence[str]
+) -> ImageDataset:
+    """Raises DatasetError. caches: those whose skipped samples are left out."""
+    data = settings.data
+    if other.dataset is None:
+        check_trusted(f"run {run}", name=data.dataset)
+    own = other.dataset in (None, data.dataset)
+    try:
+        return load_dataset(
+            other.dataset or data.dataset,
+            "test",
+            root=other.root or data.root,
+            feeding=data.feeding,
+            download=other.download or data.download,
+            skips=_skips(other.skip or (data.skip if own else None), caches),
+        )
+    except DatasetError as error:
+        if other.dataset is not None or other.root is not None:
+            raise
+        raise DatasetError(
+            f"the images that {run} names cannot be read from here: {error.cause}",
+            "Say where they are now: --dataset or --root.",
+        ) from error
 
 
 def _skips(file: str | None, caches: Sequence[str]) -> list[Skip]:

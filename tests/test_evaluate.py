@@ -28,7 +28,7 @@ from stages.errors import (
     PipelineError,
     RunError,
 )
-from stages.evaluate import Evaluated, evaluate_run
+from stages.evaluate import Evaluated, OtherImages, evaluate_run
 from stages.scores import BINS, calibration, class_scores, compare, score
 from stages.settings import ModelSettings, StudentConfig, TrainSettings
 from stages.train_student import train_student
@@ -278,7 +278,7 @@ def test_a_dataset_of_other_classes_is_refused(
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     with pytest.raises(ModelError, match="10 classes, the dataset has 3") as caught:
-        evaluate_run(my_student, "test_evaluate:other_classes", device="cpu")
+        evaluate_run(my_student, OtherImages("test_evaluate:other_classes"), device="cpu")
     assert "was trained on digits, test_evaluate:other_classes does not fit" in caught.value.cause
     assert "--dataset" in caught.value.remedy
 
@@ -338,6 +338,6 @@ def test_a_dataset_that_moved_is_given_by_name(my_copy: Path) -> None:
     with pytest.raises(DatasetError) as told:
         evaluate_run(my_copy, device="cpu")
     assert "--dataset" in told.value.remedy
-    found = evaluate_run(my_copy, "digits", device="cpu")
+    found = evaluate_run(my_copy, OtherImages("digits"), device="cpu")
     assert found.recorded_top1 is None
     assert found.scores.top1 > 0
