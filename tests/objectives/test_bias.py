@@ -109,14 +109,3 @@ def test_batch_reduction_divides_sums_by_the_batch(wrong: Tensor, epoch: int) ->
     b = 1 - epoch / 10
     expected = (b * losses[~wrong].sum() + (1 - b) * losses[wrong].sum()) / len(wrong)
     assert (weights.rows(wrong) * losses).mean().item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_elimination_drops_wrong_rows(reduction: Reduction) -> None:
-    wrong = MIXES["half"]
-    losses, weights = row_losses(16), bias_weights("eliminate", "constant", reduction, 4, 10)
-    rows = weights.rows(wrong)
-    assert (rows[wrong] == 0).all()
-    right = losses[~wrong]
-    expected = right.mean() if reduction == "subset" else right.sum() / 16
-    torch.testing.assert_close((rows * losses).mean(), expected)

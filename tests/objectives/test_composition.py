@@ -90,23 +90,6 @@ def test_elimination_is_the_sum_over_right_rows(name: str, mix: str) -> None:
         assert value == pytest.approx(sum(alone) / size, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("name", OF_ROWS)
-def test_the_subset_reduction_is_that_of_both_means(name: str, mix: str) -> None:
-    """b mean_right + (1 - b) mean_wrong; for `ramp` without b. Rows that are not there are 0."""
-    wrong, epoch = MIXES[mix], 3
-    objective, (student, teacher, labels) = objective_of(name, epoch), draw(wrong)
-    rows = objective(student, teacher, labels, torch.ones(SIZE)).detach()
-    means = [float(rows[kind].mean()) if kind.any() else 0.0 for kind in (~wrong, wrong)]
-    b = math.cos(math.pi / 2 * epoch / EPOCHS) ** 2
-    ways: tuple[tuple[Schedule, float], ...] = (("cosine", b), ("ramp", 1.0))
-    for schedule, of_right in ways:
-        weights = bias_weights("rectify", schedule, "subset", epoch, EPOCHS).rows(wrong)
-        value, _ = value_and_gradient(objective, wrong, weights)
-        expected = of_right * means[0] + (1 - b) * means[1]
-        assert value == pytest.approx(expected, rel=1e-4, abs=1e-6)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_no_bias_is_the_loss_itself(name: str) -> None:
     wrong = MIXES["half"]
