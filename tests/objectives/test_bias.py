@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.objectives.bias import bias_weights
-from stages.settings import BiasMode, Reduction, Schedule
+from stages.settings import Reduction, Schedule
 
 MIXES = {
     "all-right": torch.zeros(16, dtype=torch.bool),
@@ -20,7 +20,6 @@ MIXES = {
     "single-row-right": torch.tensor([False]),
     "single-row-wrong": torch.tensor([True]),
 }
-MODES: tuple[BiasMode, ...] = get_args(BiasMode)
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
