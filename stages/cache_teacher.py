@@ -83,7 +83,7 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
             reporter.say(f"WARNING: {doubt}")
 
         def look() -> tuple[list[BlockId], list[BlockId]]:
-            cache.commits.check_records()  # damage is told before hours of work
+            cache.commits.extent()  # reads all records: damage is told before hours of work
             return cache.commits.missing(range(views)), [*fitted]
 
         missing, there = first_rank_does(ranks, look)

@@ -22,7 +22,7 @@ from typing import Any
 
 from zarr.abc.store import Store
 
-from stages.cache.layout import BlockId
+from stages.cache.layout import BlockId, Extent
 from stages.cache.storage import (
     ask,
     folders,
@@ -67,15 +67,6 @@ def unsealed(content: bytes) -> list[Record]:
     return records
 
 
-@dataclass(frozen=True)
-class Extent:
-    """How many blocks are committed, of how many rows, in how many bytes."""
-
-    blocks: int
-    rows: int
-    bytes: int
-
-
 @dataclass
 class CommitLog:
     """The records of one part of a cache: `logits`, `eval` or `rectified/<name>`.
@@ -90,6 +81,9 @@ class CommitLog:
     num_blocks: int
     identity: str | None = None
     _known: dict[int, ViewRecords] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._prefix = f"commits/{self.part}/"
 
     # ---- which views and blocks there are -------------------------------------------------
 
@@ -130,8 +124,8 @@ class CommitLog:
 
     def beyond(self, num_views: int) -> list[int]:
         """The views from `num_views` on of which blocks are committed."""
-        later = [view for view in self._listed if view >= num_views]
-        return [view for view in later if self._listed[view] or self.of_view(view)]
+        later = [item for item in self._listed.items() if item[0] >= num_views]
+        return [view for view, compacted in later if compacted or self.of_view(view)]
 
     def missing(self, views: Iterable[int]) -> list[BlockId]:
         """The blocks of these views that are not committed, in order."""
@@ -181,11 +175,6 @@ class CommitLog:
         each = self.each_view()
         return {BlockId(v, block): found[block] for v, found in each for block in sorted(found)}
 
-    def check_records(self) -> None:
-        """Raise CacheError if any file of records is damaged."""
-        for _ in self.each_view():
-            pass
-
     def extent(self, views: Iterable[int] | None = None) -> Extent:
         """How much of these views is committed, None for all; also of incomplete ones."""
         records = [record for _, found in self.each_view(views) for record in found.values()]
@@ -196,9 +185,7 @@ class CommitLog:
         )
 
     def files(self) -> dict[int, list[str]]:
-        """Every file of records there is: of each view that has one the keys of its blocks' files,
-        which are none where only the one of the whole view is left.
-        """
+        """By view the keys of its blocks' files of records; none of one that is compacted."""
         blocks: dict[int, list[str]] = {}
         for key in sorted(list_objects(self.store, self._prefix)):
             name = key.removeprefix(self._prefix)
@@ -323,9 +310,7 @@ class CommitLog:
         return _objects(view, records if block is None else {block: records[block]})
 
     def check_all_objects(self, views: Iterable[int] | None = None) -> None:
-        """Raise CacheError if an object of a committed block of these views (None for all) is
-        missing or of another size, or a file of their records is damaged.
-        """
+        """Raise CacheError if an object or a file of records of these views is not whole."""
         objects: dict[str, Any] = {}
         for view, records in self.each_view(views):
             objects |= _objects(view, records)
@@ -341,12 +326,6 @@ class CommitLog:
                 what = "is missing" if there is None else f"has {there} bytes, not {size}"
                 cause = f"{self.store}: object {key} {what}"
                 raise CacheError(cause, _REPAIR.format("that block"))
-
-    # ---- names ----------------------------------------------------------------------------
-
-    @property
-    def _prefix(self) -> str:
-        return f"commits/{self.part}/"
 
     def _folder(self, view: int) -> str:
         return f"{self._prefix}v{view:05d}"

@@ -39,6 +39,14 @@ class BlockId(NamedTuple):
     block: int
 
 
+class Extent(NamedTuple):
+    """How many blocks are committed, of how many rows, in how many bytes."""
+
+    blocks: int
+    rows: int
+    bytes: int
+
+
 @dataclass(frozen=True)
 class BlockGrid:
     """How the rows of a view are cut: blocks (shards) of whole chunks, as even as possible.
