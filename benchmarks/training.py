@@ -23,13 +23,13 @@ from stages.device import choose_device
 from stages.errors import ConfigError
 from stages.inputs.feed import Batch
 from stages.objectives.losses import mixed_ce
+from stages.order import view_order
 from stages.reporting import Silent
 from stages.settings import LossSettings, StudentConfig
 from stages.train_student import student_trainer
 from stages.training.learner import Learner
 from stages.training.models import build, check_models
 from stages.training.objective import Objective, resolved
-from stages.training.order import view_order
 from stages.training.run_directory import RunDirectory
 from stages.training.stream import open_stream
 from stages.training.trainer import Trainer

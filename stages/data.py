@@ -22,10 +22,10 @@ from stages.inputs.models import Model
 from stages.inputs.probes import NO_PROBE, pixel_probes
 from stages.inputs.run_files import sha256
 from stages.inputs.views import ViewPolicy, known_policy, view_policy
+from stages.order import Stream
 from stages.reporting import Reporter
 from stages.schema import check_bounds
 from stages.settings import DataSettings, Outputs
-from stages.training.order import Stream
 from stages.user_code import check_trusted, error_line
 
 

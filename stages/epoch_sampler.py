@@ -11,8 +11,8 @@ from stages.cache.identity import differences
 from stages.cached_dataset import CachedDataset
 from stages.data import held_out
 from stages.errors import ConfigError
+from stages.order import sample_order, view_order
 from stages.targets.chunks import ChunkGroups, groups_of_ranks
-from stages.training.order import sample_order, view_order
 
 
 class EpochSampler(DistributedSampler[int]):

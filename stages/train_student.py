@@ -35,6 +35,7 @@ from stages.distributed import (
 from stages.inputs.feed import Batch
 from stages.objectives.bias import BiasWeights, bias_weights
 from stages.objectives.losses import mixed_ce
+from stages.order import ViewSchedule
 from stages.reporting import Reporter, Silent
 from stages.settings import StudentConfig
 from stages.student_checks import check_students, complete, made_from, slab_plan
@@ -42,7 +43,6 @@ from stages.targets.reader import TargetReader
 from stages.training.learner import Learner
 from stages.training.models import build, check_models
 from stages.training.objective import Objective
-from stages.training.order import ViewSchedule
 from stages.training.run_directory import RunDirectory
 from stages.training.stream import open_stream
 from stages.training.trainer import Outcome, Trainer

@@ -11,11 +11,11 @@ from torch import Tensor
 from stages.data import Splits, chosen_policy, load_data, split_digests
 from stages.inputs.feed import Batch
 from stages.objectives.losses import mixed_ce
+from stages.order import view_order
 from stages.reporting import Reporter, Silent
 from stages.settings import TeacherConfig
 from stages.training.learner import Learner
 from stages.training.models import build, check_models
-from stages.training.order import view_order
 from stages.training.run_directory import RunDirectory
 from stages.training.stream import open_stream
 from stages.training.trainer import Trainer

@@ -16,9 +16,9 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.errors import ConfigError
 from stages.inputs.counter_hash import permute
+from stages.order import Stream, sample_order
 from stages.sizes import in_words
 from stages.targets.memory import free_memory
-from stages.training.order import Stream, sample_order
 
 
 def groups_of_ranks(row_of: Tensor, chunk_rows: int, world: int) -> "ChunkGroups":

@@ -20,9 +20,9 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache.targets import SharedTargets, TargetRows, Targets, ViewTargets
 from stages.device import Upload
+from stages.order import ViewSchedule
 from stages.targets.chunks import SlabPlan
 from stages.targets.ensemble import EnsembleTargets
-from stages.training.order import ViewSchedule
 
 What = TypeVar("What")
 Slab = TypeVar("Slab")

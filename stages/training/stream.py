@@ -12,8 +12,8 @@ from stages.distributed import ALONE, Ranks, device_of_rank
 from stages.errors import ConfigError
 from stages.inputs.feed import Batch, ViewFeed, joined, num_batches, plain_view
 from stages.inputs.views import ViewPolicy
+from stages.order import SampleOrder, sample_order
 from stages.settings import RunConfig
-from stages.training.order import SampleOrder, sample_order
 
 _LEAST_EVALUATED = 256
 """Samples of a batch of an evaluation, at the least."""

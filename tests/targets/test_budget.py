@@ -13,11 +13,11 @@ from stages.cache.encoding.klt import Klt
 from stages.cache.metadata import NewCache
 from stages.cache.targets import ViewTargets
 from stages.errors import ConfigError
+from stages.order import ViewSchedule
 from stages.sizes import in_words, parse_bytes
 from stages.targets import chunks, memory
 from stages.targets.chunks import RESIDENT_BYTES, SlabPlan, available_bytes, plan_slabs, slab_bytes
 from stages.targets.reader import TargetReader
-from stages.training.order import ViewSchedule
 
 CPU = torch.device("cpu")
 

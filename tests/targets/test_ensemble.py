@@ -20,6 +20,7 @@ from stages.cache.targets import ViewTargets
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, ConfigError, IdentityError, RunError
+from stages.order import sample_order
 from stages.settings import (
     BiasSettings,
     CacheConfig,
@@ -33,7 +34,6 @@ from stages.student_checks import shared_views
 from stages.targets.ensemble import EnsembleTargets, open_members
 from stages.train_student import CachedTask, student_trainer, train_student
 from stages.train_teacher import train_teacher
-from stages.training.order import sample_order
 from stages.training.run_directory import RunDirectory
 
 SAMPLES, CLASSES, VIEWS, IMAGES = 60, 7, 3, 300

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.order import sample_order
 from stages.targets.chunks import ChunkGroups
-from stages.training.order import sample_order
 
 ROWS, CHUNK = 97, 10  # nine chunks of 10 and one of 7
 

@@ -21,12 +21,12 @@ from stages.errors import RunError, StoppedError
 from stages.inputs.feed import Batch, Normalise, ViewFeed, plain_view
 from stages.inputs.views import view_policy
 from stages.objectives.losses import ce
+from stages.order import sample_order
 from stages.reporting import Silent
 from stages.settings import ModelSettings, TeacherConfig, TrainSettings
 from stages.training.history import selected_epoch, summarise
 from stages.training.learner import Learner, Task
 from stages.training.models import build
-from stages.training.order import sample_order
 from stages.training.run_directory import RunDirectory
 from stages.training.stream import Evaluation, open_stream
 from stages.training.trainer import Trainer, stop_on_signals

@@ -7,7 +7,7 @@ import torch
 
 from stages.data import held_out
 from stages.errors import ConfigError
-from stages.training.order import sample_order, view_order
+from stages.order import sample_order, view_order
 
 SEEDS = range(20)
 
