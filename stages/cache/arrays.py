@@ -42,7 +42,7 @@ def open_group(where: Location, writable: bool = False) -> zarr.Group:
 
 def subgroup(group: zarr.Group, name: str) -> zarr.Group:
     """A group inside a group."""
-    child = _member(group, name)
+    child = member(group, name)
     if not isinstance(child, zarr.Group):
         raise CacheError(f"{group.store_path}: group '{name}' is missing")
     return child
@@ -50,13 +50,14 @@ def subgroup(group: zarr.Group, name: str) -> zarr.Group:
 
 def get_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     """An array of a group."""
-    child = _member(group, name)
+    child = member(group, name)
     if not isinstance(child, zarr.Array):
         raise CacheError(f"{group.store_path}: array '{name}' is missing")
     return child.with_config({"write_empty_chunks": True})  # not kept in its document
 
 
-def _member(group: zarr.Group, name: str) -> zarr.Array[Any] | zarr.Group | None:
+def member(group: zarr.Group, name: str) -> zarr.Array[Any] | zarr.Group | None:
+    """An array or a group of a group; None if it is missing. Raises CacheError if it is damaged."""
     try:
         with answered(group.store_path):
             return group.get(name)
@@ -64,7 +65,8 @@ def _member(group: zarr.Group, name: str) -> zarr.Array[Any] | zarr.Group | None
         raise
     except Exception as error:  # zarr raises many kinds on damaged documents
         raise CacheError(
-            f"{group.store_path}: the metadata of '{name}' is damaged: {type(error).__name__}"
+            f"{group.store_path}: the metadata of '{name}' is damaged: {type(error).__name__}",
+            "Run `pipeline verify CACHE --repair`.",
         ) from error
 
 

@@ -121,10 +121,12 @@ def copied_attributes(where: Location) -> dict[str, Any] | None:
 
 
 def restore_attributes(where: Location, attributes: dict[str, Any]) -> None:
-    """Write the root document again."""
+    """Write the root document again, as `write_attributes` does: the digest last."""
+    digest = {"digest": attributes["digest"]} if "digest" in attributes else {}
+    ordered = {name: attributes[name] for name in sorted(attributes) if name != "digest"} | digest
     store = open_store(where, read_only=False)
     ask(store, store.delete("zarr.json"))
-    zarr.create_group(store, zarr_format=3, attributes=attributes)
+    zarr.create_group(store, zarr_format=3, attributes=ordered)
 
 
 def read_attributes(where: Location, attributes: Mapping[str, Any]) -> RootAttributes:

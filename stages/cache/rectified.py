@@ -79,15 +79,15 @@ def rectification_names(cache: CacheDescription) -> list[str]:
     """The rectifications of a cache. Raises CacheError where the metadata of one are missing."""
     store, names = cache.group.store, []
     for name in folders(store, "rectified"):
-        if "zarr.json" not in entries(store, f"rectified/{name}"):
-            if not folders(store, f"commits/rectified/{name}"):
-                continue  # a creation that stopped at its first step, or not ours
+        described = "zarr.json" in entries(store, f"rectified/{name}")
+        if described and _group(cache, name).attrs.asdict():
+            names.append(name)
+        elif entries(store, f"commits/rectified/{name}"):
             raise CacheError(
                 f"{cache.path}: the metadata of rectification '{name}' are missing",
                 "Run `pipeline verify CACHE --repair`.",
             )
-        if _group(cache, name).attrs.asdict():
-            names.append(name)
+        # else a creation that stopped before its attributes, or not ours
     return names
 
 
@@ -131,6 +131,7 @@ def create_rectification(
     """
     if name not in rectification_names(cache):
         _check_free(cache, name)
+        arrays.member(cache.group, "rectified")  # zarr says less of damaged metadata
         group = cache.group.create_group(f"rectified/{name}", overwrite=True)
         _log(cache, name).clear()
         for array, spec in layout.rectified_arrays(settings.materialised).items():
