@@ -310,7 +310,9 @@ def reported(world: World, path: Path) -> object:
     file = write_report([str(path)], str(world.home / "page.html"), overwrite=True)
     page = file.read_text()
     told = ("1 of 2", "is not recorded", ">?<")
-    if any(words in page for words in told) or ((path / "commits").exists() and "top-1 on the test split" not in page):
+    if any(words in page for words in told) or (
+        (path / "commits").exists() and "top-1 on the test split" not in page
+    ):
         raise ToldError("what is missing is told as missing")
     return page
 
