@@ -21,6 +21,7 @@ import torch
 from launch import Launch, Launcher
 
 from stages.cache.commits import CommitLog, Record
+from stages.cache.layout import BlockId
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.distributed import Ranks, process_group
 from stages.errors import ModelError
@@ -35,11 +36,11 @@ def make(job: CacheJob, out: Path, disturb: Disturbance, ranks: Ranks) -> object
     own: list[tuple[int, int]] = []
     commit = CommitLog.commit
 
-    def disturbed(log: CommitLog, view: int, block: int, record: Record) -> None:
+    def disturbed(log: CommitLog, at: BlockId, record: Record) -> None:
         if log.part == "logits":
             disturb(ranks, len(own))
-            own.append((view, block))
-        commit(log, view, block, record)
+            own.append((at.view, at.block))
+        commit(log, at, record)
 
     CommitLog.commit = disturbed  # type: ignore[method-assign]  # of this fork
     with process_group(ranks):
@@ -73,7 +74,9 @@ def committed(store: Path) -> int:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
     while not condition():
+        assert time.monotonic() < until
         time.sleep(0.02)
 
 
