@@ -167,15 +167,14 @@ def test_any_flipped_byte_of_a_record_is_noticed(tmp_path: Path, compacted: bool
     path = tmp_path / "commits" / "logits" / name
     intact = path.read_bytes()
     for position in range(len(intact)):
-        for flip in (1, 0x20, 0x80):
-            content = bytearray(intact)
-            content[position] ^= flip
-            path.write_bytes(content)
-            with pytest.raises(CacheError, match=f"{name} is not readable"):
-                _ = log(tmp_path).records
-            records, damaged = readable(log(tmp_path))
-            assert damaged == [f"commits/logits/{name}"]
-            assert records == (set() if compacted else {(0, 0), (0, 2)})
+        content = bytearray(intact)
+        content[position] ^= (1, 0x20, 0x80)[position % 3]
+        path.write_bytes(content)
+        with pytest.raises(CacheError, match=f"{name} is not readable"):
+            _ = log(tmp_path).records
+        records, damaged = readable(log(tmp_path))
+        assert damaged == [f"commits/logits/{name}"]
+        assert records == (set() if compacted else {(0, 0), (0, 2)})
 
 
 values = (

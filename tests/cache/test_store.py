@@ -70,14 +70,20 @@ def write(cache: LogitCache, view: int, *blocks: int) -> None:
         cache.write_block(view, block, logits, logits.argmax(1), {})
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """Two complete views and the test split."""
-    cache = create(tmp_path / "small.zarr")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two complete views and the test split. Read only: take `path`."""
+    cache = create(tmp_path_factory.mktemp("whole") / "small.zarr")
     write(cache, 0, 0, 1, 2)
     write(cache, 1, 0, 1, 2)
     cache.write_eval_logits(torch.eye(TEST_ROWS, CLASSES), {})
     return cache.path
+
+
+@pytest.fixture
+def path(whole: Path, tmp_path: Path) -> Path:
+    """A whole cache of one's own."""
+    return Path(shutil.copytree(whole, tmp_path / "small.zarr"))
 
 
 # ---- reading --------------------------------------------------------------------------------
@@ -210,11 +216,11 @@ def flip(file: Path, position: int) -> None:
 @pytest.mark.parametrize("name", ["logits/c/1/0/0", "prediction/c/1/2"])
 def test_any_flipped_byte_of_a_shard_is_noticed(path: Path, name: str) -> None:
     file = path / name
-    intact = file.read_bytes()
+    intact, cache = file.read_bytes(), LogitCache.open(path)
     for position in range(len(intact)):
         flip(file, position)
         with pytest.raises(CacheError, match="damaged"):
-            LogitCache.open(path).read_view(1)
+            cache.read_view(1)
         file.write_bytes(intact)
 
     assert torch.equal(LogitCache.open(path).read_view(1).rows(ORDER), logits_of_view(1)[ORDER])
