@@ -5,17 +5,19 @@ import dataclasses
 import errno
 import io
 import os
+import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import forks
 import msgspec
 import pytest
 import torch
 from helpers import DIGITS, Words, first, metrics, same_weights, without_probes
 
+from pipeline.cli import main
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.data import Splits
 from stages.errors import ConfigError, PipelineError, RunError
@@ -27,7 +29,7 @@ from stages.settings import BiasSettings, ModelSettings, RectifyConfig, StudentC
 from stages.train_student import student_trainer, train_student, train_together
 from stages.training.run_directory import RunDirectory
 
-TRAIN = TrainSettings(epochs=2, batch_size=100, schedule="constant", lr=0.05)
+TRAIN = TrainSettings(epochs=2, batch_size=150, schedule="constant", lr=0.05)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,7 +160,7 @@ def test_a_run_goes_on_where_its_cache_has_moved_to(
 
 
 def test_weights_to_start_from_may_move(
-    small_cache: Path, splits: Splits, two_epochs: Path, tmp_path: Path
+    small_cache: Path, splits: Splits, two_epochs: Path, three_epochs: Path, tmp_path: Path
 ) -> None:
     def starting_from(weights: Path) -> StudentConfig:
         return config_of(
@@ -171,11 +173,9 @@ def test_weights_to_start_from_may_move(
         [starting_from(two_epochs)], [RunDirectory(tmp_path / "run")], splits
     ).learner.begin()
     student_trainer([starting_from(weights)], [RunDirectory(tmp_path / "run", resume=True)], splits)
-    other = tmp_path / "other"
-    train_student(config_of(small_cache, train=trained_for(1)), other, splits=splits)
     with pytest.raises(RunError, match=r"other settings: other weights"):
         student_trainer(
-            [starting_from(other)], [RunDirectory(tmp_path / "run", resume=True)], splits
+            [starting_from(three_epochs)], [RunDirectory(tmp_path / "run", resume=True)], splits
         )
 
 
@@ -183,11 +183,12 @@ def test_another_cache_in_the_same_place_is_refused(
     small_job: CacheJob, splits: Splits, tmp_path: Path
 ) -> None:
     cache, run = tmp_path / "cache.zarr", tmp_path / "run"
-    cache_teacher(small_job, cache)
-    student_trainer([config_of(cache)], [RunDirectory(run)], splits).learner.begin()
-    shutil.rmtree(cache)
-    other = msgspec.structs.replace(small_job.config, encoding="float16")
-    cache_teacher(dataclasses.replace(small_job, config=other), cache)
+    for encoding in ("float32", "float16"):
+        shutil.rmtree(cache, ignore_errors=True)
+        job = msgspec.structs.replace(small_job.config, encoding=encoding, views=1)
+        cache_teacher(dataclasses.replace(small_job, config=job), cache)
+        if encoding == "float32":
+            student_trainer([config_of(cache)], [RunDirectory(run)], splits).learner.begin()
     with pytest.raises(RunError, match=r"other settings: other caches"):
         student_trainer([config_of(cache)], [RunDirectory(run, resume=True)], splits)
 
@@ -301,7 +302,8 @@ def test_a_second_training_of_the_same_run_is_refused(
     train_student(config, run, splits=splits, reporter=Meanwhile(second))
     assert same_weights(run, two_epochs)
     assert [line["epoch"] for line in metrics(run)] == [0, 1]
-    train_student(config, tmp_path / "new", splits=splits)  # let go of with the refusal
+    new = RunDirectory(tmp_path / "new")
+    student_trainer([config], [new], splits).learner.begin()  # let go of with the refusal
 
 
 @pytest.mark.parametrize("name", ["last.pt", "model.safetensors"])
@@ -332,19 +334,25 @@ def test_a_full_disk_keeps_the_epochs_before(
     assert same_weights(run, three_epochs)
 
 
-def test_a_disk_that_takes_no_more_is_one_error(small_cache: Path, tmp_path: Path) -> None:
+def test_a_disk_that_takes_no_more_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The kernel's own refusal: a limit on the size of files, below that of a checkpoint."""
-    script = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
-        "from pipeline.cli import main; main()"
-    )
     words = "train-teacher --dataset digits --model resnet8 --augment none --epochs 1 --device cpu"
-    run = forks.run(["-c", script, *words.split(), "--out", str(tmp_path / "run")])
-    assert run.returncode == 2, run.stderr
-    assert "cannot be written: File too large" in run.stderr
-    assert "--resume" in run.stderr
-    assert "Traceback" not in run.stderr
+    monkeypatch.setattr(sys, "argv", ["pipeline", *words.split(), "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capfd.readouterr().err
+    assert ended.value.code == 2, told
+    assert "cannot be written: File too large" in told
+    assert "--resume" in told
+    assert "Traceback" not in told
     assert not list((tmp_path / "run").glob("*.partial"))
 
 

@@ -65,6 +65,11 @@ def test_doubts(logits: Tensor, labels: Tensor, told: str | None) -> None:
 # ---- in stage one ---------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def measured_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.cache_plan.MEASURED_SECONDS", 0.01)
+
+
 def reordered(digits: Splits, order: list[int]) -> Splits:
     """The same images under the same names, with the classes in another order."""
     place = {old: new for new, old in enumerate(order)}

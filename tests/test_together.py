@@ -38,7 +38,7 @@ from stages.training.run_directory import RunDirectory
 
 CPU = torch.device("cpu")
 TIMES = {"seconds", "wait_seconds", "images_per_second"}
-SAMPLES, BATCH = 160, 32
+SAMPLES, BATCH = 96, 32
 
 
 class Dropping(nn.Module):
@@ -74,7 +74,7 @@ def no_probes() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def my_splits(digits: Splits) -> Splits:
-    return Splits(first(digits.train, SAMPLES), first(digits.test, 60))
+    return Splits(first(digits.train, SAMPLES), first(digits.test, 30))
 
 
 def make_cache(path: Path, teacher: Path, splits: Splits, augment: str) -> Path:
@@ -219,7 +219,7 @@ def test_several_rectifications_do_not_share_a_slab_memory(my_cache: Path) -> No
         check_one_stream([of(None), of("pairwise-T4"), of("swap-T4")])
 
 
-@pytest.mark.parametrize("stop_at", [3, 7])
+@pytest.mark.parametrize("stop_at", [2, 5])
 def test_a_stopped_group_goes_on_bit_for_bit(
     my_students: list[StudentConfig],
     my_group: list[Path],

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from damage import flip
-from helpers import DIGITS, Words, first, same_weights, weights
+from helpers import DIGITS, Words, first, remembered_probes, same_weights, weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -31,7 +31,6 @@ from stages.errors import CacheError, ConfigError, IdentityError, PipelineError,
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Normalise
-from stages.inputs.probes import pixel_probes
 from stages.inputs.views import view_policy
 from stages.objectives.losses import kd
 from stages.rectify import rectify
@@ -83,18 +82,7 @@ class World:
 
 @pytest.fixture(scope="module", autouse=True)
 def my_probes() -> Iterator[None]:
-    """Pixel probes are pure and half the time of these runs: once a dataset is enough."""
-    known: list[tuple[ImageDataset, list[int]]] = []
-
-    def remembered(dataset: ImageDataset, *which: Any) -> list[int]:
-        for before, probes in known:
-            if before is dataset:
-                return probes
-        known.append((dataset, pixel_probes(dataset, *which)))
-        return known[-1][1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.data.pixel_probes", remembered)
+    with remembered_probes():
         yield
 
 
@@ -147,7 +135,7 @@ def student_config(cache: Path, **changes: Any) -> StudentConfig:
         cache=str(cache),
         data=DIGITS,
         model=ModelSettings(architecture="resnet8"),
-        train=TrainSettings(epochs=3, batch_size=32, lr=0.05),
+        train=TrainSettings(epochs=3, batch_size=64, lr=0.05),
         device="cpu",
     )
     return msgspec.structs.replace(config, **changes)
@@ -163,7 +151,7 @@ RECTIFY = BiasSettings(mode="rectify")
 
 @pytest.fixture(scope="module")
 def my_whole(my_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of three epochs of seven batches, with bias rectification."""
+    """An uninterrupted run of three epochs of four batches, with bias rectification."""
     run = tmp_path_factory.mktemp("whole") / "run"
     train_student(student_config(my_world.cache, bias=RECTIFY), run, splits=my_world.splits)
     return run
@@ -173,7 +161,7 @@ def my_whole(my_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_loss_from_the_cache_is_the_loss_with_the_live_teacher(my_world: World) -> None:
-    """At each of 100 steps, on the same student weights, to float32 rounding.
+    """At each of 40 steps, on the same student weights, to float32 rounding.
 
     The loop is written here: the student follows the live loss, the cached one stands beside it.
     """
@@ -183,8 +171,8 @@ def test_loss_from_the_cache_is_the_loss_with_the_live_teacher(my_world: World) 
     cache, labels = LogitCache.open(my_world.cache), my_world.splits.train.labels
     generator = torch.Generator().manual_seed(1)
     live_losses, cached_losses = [], []
-    for step in range(100):
-        view = step // 5 % VIEWS
+    for step in range(40):
+        view = step // 2 % VIEWS
         samples = torch.randperm(SAMPLES, generator=generator)[:32]
         targets = cache.read_view(view)
         z_s = student.train()(my_world.normalise(my_world.pixels(samples, view)))
@@ -361,7 +349,9 @@ def test_saved_weights_give_the_accuracy_that_was_reported(my_world: World, my_w
 
 
 def test_only_the_first_views_are_shown(my_world: World, tmp_path: Path) -> None:
-    config = student_config(my_world.cache, views=2, train=TrainSettings(epochs=4, batch_size=200))
+    config = student_config(
+        my_world.cache, views=2, train=TrainSettings(epochs=4, batch_size=SAMPLES)
+    )
     train_student(config, tmp_path / "run", splits=my_world.splits)
     views = [line["view"] for line in metrics(tmp_path / "run")]
     assert sorted(views[:2]) == sorted(views[2:]) == [0, 1]
@@ -407,7 +397,7 @@ def test_the_same_seeds_give_the_same_weights(
 
 def test_the_two_seeds_are_separate(my_world: World, tmp_path: Path) -> None:
     """At a rate of nothing the final weights are the first ones."""
-    still = TrainSettings(epochs=3, batch_size=200, lr=1e-12, weight_decay=0)
+    still = TrainSettings(epochs=2, batch_size=SAMPLES, lr=1e-12, weight_decay=0)
     runs = {}
     for data, init in ((0, 0), (1, 0), (0, 1)):
         config = student_config(
@@ -450,11 +440,11 @@ def kill() -> None:
     raise KilledError
 
 
-@pytest.mark.parametrize("batches", [3, 7, 10, 21])
+@pytest.mark.parametrize("batches", [2, 4, 7, 12])
 def test_a_resumed_run_is_an_uninterrupted_one(
     my_world: World, my_whole: Path, tmp_path: Path, batches: int
 ) -> None:
-    """The run of `my_whole`, stopped by SIGTERM after some batch of its 21 and resumed."""
+    """The run of `my_whole`, stopped by SIGTERM after some batch of its 12 and resumed."""
     config, run = student_config(my_world.cache, bias=RECTIFY), tmp_path / "run"
     stops = Interrupter(batches, terminate)
     with pytest.raises(RunError, match="SIGTERM"):
@@ -473,12 +463,12 @@ def test_a_resumed_run_is_an_uninterrupted_one(
 def test_stopped_after_a_last_batch_that_took_one_sample_more(
     my_world: World, tmp_path: Path
 ) -> None:
-    """211 = 7 x 30 + 1: the seventh batch of an epoch has 31 samples."""
-    config = student_config(my_world.cache, train=TrainSettings(epochs=2, batch_size=30, lr=0.05))
+    """211 = 3 x 70 + 1: the third batch of an epoch has 71 samples."""
+    config = student_config(my_world.cache, train=TrainSettings(epochs=2, batch_size=70, lr=0.05))
     train_student(config, tmp_path / "whole", splits=my_world.splits)
-    with pytest.raises(RunError, match="SIGTERM in epoch 1, after batch 7"):
+    with pytest.raises(RunError, match="SIGTERM in epoch 1, after batch 3"):
         train_student(
-            config, tmp_path / "run", splits=my_world.splits, reporter=Interrupter(7, terminate)
+            config, tmp_path / "run", splits=my_world.splits, reporter=Interrupter(3, terminate)
         )
     train_student(config, tmp_path / "run", resume=True, splits=my_world.splits)
     assert same_weights(tmp_path / "whole", tmp_path / "run")
@@ -491,7 +481,7 @@ def test_killed_within_an_epoch_it_repeats_that_epoch(
     config = student_config(my_world.cache, bias=RECTIFY)
     with pytest.raises(KilledError):
         train_student(
-            config, tmp_path / "run", splits=my_world.splits, reporter=Interrupter(9, kill)
+            config, tmp_path / "run", splits=my_world.splits, reporter=Interrupter(6, kill)
         )
     train_student(config, tmp_path / "run", resume=True, splits=my_world.splits)
     assert same_weights(my_whole, tmp_path / "run")

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import forks
 import psutil
 import pytest
 import yaml
-from helpers import DIGITS, RUN_FILES, same_weights
+from helpers import DIGITS, RUN_FILES, remembered_probes, same_weights
 
 from pipeline.console import Console
 from pipeline.sweep import cluster
@@ -66,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, finished_cache: Path) -> It
     shutil.copytree(finished_cache, folder / "digits.zarr")
     rectify(folder / "digits.zarr", RectifyConfig())
     (folder / "models.py").write_text(MODELS)
-    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch, remembered_probes():
         patch.syspath_prepend(folder)  # as the command does with its working directory
         yield folder
 
@@ -76,7 +77,7 @@ def sweep_file(name: str, runs: list[dict[str, Any]], **values: Any) -> Path:
         "cache": "digits.zarr",
         "data": {"dataset": "digits", "workers": 0},
         "model.architecture": "resnet8",
-        "train.epochs": 2,
+        "train.epochs": 1,
         "train.batch_size": 250,
         "device": "cpu",
     }
@@ -110,13 +111,7 @@ def scheduler() -> Iterator[str]:
 # ---- one sweep in which everything happens, killed in its last run ----------------------------
 
 
-def started(file: Path, **how: Any) -> subprocess.Popen[str]:
-    """A sweep as a process of its own, whose workers can be counted."""
-    command = [sys.executable, "-m", "pipeline", "sweep", str(file)]
-    return subprocess.Popen(command, text=True, **how)
-
-
-def wait_for(path: Path, sweep: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, sweep: subprocess.Popen[str] | forks.Started) -> None:
     deadline = time.monotonic() + 250
     while not path.exists():
         assert sweep.poll() is None
@@ -150,19 +145,18 @@ def killed(folder: Path) -> Killed:
         {"loss.name": "ce"},
         {"label": "diverges", "loss.name": "kd", "train.lr": 1e9},
         {"label": "breaks", "model.architecture": "models:broken", "loss.name": "ce"},
-        {"label": "long", "bias.mode": "rectify", "train.epochs": 6},
+        {"label": "long", "bias.mode": "rectify", "train.epochs": 4},
     ]
     base = {"model.mean": [0.5], "model.std": [0.5]}
     file, out = sweep_file("eventful", runs, base=base), Path("runs/eventful")
-    with Path("said.txt").open("w") as said:
-        sweep = started(file, stdout=said, stderr=subprocess.STDOUT)
-        try:
-            wait_for(out / "long-s0" / "last.pt", sweep)
-        finally:
-            told = Path("said.txt").read_text()
-            workers = psutil.Process(sweep.pid).children(recursive=True)
-            sweep.kill()
-            sweep.wait()
+    sweep = forks.Started(["-m", "pipeline", "sweep", str(file)])
+    try:
+        wait_for(out / "long-s0" / "last.pt", sweep)
+    finally:
+        told = sweep.stdout + sweep.stderr
+        workers = psutil.Process(sweep.pid).children(recursive=True)
+        sweep.kill()
+        sweep.wait()
     ended, table = gone(workers), (out / "table.md").read_text()
     return Killed(file, out, told, lines(out), table, ended)
 
@@ -214,8 +208,9 @@ def test_a_stopped_sweep_ends_its_workers_and_says_how_to_go_on(
     folder: Path, number: signal.Signals
 ) -> None:
     file = sweep_file(f"stopped{number}", [{"loss.name": "kd"}], base={"train.epochs": 500})
-    sweep = started(
-        file,
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "sweep", str(file)],
+        text=True,
         stderr=subprocess.PIPE,
         start_new_session=True,
         # a shell lets what it starts in the background ignore Ctrl+C, and tests may be that
@@ -239,9 +234,9 @@ def test_a_group_that_is_killed_goes_on_bit_by_bit(
     file = sweep_file(
         "group", [{"loss.name": ["ce", "kd", "dkd"]}], base={"train.epochs": 12}, together=True
     )
-    sweep, out = started(file), Path("runs/group")
+    sweep, out = forks.Started(["-m", "pipeline", "sweep", str(file)]), Path("runs/group")
     wait_for(out / "ce-s0" / "last.pt", sweep)
-    os.kill(sweep.pid, signal.SIGKILL)
+    sweep.kill()
     sweep.wait()
 
     run_sweep(file, Console(), scheduler=scheduler)
@@ -288,7 +283,7 @@ def test_a_run_whose_worker_died_is_tried_once_more(
 
 
 def test_a_finished_sweep_starts_nothing_and_writes_the_same(folder: Path, scheduler: str) -> None:
-    file = sweep_file("cluster", [{"loss.name": ["ce", "kd"]}], base={"train.epochs": 1})
+    file = sweep_file("cluster", [{"loss.name": ["ce", "kd"]}])
     results = run_sweep(file, Console(), scheduler=scheduler)
     assert [result.error for result in results] == [None, None]
 

@@ -36,7 +36,7 @@ from stages.train_student import CachedTask, student_trainer, train_student
 from stages.train_teacher import train_teacher
 from stages.training.run_directory import RunDirectory
 
-SAMPLES, CLASSES, VIEWS, IMAGES = 60, 7, 3, 300
+SAMPLES, CLASSES, VIEWS, IMAGES = 60, 7, 3, 150
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,7 +119,7 @@ def test_there_is_no_rectification() -> None:
 
 @pytest.fixture(scope="module")
 def my_splits(digits: Splits) -> Splits:
-    return Splits(first(digits.train, IMAGES), first(digits.test, 100))
+    return Splits(first(digits.train, IMAGES), first(digits.test, 30))
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +143,13 @@ def my_caches(
     weights = msgspec.structs.replace(cache_config.teacher, weights=str(folder / "run"))
     changes: dict[str, dict[str, Any]] = {
         "first": {"teacher": cache_config.teacher},
-        "other": {"encoding": "float16", "block_rows": 45},
+        "other": {"encoding": "float16", "block_rows": 25},
         "two": {"views": 2},
         "seed": {"seed": 1, "views": 1},
         "policy": {"augment": "pad-crop-flip:pad=2", "views": 1},
     }
     for name, changed in changes.items():
-        own = {"teacher": weights, "block_rows": 100, **changed}
+        own = {"teacher": weights, "block_rows": 50, **changed}
         config = msgspec.structs.replace(cache_config, **own)
         cache_teacher(prepare(config, my_splits), folder / name)
     return {name: folder / name for name in changes}
@@ -239,9 +239,9 @@ def test_in_groups_of_the_firsts_chunks(
     my_caches: Mapping[str, Path], my_splits: Splits, tmp_path: Path
 ) -> None:
     """The members have other chunks; every sample is shown once, to the same effect at rate 0."""
-    still = TrainSettings(epochs=1, batch_size=64, lr=1e-12, weight_decay=0)
+    still = TrainSettings(epochs=1, batch_size=40, lr=1e-12, weight_decay=0)
     lines = {}
-    for name, memory in (("whole", None), ("groups", "40kB")):
+    for name, memory in (("whole", None), ("groups", "20kB")):
         config = student_config(my_caches, "first", "other", train=still, slab_memory=memory)
         trainer = student_trainer([config], [RunDirectory(tmp_path / name)], my_splits)
         trainer.fit()

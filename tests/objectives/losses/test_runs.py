@@ -37,7 +37,7 @@ from stages.settings import (
 from stages.student_checks import complete
 from stages.train_student import CachedTask, train_student
 
-SAMPLES = 150
+SAMPLES = 80
 
 
 class World(NamedTuple):
@@ -55,7 +55,7 @@ def my_world(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("losses")
-    splits = Splits(first(digits.train, SAMPLES), first(digits.test, 50))
+    splits = Splits(first(digits.train, SAMPLES), first(digits.test, 10))
     another = Path(shutil.copytree(teacher_run, folder / "another"))
     weights = load_file(another / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
