@@ -373,7 +373,7 @@ def test_held_out_samples_are_absent_from_their_groups(
     assert torch.equal(order.sort(1).values, training.expand(2, -1))
 
 
-@pytest.mark.parametrize("batches", [1, 2, 5, 8])
+@pytest.mark.parametrize("batches", [2, 5, 8])
 def test_a_run_in_groups_resumes_exactly(
     my_cache: Path,
     my_folder: Path,
@@ -382,7 +382,7 @@ def test_a_run_in_groups_resumes_exactly(
     tmp_path: Path,
     batches: int,
 ) -> None:
-    """Stopped within a group, before a batch across two groups, and at the end of an epoch. In one
+    """Stopped within a group, at the end of an epoch, and before a batch across two groups. In one
     process, to the weights of the run with two workers.
     """
     config = student_config(my_cache, my_folder, 0, slab_memory=TIGHT)
@@ -451,8 +451,9 @@ def test_too_little_memory(
 def test_from_the_command_line(my_cache: Path, my_folder: Path, tmp_path: Path) -> None:
     command = (
         f"train-student {my_cache} --also {my_cache} --slab-memory 12kB --dataset "
-        f"folder:{my_folder} --image-size {STUDENT_SIZE} --workers 2 --rescan --student resnet8 --epochs 1 "
-        f"--batch-size 25 --device cpu --set data.feeding=stream --out {tmp_path / 'run'}"
+        f"folder:{my_folder} --image-size {STUDENT_SIZE} --workers 2 --rescan --student resnet8 "
+        "--epochs 1 --batch-size 25 --device cpu --set data.feeding=stream "
+        f"--out {tmp_path / 'run'}"
     )
     result = CliRunner().invoke(cli, command.split(), catch_exceptions=False)
     assert result.exit_code == 0

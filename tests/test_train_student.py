@@ -440,7 +440,7 @@ def kill() -> None:
     raise KilledError
 
 
-@pytest.mark.parametrize("batches", [2, 4, 7, 12])
+@pytest.mark.parametrize("batches", [4, 7, 12])
 def test_a_resumed_run_is_an_uninterrupted_one(
     my_world: World, my_whole: Path, tmp_path: Path, batches: int
 ) -> None:
