@@ -73,11 +73,11 @@ def main(run: str, out: Path, kills: int, seed: int) -> None:
         views=2,
         augment="pad-crop:pad=2",
         encoding="klt",
-        block_rows=100,
+        block_rows=30,
         device="cpu",
     )
     digits, whole = load_data(DIGITS), out / "undisturbed"
-    job = prepare(config, Splits(first(digits.train, 300), first(digits.test, 100)))
+    job = prepare(config, Splits(first(digits.train, 90), first(digits.test, 20)))
     undisturbed(lambda: (cache_teacher(job, whole), rectify(whole, RectifyConfig())))
     damaged_copy(whole, out / "first")
     seconds = undisturbed(lambda: repaired(out / "first", job))

@@ -31,10 +31,15 @@ def files_and_bytes(store: Path) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("changes", "blocks"),
     [
-        pytest.param({"block_rows": 65_536, "views": 12}, 12, id="one-block-a-view"),
+        pytest.param({"block_rows": 65_536, "views": 16}, 16, id="one-block-a-view"),
         pytest.param({"block_rows": 350, "views": 3}, 9, id="several-blocks"),
         pytest.param({"block_rows": 500, "views": 2, "encoding": "float16"}, 4, id="float16"),
-        pytest.param({"block_rows": 500, "views": 2, "encoding": "uint8"}, 4, id="uint8"),
+        pytest.param(
+            {"block_rows": 500, "views": 2, "encoding": "uint8"},
+            4,
+            id="uint8",
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"block_rows": 500, "views": 2, "encoding": "klt"}, 4, id="klt"),
         pytest.param({"block_rows": 500, "views": 2, "encoding": "topk:k=4"}, 4, id="topk"),
     ],
@@ -64,7 +69,7 @@ def test_a_plan_foretells_what_is_written(
     cache_teacher(job, out)
     files, everything = files_and_bytes(out)
     assert plan.files == files
-    assert plan.total_bytes == pytest.approx(everything, rel=0.1)
+    assert plan.total_bytes == pytest.approx(everything, rel=0.05 if blocks == 16 else 0.1)
     blocks_of = [*LogitCache.open(out).encoding.arrays(), "prediction"]
     shards = sum(files_and_bytes(out / name / "c")[1] for name in blocks_of)
     assert plan.total_bytes - plan.fixed_bytes == pytest.approx(shards, rel=0.25)
@@ -88,29 +93,26 @@ def test_a_plan_measures_every_encoding(
 
 
 @pytest.mark.parametrize(
-    ("encoding", "max_kl", "chosen"),
+    ("max_kl", "chosen"),
     [
-        pytest.param("auto", 5e-3, "klt", id="loose"),
-        pytest.param("auto", 1e-12, "float32", id="nothing-but-exact"),
-        pytest.param("float16", 1e-5, "float16", id="by-name"),
+        pytest.param(5e-3, "klt", id="loose"),
+        pytest.param(1e-12, "float32", id="nothing-but-exact"),
     ],
 )
 def test_a_plan_takes_the_smallest_encoding_that_holds_the_kl(
     cache_config: CacheConfig,
     digits: Splits,
     tmp_path: Path,
-    encoding: str,
     max_kl: float,
     chosen: str,
 ) -> None:
-    config = msgspec.structs.replace(cache_config, encoding=encoding, max_kl=max_kl)
+    config = msgspec.structs.replace(cache_config, max_kl=max_kl)
 
     plan = plan_cache(prepare(config, digits), tmp_path / "c.zarr")
 
     assert plan.encoding == chosen
     able = [m for m in plan.encodings if m.fidelity.mean_kl[0] <= max_kl]
-    if encoding == "auto":
-        assert plan.bytes_per_view == min(m.row_bytes for m in able)
+    assert plan.bytes_per_view == min(m.row_bytes for m in able)
 
 
 def test_a_plan_for_a_kl_that_nobody_holds_is_refused(
@@ -123,32 +125,19 @@ def test_a_plan_for_a_kl_that_nobody_holds_is_refused(
     assert not (tmp_path / "c.zarr").exists()
 
 
-@pytest.mark.parametrize("encoding", ["float32", "topk:k=4"])
 def test_a_plan_for_a_cache_keeps_that_caches_encoding(
-    cache_config: CacheConfig, digits: Splits, tmp_path: Path, encoding: str
+    cache_config: CacheConfig, digits: Splits, tmp_path: Path
 ) -> None:
-    config = msgspec.structs.replace(cache_config, encoding=encoding, views=1)
+    config = msgspec.structs.replace(cache_config, encoding="topk:k=4", views=1)
     cache_teacher(prepare(config, digits), tmp_path / "c.zarr")
     config = msgspec.structs.replace(config, encoding="auto", views=2)
 
     plan = plan_cache(prepare(config, digits), tmp_path / "c.zarr")
 
-    assert plan.encoding == encoding.partition(":")[0]
+    assert plan.encoding == "topk"
     chosen = next(m for m in plan.encodings if m.coding.name == plan.encoding)
     assert chosen.coding.parameters == LogitCache.open(tmp_path / "c.zarr").encoding.parameters
     assert plan.bytes_per_view == chosen.row_bytes
-
-
-def test_bytes_are_those_of_the_whole_store_once_it_is_large(
-    cache_config: CacheConfig, digits: Splits, tmp_path: Path
-) -> None:
-    config = msgspec.structs.replace(cache_config, block_rows=65_536, views=16)
-    job = prepare(config, digits)
-    plan = plan_cache(job, tmp_path / "c.zarr")
-
-    cache_teacher(job, tmp_path / "c.zarr")
-
-    assert plan.total_bytes == pytest.approx(files_and_bytes(tmp_path / "c.zarr")[1], rel=0.05)
 
 
 def test_a_plan_counts_what_is_missing(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import xarray
-from helpers import DIGITS, first, metrics
+from helpers import DIGITS, first, metrics, without_probes
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -39,6 +39,11 @@ from stages.train_student import train_student
 SAMPLES, VIEWS, BLOCKS = 300, 2, 3
 ENCODINGS = ["auto", "float16", "uint8", "klt", "topk:k=4", "topk:k=10"]
 each_encoding = pytest.mark.parametrize("spec", ENCODINGS)
+ALIKE = ("float16", "uint8", "topk:k=10")
+"""Written as others are: float16 and uint8 as float32, whole rows of topk as its first four."""
+each_way_of_writing = pytest.mark.parametrize(
+    "spec", [pytest.param(s, marks=pytest.mark.slow if s in ALIKE else []) for s in ENCODINGS]
+)
 ALL = torch.arange(SAMPLES)
 
 Objects = Callable[[Path], dict[str, bytes]]
@@ -228,7 +233,7 @@ def test_only_codecs_of_the_specification(my_cache: Callable[[str], Path], spec:
 # ---- running again --------------------------------------------------------------------------
 
 
-@each_encoding
+@each_way_of_writing
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     my_job: Job,
     my_cache: Callable[[str], Path],
@@ -264,7 +269,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     assert LogitCache.open(tmp_path / "c.zarr").fidelity == undisturbed.fidelity
 
 
-@pytest.mark.parametrize("spec", ["klt", "topk:k=4"])
+@pytest.mark.parametrize("spec", ["klt", pytest.param("topk:k=4", marks=pytest.mark.slow)])
 def test_views_that_are_appended_keep_the_calibration(
     my_job: Job, tmp_path: Path, array_bytes: Objects, spec: str
 ) -> None:
@@ -363,7 +368,7 @@ def test_rectified_rows_of_any_encoding(my_cache: Callable[[str], Path], spec: s
         assert bool((after[rows, label] > after[rows, predicted]).all())
 
 
-@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("temperature", [4.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_what_topk_rectifies_is_what_the_exact_rows_give(
     my_cache: Callable[[str], Path], tmp_path: Path, temperature: float
 ) -> None:
@@ -380,6 +385,11 @@ def test_what_topk_rectifies_is_what_the_exact_rows_give(
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-6)
 
 
+def learn(config: StudentConfig, run: Path, splits: Splits) -> None:
+    with without_probes():
+        train_student(config, run, splits=splits)
+
+
 @pytest.fixture(scope="module")
 def exact_epoch(
     tmp_path_factory: pytest.TempPathFactory, my_cache: Callable[[str], Path], my_splits: Splits
@@ -388,13 +398,19 @@ def exact_epoch(
     found = {}
     for bias in ("none", "rectify"):
         run = tmp_path_factory.mktemp("exact") / "run"
-        train_student(student(my_cache("auto"), bias), run, splits=my_splits)
+        learn(student(my_cache("auto"), bias), run, my_splits)
         (found[bias],) = metrics(run)
     return found
 
 
-@each_encoding
-@pytest.mark.parametrize("bias", ["none", "rectify"])
+@pytest.mark.parametrize(
+    ("spec", "bias"),
+    [
+        *((spec, "rectify") for spec in ENCODINGS if spec != "auto"),
+        *((spec, "none") for spec in ("klt", "topk:k=4")),
+        *(pytest.param(spec, "none", marks=pytest.mark.slow) for spec in ALIKE),
+    ],
+)
 def test_a_student_learns_from_any_encoding(
     my_cache: Callable[[str], Path],
     my_splits: Splits,
@@ -403,7 +419,7 @@ def test_a_student_learns_from_any_encoding(
     spec: str,
     bias: Literal["none", "rectify"],
 ) -> None:
-    train_student(student(my_cache(spec), bias), tmp_path / "run", splits=my_splits)
+    learn(student(my_cache(spec), bias), tmp_path / "run", my_splits)
 
     (epoch,) = metrics(tmp_path / "run")
     assert all(math.isfinite(epoch[name]) for name in ("loss", "loss_ce"))
@@ -428,17 +444,28 @@ def student(
     )
 
 
+@pytest.fixture(scope="module")
+def exact_offset(
+    exact: LogitCache, my_splits: Splits, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder with exact.zarr, rectified among logits, and a student's run by its logits."""
+    folder = tmp_path_factory.mktemp("offset")
+    path = Path(shutil.copytree(exact.path, folder / "exact.zarr"))
+    offset_sensitive(path, my_splits, folder / "run")
+    return folder
+
+
 def offset_sensitive(path: Path, splits: Splits, run: Path) -> None:
     """What reads logits themselves: a loss, and a space of rectification."""
     loss = LossSettings(name="lr")
-    train_student(msgspec.structs.replace(student(path), loss=loss), run, splits=splits)
+    learn(msgspec.structs.replace(student(path), loss=loss), run, splits)
     rectify(path, RectifyConfig(space="logit"))
 
 
-@each_encoding
+@pytest.mark.parametrize("spec", [spec for spec in ENCODINGS if spec != "auto"])
 def test_what_reads_the_offset_of_rows_has_it_or_is_refused(
     my_cache: Callable[[str], Path],
-    exact: LogitCache,
+    exact_offset: Path,
     my_splits: Splits,
     tmp_path: Path,
     spec: str,
@@ -455,18 +482,13 @@ def test_what_reads_the_offset_of_rows_has_it_or_is_refused(
         rectify(path, RectifyConfig(space="logit", method="swap"))  # which ignores it
         return
     offset_sensitive(path, my_splits, tmp_path / "run")
-    offset_sensitive(
-        Path(shutil.copytree(exact.path, tmp_path / "exact.zarr")), my_splits, tmp_path / "exact"
-    )
-    (ours,), (theirs,) = metrics(tmp_path / "run"), metrics(tmp_path / "exact")
+    (ours,), (theirs,) = metrics(tmp_path / "run"), metrics(exact_offset / "run")
     # `lr` squares errors of logits, and those of klt are rounded.
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.15 if spec == "klt" else 0.01)
     for view in range(VIEWS):
         found, expected = (
-            LogitCache.open(tmp_path / name)
-            .read_view(view, "pairwise-T4-logit")
-            .rectified_rows(ALL)
-            for name in ("c.zarr", "exact.zarr")
+            LogitCache.open(store).read_view(view, "pairwise-T4-logit").rectified_rows(ALL)
+            for store in (path, exact_offset / "exact.zarr")
         )
         coding = LogitCache.open(path).encoding
         steps = 3 * float(coding.step.max()) if isinstance(coding, Klt) else 0.05

@@ -1,6 +1,7 @@
 """How many views a cache has: repair never makes it smaller, whatever knows of them is lost."""
 
 import dataclasses
+import itertools
 import random
 import shutil
 from collections.abc import Callable
@@ -208,10 +209,19 @@ def claims(views: int) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+CLAIMANTS = (("logits_code",), ("prediction",), LOGITS, (f"{RECTIFIED}/wrong",))
+
+
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("views", [10**12, 2**63 - 1, 900_000, 6], ids=str)
 @pytest.mark.parametrize(
-    "arrays", [("logits_code",), ("prediction",), LOGITS, (f"{RECTIFIED}/wrong",)], ids=str
+    ("arrays", "views"),
+    [
+        pytest.param(arrays, views, marks=[] if number % 5 == 0 else pytest.mark.slow)
+        for number, (arrays, views) in enumerate(
+            itertools.product(CLAIMANTS, (10**12, 2**63 - 1, 900_000, 6))
+        )
+    ],
+    ids=str,
 )
 def test_a_document_that_claims_too_many_views_is_a_fault(
     rectified: Path, tmp_path: Path, arrays: tuple[str, ...], views: int
@@ -227,8 +237,15 @@ def test_a_document_that_claims_too_many_views_is_a_fault(
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("views", [10**12, 6], ids=str)
-@pytest.mark.parametrize("array", ["prediction", f"{RECTIFIED}/wrong"])
+@pytest.mark.parametrize(
+    ("array", "views"),
+    [
+        ("prediction", 10**12),
+        (f"{RECTIFIED}/wrong", 6),
+        pytest.param("prediction", 6, marks=pytest.mark.slow),
+        pytest.param(f"{RECTIFIED}/wrong", 10**12, marks=pytest.mark.slow),
+    ],
+)
 def test_repair_does_not_believe_one_document_that_claims_more_than_all_others(
     rectified: Path, job: CacheJob, tmp_path: Path, array: str, views: int
 ) -> None:
@@ -278,7 +295,10 @@ ABSURD: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", ABSURD)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in ("rows", "right") else []) for n in ABSURD],
+)
 def test_a_record_that_claims_what_cannot_be_is_a_fault(
     rectified: Path, tmp_path: Path, name: str
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import zarr
 from helpers import Words
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -460,6 +460,7 @@ blocks_of_pairs = st.lists(
 )
 
 
+@settings(max_examples=40)
 @given(blocks_of_pairs, st.integers(0, 5))
 def test_confused_pairs_are_counted_as_a_counter_does(
     blocks: list[dict[tuple[int, int], int]], at_once: int
@@ -734,19 +735,19 @@ def test_a_rectified_shard_that_is_not_whole_is_noticed(
 
 
 @pytest.mark.parametrize("views", [0, -1])
-def test_a_number_of_views_is_positive(cache_copy: Path, views: int) -> None:
-    before = {p: p.stat().st_mtime_ns for p in cache_copy.rglob("*")}
+def test_a_number_of_views_is_positive(finished_cache: Path, views: int) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished_cache.rglob("*")}
     with pytest.raises(ConfigError, match=f"views must be positive, was {views}"):
-        rectify(cache_copy, RectifyConfig(views=views))
-    assert {p: p.stat().st_mtime_ns for p in cache_copy.rglob("*")} == before
+        rectify(finished_cache, RectifyConfig(views=views))
+    assert {p: p.stat().st_mtime_ns for p in finished_cache.rglob("*")} == before
 
 
-def test_more_views_than_the_cache_has(cache_copy: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in cache_copy.rglob("*")}
+def test_more_views_than_the_cache_has(finished_cache: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished_cache.rglob("*")}
     with pytest.raises(CacheError, match="has 3 views, 4 were asked for") as caught:
-        rectify(cache_copy, RectifyConfig(views=4))
+        rectify(finished_cache, RectifyConfig(views=4))
     assert "cache-teacher" in caught.value.remedy
-    assert {p: p.stat().st_mtime_ns for p in cache_copy.rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in finished_cache.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
@@ -757,11 +758,11 @@ def test_more_views_than_the_cache_has(cache_copy: Path) -> None:
         *("caf\u00e9", "x\u202egnp", "x\x1b[2J", "x\0"),
     ],
 )
-def test_a_name_is_the_name_of_a_folder(cache_copy: Path, name: str) -> None:
-    before = {p: p.stat().st_mtime_ns for p in cache_copy.rglob("*")}
+def test_a_name_is_the_name_of_a_folder(finished_cache: Path, name: str) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished_cache.rglob("*")}
     with pytest.raises(ConfigError, match="cannot name a rectification"):
-        rectify(cache_copy, RectifyConfig(name=name))
-    assert {p: p.stat().st_mtime_ns for p in cache_copy.rglob("*")} == before
+        rectify(finished_cache, RectifyConfig(name=name))
+    assert {p: p.stat().st_mtime_ns for p in finished_cache.rglob("*")} == before
 
 
 @pytest.mark.parametrize("name", ["a", "T4_v1.2", "swap+blend-3", "2"])
@@ -807,7 +808,7 @@ def test_an_error_on_the_cluster_is_told_as_it_is(cache_copy: Path) -> None:
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "carrier-pigeon://x:1"])
 def test_a_scheduler_that_does_not_answer_is_told(
-    cache_copy: Path, monkeypatch: pytest.MonkeyPatch, address: str
+    finished_cache: Path, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     import distributed
 
@@ -818,8 +819,8 @@ def test_a_scheduler_that_does_not_answer_is_told(
     monkeypatch.setattr(distributed, "Client", impatient)
     with dask.config.set({"distributed.comm.timeouts.connect": "0.5s", "scheduler": "threads"}):
         with pytest.raises(ConfigError, match="does not answer") as caught:
-            rectify(cache_copy, RectifyConfig(scheduler=address))
+            rectify(finished_cache, RectifyConfig(scheduler=address))
         scheduler = dask.config.get("scheduler")
     assert address in caught.value.cause
-    assert LogitCache.open(cache_copy).complete_views == [0, 1, 2]
+    assert LogitCache.open(finished_cache).complete_views == [0, 1, 2]
     assert scheduler == "threads"  # whatever uses dask later does not wait for it

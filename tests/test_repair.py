@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import random
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +27,11 @@ from safetensors.torch import load_file, save_file
 
 from stages.cache import LogitCache
 from stages.cache.layout import BlockId
-from stages.cache_teacher import CacheJob, cache_teacher, prepare
-from stages.errors import CacheError, IdentityError, ModelError
+from stages.cache_teacher import CacheJob, cache_teacher
+from stages.errors import CacheError, IdentityError
 from stages.rectify import rectify
 from stages.repair import recorded_job, repair
-from stages.settings import CacheConfig, RectifyConfig, TeacherSettings
+from stages.settings import CacheConfig, RectifyConfig
 from stages.verify import Fault, verify
 
 HELPER = Path(__file__).with_name("kill_repair.py")
@@ -134,15 +133,6 @@ def test_a_rectification_that_nothing_speaks_of_any_more_is_told(
     assert differing(store, tree(tiny_cache)) == []
 
 
-def test_a_cache_in_order_stays_as_it_is(
-    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
-) -> None:
-    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
-
-    assert repair(store, tiny_job, []).faults == []
-    assert differing(store, tree(tiny_cache)) == []
-
-
 def test_only_what_was_damaged_is_computed_again(
     tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
 ) -> None:
@@ -158,6 +148,7 @@ def test_only_what_was_damaged_is_computed_again(
     rectified.add("rectified/pairwise-T4/predicted_logit/c/1/0")
     assert again == {"logits_code/c/1/0/0", "prediction/c/1/0", *rectified}
     assert "3 blocks are there already, 1 are missing" in words.lines
+    assert differing(store, tree(tiny_cache)) == []
 
 
 def test_a_block_made_from_a_damaged_one_is_made_again(
@@ -177,38 +168,17 @@ def test_a_block_made_from_a_damaged_one_is_made_again(
     assert same(everything(store), everything(tiny_cache))
 
 
-@pytest.mark.parametrize(
-    ("part", "change"),
-    [
-        pytest.param("logits", {"right": 0}, id="count"),
-        pytest.param("logits", {"rows": [0, 1]}, id="rows", marks=pytest.mark.slow),
-        pytest.param("logits", {"objects": {}}, id="objects", marks=pytest.mark.slow),
-        pytest.param("rectified/pairwise-T4", {"statistics": {}}, id="statistics"),
-    ],
-)
-def test_a_record_that_is_sealed_and_untrue_is_mended(
-    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path, part: str, change: dict[str, Any]
-) -> None:
-    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
-    edit_record(store, 1, lambda record: record.update(change), 0, part)
-
-    assert repair(store, tiny_job, faults_of(store)).faults == []
-    assert differing(store, tree(tiny_cache)) == []
-
-
-def test_a_cache_with_more_views_than_its_record_of_settings_is_mended(
+def test_records_that_are_sealed_and_untrue_are_mended(
     tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
 ) -> None:
     store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
-    job = dataclasses.replace(tiny_job, config=msgspec.structs.replace(tiny_job.config, views=3))
-    cache_teacher(job, store)
-    rectify(store, RectifyConfig())
-    truth = tree(store)
-    flip(store / "logits_code/c/2/1/0")
-    flip(store / "prediction/zarr.json")
+    edit_record(store, 1, lambda record: record.update(right=0))
+    edit_record(store, 0, lambda record: record.update(statistics={}), 0, "rectified/pairwise-T4")
+    edit_record(store, 0, lambda record: record.update(rows=[0, 1]), 1)
+    edit_record(store, 1, lambda record: record.update(objects={}), 1)
 
     assert repair(store, tiny_job, faults_of(store)).faults == []
-    assert differing(store, truth) == []
+    assert differing(store, tree(tiny_cache)) == []
 
 
 def test_several_rectifications_are_mended(
@@ -268,25 +238,6 @@ def test_a_job_of_another_cache_repairs_nothing(tiny_job: CacheJob, cache_copy: 
     with pytest.raises(IdentityError, match=r"dataset\.\w+: "):
         repair(cache_copy, tiny_job, [])
     assert tree(cache_copy) == before
-
-
-def test_weights_that_have_moved_are_asked_for(
-    teacher_run: Path, cache_config: CacheConfig, tiny_job: CacheJob, tmp_path: Path
-) -> None:
-    run = Path(shutil.copytree(teacher_run, tmp_path / "run"))
-    config = msgspec.structs.replace(
-        cache_config, views=1, teacher=TeacherSettings(weights=str(run))
-    )
-    cache_teacher(prepare(config), tmp_path / "c.zarr")
-    truth = tree(tmp_path / "c.zarr")
-    run.rename(tmp_path / "moved")
-    flip(tmp_path / "c.zarr" / "logits/c/0/1/0")
-
-    with pytest.raises(ModelError, match=re.escape(str(run))):
-        recorded_job(tmp_path / "c.zarr")
-    job = recorded_job(tmp_path / "c.zarr", weights=str(tmp_path / "moved"), device="cpu")
-    assert repair(tmp_path / "c.zarr", job, faults_of(tmp_path / "c.zarr")).faults == []
-    assert differing(tmp_path / "c.zarr", truth) == []
 
 
 def test_without_the_root_and_its_copy_nothing_can_be_said(
@@ -365,12 +316,13 @@ def test_a_repair_that_was_killed_is_repeated(
 
 
 def test_a_rectification_that_was_deleted_is_noticed_and_made_again(
-    small_job: CacheJob, small_copy: Path, small_cache: Path
+    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path
 ) -> None:
-    shutil.rmtree(small_copy / "rectified/pairwise-T4")
+    store = Path(shutil.copytree(tiny_cache, tmp_path / "c.zarr"))
+    shutil.rmtree(store / "rectified/pairwise-T4")
 
-    faults = verify(small_copy).faults
+    faults = faults_of(store)
 
     assert any("pairwise-T4" in fault.where for fault in faults)
-    assert repair(small_copy, small_job, faults).faults == []
-    assert tree(small_copy) == tree(small_cache)
+    assert repair(store, tiny_job, faults).faults == []
+    assert tree(store) == tree(tiny_cache)

@@ -140,7 +140,8 @@ def test_repair_ends_with_0_and_every_byte_as_it_was(
     flip(folder / "cache.zarr/logits/c/0/1/0")
     flip(folder / "cache.zarr/label/zarr.json")
 
-    answer = pipeline("verify cache.zarr --trust sixty_digits --repair --device cpu")
+    words = "--trust sixty_digits --repair --live 10 --pixels --device cpu"
+    answer = pipeline(f"verify cache.zarr {words}")
 
     assert answer.code == 0
     assert "label" in answer.text
@@ -155,15 +156,8 @@ def test_repair_of_what_is_in_order_needs_no_teacher(pipeline: Pipeline, folder:
     assert pipeline("verify cache.zarr --trust sixty_digits --repair").code == 0
 
 
-def test_repair_and_the_teacher_in_one_go(pipeline: Pipeline, folder: Path) -> None:
-    flip(folder / "cache.zarr/prediction/c/0/1")
-
-    words = "--trust sixty_digits --repair --live 10 --pixels --device cpu"
-    assert pipeline(f"verify cache.zarr {words}").code == 0
-
-
 def test_repair_without_the_teacher_ends_with_2_and_says_what_to_give(
-    pipeline: Pipeline, folder: Path
+    pipeline: Pipeline, folder: Path, made: Path
 ) -> None:
     (folder / "teacher").rename(folder / "moved")
     flip(folder / "cache.zarr/logits/c/0/1/0")
@@ -175,6 +169,7 @@ def test_repair_without_the_teacher_ends_with_2_and_says_what_to_give(
 
     words = "--trust sixty_digits --repair --weights moved --device cpu"
     assert pipeline(f"verify cache.zarr {words}").code == 0
+    assert tree(folder / "cache.zarr") == tree(made / "cache.zarr")
 
 
 def test_the_teacher_of_another_cache_ends_with_2(
@@ -284,8 +279,15 @@ def test_from_another_folder_the_options_that_help_are_named(
     assert pipeline(words + " --weights new/teacher --dataset folder:new/data").code == 0
 
 
-@pytest.mark.parametrize("options", ["--live 60", "--pixels"])
-@pytest.mark.parametrize("side", [8, 11])
+@pytest.mark.parametrize(
+    ("options", "side"),
+    [
+        ("--live 60", 8),
+        ("--pixels", 11),
+        pytest.param("--live 60", 11, marks=pytest.mark.slow),
+        pytest.param("--pixels", 8, marks=pytest.mark.slow),
+    ],
+)
 def test_an_image_that_is_another_is_a_fault(
     pipeline: Pipeline, elsewhere: Path, options: str, side: int
 ) -> None:
