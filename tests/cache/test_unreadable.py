@@ -111,9 +111,11 @@ def refusing(path: Path, number: int) -> Iterator[None]:
     ("key", "number", "remedy"),
     [
         ("logits_code/c/0/1/0", errno.EACCES, "permission"),
-        ("rectified/pairwise-T4/label_logit/c/0/2", errno.EIO, "disk"),
+        pytest.param(
+            "rectified/pairwise-T4/label_logit/c/0/2", errno.EIO, "disk", marks=pytest.mark.slow
+        ),
         ("commits/logits/v00001.json", errno.EACCES, "permission"),
-        ("zarr.json", errno.EPERM, "permission"),
+        pytest.param("zarr.json", errno.EPERM, "permission", marks=pytest.mark.slow),
         ("rectified/pairwise-T4/zarr.json", errno.ESTALE, "disk"),
         ("label/c/0", errno.EMFILE, "ulimit"),
     ],
