@@ -161,7 +161,7 @@ def my_whole(my_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_loss_from_the_cache_is_the_loss_with_the_live_teacher(my_world: World) -> None:
-    """At each of 40 steps, on the same student weights, to float32 rounding.
+    """At each of 100 steps, on the same student weights, to float32 rounding.
 
     The loop is written here: the student follows the live loss, the cached one stands beside it.
     """
@@ -171,7 +171,7 @@ def test_loss_from_the_cache_is_the_loss_with_the_live_teacher(my_world: World) 
     cache, labels = LogitCache.open(my_world.cache), my_world.splits.train.labels
     generator = torch.Generator().manual_seed(1)
     live_losses, cached_losses = [], []
-    for step in range(40):
+    for step in range(100):
         view = step // 2 % VIEWS
         samples = torch.randperm(SAMPLES, generator=generator)[:32]
         targets = cache.read_view(view)
