@@ -808,7 +808,7 @@ def test_an_error_on_the_cluster_is_told_as_it_is(cache_copy: Path) -> None:
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "carrier-pigeon://x:1"])
 def test_a_scheduler_that_does_not_answer_is_told(
-    finished_cache: Path, monkeypatch: pytest.MonkeyPatch, address: str
+    cache_copy: Path, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     import distributed
 
@@ -819,8 +819,8 @@ def test_a_scheduler_that_does_not_answer_is_told(
     monkeypatch.setattr(distributed, "Client", impatient)
     with dask.config.set({"distributed.comm.timeouts.connect": "0.5s", "scheduler": "threads"}):
         with pytest.raises(ConfigError, match="does not answer") as caught:
-            rectify(finished_cache, RectifyConfig(scheduler=address))
+            rectify(cache_copy, RectifyConfig(scheduler=address))
         scheduler = dask.config.get("scheduler")
     assert address in caught.value.cause
-    assert LogitCache.open(finished_cache).complete_views == [0, 1, 2]
+    assert LogitCache.open(cache_copy).complete_views == [0, 1, 2]
     assert scheduler == "threads"  # whatever uses dask later does not wait for it
