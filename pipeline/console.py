@@ -34,8 +34,8 @@ _UNSEEN = re.compile(
 
 
 def visible(text: str, keep: str = "") -> str:
-    """The text with characters that a terminal or a browser would obey written out: U+202E becomes
-    \\u202e. keep: characters that stay as they are.
+    r"""The text with characters that a terminal or a browser would obey written out: U+202E becomes
+    \u202e. keep: characters that stay as they are.
     """
     return _UNSEEN.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
 
@@ -70,10 +70,12 @@ class Console:
         self._offset = 0.0
 
     def say(self, text: str) -> None:
+        """See `Reporter.say`."""
         text = visible(text.rstrip("\n"), keep="\n")
         self._rich.print(text, markup=False, highlight=False, emoji=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """See `Reporter.table`."""
         self.finish()
         texts = [[visible(str(cell)) for cell in row] for row in rows]
         title, columns = visible(title), [visible(column) for column in columns]
@@ -89,6 +91,7 @@ class Console:
             self.say("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
 
     def progress(self, task: str, done: float, total: float, unit: str) -> None:
+        """See `Reporter.progress`."""
         now, task = time.monotonic(), visible(task)
         if task != self._task:
             self.finish()

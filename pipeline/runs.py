@@ -72,15 +72,18 @@ class Run:
 
     @property
     def dataset(self) -> str:
+        """The dataset, as the settings name it."""
         return str(self.config.get("data.dataset"))
 
     @property
     def cache(self) -> str | None:
+        """The first cache that it learned from; None for a run of train-teacher."""
         found = self.config.get("cache")
         return None if found is None else str(found)
 
     @property
     def seeds(self) -> tuple[Any, Any]:
+        """(seed.data, seed.init)."""
         return self.config.get("seed.data", 0), self.config.get("seed.init", 0)
 
     @property

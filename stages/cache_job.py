@@ -71,6 +71,7 @@ class CacheJob:
 
     @property
     def num_classes(self) -> int:
+        """C, the classes of the dataset."""
         return len(self.splits.train.class_names)
 
     @property
@@ -99,6 +100,7 @@ class CacheJob:
         return logits[seen], train.labels[samples[seen]]
 
     def feed(self, dataset: ImageDataset, policy: ViewPolicy) -> ViewFeed:
+        """Views of a dataset as this teacher sees them."""
         return ViewFeed(dataset, policy, self.device, self.image_size, self.config.data.workers)
 
     def teacher(self, progress: Callable[[int], None] = lambda rows: None) -> "TeacherPass":

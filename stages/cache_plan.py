@@ -69,14 +69,17 @@ class CachePlan:
 
     @property
     def missing_share(self) -> float:
+        """Which share of the blocks is still to be made, in [0, 1]."""
         return self.missing_blocks / self.blocks
 
     @property
     def total_bytes(self) -> float:
+        """What the whole cache takes on disk."""
         return self.bytes_per_view * self.samples * self.views + self.fixed_bytes
 
     @property
     def hours(self) -> float:
+        """How long the missing blocks take; of several ranks, the one with the most."""
         longest_share = -(-self.missing_blocks // self.ranks) / self.blocks
         seconds = self.samples * self.views * longest_share / self.samples_per_second
         return (seconds + self.fixed_seconds) / 3600

@@ -1,6 +1,6 @@
-"""Stage one: run the teacher once, keep its logits for every view of every sample.
+r"""Stage one: run the teacher once, keep its logits for every view of every sample.
 
-    pipeline cache-teacher --dataset digits --weights runs/teacher --views 25 \\
+    pipeline cache-teacher --dataset digits --weights runs/teacher --views 25 \
         --augment pad-crop:pad=2 --out digits.zarr
     torchrun --nproc-per-node=8 -m pipeline cache-teacher ...
 

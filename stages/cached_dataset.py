@@ -259,6 +259,7 @@ class CachedDataset(Dataset[CachedBatch]):
 
     @property
     def cache(self) -> LogitCache:
+        """The cache, opened once in every process."""
         # Zarr's threads and connections are not carried into a worker.
         if self._opened[0] != os.getpid():
             self._opened = os.getpid(), LogitCache.open(self._path)

@@ -129,6 +129,7 @@ class CachedEpochs:
 
     @property
     def num_classes(self) -> int:
+        """C, the classes of the dataset."""
         return self.cache.num_classes
 
     def epoch(self, index: int) -> Batches[CachedBatch]:

@@ -52,9 +52,11 @@ class CheckedData:
 
     @property
     def broken(self) -> list[Finding]:
+        """What was found of images that cannot be used."""
         return [finding for finding in self.findings if finding.kind == "broken"]
 
     def count(self, split: Split, kind: Kind) -> int:
+        """How many findings of a kind a split has."""
         return sum(f.split == split and f.kind == kind for f in self.findings)
 
 

@@ -48,4 +48,5 @@ class ViewSchedule:
     epochs: int
 
     def of_epoch(self, epoch: int) -> tuple[int, ...]:
+        """The views of an epoch, which counts from 0."""
         return self.choices[view_order(self.seed, epoch, len(self.choices))]

@@ -20,8 +20,11 @@ class Reporter(Protocol):
 class Silent:
     """A reporter that says nothing."""
 
-    def say(self, text: str) -> None: ...
-    def progress(self, task: str, done: float, total: float, unit: str) -> None: ...
-    def table(
-        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
-    ) -> None: ...
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def progress(self, task: str, done: float, total: float, unit: str) -> None:
+        """Nothing."""
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Nothing."""

@@ -235,6 +235,7 @@ class BiasSettings(Settings, frozen=True):
 
     @property
     def chosen_schedule(self) -> Schedule:
+        """The schedule, or the default of the mode."""
         return self.schedule or ("cosine" if self.mode == "rectify" else "constant")
 
 
@@ -296,6 +297,7 @@ class RectifyConfig(Settings, frozen=True):
 
     @property
     def chosen_name(self) -> str:
+        """The name, or the default one: method, temperature and space."""
         space = "" if self.space == "probability-T" else f"-{self.space}"
         return self.name or f"{self.method}-T{self.temperature:g}{space}"
 

@@ -1,6 +1,6 @@
-"""Stage three: train students from a cache. The teacher is never loaded.
+r"""Stage three: train students from a cache. The teacher is never loaded.
 
-    pipeline train-student digits.zarr --dataset digits --student resnet8 --out runs/student \\
+    pipeline train-student digits.zarr --dataset digits --student resnet8 --out runs/student \
         --loss kd --bias rectify
 
 An epoch shows one view of every sample and learns from that view's row of the cache:
@@ -162,6 +162,7 @@ class CachedTask:
         self.targets: Targets | None = None
 
     def start_epoch(self, epoch: int) -> tuple[int, ...]:
+        """The views that an epoch shows, whose targets are read now."""
         self._epoch, bias = epoch, self._config.bias
         self._weights = bias_weights(
             bias.mode, bias.chosen_schedule, bias.reduction, epoch, self._config.train.epochs
@@ -173,6 +174,7 @@ class CachedTask:
         return self._schedule.of_epoch(epoch)
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The loss of a batch, and the means that metrics have of it: () each."""
         labels, *mixed = batch.hard_labels(self._labels)
         hard = mixed_ce(logits, labels, *mixed)
         if self._objective is None or self.targets is None:
@@ -196,6 +198,7 @@ class CachedTask:
         return parts | dict(zip(told, torch.stack([*told.values()]).mean(1), strict=True))
 
     def epoch_metrics(self) -> dict[str, float]:
+        """What else metrics have of the epoch at hand."""
         return {
             "weight_right": self._weights.right,
             "weight_wrong": self._weights.wrong,

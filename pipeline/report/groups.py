@@ -26,6 +26,7 @@ class Group:
     settings: Mapping[str, Any]
 
     def spread(self, value: Callable[[Run], float]) -> Spread:
+        """Mean and spread over the runs of something that each of them has."""
         return spread([value(run) for run in self.runs])
 
     @property

@@ -44,6 +44,7 @@ class Draw:
 
     @property
     def wrong(self) -> Tensor:
+        """bool (n,): whether the teacher's argmax differs from the label."""
         return self.predictions != self.labels
 
     @property
@@ -137,6 +138,7 @@ class Mistakes:
 
     @property
     def rate(self) -> float:
+        """The share of wrong predictions, in [0, 1]."""
         return int(self.wrong.sum()) / self.used
 
 

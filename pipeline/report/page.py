@@ -87,10 +87,12 @@ class Section:
 
     @property
     def students(self) -> list[Run]:
+        """The runs of train-student."""
         return [run for run in self.runs if run.kind != "teacher"]
 
     @property
     def teachers(self) -> list[Run]:
+        """The runs of train-teacher."""
         return [run for run in self.runs if run.kind == "teacher"]
 
 

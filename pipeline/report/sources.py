@@ -178,6 +178,7 @@ class KnownCaches:
         return self._names.setdefault(facts.content, path)
 
     def all(self) -> list[CacheFacts]:
+        """The facts of every cache that could be opened."""
         return [facts for facts in self._facts.values() if facts is not None]
 
     @staticmethod

@@ -50,10 +50,12 @@ def student_part(groups: Sequence[Group], known: KnownCaches, key: str) -> dict[
 
 
 def last_top1(run: Run) -> float:
+    """Test top-1 of the last epoch, in [0, 1]."""
     return run.summary.last.test_top1
 
 
 def best_top1(run: Run) -> float:
+    """Test top-1 of the best epoch, in [0, 1]."""
     return run.summary.best.test_top1
 
 

@@ -149,6 +149,7 @@ class Ledger:
 
     @property
     def unfinished(self) -> list[Run]:
+        """The runs that have not ended, in the sweep's order."""
         return [run for run in self._runs if run.name not in self._ended]
 
     @property

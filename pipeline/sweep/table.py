@@ -35,6 +35,7 @@ class Group:
 
     @property
     def config(self) -> StudentConfig:
+        """The settings of the first run: those of all but for the seeds."""
         return self.results[0].run.config
 
 

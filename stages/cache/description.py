@@ -52,10 +52,12 @@ class CacheDescription:
 
     @property
     def num_samples(self) -> int:
+        """N, the samples of the training split."""
         return self.identity.dataset.num_samples
 
     @property
     def num_classes(self) -> int:
+        """C, the classes of the dataset."""
         return len(self.identity.dataset.class_names)
 
     @cached_property

@@ -60,10 +60,12 @@ class BlockGrid:
 
     @property
     def block_rows(self) -> int:
+        """How many rows a block has, but for the last."""
         return self.chunk_rows * self.chunks_per_block
 
     @property
     def num_blocks(self) -> int:
+        """How many blocks a view has."""
         return -(-self.num_rows // self.block_rows)
 
     def rows(self, block: int) -> slice:
@@ -108,16 +110,20 @@ class ArraySpec:
         return self.dimensions[:2] == ("view", "sample")
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of the whole array. sizes: of every dimension."""
         return tuple(sizes[d] for d in self.dimensions)
 
     def shard(self, sizes: Mapping[str, int], grid: BlockGrid) -> tuple[int, ...]:
+        """The shape of one block."""
         return (1, grid.block_rows, *self.shape(sizes)[2:])
 
     def chunk(self, sizes: Mapping[str, int], grid: BlockGrid) -> tuple[int, ...]:
+        """The shape of what is compressed at once."""
         return (1, grid.chunk_rows, *self.shape(sizes)[2:])
 
 
 def prediction_dtype(num_classes: int) -> str:
+    """The smallest of two dtypes that holds every class."""
     return "uint16" if num_classes <= 2**16 else "uint32"
 
 

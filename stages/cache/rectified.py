@@ -46,6 +46,7 @@ class Rectification:
 
     @property
     def commits(self) -> CommitLog:
+        """The records of its blocks."""
         return self.blocks.commits
 
     @property
@@ -58,6 +59,7 @@ class Rectification:
         return dict(found) if len(measured) == len(self.commits.listed) else {}
 
     def write_statistics(self, statistics: Mapping[str, Any]) -> None:
+        """Keep what stage two measured among the group's attributes."""
         attributes = self.blocks.group.attrs
         attributes.put(sealed({**attributes.asdict(), "statistics": statistics}))
 

@@ -112,6 +112,7 @@ class ViewTargets(Targets):
 
     @property
     def shared(self) -> SharedTargets:
+        """What all views of the cache have in common."""
         return SharedTargets(self.encoding, self.labels, self.row_of)
 
     def to(self, device: torch.device) -> "ViewTargets":
@@ -169,16 +170,20 @@ class ViewRows:
 
     @property
     def tempered(self) -> bool:
+        """See `TargetRows.tempered`."""
         return not self.view.encoding.keeps_all
 
     def kept(self) -> Tensor | None:
+        """See `TargetRows.kept`."""
         return self._kept if self.tempered else None
 
     def wrong(self) -> Tensor:
+        """See `TargetRows.wrong`."""
         labels, predictions = self._classes
         return predictions != labels
 
     def at(self, temperature: float = 1.0) -> Tensor:
+        """See `TargetRows.at`."""
         logits = self.view.encoding.decode(self._encoded, temperature)
         if self.rectified is None:
             return logits

@@ -102,4 +102,5 @@ def worker_error(error: BaseException, workers: int) -> DatasetError:
 
 
 def as_it_is(batch: Any) -> Any:
-    return batch  # __getitems__ has made a batch already
+    """What a `DataLoader` need not collate: `__getitems__` has made a batch already."""
+    return batch

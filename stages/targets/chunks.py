@@ -49,10 +49,12 @@ class ChunkGroups:
 
     @property
     def num_chunks(self) -> int:
+        """How many chunks a view has."""
         return -(-len(self.row_of) // self.chunk_rows)
 
     @property
     def num_groups(self) -> int:
+        """How many groups an epoch has."""
         return -(-self.num_chunks // self.most)
 
     @cached_property

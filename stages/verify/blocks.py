@@ -41,6 +41,7 @@ class Part:
 
     @property
     def commits(self) -> CommitLog:
+        """The records of its blocks."""
         return self.blocks.commits
 
 

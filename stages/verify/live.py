@@ -1,4 +1,4 @@
-"""Does the teacher still say what the cache says, of the pixels that it saw?"""
+"""Whether the teacher still says what the cache says, of the pixels that it saw."""
 
 import torch
 
@@ -15,7 +15,7 @@ _NOISE = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}
 
 
 def verify_live(cache: LogitCache, job: CacheJob, pairs: int, seed: int = 0) -> list[Fault]:
-    """Run the teacher on random (view, sample) pairs: does it say what the cache says?
+    """Run the teacher on random (view, sample) pairs, and compare what it says with the cache.
 
     The mean KL at T=1 between its rows and the decoded ones may be twice what `fidelity` declares,
     and the noise of another batch or device on top.
@@ -52,7 +52,7 @@ def verify_live(cache: LogitCache, job: CacheJob, pairs: int, seed: int = 0) -> 
 
 
 def verify_pixels(cache: LogitCache, splits: Splits) -> list[Fault]:
-    """Are these the samples and the pixels that the teacher saw?"""
+    """Compare samples and pixels with those that the teacher saw."""
     try:
         check_dataset(cache, splits, cached_policy(cache), accept_drift=False, reporter=Silent())
     except (IdentityError, DatasetError, ViewError) as error:

@@ -17,6 +17,8 @@ from stages.verify.faults import Fault
 
 
 def logits_part(cache: LogitCache) -> Part:
+    """The teacher's logits of all views."""
+
     def consistent(at: BlockId, record: Record) -> Iterator[str]:
         rows = cache.read_block(*at)
         if not bool(torch.isfinite(rows.logits).all()):

@@ -70,7 +70,6 @@ MakeTrainer = Callable[..., Trainer]
 @pytest.fixture
 def my_trainer(my_splits: Splits, tmp_path: Path) -> MakeTrainer:
     """Makes trainers of a resnet8; the settings alone are enough."""
-
     number = itertools.count()
 
     def make(

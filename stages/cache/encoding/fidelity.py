@@ -68,6 +68,7 @@ def row_kl(exact: Tensor, decoded: Tensor, temperature: float) -> Tensor:
 
 
 def mean_kl(exact: Tensor, decoded: Tensor, temperature: float) -> Tensor:
+    """The mean of `row_kl` over all rows: float64 ()."""
     return row_kl(exact, decoded, temperature).mean()
 
 

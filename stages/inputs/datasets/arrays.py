@@ -58,16 +58,19 @@ def digits(source: Source) -> ImageDataset:
 
 @dataset("cifar10", ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)), whole=True)
 def cifar10(source: Source) -> ImageDataset:
+    """CIFAR-10 of torchvision. Raises DatasetError."""
     return _from_torchvision(source, "CIFAR10")
 
 
 @dataset("cifar100", ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)), whole=True)
 def cifar100(source: Source) -> ImageDataset:
+    """CIFAR-100 of torchvision. Raises DatasetError."""
     return _from_torchvision(source, "CIFAR100")
 
 
 @dataset("fashion-mnist", ((0.2860,), (0.3530,)), whole=True)
 def fashion_mnist(source: Source) -> ImageDataset:
+    """FashionMNIST of torchvision. Raises DatasetError."""
     return _from_torchvision(source, "FashionMNIST")
 
 

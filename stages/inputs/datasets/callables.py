@@ -165,6 +165,7 @@ def steady(read: MapStyle, samples: Sequence[int]) -> int:
 
 
 def identifying(read: MapStyle, index: int) -> tuple[bytes, ...]:
+    """What identifies an image: its shape and bytes."""
     try:
         return shape_and_bytes(read(index))
     except DatasetError:  # told of when it is shown, if it is not skipped

@@ -86,6 +86,7 @@ class ImageDataset:
 
     @property
     def labels_digest(self) -> str:
+        """See `labels_digest`."""
         return labels_digest(self.labels)
 
     def statistics(self) -> Statistics:
@@ -125,6 +126,7 @@ class Source:
 
     @property
     def argument(self) -> str:
+        """What follows the colon of its name."""
         return self.spec.partition(":")[2]
 
 
@@ -203,10 +205,12 @@ def fixed_sample(size: int) -> list[int]:
 
 
 def shape_and_bytes(images: Tensor) -> tuple[bytes, bytes]:
+    """What `digest` takes of a tensor of images."""
     return str(tuple(images.shape)).encode(), images.contiguous().numpy().tobytes()
 
 
 def digest(parts: Iterable[bytes]) -> str:
+    """The first 32 hex digits of a sha256 of all parts."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

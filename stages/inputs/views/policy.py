@@ -91,15 +91,18 @@ class ViewPolicy(ABC):
 
     @property
     @abstractmethod
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As `--augment` has it, without parameters."""
 
     @property
     @abstractmethod
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """Of the draws."""
 
     @property
     @abstractmethod
-    def count(self) -> int | None: ...
+    def count(self) -> int | None:
+        """How many distinct views there are; None for unbounded."""
 
     @property
     def version(self) -> int:
@@ -113,14 +116,17 @@ class ViewPolicy(ABC):
 
     @property
     def moves_pixels_only(self) -> bool:
+        """Whether a view is made of source pixels and zeros alone, without resampling."""
         return False
 
     @property
     def batched(self) -> bool:
+        """Whether `plan` and `show_planned` show whole batches, on any device."""
         return self.moves_pixels_only
 
     @property
     def mixes(self) -> bool:
+        """Whether views hold two samples."""
         return False
 
     def at(self, view: int) -> tuple["ViewPolicy", int]:

@@ -43,9 +43,11 @@ class TemperedRows:
     classes: Tensor | None = None
 
     def at(self, temperature: float) -> Tensor:
+        """See `Rows.at`."""
         return self.read(temperature)
 
     def kept(self) -> Tensor | None:
+        """See `Rows.kept`."""
         return self.classes
 
 
