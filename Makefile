@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 READY := .venv/.ready
 LOWEST := .venv-lowest
+SLOW := slow or exhaustive
 
 # What the libraries are used for: images, models, caches, commands, pages, event files, training.
 QUICK := tests/inputs/test_datasets.py tests/inputs/test_hf.py tests/inputs/test_models.py \
@@ -19,8 +20,9 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
+# CI runs SLOW=slow: all but what takes tens of minutes.
 slow: $(READY)
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "$(SLOW)"
 
 # The lowest versions that pyproject.toml allows; old libraries may warn.
 lowest: $(LOWEST)/.ready

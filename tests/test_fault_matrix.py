@@ -46,7 +46,7 @@ def test_a_cell_of_every_object_harm_and_reader(matrix: Matrix) -> None:
     assert figures["detected"] > len(chosen) / 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(
     ("what", "reader"), [*(("cache", r) for r in OF_A_CACHE), *(("run", r) for r in OF_A_RUN)]
