@@ -11,8 +11,8 @@ from stages.cache.identity import differences
 from stages.cached_dataset import CachedDataset
 from stages.data import held_out
 from stages.errors import ConfigError
-from stages.order import sample_order, view_order
-from stages.targets.chunks import ChunkGroups, groups_of_ranks
+from stages.order import view_order
+from stages.targets.chunks import ChunkGroups, SlabPlan, groups_of_ranks
 
 
 class EpochSampler(DistributedSampler[int]):
@@ -117,9 +117,8 @@ class EpochSampler(DistributedSampler[int]):
 
     def order(self, epoch: int) -> Tensor:
         """int64 (n,): the samples of this rank in the order of an epoch."""
-        if (groups := self.groups) is None:
-            return sample_order(self.samples, self.seed, epoch)
-        return groups.order_of_group(self.place[0], self.samples, self.seed, epoch)
+        plan = SlabPlan(self.groups, share=self.place[0])
+        return plan.order(self.samples, self.seed, epoch)
 
     @property
     def groups(self) -> ChunkGroups | None:

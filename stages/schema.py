@@ -36,7 +36,8 @@ class Setting:
 
     key: dotted where it lies in a section. type: without what is said about it. default: REQUIRED
     where there is none. flag: its option, None for none; settings that share one are set together.
-    argument: given by its place on the command line. bounds: see `check_bounds`.
+    argument: given by its place on the command line. shared: students that are trained together
+    have it in common, as it decides their batches. bounds: see `check_bounds`.
     """
 
     key: str
@@ -49,6 +50,7 @@ class Setting:
     metavar: str | None = None
     takes: Takes | None = None
     decides: Decides = "result"
+    shared: bool = False
     bounds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -80,7 +82,7 @@ _BOUNDS = ("above", "least", "below", "most")
 def about(text: str, flag: str | None = None, **more: Any) -> msgspec.Meta:
     """What is said of a setting, for `Annotated`. more: fields of `Setting`, and its bounds.
 
-    Of a section: `group` of its settings, and `flags`, their options in this command alone.
+    Of a section: fields of its settings, and `flags`, their options in this command alone.
     """
     return msgspec.Meta(description=text, extra=more | ({"flag": flag} if flag else {}))
 
@@ -102,7 +104,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 @functools.cache
 def settings_of(kind: type[msgspec.Struct]) -> dict[str, Setting]:
     """Every setting of a struct and of its sections, by dotted key."""
-    return {setting.key: setting for setting in _settings(kind, "", "run", {})}
+    return {setting.key: setting for setting in _settings(kind, "", {}, {})}
 
 
 def check_bounds(
@@ -151,16 +153,20 @@ def section(kind: Any) -> type[msgspec.Struct] | None:
 
 
 def _settings(
-    kind: type[msgspec.Struct], prefix: str, group: str, flags: Mapping[str, str | None]
+    kind: type[msgspec.Struct],
+    prefix: str,
+    of_section: Mapping[str, Any],
+    flags: Mapping[str, str | None],
 ) -> Iterator[Setting]:
     """The settings of a struct whose keys begin with `prefix`. flags: instead of their own."""
     for each in msgspec.structs.fields(kind):
         said, key = _said(each.type), prefix + each.name
         if (inner := section(each.type)) is not None:
-            own = said.get("group", each.name), said.get("flags", {})
-            yield from _settings(inner, f"{key}.", *own)
+            del said["text"]
+            own = said.pop("flags", {})
+            yield from _settings(inner, f"{key}.", {"group": each.name} | said, own)
             continue
-        said = {"group": group} | said
+        said = {**of_section, **said}
         if each.name in flags:
             said["flag"] = flags[each.name]
         said["bounds"] = {name: said.pop(name) for name in _BOUNDS if name in said}

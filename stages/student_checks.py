@@ -1,6 +1,7 @@
 """What must hold before a student's first step: cache, objective, views, memory, dataset."""
 
 import dataclasses
+import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from stages.errors import CacheError, ConfigError
 from stages.inputs.run_files import sha256
 from stages.inputs.views import Paired, ViewPolicy, check_unmixed
 from stages.objectives.losses import definition_of
+from stages.schema import settings_of
 from stages.settings import LossSettings, StudentConfig
 from stages.sizes import parse_bytes
 from stages.targets.chunks import SlabPlan, groups_of_ranks, plan_slabs
@@ -178,20 +180,9 @@ def check_one_stream(configs: Sequence[StudentConfig]) -> None:
 
 def _stream(config: StudentConfig) -> dict[str, Any]:
     """What decides which batches a student is shown."""
-    train = config.train
-    return {
-        "cache": config.cache,
-        "also": list(config.also),
-        "views": config.views,
-        "slab_memory": config.slab_memory,
-        "data": msgspec.to_builtins(config.data),
-        "device": config.device,
-        "seed.data": config.seed.data,
-        "train.epochs": train.epochs,
-        "train.batch_size": train.batch_size,
-        "train.deterministic": train.deterministic,
-        "views at once": views_seen(config.loss),
-    }
+    shared = (key for key, setting in settings_of(StudentConfig).items() if setting.shared)
+    settings = {key: operator.attrgetter(key)(config) for key in shared}
+    return settings | {"views at once": views_seen(config.loss)}
 
 
 def views_at_once(

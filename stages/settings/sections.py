@@ -1,16 +1,11 @@
-"""Every setting of every command, declared once: frozen structs that check themselves.
-
-`stages.schema` says how a setting is declared, and what is read from it. Imports no torch.
-"""
+"""Settings that several commands share: types, bounds, and the sections of a configuration."""
 
 # fmt: off
 
-import re
 from typing import Annotated, ClassVar, Literal
 
 from stages.errors import ConfigError
-from stages.schema import Decides, Settings, about, settings_of
-from stages.sizes import parse_bytes
+from stages.schema import Settings, about
 
 MOST_IN_A_BATCH, LARGEST_SIDE, MOST_WORKERS = 2**20, 2**14, 1024
 """Samples, pixels and processes: more are a slip of the finger, and would fail much later."""
@@ -28,9 +23,6 @@ Space = Literal["probability-T", "probability-1", "logit"]
 BiasMode = Literal["none", "eliminate", "rectify"]
 Schedule = Literal["cosine", "linear", "ramp", "constant"]
 Reduction = Literal["subset", "batch"]
-
-_NAME = re.compile(r"(?!zarr\.json)[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}(?<!\.partial)", re.IGNORECASE)
-"""What can name a group of the store: on any disk, and apart from what the store itself uses."""
 
 _OWN = "A parameter of some losses, see docs/losses.md."
 
@@ -144,8 +136,8 @@ class TrainSettings(Settings, frozen=True):
     section: ClassVar[str] = "train"
 
     epochs: Annotated[int, about(
-        "Passes over the training images.", "--epochs", above=0, most=10**6)] = 30
-    batch_size: BatchSize = 128
+        "Passes over the training images.", "--epochs", above=0, most=10**6, shared=True)] = 30
+    batch_size: Annotated[BatchSize, about("", shared=True)] = 128
     optimizer: Annotated[Literal["sgd", "adam", "adamw"], about("The optimiser.")] = "sgd"
     lr: Annotated[float, about("Peak learning rate.", "--lr", above=0)] = 0.1
     momentum: Annotated[float, about("Of sgd; Adam keeps its own.", least=0, most=1)] = 0.9
@@ -162,7 +154,7 @@ class TrainSettings(Settings, frozen=True):
     channels_last: ChannelsLast = True
     deterministic: Annotated[bool, about(
         "Only algorithms that give the same bits again.",
-        "--deterministic", decides="weights")] = False
+        "--deterministic", decides="weights", shared=True)] = False
     compile: Annotated[bool, about(
         "Compile the forward pass: faster steps of small models, after a minute. Weights differ in"
         " their last bits.", "--compile/--no-compile", decides="nothing")] = False
@@ -179,7 +171,7 @@ class SeedSettings(Settings, frozen=True):
     section: ClassVar[str] = "seed"
 
     data: Annotated[int, about(
-        "Order of views and samples.", "--seed", decides="weights", **SEEDS)] = 0
+        "Order of views and samples.", "--seed", decides="weights", shared=True, **SEEDS)] = 0
     init: Annotated[int, about(
         "The model's first weights.", "--seed", decides="weights", **SEEDS)] = 0
 
@@ -237,131 +229,3 @@ class BiasSettings(Settings, frozen=True):
     def chosen_schedule(self) -> Schedule:
         """The schedule, or the default of the mode."""
         return self.schedule or ("cosine" if self.mode == "rectify" else "constant")
-
-
-# ---- commands that read --config ------------------------------------------------------------
-
-
-class CacheConfig(Settings, frozen=True):
-    """A run of cache-teacher."""
-
-    data: Annotated[DataSettings, about("", flags={"val_fraction": None})]
-    teacher: Annotated[TeacherSettings, about("", group="model")]
-    views: Annotated[int, about(
-        "How many augmented views of every sample to cache.",
-        "--views", group="data", above=0, most=10**6)]
-    augment: Augment = "pad-crop-flip"
-    seed: Annotated[int, about("Of the views.", "--seed", group="data", **SEEDS)] = 0
-    encoding: Annotated[str, about(
-        "How logits are stored; auto chooses by the number of classes, or the smallest that holds "
-        "--max-kl. topk:k=10 sets a parameter.", "--encoding", takes="encoding")] = "auto"
-    max_kl: Annotated[float | None, about(
-        "Mean KL that the encoding must hold, in nats at T=1.", "--max-kl", above=0)] = None
-    dtype: Precision = "float32"
-    batch_size: BatchSize = 512
-    block_rows: Annotated[int, about(
-        "The most rows of a view that are committed at once.", above=0)] = MAX_BLOCK_ROWS
-    channels_last: ChannelsLast = True
-    device: Device = "auto"
-
-
-class RectifyConfig(Settings, frozen=True):
-    """A run of rectify."""
-
-    method: Annotated[Method, about("How a wrong row is rectified.", "--method")] = "pairwise"
-    space: Annotated[Space, about(
-        "Where: in the softmax at the temperature, that at 1, or the logits.",
-        "--space")] = "probability-T"
-    temperature: Annotated[float, about(
-        "Of the loss that will use it.", "--temperature", **TEMPERATURES)] = 4.0
-    name: Annotated[str | None, about(
-        "<method>-T<temperature> and the space if left out.", "--name")] = None
-    views: Annotated[FirstViews, about("", above=0)] = None
-    scheduler: Scheduler = None
-    materialise: Annotated[bool, about(
-        "Also store whole rectified rows, for other programs.", "--materialise")] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.name is not None and not _NAME.fullmatch(self.name):
-            raise ConfigError(
-                f"{self.name[:100]!r} cannot name a rectification",
-                "Use up to 100 letters, digits, '.', '_', '+' and '-', a letter or a digit first, "
-                "but not 'zarr.json', and not '.partial' at the end.",
-            )
-        if self.space == "logit" and self.method == "blend":
-            raise ConfigError(
-                "the space 'logit' is not defined for the method 'blend'",
-                "Use --method pairwise (as released), or --space probability-T.",
-            )
-
-    @property
-    def chosen_name(self) -> str:
-        """The name, or the default one: method, temperature and space."""
-        space = "" if self.space == "probability-T" else f"-{self.space}"
-        return self.name or f"{self.method}-T{self.temperature:g}{space}"
-
-
-class RunConfig(Settings, frozen=True, kw_only=True):
-    """What every training run has. kind: of run."""
-
-    kind: ClassVar[str]
-
-    data: DataSettings
-    model: ModelSettings
-    train: Annotated[TrainSettings, about("", group="training")] = TrainSettings()
-    seed: Annotated[SeedSettings, about("", group="training")] = SeedSettings()
-    device: Device = "auto"
-    tensorboard: Annotated[bool, about(
-        "Write event files for TensorBoard as well, under tensorboard/ in the run.",
-        "--tensorboard", decides="nothing")] = False
-
-
-class TeacherConfig(RunConfig, frozen=True, kw_only=True):
-    """A run of train-teacher; every epoch shows another view."""
-
-    kind: ClassVar[str] = "teacher"
-
-    augment: Augment = "pad-crop-flip"
-
-
-class StudentConfig(RunConfig, frozen=True, kw_only=True):
-    """A run of train-student."""
-
-    kind: ClassVar[str] = "student"
-
-    model: Annotated[ModelSettings, about("", flags={"architecture": "--student"})]
-    cache: Cache
-    also: Annotated[tuple[str, ...], about(
-        "Another teacher's cache of the same views, to be averaged; may be repeated.",
-        "--also", metavar="CACHE", takes="folder", group="data", decides="contents")] = ()
-    views: FirstViews = None
-    slab_memory: Annotated[str | None, about(
-        "Memory for targets, 2GB for example; where two views take more, epochs are read in groups"
-        " of chunks, in the same order for every loss.",
-        "--slab-memory", metavar="SIZE", decides="weights")] = None
-    loss: LossSettings = LossSettings()
-    bias: BiasSettings = BiasSettings()
-    accept_pixel_drift: Annotated[bool, about(
-        "Go on with a warning where pixel probes differ.",
-        "--accept-pixel-drift", group="data", decides="weights")] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.slab_memory is not None:
-            parse_bytes(self.slab_memory, "slab_memory")
-
-
-CONFIGS = {
-    "train-teacher": TeacherConfig,
-    "cache-teacher": CacheConfig,
-    "rectify": RectifyConfig,
-    "train-student": StudentConfig,
-}
-"""The commands that take `--config`, and what it holds."""
-
-
-def keys_deciding(*what: Decides) -> frozenset[str]:
-    """The keys of training runs whose settings decide this."""
-    every = {**settings_of(TeacherConfig), **settings_of(StudentConfig)}
-    return frozenset(key for key, setting in every.items() if setting.decides in what)
