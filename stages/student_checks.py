@@ -57,7 +57,7 @@ def complete(config: StudentConfig, cache: LogitCache) -> StudentConfig:
     for bias-aware losses on views that mix samples.
     """
     loss, bias = resolved(config.loss), config.bias
-    if bias.mode != "none" and loss.average is not None:
+    if bias.weighs and loss.average is not None:
         if config.loss.average == "kind":
             raise ConfigError(
                 f"with bias '{bias.mode}' rows are averaged as bias.reduction says, not by "
@@ -71,7 +71,7 @@ def complete(config: StudentConfig, cache: LogitCache) -> StudentConfig:
             f"bias '{bias.mode}' needs a loss that uses the teacher, not 'ce'",
             "Use --loss kd, or --bias none.",
         )
-    if bias.mode != "none" and not definition_of(loss.name).weighs_rows:
+    if bias.weighs and not definition_of(loss.name).weighs_rows:
         raise ConfigError(
             f"bias '{bias.mode}' puts weights on rows, and the loss '{loss.name}' takes neither "
             "`reduction` nor `weights`",
@@ -82,6 +82,7 @@ def complete(config: StudentConfig, cache: LogitCache) -> StudentConfig:
         check_offset(cache.encoding, f"the loss '{loss.name}'")
     if bias.mode != "none":
         check_unmixed(cache.identity.views.policy, f"bias '{bias.mode}'")
+    _check_correction(config, cache)
     if bias.mode == "rectify" and config.also:
         raise ConfigError(*NOT_RECTIFIED)
     if bias.mode != "rectify":
@@ -95,6 +96,28 @@ def complete(config: StudentConfig, cache: LogitCache) -> StudentConfig:
     if (temperature := rectified_at(loss)) is not None:
         cache.rectification(name).check_temperature(temperature)
     return msgspec.structs.replace(config, bias=msgspec.structs.replace(bias, rectified=name))
+
+
+def _check_correction(config: StudentConfig, cache: LogitCache) -> None:
+    """Raise ConfigError or CacheError for a corrected loss that cannot be, or settings of one that
+    is not asked for.
+    """
+    bias = config.bias
+    if bias.mode != "correct":
+        given = [f"bias.{key}" for key in ("alpha", "gamma") if getattr(bias, key) is not None]
+        if given:
+            raise ConfigError(
+                f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} not used with bias "
+                f"'{bias.mode}'",
+                "Add --bias correct, or leave it out.",
+            )
+        return
+    if config.also:
+        raise ConfigError(
+            "bias 'correct' moves the logits of one teacher, and several are averaged",
+            "Leave --also out, or use another --bias.",
+        )
+    check_temperature(cache.encoding, 1.0)
 
 
 def check_rows_known(caches: Sequence[LogitCache], loss: LossSettings) -> None:

@@ -8,10 +8,11 @@ An epoch shows one view of every sample and learns from that view's row of the c
     L = ce_weight * CE(z_s, y) + weight * mean_i w_i * loss(z_s, z_t)_i
 
 where the row weights w are all 1, or those of bias elimination and rectification
-(`stages.objectives.bias`); losses that couple rows say themselves what weights mean to them. With
-the loss `ce` the same views are shown and no targets are read: the fair baseline. Where the cached
-views mix two samples (mixup, cutmix), CE is that of both labels by their shares, and targets are as
-ever: the teacher saw the mixed image.
+(`stages.objectives.bias`); losses that couple rows say themselves what weights mean to them. A
+corrected loss has a term more, see `stages.objectives.correction`. With the loss `ce` the same
+views are shown and no targets are read: the fair baseline. Where the cached views mix two samples
+(mixup, cutmix), CE is that of both labels by their shares, and targets are as ever: the teacher saw
+the mixed image.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ from stages.distributed import (
 )
 from stages.inputs.feed import Batch
 from stages.objectives.bias import BiasWeights, bias_weights
-from stages.objectives.losses import mixed_ce
+from stages.objectives.correction import BOUND, STRENGTH, corrected
+from stages.objectives.losses import TeacherRows, mixed_ce
 from stages.order import ViewSchedule
 from stages.reporting import Reporter, Silent
 from stages.settings import StudentConfig
@@ -181,9 +183,9 @@ class CachedTask:
             return {"loss": hard}
         rows = self.targets.of(batch.samples, self._config.bias.rectified is not None)
         wrong = rows.wrong()
-        weights = None if self._config.bias.mode == "none" else self._weights.rows(wrong)
+        weights = self._weights.rows(wrong) if self._config.bias.weighs else None
         teacher = rows if rows.tempered else rows.at()
-        value = self._objective(logits, teacher, labels, weights)  # (B,), or () of coupled rows
+        value = self._value(logits, teacher, labels, weights)  # (B,), or () of coupled rows
         mean, ce_weight = value.mean(), self._config.loss.ce_weight or 0.0
         parts = {
             "loss": ce_weight * hard + self._objective.weight * mean,
@@ -196,6 +198,22 @@ class CachedTask:
             of_wrong = value.detach() * told["wrong_rate"]
             told |= {"loss_right": value.detach() - of_wrong, "loss_wrong": of_wrong}
         return parts | dict(zip(told, torch.stack([*told.values()]).mean(1), strict=True))
+
+    def _value(
+        self, logits: Tensor, teacher: TeacherRows, labels: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        """The objective, corrected where that was asked for; as `Objective` returns it."""
+        objective, bias = self._objective, self._config.bias
+        assert objective is not None
+        if bias.mode != "correct":
+            return objective(logits, teacher, labels, weights)
+        return corrected(
+            lambda rows: objective(logits, rows, labels, weights),
+            teacher,
+            labels,
+            BOUND if bias.alpha is None else bias.alpha,
+            STRENGTH if bias.gamma is None else bias.gamma,
+        )
 
     def epoch_metrics(self) -> dict[str, float]:
         """What else metrics have of the epoch at hand."""

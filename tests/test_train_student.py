@@ -307,6 +307,30 @@ def test_reported_loss_is_the_papers(
         assert line["wrong_rate"] == pytest.approx((z_t.argmax(1) != labels).mean())
 
 
+def test_a_corrected_student_learns_from_the_moved_target(my_world: World, tmp_path: Path) -> None:
+    """The target in closed form, of the live teacher: p + gamma p (a - <p, a>) / T."""
+    config = student_config(
+        my_world.cache,
+        bias=BiasSettings(mode="correct", alpha=0.05, gamma=0.5),
+        train=TrainSettings(
+            epochs=1, batch_size=SAMPLES, lr=1e-12, weight_decay=0, schedule="constant"
+        ),
+    )
+    train_student(config, tmp_path / "run", splits=my_world.splits)
+    torch.manual_seed(0)
+    student, everything = cifar_model("resnet8", 10, 1), torch.arange(SAMPLES)
+    (line,) = metrics(tmp_path / "run")
+    with torch.no_grad():
+        z_s = student.train()(my_world.normalise(my_world.pixels(everything, line["view"])))
+    z_t, t = my_world.live(everything, line["view"], SAMPLES).double(), 4.0
+    p, labels = (z_t / t).softmax(1), my_world.splits.train.labels
+    a = F.one_hot(labels, 10) / z_t.softmax(1).clamp(0.05) - 1
+    target = p + 0.5 * p * (a - (p * a).sum(1, keepdim=True)) / t
+    expected = t**2 * (target * (p.log() - (z_s.double() / t).log_softmax(1))).sum(1).mean()
+    assert line["loss_kd"] == pytest.approx(expected.item(), rel=1e-4)
+    assert (line["weight_right"], line["weight_wrong"]) == (1, 1)
+
+
 def test_ce_shows_the_views_of_kd_and_reads_no_targets(
     my_world: World, my_whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -696,6 +720,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[PipelineError], str]] = {
         {"bias": BiasSettings(mode="eliminate"), "loss": CE},
         ConfigError,
         "'eliminate'",
+    ),
+    "ce-corrected": ("one", {"bias": BiasSettings(mode="correct"), "loss": CE}, ConfigError, "kd"),
+    "a-bound-for-nothing": (
+        "one",
+        {"bias": BiasSettings(mode="eliminate", alpha=0.1)},
+        ConfigError,
+        "bias.alpha is not used with bias 'eliminate'",
     ),
     "unknown-loss": ("one", {"loss": LossSettings(name="kl")}, ConfigError, "'kl'"),
     "no-views": ("one", {"views": 0}, ConfigError, "0 views"),

@@ -50,9 +50,9 @@ def bias_weights(
 
     b moves from 1 to 0: cos^2(pi/2 * e/E) as released, or linearly. `ramp` has 1 - b on wrong rows
     and 1 on right ones. `constant` leaves both kinds at 1: elimination alone, or rectified targets
-    alone. `none` keeps every row at 1.
+    alone. `none` and `correct` keep every row at 1.
     """
-    if mode == "none":
+    if mode in ("none", "correct"):
         return BiasWeights(1.0, 1.0)
     progress = epoch / epochs
     b = 1 - progress if schedule == "linear" else math.cos(math.pi / 2 * progress) ** 2

@@ -20,7 +20,7 @@ Feeding = Literal["auto", "memory", "stream"]
 Outputs = Literal["logits", "probabilities"]
 Method = Literal["pairwise", "swap", "blend"]
 Space = Literal["probability-T", "probability-1", "logit"]
-BiasMode = Literal["none", "eliminate", "rectify"]
+BiasMode = Literal["none", "eliminate", "rectify", "correct"]
 Schedule = Literal["cosine", "linear", "ramp", "constant"]
 Reduction = Literal["subset", "batch"]
 
@@ -216,7 +216,8 @@ class BiasSettings(Settings, frozen=True):
     section: ClassVar[str] = "bias"
 
     mode: Annotated[BiasMode, about(
-        "Leave out, or rectify, rows that the teacher has wrong.", "--bias")] = "none"
+        "Leave out, or rectify, rows that the teacher has wrong; or correct the loss of every row "
+        "to first order.", "--bias")] = "none"
     schedule: Annotated[Schedule | None, about(
         "How weight moves from right to wrong rows; cosine for rectify and constant for eliminate "
         "if left out.")] = None
@@ -224,6 +225,16 @@ class BiasSettings(Settings, frozen=True):
         "Means over the rows of a kind, or the whole batch.")] = "subset"
     rectified: Annotated[str | None, about(
         "Which rectification; may be left out where there is one.", "--rectified")] = None
+    alpha: Annotated[float | None, about(
+        "Of correct: the label's probability counts as at least this; .1 if left out.",
+        above=0, most=1)] = None
+    gamma: Annotated[float | None, about(
+        "Of correct: its strength; 1, all of it, if left out.", least=0, most=1)] = None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether right and wrong rows have weights of their own."""
+        return self.mode in ("eliminate", "rectify")
 
     @property
     def chosen_schedule(self) -> Schedule:

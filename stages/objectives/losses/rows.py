@@ -7,7 +7,6 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from stages.errors import ConfigError
 
@@ -155,9 +154,11 @@ class _Lump(torch.autograd.Function):
         return torch.cat([logits.gather(1, kept), together], dim=1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, kept, together = ctx.saved_tensors
+        if torch.is_grad_enabled():  # it is differentiated once more
+            shares = ((logits - together) / ctx.temperature).exp()
+            return (shares * gradient[:, -1:]).scatter(1, kept, gradient[:, :-1]), None, None
         shares = (logits - together).div_(ctx.temperature).exp_()
         whole = shares.mul_(gradient[:, -1:]).scatter_(1, kept, gradient[:, :-1])
         return whole, None, None
