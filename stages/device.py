@@ -36,11 +36,34 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[object]
     return contextlib.nullcontext() if target is None else torch.autocast(device.type, target)
 
 
-def forward(model: Callable[[Tensor], Any], images: Tensor, dtype: str) -> Tensor:
-    """float32 logits (B, C) of normalised images (B, C, H, W), computed in `dtype` (autocast).
+def check_precision(device: torch.device, tf32: bool | None) -> None:
+    """Raise ConfigError where TF32 is asked for and there is none."""
+    if tf32 and device.type != "cuda":
+        raise ConfigError(
+            f"train.tf32 is a precision of NVIDIA's GPUs, the device is {device.type}",
+            "Leave train.tf32 out.",
+        )
+
+
+def multiply_in(tf32: bool | None) -> None:
+    """Whether factors of float32 products are rounded to TF32 on a GPU, from now on. torch's own
+    defaults do it in convolutions and not in matrix products.
+    """
+    precision = "tf32" if tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+
+
+def forward(
+    model: Callable[[Tensor], Any], images: Tensor, dtype: str, tf32: bool | None = None
+) -> Tensor:
+    """float32 logits (B, C) of normalised images (B, C, H, W), computed in `dtype` (autocast). On a
+    GPU what is float32 is computed as `multiply_in` says, a backward pass that follows as well.
 
     Raises ModelError where the model fails, or returns something else.
     """
+    if images.is_cuda:
+        multiply_in(tf32)
     with autocast(images.device, dtype):
         try:
             output = model(images)

@@ -135,7 +135,7 @@ def student_config(cache: Path, **changes: Any) -> StudentConfig:
         cache=str(cache),
         data=DIGITS,
         model=ModelSettings(architecture="resnet8"),
-        train=TrainSettings(epochs=3, batch_size=64, lr=0.05),
+        train=TrainSettings(epochs=3, batch_size=64, lr=0.05, checkpoint_seconds=0),
         device="cpu",
     )
     return msgspec.structs.replace(config, **changes)
@@ -499,20 +499,37 @@ def test_stopped_after_a_last_batch_that_took_one_sample_more(
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("seconds", "kept", "told"), [(0, 2, 2), (1000, 1, 2)])
 def test_killed_within_an_epoch_it_repeats_that_epoch(
-    my_world: World, my_whole: Path, tmp_path: Path
+    my_world: World, my_whole: Path, tmp_path: Path, seconds: float, kept: int, told: int
 ) -> None:
-    config = student_config(my_world.cache, bias=RECTIFY)
+    """And those since the last checkpoint, whose lines are dropped. It is killed in the third."""
+    config, run = student_config(my_world.cache, bias=RECTIFY), tmp_path / "run"
+    train = msgspec.structs.replace(config.train, checkpoint_seconds=seconds)
+    config = msgspec.structs.replace(config, train=train)
     with pytest.raises(KilledError):
-        train_student(
-            config, tmp_path / "run", splits=my_world.splits, reporter=Interrupter(6, kill)
-        )
-    train_student(config, tmp_path / "run", resume=True, splits=my_world.splits)
-    assert same_weights(my_whole, tmp_path / "run")
-    assert metrics(my_whole) == metrics(tmp_path / "run")
+        train_student(config, run, splits=my_world.splits, reporter=Interrupter(10, kill))
+    state = torch.load(run / "last.pt", weights_only=True)
+    assert (state["position"]["epoch"], len(metrics(run))) == (kept, told)
+    train_student(config, run, resume=True, splits=my_world.splits)
+    assert same_weights(my_whole, run)
+    assert metrics(my_whole) == metrics(run)
 
 
-@pytest.mark.parametrize("step", ["save_model", "add_metrics", "save_checkpoint"])
+def test_the_best_weights_wait_for_a_checkpoint(my_world: World, tmp_path: Path) -> None:
+    """Of the epoch that held-out samples choose, also where only the ends are written."""
+    runs = {}
+    for seconds in (0, 1000):
+        train = TrainSettings(epochs=6, batch_size=64, lr=0.2, checkpoint_seconds=seconds)
+        data = msgspec.structs.replace(DIGITS, val_fraction=0.2)
+        config = student_config(my_world.cache, train=train, data=data)
+        runs[seconds] = tmp_path / str(seconds)
+        train_student(config, runs[seconds], splits=my_world.splits)
+    assert same_weights(*runs.values())
+    assert metrics(runs[0]) == metrics(runs[1000])
+
+
+@pytest.mark.parametrize("step", ["save_weights", "add_metrics", "save_checkpoint"])
 def test_killed_between_epochs(my_world: World, my_whole: Path, tmp_path: Path, step: str) -> None:
     """While the second epoch is being written down."""
     config = student_config(my_world.cache, bias=RECTIFY)

@@ -151,6 +151,8 @@ class TrainSettings(Settings, frozen=True):
     warmup: Annotated[float, about(
         "Of onecycle: share of steps that climb.", least=0, most=1)] = 0.3
     dtype: Precision = "float32"
+    tf32: Annotated[bool | None, about(
+        "Let a GPU round the factors of float32 products to TF32, 10 bits: faster.")] = None
     channels_last: ChannelsLast = True
     deterministic: Annotated[bool, about(
         "Only algorithms that give the same bits again.",
@@ -158,6 +160,9 @@ class TrainSettings(Settings, frozen=True):
     compile: Annotated[bool, about(
         "Compile the forward pass: faster steps of small models, after a minute. Weights differ in"
         " their last bits.", "--compile/--no-compile", decides="nothing")] = False
+    checkpoint_seconds: Annotated[float, about(
+        "last.pt is replaced after an epoch once it is so old, and at the end: what a kill can lose"
+        " beside the epoch at hand. 0: after every epoch.", least=0, decides="nothing")] = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

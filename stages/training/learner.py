@@ -11,6 +11,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from stages.device import forward, place
 from stages.distributed import summed, take_from_first
@@ -20,7 +21,8 @@ from stages.settings import RunConfig
 from stages.training.compiled import CompiledForward
 from stages.training.history import said, selected_epoch, summarise
 from stages.training.models import InitialModel, RandomState
-from stages.training.optimise import make_optimizer, make_schedule, restore_optimizer
+from stages.training.optimise import make_optimizer, restore_optimizer
+from stages.training.rates import Schedule
 from stages.training.run_directory import RunDirectory
 from stages.training.run_folder import MADE_FROM
 from stages.training.stream import BatchStream, Evaluation
@@ -85,7 +87,7 @@ class Learner:
             learned.to(device)
         self.steps = self.stream.steps
         self._optimizer = make_optimizer(self.module, self.settings, learned)
-        self._schedule = make_schedule(self._optimizer, self.settings, self.steps)
+        self._schedule = Schedule(self._optimizer, self.settings, self.steps)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self.settings.dtype == "float16")
         self._forward: nn.Module = self.module
         if self.ranks.world > 1:
@@ -96,6 +98,7 @@ class Learner:
         self.random_state: RandomState | None = None
         self.position = Position()
         self.history: list[dict[str, Any]] = []
+        self._selected: dict[str, Tensor] | None = None
         self.error: PipelineError | None = None
 
     def resolved(self) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class Learner:
         if self.settings.compile and self._compiled is None:
             self._compiled = self._compile()
         if self.position.step == 0:
-            self.position.lr = float(self._schedule.get_last_lr()[0])
+            self.position.lr = self._schedule.rate
         self.module.train()
         return views
 
@@ -137,7 +140,7 @@ class Learner:
             self._compiled.start_step()
         with self._drawing():
             outputs = [
-                forward(model, self.normalise(pixels), self.settings.dtype)
+                forward(model, self.normalise(pixels), self.settings.dtype, self.settings.tf32)
                 for pixels in batch.pixels.chunk(self._views)
             ]
             logits = torch.cat(outputs) if self._views > 1 else outputs[0]
@@ -185,20 +188,14 @@ class Learner:
         yield
         self.random_state = RandomState.now(self.stream.device)
 
-    def finish_epoch(self, views: tuple[int, ...], shown: int) -> dict[str, Any]:
+    def finish_epoch(self, views: tuple[int, ...], shown: int, keep: bool = True) -> dict[str, Any]:
         """Measure, write and save; return the line of the epoch. shown: how many images it saw.
+        keep: replace last.pt and the weights; else their next replacement has this epoch too.
 
         Raises RunError if the losses or the weights are not finite.
         """
         position = self.position
-        shown = int(summed(self.ranks, torch.tensor(shown)))
-        totals = {k: float(summed(self.ranks, t.double())) for k, t in position.totals.items()}
-        means = {name: total / shown for name, total in totals.items()}
-        infinite = [name for name, mean in means.items() if not math.isfinite(mean)]
-        if not all(bool(torch.isfinite(p).all()) for p in self.module.parameters()):
-            infinite.append("weights")
-        if infinite:
-            raise _not_finite(f"after epoch {position.epoch + 1}", infinite)
+        shown, means = self._means(shown)
         metrics = {
             "epoch": position.epoch,
             "view": views[0],
@@ -214,10 +211,31 @@ class Learner:
         self.history.append(metrics)
         position.next_epoch()
         if self.ranks.first:
-            self._write(metrics)
+            self._write(metrics, keep)
         # Metrics before the checkpoint: a kill in between repeats the epoch and drops the line.
-        self.save()
+        if keep:
+            self.save()
         return metrics
+
+    def _means(self, shown: int) -> tuple[int, dict[str, float]]:
+        """How many images all ranks saw, and the mean losses; the device is asked once.
+
+        Raises RunError if one of them is not finite, or a weight is not.
+        """
+        totals = self.position.totals
+        weights = [p for p in self.module.parameters() if p.is_floating_point()]
+        # NaN and infinities stay what they are in a largest magnitude.
+        asked = [*totals.values(), get_total_norm(weights, math.inf)]
+        found = torch.stack([value.double() for value in asked])
+        *sums, largest = summed(self.ranks, found).tolist()
+        every = int(summed(self.ranks, torch.tensor(shown)))
+        means = {name: total / every for name, total in zip(totals, sums, strict=True)}
+        infinite = [name for name, mean in means.items() if not math.isfinite(mean)]
+        if not math.isfinite(largest):
+            infinite.append("weights")
+        if infinite:
+            raise _not_finite(f"after epoch {self.position.epoch + 1}", infinite)
+        return every, means
 
     def evaluate(self, evaluation: Evaluation) -> tuple[float, float]:
         """Top-1 and top-5 accuracy; each of several ranks measures its share."""
@@ -230,11 +248,15 @@ class Learner:
         return top1, top5
 
     def _predict(self, pixels: Tensor) -> Tensor:
-        return forward(self.module, self.normalise(pixels), self.settings.dtype)
+        pixels = self.normalise(pixels)
+        return forward(self.module, pixels, self.settings.dtype, self.settings.tf32)
 
-    def _write(self, metrics: dict[str, Any]) -> None:
+    def _write(self, metrics: dict[str, Any], keep: bool) -> None:
         if self.position.epoch - 1 == selected_epoch(self.history):
-            self.run.save_model(self.module)
+            state = self.module.state_dict()
+            self._selected = None if keep else {name: t.clone() for name, t in state.items()}
+            if keep:
+                self.run.save_weights(state)
         self.run.add_metrics(metrics)
         self.run.log(said(metrics, self.settings.epochs))
 
@@ -252,6 +274,9 @@ class Learner:
         totals = {name: summed(self.ranks, total) for name, total in self.position.totals.items()}
         if not self.ranks.first:
             return
+        if self._selected is not None:
+            self.run.save_weights(self._selected)
+            self._selected = None
         random = self.random_state or RandomState.now(self.stream.device)
         states = {
             "model": self.module.state_dict(),
@@ -312,7 +337,7 @@ class Learner:
         self.run.begin(self.history)
         whole = self.history and not self.position.step
         if whole and selected_epoch(self.history) == len(self.history) - 1:
-            self.run.mend_model(self.module)
+            self.run.mend_weights(self.module.state_dict())
 
 
 _MISFITS = (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError)

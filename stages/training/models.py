@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stages.cache.identity import weights_digest
 from stages.data import check_output, normalisation, small_image_notes
+from stages.device import check_precision
 from stages.distributed import ALONE, Ranks, device_of_rank
 from stages.errors import ConfigError
 from stages.inputs.datasets import ImageDataset, Statistics
@@ -76,6 +77,8 @@ def build(
     Raises ModelError for one that cannot be built, ConfigError where their input sizes differ.
     """
     device = device_of_rank(ranks, configs[0].device)
+    for config in configs:
+        check_precision(device, config.train.tf32)
     if any(config.train.compile for config in configs):
         prepare_compiler(device, len(configs))
     size = configs[0].data.image_size or image_size

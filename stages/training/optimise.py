@@ -1,17 +1,10 @@
-"""Optimiser and learning-rate schedule of a run, both stepped once a batch; torch's own."""
+"""The optimiser of a run, stepped once a batch: torch's own."""
 
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    CosineAnnealingLR,
-    LRScheduler,
-    MultiStepLR,
-    OneCycleLR,
-)
 
 from stages.settings import TrainSettings
 
@@ -48,22 +41,3 @@ def restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     # What GradScaler goes by is set when an optimiser is made, and is no part of its state.
     fused = all(group.get("fused") for group in optimizer.param_groups)
     optimizer._step_supports_amp_scaling = fused  # type: ignore[attr-defined]
-
-
-def make_schedule(
-    optimizer: Optimizer, settings: TrainSettings, steps_per_epoch: int
-) -> LRScheduler:
-    """multistep: times gamma after each milestone epoch. cosine: to zero at the end. onecycle: up
-    for `warmup` of the steps, then down (Smith, Topin 2017; momentum is left alone).
-    """
-    total = settings.epochs * steps_per_epoch
-    if settings.schedule == "multistep":
-        milestones = [epoch * steps_per_epoch for epoch in settings.milestones]
-        return MultiStepLR(optimizer, milestones, settings.gamma)
-    if settings.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, total)
-    if settings.schedule == "onecycle":
-        # torch divides by the length of either phase minus one: keep both longer than a step.
-        warmup = min(max(settings.warmup, 2 / total), 1 - 1 / total) if total > 3 else 0.0
-        return OneCycleLR(optimizer, settings.lr, total, pct_start=warmup, cycle_momentum=False)
-    return ConstantLR(optimizer, factor=1.0)

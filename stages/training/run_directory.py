@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor
 
 from stages.cache.lock import Hold
 from stages.distributed import ALONE, Ranks, first_rank_does
@@ -141,19 +141,19 @@ class RunDirectory:
             with self._writing():
                 self._events.add(metrics)
 
-    def save_model(self, module: nn.Module) -> None:
-        """model.safetensors: the module's state dict; tied weights under each of their names."""
+    def save_weights(self, state: Mapping[str, Tensor]) -> None:
+        """model.safetensors: a module's state dict; tied weights under each of their names."""
         # save_file would make it readable by its owner only
-        content = _plain_weights(module)
+        content = save({n: t.detach().cpu().contiguous().clone() for n, t in state.items()})
         with self._writing():
             replace_file(self.path / "model.safetensors", content)
         self._weights = sha256(content)
 
-    def mend_model(self, module: nn.Module) -> None:
+    def mend_weights(self, state: Mapping[str, Tensor]) -> None:
         """Write the weights of the last epoch again unless model.safetensors holds them."""
         file = self.path / "model.safetensors"
         if not file.is_file() or sha256(file.read_bytes()) != self._weights:
-            self.save_model(module)
+            self.save_weights(state)
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
         """summary.json, with the sha256 of settings, metrics and weights."""
@@ -183,11 +183,6 @@ class RunDirectory:
                 f"{self.path} cannot be written: {error.strerror or error}",
                 f"{kept}: make room or make it writable, then give the same command with --resume.",
             ) from error
-
-
-def _plain_weights(module: nn.Module) -> bytes:
-    state = {n: t.detach().cpu().contiguous().clone() for n, t in module.state_dict().items()}
-    return save(state)
 
 
 class EventFiles:

@@ -7,6 +7,7 @@ the stream: images are cropped once, and each has the weights that it would have
 """
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -46,6 +47,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.settings = self.learners[0].settings
+        self._kept_at = -math.inf
         several = len(self.learners) > 1
         with contextlib.ExitStack() as held:  # where one cannot be had, the others are let go
             for learner in self.learners:
@@ -134,13 +136,24 @@ class Trainer:
         if self.stream.device.type == "cuda":
             torch.cuda.synchronize(self.stream.device)
         self._share_time(active, clock)
+        keep = self._keeps(epoch)
         for learner in active:
             try:
-                metrics = learner.finish_epoch(views, len(views) * len(order))
+                metrics = learner.finish_epoch(views, len(views) * len(order), keep)
             except RunError as error:
                 learner.error = error
             else:
                 self._say(learner, said(metrics, self.settings.epochs))
+
+    def _keeps(self, epoch: int) -> bool:
+        """Whether checkpoints are written after this epoch: after the first and the last one, and
+        where the last checkpoints are old enough. The first of several ranks decides.
+        """
+        old = time.monotonic() - self._kept_at >= self.settings.checkpoint_seconds
+        keeps = epoch + 1 == self.settings.epochs or self._told_by_first(old)
+        if keeps:
+            self._kept_at = time.monotonic()
+        return keeps
 
     def _still_finite(self, learners: Sequence[Learner]) -> list[Learner]:
         """Those whose losses are finite so far; the others are given up now, not after the epoch.
@@ -168,6 +181,11 @@ class Trainer:
         if self.stream.ranks.world == 1:
             return stop.requested
         return bool(summed(self.stream.ranks, torch.tensor(int(stop.requested))))
+
+    def _told_by_first(self, answer: bool) -> bool:
+        """The first rank's answer, on every rank."""
+        ranks = self.stream.ranks
+        return bool(summed(ranks, torch.tensor(int(answer and ranks.first))))
 
     def _say(self, learner: Learner, text: str) -> None:
         several = len(self.learners) > 1

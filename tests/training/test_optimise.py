@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, MultiStepLR, OneCycleLR
 
 from stages.errors import ConfigError
 from stages.settings import TrainSettings
-from stages.training.optimise import make_optimizer, make_schedule, restore_optimizer
+from stages.training.optimise import make_optimizer, restore_optimizer
+from stages.training.rates import Schedule
 
 STEPS = 5  # an epoch
 
@@ -18,13 +20,58 @@ STEPS = 5  # an epoch
 def rates(settings: TrainSettings, steps_per_epoch: int = STEPS) -> list[float]:
     """The rate of every step of a run, and the one after the last."""
     optimizer = make_optimizer(nn.Linear(1, 1), settings)
-    schedule = make_schedule(optimizer, settings, steps_per_epoch)
+    schedule = Schedule(optimizer, settings, steps_per_epoch)
     found = []
     for _ in range(settings.epochs * steps_per_epoch):
         found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
         schedule.step()
     return [*found, optimizer.param_groups[0]["lr"]]
+
+
+def torchs(settings: TrainSettings) -> tuple[torch.optim.Optimizer, Any]:
+    """An optimiser and torch's own scheduler of it, as earlier versions made them."""
+    optimizer, total = make_optimizer(nn.Linear(1, 1), settings), settings.epochs * STEPS
+    if settings.schedule == "multistep":
+        milestones = [epoch * STEPS for epoch in settings.milestones]
+        return optimizer, MultiStepLR(optimizer, milestones, settings.gamma)
+    if settings.schedule == "cosine":
+        return optimizer, CosineAnnealingLR(optimizer, total)
+    if settings.schedule == "onecycle":
+        share = min(max(settings.warmup, 2 / total), 1 - 1 / total)
+        once = OneCycleLR(optimizer, settings.lr, total, pct_start=share, cycle_momentum=False)
+        return optimizer, once
+    return optimizer, ConstantLR(optimizer, factor=1.0)
+
+
+SCHEDULES = {
+    "constant": {},
+    "multistep": {"milestones": (1, 3, 3, 9), "gamma": 0.3},
+    "multistep from the start": {"schedule": "multistep", "milestones": (0, 2)},
+    "cosine": {},
+    "onecycle": {"warmup": 0.21},
+    "onecycle, no warmup": {"schedule": "onecycle", "warmup": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("lr", "epochs"), [(0.1, 7), (0.05, 60), (3e-4, 1)])
+def test_every_rate_is_torchs(name: str, lr: float, epochs: int) -> None:
+    """Bit for bit; and runs go on from what torch's scheduler has kept."""
+    given: dict[str, Any] = {"schedule": name, **SCHEDULES[name]}
+    settings = TrainSettings(lr=lr, epochs=epochs, **given)
+    optimizer, scheduler = torchs(settings)
+    resumed = Schedule(make_optimizer(nn.Linear(1, 1), settings), settings, STEPS)
+    expected = []
+    for step in range(settings.epochs * STEPS):
+        expected.append(optimizer.param_groups[0]["lr"])
+        if step == 3:
+            resumed.load_state_dict(scheduler.state_dict())
+        optimizer.step()
+        scheduler.step()
+    expected.append(optimizer.param_groups[0]["lr"])
+    assert rates(settings) == expected
+    assert resumed.upcoming(len(expected) - 3) == expected[3:]
+    assert resumed.rate == expected[3]
 
 
 def test_constant() -> None:

@@ -239,7 +239,7 @@ def write_config(run: RunDirectory, epochs: int) -> None:
 
 WRITES: dict[str, Callable[[RunDirectory, int], None]] = {
     "last.pt": lambda run, n: run.save_checkpoint({"position": n}),
-    "model.safetensors": lambda run, n: run.save_model(nn.Linear(n, 2)),
+    "model.safetensors": lambda run, n: run.save_weights(nn.Linear(n, 2).state_dict()),
     "summary.json": lambda run, n: run.save_summary({"epochs": n}),
     "metrics.jsonl": lambda run, n: run.begin([{"epoch": e} for e in range(n)]),
     "config.yaml": write_config,
@@ -273,7 +273,7 @@ def test_files_are_replaced_whole(
 
 def test_saved_weights_are_plain_and_contiguous(my_run: RunDirectory) -> None:
     module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    my_run.save_model(module)
+    my_run.save_weights(module.state_dict())
     found = load_file(my_run.path / "model.safetensors")
     assert found.keys() == module.state_dict().keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in module.state_dict().items())
@@ -294,7 +294,7 @@ def test_metrics_of_epochs_that_will_be_run_again_are_dropped(my_run: RunDirecto
 def test_tied_weights_can_be_saved(my_run: RunDirectory) -> None:
     one, other = nn.Linear(4, 4), nn.Linear(4, 4)
     other.weight = one.weight
-    my_run.save_model(nn.Sequential(one, other))
+    my_run.save_weights(nn.Sequential(one, other).state_dict())
     found = load_file(my_run.path / "model.safetensors")
     assert found.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
     for name in ("0.weight", "1.weight"):
@@ -304,7 +304,7 @@ def test_tied_weights_can_be_saved(my_run: RunDirectory) -> None:
 
 def test_nothing_temporary_stays(my_run: RunDirectory) -> None:
     my_run.save_checkpoint({})
-    my_run.save_model(nn.Linear(1, 1))
+    my_run.save_weights(nn.Linear(1, 1).state_dict())
     my_run.save_summary({"epochs": 1})
     my_run.log("hello")
     assert set(everything_in(my_run.path)) == RUN_FILES
@@ -438,7 +438,7 @@ def read_everything(run: Path) -> tuple[Any, ...]:
 def test_damage_is_told_or_changes_nothing(tmp_path: Path, name: str) -> None:
     run = begun(tmp_path / "run")
     run.add_metrics({"epoch": 0, "loss": 0.5})
-    run.save_model(nn.Linear(2, 2))
+    run.save_weights(nn.Linear(2, 2).state_dict())
     run.save_summary({"last": {"test_top1": 0.5}, "epochs": 1})
     file, right = run.path / name, read_everything(run.path)
     content, told = file.read_bytes(), 0
