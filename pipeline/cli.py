@@ -268,7 +268,7 @@ def verify_command(asked: VerifySettings) -> None:
             verified = repair(cache, job, faults, console)
             faults = verified.faults
         if not faults and asked.live:
-            faults = verify_live(LogitCache.open(cache), job, asked.live)
+            faults = verify_live(LogitCache.open(cache), job, asked.live, reporter=console)
         if not faults and asked.pixels:
             faults = verify_pixels(LogitCache.open(cache), job.splits)
     show_verified(console, cache, verified, faults)

@@ -17,6 +17,7 @@ import yaml
 from pipeline.console import visible
 from pipeline.home import expanded_values
 from stages.errors import ConfigError, PipelineError
+from stages.inputs.run_files import ShallowLoader
 from stages.schema import alternatives, settings_of
 from stages.user_code import modules_in, trust
 
@@ -142,7 +143,7 @@ def load_yaml(path: Path) -> Any:
         raise ConfigError(f"{path} is not a text file in UTF-8") from error
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(ShallowLoader):
     """Keys that are given once; 1e-2 is a number, as in YAML 1.2 and everywhere else."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

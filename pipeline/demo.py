@@ -23,6 +23,7 @@ from stages.cache.lock import exclusive
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import load_data
 from stages.errors import RunError
+from stages.files import replace_file
 from stages.rectify import rectify
 from stages.settings import (
     BiasSettings,
@@ -110,8 +111,8 @@ def _run(folder: Path, console: Console, seeds: int) -> None:
 
     _show(console, teacher, students, seconds)
     results = {"teacher": teacher, "students": students, "seconds": seconds}
-    (folder / "students" / "results.jsonl").write_text(as_lines(ended))
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    replace_file(folder / "students" / "results.jsonl", as_lines(ended).encode())
+    replace_file(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     page = write_report([str(folder)], str(folder / "report.html"))
     console.say(f"\nEverything lies in {folder}; `pipeline inspect {cache}` shows the cache.")
     console.say(f"All of it on one page: {page}")

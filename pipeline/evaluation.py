@@ -9,6 +9,7 @@ from pipeline.console import Console
 from stages.cache.storage import cache_around
 from stages.errors import ConfigError
 from stages.evaluate import Evaluated
+from stages.files import replace_file
 from stages.scores import ClassScore, Scores
 
 FEW_CLASSES = 20
@@ -54,7 +55,7 @@ def _holds(path: Path, kind: type[msgspec.Struct]) -> bool:
 
 def write_json(out: str, evaluated: Evaluated) -> None:
     """Everything that was measured, every class included."""
-    Path(out).write_bytes(msgspec.json.format(msgspec.json.encode(evaluated), indent=2) + b"\n")
+    replace_file(Path(out), msgspec.json.format(msgspec.json.encode(evaluated), indent=2) + b"\n")
 
 
 def show_evaluation(console: Console, evaluated: Evaluated) -> None:

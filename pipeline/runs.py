@@ -37,14 +37,14 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), std, len(values))
 
 
-class Line(msgspec.Struct, frozen=True):
+class Line(msgspec.Struct, frozen=True, kw_only=True):
     """A line of results.jsonl. name: the run's folder under the sweep's. label: its group."""
 
     name: str
     label: str
-    status: str
     keys: dict[str, Any] = {}
     seed: int | None = None
+    status: str
     error: str | None = None
     cache: str | None = None
     dataset: str | None = None

@@ -1,6 +1,6 @@
 """Epochs of a cache on one device: the fast path for images that fit in memory.
 
-    epochs = CachedEpochs("digits.zarr", "digits", batch_size=128)
+    epochs = CachedEpochs(CachedDataset("digits.zarr"), batch_size=128)
     for epoch in range(20):
         for batch in epochs.epoch(epoch):
             loss = kd(student(batch.images), batch.teacher_logits, batch.labels, temperature=4)
@@ -13,7 +13,6 @@ one view are held at a time; what is larger than memory needs `train-student --s
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -25,7 +24,6 @@ from stages.epoch_sampler import EpochSampler
 from stages.errors import ConfigError
 from stages.inputs.datasets import Statistics
 from stages.inputs.feed import Normalise, ViewFeed, num_batches, plain_view
-from stages.settings import DataSettings
 
 __all__ = ["Batches", "CachedBatch", "CachedEpochs"]
 
@@ -54,23 +52,15 @@ class CachedEpochs:
 
     Parameters
     ----------
-    cache : str or Path
-        Where the cache is.
-    data : str, DataSettings or None
-        The dataset that the cache was made from: its name, or all settings of it; None for the one
-        that the cache names. `val_fraction` of the settings holds samples out.
+    dataset : CachedDataset
+        The cached views, of images by their name or their settings, whose `val_fraction` holds
+        samples out. Its `transform` is not used.
     batch_size : int
         Of every process.
-    rectified : str, optional
-        The rectification whose logits to give in place of the teacher's own.
-    temperature : float
-        At which the loss reads the logits; see `CachedDataset`.
     seed : int
         Of the order, `seed.data` of `train-student`.
     device : str
         As `--device`: `auto` is a GPU if there is one.
-    views : int, optional
-        Use the first so many views; all of them if None.
     channels : int, optional
         What the student's input takes, if not the images' own: grey is repeated.
     statistics : tuple, optional
@@ -90,39 +80,35 @@ class CachedEpochs:
 
     Raises
     ------
-    IdentityError, CacheError, ConfigError, DatasetError
-        As `CachedDataset`.
+    ConfigError
+        If the dataset was made from a dataset object, or there is no such device.
     """
 
     def __init__(
         self,
-        cache: str | Path,
-        data: str | DataSettings | None,
+        dataset: CachedDataset,
         batch_size: int = 128,
-        rectified: str | None = None,
-        temperature: float = 4.0,
         seed: int = 0,
         device: str = "auto",
-        views: int | None = None,
         channels: int | None = None,
         statistics: Statistics | None = None,
     ) -> None:
-        self.batch_size = batch_size
-        self.dataset = CachedDataset(cache, data, rectified, temperature, views)
-        settings, train, test = self.dataset.settings, self.dataset.images, self.dataset.test_images
+        self.dataset, self.batch_size = dataset, batch_size
+        settings, train, test = dataset.settings, dataset.images, dataset.test_images
         if settings is None or test is None:
             raise ConfigError(
-                "CachedEpochs takes a dataset by its name", "CachedDataset takes dataset objects."
+                "CachedEpochs needs images by the name of their dataset",
+                "Give a DataLoader what was made from a dataset object.",
             )
-        self.cache, self._test = self.dataset.cache, test
-        self.sampler = EpochSampler(self.dataset, seed, val_fraction=settings.val_fraction)
+        self.cache, self._test = dataset.cache, test
+        self.sampler = EpochSampler(dataset, seed, val_fraction=settings.val_fraction)
         self.samples = self.sampler.samples
         self.device = choose_device(device)
         self.labels = train.labels.to(self.device)
         self.channels = channels or train.shape[0]
         mean, std = statistics or train.statistics()
         self.normalise = Normalise(mean, std, self.channels, self.device)
-        size, policy = self.dataset.image_size, self.dataset.policy
+        size, policy = dataset.image_size, dataset.policy
         self._feed = ViewFeed(train, policy, self.device, size, settings.workers)
         clean = plain_view(size, settings.resize)
         self._test_feed = ViewFeed(test, clean, self.device, size, settings.workers)

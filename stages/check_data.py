@@ -17,11 +17,11 @@ import torch
 
 from stages.data import Splits
 from stages.errors import DatasetError
+from stages.files import replace_file
 from stages.inputs.counter_hash import permute
-from stages.inputs.datasets import ImageDataset, Split, load_dataset
+from stages.inputs.datasets import ImageDataset, Source, Split, load_dataset, passed_over
 from stages.inputs.datasets.compressed import Mode, decode, opened
 from stages.inputs.datasets.dataset import without
-from stages.inputs.datasets.listing import split_folder, walk_folder
 from stages.reporting import Reporter, Silent
 
 Kind = Literal["broken", "odd mode", "duplicate", "not taken"]
@@ -80,12 +80,8 @@ def check_data(
         for done, (index, seen) in enumerate(_seen(dataset, chosen, workers), start=1):
             checked.findings += _findings(dataset, index, seen, first)
             reporter.progress(f"check {split}", done, len(chosen), "images")
-        if spec.startswith("folder:"):
-            base = split_folder(Path(spec.partition(":")[2]).expanduser(), split)
-            passed = sorted(walk_folder(base)[1])
-            checked.findings += [
-                Finding(split, "not taken", f"{base.name}/{path}", kind) for path, kind in passed
-            ]
+        passed = passed_over(Source(spec, split, root))
+        checked.findings += [Finding(split, "not taken", path, kind) for path, kind in passed]
     checked.findings.sort(key=lambda finding: KINDS.index(finding.kind))
     return checked
 
@@ -126,7 +122,7 @@ def write_skip_list(file: str | Path, findings: Sequence[Finding]) -> int:
         ]
         start = there or b"# Left out with --skip: a file or SPLIT:NUMBER, its bytes, why.\n"
         if lines:
-            path.write_bytes(start + (b"" if start.endswith(b"\n") else b"\n") + b"".join(lines))
+            replace_file(path, [start, b"" if start.endswith(b"\n") else b"\n", *lines])
     except OSError as error:
         raise DatasetError(
             f"cannot write {path}: {error.strerror}", "Choose another --skip-out."

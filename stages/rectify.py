@@ -10,6 +10,8 @@ The formulas are in `stages.objectives.rectification`, the statistics in `stages
 """
 
 import contextlib
+import functools
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -154,10 +156,16 @@ def rectified_block(
     return arrays, statistics
 
 
-def _rectify_block_at(path: Location, name: str, view: int, block: int) -> None:
-    """As `rectify_block`, in a process of its own."""
+@functools.lru_cache(maxsize=1)
+def _opened(path: Location, name: str, run: str) -> tuple[LogitCache, Rectification]:
+    """A cache as a worker has it, opened once a run of rectify."""
     cache = LogitCache.open(path, writable=True)
-    rectify_block(cache, cache.rectification(name), BlockId(view, block))
+    return cache, cache.rectification(name)
+
+
+def _rectify_block_at(path: Location, name: str, run: str, view: int, block: int) -> None:
+    """As `rectify_block`, in a process of its own."""
+    rectify_block(*_opened(path, name, run), BlockId(view, block))
 
 
 # ---- running --------------------------------------------------------------------------------
@@ -196,7 +204,8 @@ def _workers(
     path = cache.path.absolute() if isinstance(cache.path, Path) else cache.path
     with existing_cluster(scheduler) as client:
         submit = client.get_executor(pure=False).submit
-        yield lambda at: submit(_rectify_block_at, path, rectification.name, *at)
+        run = uuid.uuid4().hex
+        yield lambda at: submit(_rectify_block_at, path, rectification.name, run, *at)
 
 
 def _finished(tasks: Sequence[Future[None]]) -> Iterator[int]:

@@ -65,7 +65,7 @@ def test_a_dataloader_gives_the_batches_of_cached_epochs(
         persistent_workers=workers > 0,
         multiprocessing_context="fork" if workers else None,
     )
-    epochs = CachedEpochs(finished_cache, DIGITS, batch_size=128, seed=3, device="cpu")
+    epochs = CachedEpochs(CachedDataset(finished_cache, DIGITS), 128, seed=3, device="cpu")
     views = set()
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -116,7 +116,8 @@ def test_a_transform_takes_the_pixels(finished_cache: Path) -> None:
 def test_the_test_split_is_that_of_cached_epochs(
     my_dataset: CachedDataset, finished_cache: Path, digits: Splits
 ) -> None:
-    theirs = next(iter(CachedEpochs(finished_cache, DIGITS, 797, device="cpu").test()))
+    epochs = CachedEpochs(CachedDataset(finished_cache, DIGITS), 797, device="cpu")
+    theirs = next(iter(epochs.test()))
     ours = next(iter(DataLoader(my_dataset.test, 797)))
     assert all(map(same, ours, theirs))
     given = CachedDataset(finished_cache, Own(*arrays(digits), AS_IS))
@@ -250,6 +251,6 @@ def test_code_that_only_the_cache_names_is_not_run(few_cache: Path) -> None:
 def test_views_that_are_rendered_one_by_one(few_cache: Path) -> None:
     dataset = CachedDataset(few_cache, few("train"))
     loader = DataLoader(dataset, 30, sampler=EpochSampler(dataset), num_workers=1)
-    epochs = CachedEpochs(few_cache, FEW, batch_size=30, device="cpu")
+    epochs = CachedEpochs(CachedDataset(few_cache, FEW), batch_size=30, device="cpu")
     for ours, theirs in zip(loader, epochs.epoch(0), strict=True):
         assert all(map(same, ours[:5], theirs[:5]))

@@ -8,9 +8,9 @@ import torch
 from helpers import DIGITS
 from torch import Tensor
 
+from stages import CachedDataset, CachedEpochs
 from stages.cache import LogitCache
 from stages.cache_teacher import cache_teacher, prepare
-from stages.cached_epochs import CachedEpochs
 from stages.data import Splits
 from stages.errors import CacheError, ConfigError, DatasetError, IdentityError, PipelineError
 from stages.inputs.views import view_policy
@@ -20,7 +20,7 @@ from stages.settings import CacheConfig, DataSettings, RectifyConfig, TeacherSet
 
 @pytest.fixture(scope="module")
 def my_epochs(finished_cache: Path) -> CachedEpochs:
-    return CachedEpochs(finished_cache, DIGITS, batch_size=128, device="cpu")
+    return CachedEpochs(CachedDataset(finished_cache, DIGITS), batch_size=128, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def test_an_epoch_may_be_gone_through_again(my_epochs: CachedEpochs) -> None:
 
 
 def test_rectified_rows(my_rectified: Path) -> None:
-    epochs = CachedEpochs(my_rectified, DIGITS, rectified="pairwise-T4", device="cpu")
-    plain = CachedEpochs(my_rectified, DIGITS, device="cpu")
+    epochs = CachedEpochs(CachedDataset(my_rectified, DIGITS, "pairwise-T4"), device="cpu")
+    plain = CachedEpochs(CachedDataset(my_rectified, DIGITS), device="cpu")
     for batch, before in zip(epochs.epoch(0), plain.epoch(0), strict=True):
         changed = (batch.teacher_logits != before.teacher_logits).any(1)
         assert torch.equal(changed, batch.wrong)
@@ -96,7 +96,8 @@ def test_mixed_views_have_both_labels(teacher_run: Path, digits: Splits, tmp_pat
         device="cpu",
     )
     cache_teacher(prepare(config, digits), tmp_path / "mixed.zarr")
-    batch = next(iter(CachedEpochs(tmp_path / "mixed.zarr", DIGITS, device="cpu").epoch(0)))
+    dataset = CachedDataset(tmp_path / "mixed.zarr", DIGITS)
+    batch = next(iter(CachedEpochs(dataset, device="cpu").epoch(0)))
     assert batch.partner_labels is not None
     assert batch.shares is not None
     assert batch.partner_labels.shape == batch.shares.shape == batch.labels.shape
@@ -105,7 +106,7 @@ def test_mixed_views_have_both_labels(teacher_run: Path, digits: Splits, tmp_pat
 
 def test_samples_held_out_are_not_shown(finished_cache: Path) -> None:
     held = DataSettings(dataset="digits", workers=0, val_fraction=0.25)
-    epochs = CachedEpochs(finished_cache, held, device="cpu")
+    epochs = CachedEpochs(CachedDataset(finished_cache, held), device="cpu")
     shown = torch.cat([batch.samples for batch in epochs.epoch(0)])
     assert len(shown.unique()) == len(shown) == 750
 
@@ -119,8 +120,8 @@ def other_digits(split: str) -> list[tuple[Tensor, int]]:
     ("kind", "given"),
     [
         (CacheError, {"cache": "nowhere.zarr"}),
-        (DatasetError, {"data": "digitz"}),
-        (IdentityError, {"data": "test_cached_epochs:other_digits"}),
+        (DatasetError, {"images": "digitz"}),
+        (IdentityError, {"images": "test_cached_epochs:other_digits"}),
         (CacheError, {"rectified": "swap-T4"}),
         (ConfigError, {"views": 4}),
         (ConfigError, {"views": 0}),
@@ -132,12 +133,13 @@ def test_what_cannot_be(
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     with pytest.raises(kind) as refused:
-        CachedEpochs(**{"cache": my_rectified, "data": "digits", "device": "cpu", **given})
+        CachedDataset(**{"cache": my_rectified, "images": "digits", **given})
     assert len(str(refused.value).splitlines()) <= 3
 
 
 def test_an_unfinished_cache_is_refused_at_once(cache_copy: Path) -> None:
     LogitCache.open(cache_copy, writable=True).grow(5)
     with pytest.raises(CacheError, match="not complete"):
-        CachedEpochs(cache_copy, "digits", device="cpu")
-    assert len(CachedEpochs(cache_copy, "digits", views=3, device="cpu").epoch(0))
+        CachedDataset(cache_copy, "digits")
+    dataset = CachedDataset(cache_copy, "digits", views=3)
+    assert len(CachedEpochs(dataset, device="cpu").epoch(0))

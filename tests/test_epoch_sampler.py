@@ -140,7 +140,7 @@ def test_two_gloo_ranks_see_what_train_student_shows_them(
     sampler = EpochSampler(my_dataset, seed=2)  # made before there is a process group
     assert len(sampler) == 1000
     loader = DataLoader(my_dataset, BATCH // 2, sampler=sampler)
-    epochs = CachedEpochs(finished_cache, DIGITS, BATCH // 2, seed=2, device="cpu")
+    epochs = CachedEpochs(CachedDataset(finished_cache, DIGITS), BATCH // 2, seed=2, device="cpu")
 
     def seen(ranks: Ranks) -> list[list[list[int]]]:
         config, out = student(finished_cache, seed=2), tmp_path / "run"

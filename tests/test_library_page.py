@@ -46,7 +46,7 @@ def objects(
         "a batch": (dataset.read(0, samples), given),
         "CachedDataset": (dataset, given),
         "EpochSampler": (sampler, given),
-        "CachedEpochs": (CachedEpochs(path, "digits", device="cpu"), given),
+        "CachedEpochs": (CachedEpochs(dataset, device="cpu"), given),
         "LogitCache": (dataset.cache, given),
         "method of targets": (targets, given),
     }

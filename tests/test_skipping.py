@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.cli import cli
+from stages import CachedDataset, CachedEpochs
 from stages.cache import LogitCache
 from stages.cache_job import begun_at
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
-from stages.cached_epochs import CachedEpochs
 from stages.check_data import check_data, check_sample, write_skip_list
 from stages.data import load_data
 from stages.errors import DatasetError, IdentityError
@@ -223,7 +223,7 @@ def test_everything_after_it_needs_no_option(gone_on: Gone, tmp_path: Path) -> N
     assert sum(c.samples for c in evaluated.classes) == CLASSES * TESTED - 1
     assert evaluated.comparison is not None
     assert evaluated.scores.top1 == pytest.approx(evaluated.recorded_top1)
-    epochs = CachedEpochs(str(out), data, batch_size=8)
+    epochs = CachedEpochs(CachedDataset(out, data), batch_size=8)
     shown = torch.cat([batch.samples for batch in epochs.epoch(0)])
     assert sorted(shown.tolist()) == trainer.stream.samples.tolist()
 

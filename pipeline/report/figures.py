@@ -18,6 +18,7 @@ import matplotlib
 import torch
 from matplotlib import figure as plots
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -113,7 +114,8 @@ def drawing(
         drawn = Drawing(axes)
         yield drawn
         written = io.StringIO()
-        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+        # Not `savefig`, which lays a figure out in a first drawing that it throws away.
+        FigureCanvasSVG(figure).print_svg(written, metadata={"Date": None, "Creator": None})
         drawn.svg = _inline(written.getvalue(), name, told)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import compared
+from pipeline.labels import words
 from pipeline.runs import Run, Spread, spread
 
 TELLING = (
@@ -134,15 +135,8 @@ def distinguishing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     if not keys:  # a single group: by what it is
         keys = [key for key in ("loss.name", "bias.mode") if any(key in g for g in settings)]
         keys = keys or ["model.architecture"]
-    texts = {key: _texts([group.get(key) for group in settings]) for key in keys}
-    return [" ".join(f"{k}={texts[k][at]}" for k in keys) for at in range(len(settings))]
-
-
-def _texts(values: Sequence[Any]) -> list[str]:
-    """Values in few letters; in full where two would look the same."""
-    shortened = [short(value) for value in values]
-    whole = [str(value) for value in values]
-    return shortened if len(set(shortened)) == len(set(whole)) else whole
+    texts = {key: words(key, [group.get(key) for group in settings]) for key in keys}
+    return [", ".join(texts[key][repr(group.get(key))] for key in keys) for group in settings]
 
 
 def short(value: Any) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.runs import epochs_done
+from pipeline.runs import Line, epochs_done
 from pipeline.sweep.grid import Run
 from stages.cache.lock import exclusive
 from stages.cache.storage import cache_around
@@ -188,18 +188,18 @@ class Result:
     def line(self) -> dict[str, Any]:
         """Its line of results.jsonl."""
         config = self.run.config
-        return {
-            "name": self.run.name,
-            "label": self.run.label,
-            "keys": dict(self.run.keys),
-            "seed": config.seed.init,
-            "status": "failed" if self.summary is None else "done",
-            "error": self.error,
-            "cache": config.cache,
-            "dataset": config.data.dataset,
-            "teacher_top1": self.teacher_top1,
-            "summary": self.summary,
-        }
+        line = Line(
+            name=self.run.name,
+            label=self.run.label,
+            keys=dict(self.run.keys),
+            seed=config.seed.init,
+            status="failed" if self.summary is None else "done",
+            error=self.error,
+            cache=config.cache,
+            dataset=config.data.dataset,
+            teacher_top1=self.teacher_top1,
+        )
+        return {**msgspec.to_builtins(line), "summary": self.summary}  # all that a summary has
 
 
 def as_lines(results: Sequence[Result]) -> str:

@@ -23,11 +23,13 @@ from typing import Annotated, Any
 import msgspec
 
 from pipeline.config import check_key, convert, put, read_yaml
+from pipeline.labels import words
 from stages.errors import ConfigError
 from stages.schema import Settings, about, check_bounds, settings_of
 from stages.settings import MOST_WORKERS, StudentConfig
 
 _LONGEST = 80
+"""Letters of a folder's name before the seed; file systems take 255 bytes."""
 
 
 class SweepFile(Settings, frozen=True, kw_only=True):
@@ -132,9 +134,6 @@ def _label(grid: Mapping[str, Any]) -> str | None:
     return label
 
 
-"""Letters of a folder's name before the seed; file systems take 255 bytes."""
-
-
 @dataclass(frozen=True)
 class Run:
     """One student. label: of its group, the runs that differ in seeds alone. keys: what its grid
@@ -206,7 +205,7 @@ def _settings(sweep: SweepFile) -> Iterator[tuple[list[str], dict[str, Any], dic
     """
     for grid in sweep.runs:
         own, grid = grid.get("label"), {k: v for k, v in grid.items() if k != "label"}
-        told = {key: _told(key, _choices(key, value)) for key, value in grid.items()}
+        told = {key: words(key, _choices(key, value)) for key, value in grid.items()}
         varied = {key for key in grid if len(told[key]) > 1}
         for chosen in multiplied(grid):
             keys = {k: v for k, v in chosen.items() if not k.startswith("seed.")}
@@ -240,28 +239,6 @@ def _config(label: str, settings: Mapping[str, Any]) -> StudentConfig:
 
 
 # ---- names ----------------------------------------------------------------------------------
-
-
-def _told(key: str, choices: Sequence[Any]) -> dict[str, str]:
-    """A few words for every value of a key, by its repr; different for different values."""
-    short = {repr(value): _words(key, value) for value in choices}
-    if len(set(short.values())) == len(short):
-        return short
-    return {repr(value): f"{key}={value}" for value in choices}
-
-
-def _words(key: str, value: Any) -> str:
-    name = key.rsplit(".", 1)[-1]
-    if isinstance(value, str) and value not in ("none", "auto"):
-        path = key == "cache" or "/" in value
-        return value.rstrip("/").rsplit("/", 1)[-1].removesuffix(".zarr") if path else value
-    if isinstance(value, str) and name in ("mode", "name"):
-        return f"{key.split('.')[0]} {value}"
-    if isinstance(value, list):
-        text = ",".join(map(str, value))
-    else:  # as YAML writes it: true, null, 0.5
-        text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    return f"{name}={text}"
 
 
 def _free(

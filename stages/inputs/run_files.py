@@ -14,6 +14,8 @@ import yaml
 
 from stages.errors import RunError
 
+MOST_DEEP = 50
+"""Of collections in one another in a YAML file: no configuration has as many."""
 _SEAL = "# sha256 of what follows: "
 _DIGESTS = "digests"
 
@@ -21,6 +23,30 @@ _DIGESTS = "digests"
 def sha256(content: bytes) -> str:
     """In hex."""
     return hashlib.sha256(content).hexdigest()
+
+
+class ShallowLoader(yaml.SafeLoader):
+    """Raises RecursionError at once for what is nested deeper than MOST_DEEP.
+
+    PyYAML itself would take seconds: at each bracket it looks at all that are open.
+    """
+
+    _depth = 0
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803
+        """As PyYAML has it, for a bracket that may still be opened."""
+        if self.flow_level >= MOST_DEEP:
+            raise RecursionError
+        super().fetch_flow_collection_start(TokenClass)
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """As PyYAML has it, for a node that may still lie in its parent."""
+        if self._depth >= MOST_DEEP:
+            raise RecursionError
+        self._depth += 1
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 def config_text(config: Mapping[str, Any]) -> str:
@@ -37,7 +63,7 @@ def read_config(run: Path) -> dict[str, Any]:
         first, _, rest = text.partition("\n")
         if first.startswith(_SEAL) and first != _SEAL + sha256(rest.encode()):
             raise damaged(file)
-        config = yaml.safe_load(text)
+        config = yaml.load(text, ShallowLoader)
     except FileNotFoundError:
         raise RunError(
             f"{run} is not a run directory: it has no config.yaml",

@@ -7,14 +7,16 @@ from stages.cache.encoding import row_kl
 from stages.cache_job import CacheJob
 from stages.data import Splits, cached_policy, check_dataset
 from stages.errors import DatasetError, IdentityError, ViewError
-from stages.reporting import Silent
+from stages.reporting import Reporter, Silent
 from stages.verify.faults import Fault
 
 _NOISE = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}
 """Mean KL at T=1 that a teacher may differ by from itself: other batches, other kernels."""
 
 
-def verify_live(cache: LogitCache, job: CacheJob, pairs: int, seed: int = 0) -> list[Fault]:
+def verify_live(
+    cache: LogitCache, job: CacheJob, pairs: int, seed: int = 0, reporter: Reporter | None = None
+) -> list[Fault]:
     """Run the teacher on random (view, sample) pairs, and compare what it says with the cache.
 
     The mean KL at T=1 between its rows and the decoded ones may be twice what `fidelity` declares,
@@ -38,10 +40,15 @@ def verify_live(cache: LogitCache, job: CacheJob, pairs: int, seed: int = 0) -> 
             return [Fault("live teacher", error.cause)]
         stored = cache.read_view(views[position]).rows(asked)
         divergences.append(row_kl(live, stored, 1.0))
-    found = float(torch.cat(divergences).mean())
+    every = torch.cat(divergences)
+    found = float(every.mean())
     noise = _NOISE[cache.identity.compute_dtype]
     allowed = 2 * (cache.fidelity.known_kl(1.0) or 0.0) + noise
     if found <= allowed:
+        (reporter or Silent()).say(
+            f"live teacher: {len(every):,} rows compared, KL to the cached rows {found:.2g} in the "
+            f"mean ({allowed:.2g} is allowed), {float(every.max()):.2g} at the most"
+        )
         return []
     return [
         Fault(

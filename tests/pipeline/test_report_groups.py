@@ -38,11 +38,11 @@ def test_runs_that_differ_in_seeds_alone_are_one_group(tmp_path: Path) -> None:
     [
         (
             [{"loss__name": "ce"}, {}, {"bias__mode": "rectify", "bias__rectified": "pairwise-T4"}],
-            ["ce bias.mode=none", "kd bias.mode=none", "kd bias.mode=rectify"],
+            ["ce, bias none", "kd, bias none", "kd, rectify"],
         ),
         ([{"loss__name": "ce", "loss__weight": 1.0}, {"loss__weight": 0.5}], ["ce", "kd"]),
-        ([{"also": []}, {}], ["kd bias.mode=none"]),  # an older run has no such key
-        ([{"tensorboard": False, "loss__standardise": False}, {}], ["kd bias.mode=none"]),
+        ([{"also": []}, {}], ["kd, bias none"]),  # an older run has no such key
+        ([{"tensorboard": False, "loss__standardise": False}, {}], ["kd, bias none"]),
     ],
     ids=["three", "superfluous", "empty-list", "off"],
 )
@@ -50,7 +50,7 @@ def test_labels_are_the_keys_that_differ(
     tmp_path: Path, settings: list[dict[str, Any]], labels: list[str]
 ) -> None:
     found = [group.label for group in grouped(runs_of(tmp_path, settings))]
-    assert found == [f"loss.name={label}" for label in labels]
+    assert found == labels
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ def test_one_label_of_a_sweep_with_two_settings_is_two_groups(tmp_path: Path) ->
     shutil.rmtree(tmp_path / "sweep" / "other-1")  # says too little: stays with its label
     runs = [r for r in read_sweep(tmp_path / "sweep", "sweep") if isinstance(r, Run)]
     assert {group.label: len(group.runs) for group in grouped(runs)} == {
-        "KD, train.epochs=4": 1,
-        "KD, train.epochs=5": 1,
+        "KD, epochs=4": 1,
+        "KD, epochs=5": 1,
         "a & <b>": 2,
     }
 
@@ -146,8 +146,8 @@ def test_a_run_of_all_views_keeps_their_number_when_the_cache_grows(tmp_path: Pa
 
 def test_paths_are_shortened_unless_they_would_look_the_same() -> None:
     assert distinguishing([{"cache": "a/one.zarr"}, {"cache": "a/two.zarr"}]) == [
-        "cache=one.zarr",
-        "cache=two.zarr",
+        "one",
+        "two",
     ]
     assert distinguishing([{"cache": "a/c.zarr"}, {"cache": "b/c.zarr"}]) == [
         "cache=a/c.zarr",

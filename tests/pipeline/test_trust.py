@@ -213,11 +213,11 @@ def test_and_for_workers_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_library_call_trusts_within_a_block(here: Path) -> None:
-    from stages.cached_epochs import CachedEpochs
+    from stages import CachedDataset
     from stages.errors import ConfigError
 
     with pytest.raises(ConfigError, match="--trust stranger"):
-        CachedEpochs("c.zarr", DIGITS, device="cpu")
+        CachedDataset("c.zarr", DIGITS)
     sys.path.append(str(here))
     with trusting("stranger"):
-        assert len(CachedEpochs("c.zarr", DIGITS, device="cpu").epoch(0))
+        assert len(CachedDataset("c.zarr", DIGITS))

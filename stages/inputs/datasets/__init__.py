@@ -13,7 +13,9 @@ from stages.inputs.datasets.callables import from_callable
 from stages.inputs.datasets.dataset import (
     PUBLISHED_STATISTICS,
     SOURCES,
+    WALKED,
     ImageDataset,
+    PassedOver,
     Skip,
     Source,
     Split,
@@ -33,6 +35,7 @@ __all__ = [
     "Statistics",
     "load_dataset",
     "load_splits",
+    "passed_over",
     "read_skip_list",
 ]
 
@@ -81,6 +84,13 @@ def load_dataset(spec: str, split: Split, **reading: Unpack[Reading]) -> ImageDa
             "Distillation needs at least two classes with images.",
         )
     return dataset
+
+
+def passed_over(source: Source) -> list[PassedOver]:
+    """The files of a split's folder that are not taken; none for datasets without a folder."""
+    kind, colon, _ = source.spec.partition(":")
+    walk = WALKED.get(f"{kind}{colon}")
+    return [] if walk is None else walk(source)
 
 
 def load_splits(spec: str, **reading: Unpack[Reading]) -> tuple[ImageDataset, ImageDataset]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import torch
@@ -130,6 +130,13 @@ class Source:
         return self.spec.partition(":")[2]
 
 
+class PassedOver(NamedTuple):
+    """A file that is not taken: its path relative to the split's folder, and why."""
+
+    path: str
+    kind: str
+
+
 Read = Callable[[Source], ImageDataset]
 SOURCES: dict[str, Read] = {}
 """What reads a dataset, by its name; a name that ends with a colon is followed by a folder."""
@@ -141,16 +148,25 @@ DIGESTED_WHOLE: set[str] = set()
 """Datasets whose `images_digest` is taken of the pixels of all images."""
 
 
+WALKED: dict[str, Callable[[Source], list[PassedOver]]] = {}
+"""What lists the files that a dataset does not take, by the names that know."""
+
+
 def dataset(
-    name: str, statistics: Statistics | None = None, whole: bool = False
+    name: str,
+    statistics: Statistics | None = None,
+    whole: bool = False,
+    passed_over: Callable[[Source], list[PassedOver]] | None = None,
 ) -> Callable[[Read], Read]:
     """Register what reads the datasets of this name. statistics: published ones. whole: its digest
-    is taken of the pixels of all images.
+    is taken of the pixels of all images. passed_over: lists the files that are not taken.
     """
 
     def register(read: Read) -> Read:
         SOURCES[name] = read
         DIGESTED_WHOLE.update({name} if whole else ())
+        if passed_over is not None:
+            WALKED[name] = passed_over
         if statistics is not None:
             PUBLISHED_STATISTICS[name] = statistics
         return read

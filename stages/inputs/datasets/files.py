@@ -18,13 +18,14 @@ from stages.inputs.datasets.compressed import (
 )
 from stages.inputs.datasets.dataset import (
     ImageDataset,
+    PassedOver,
     Source,
     dataset,
     digest,
     fixed_sample,
     in_memory,
 )
-from stages.inputs.datasets.listing import list_folder, not_taken, split_folder
+from stages.inputs.datasets.listing import list_folder, not_taken, split_folder, walk_folder
 from stages.inputs.datasets.manifest import FolderListing, remembered
 from stages.inputs.datasets.skipping import blackened, skipped_files
 
@@ -47,11 +48,20 @@ class _ImageFiles:
         return path, str(path)
 
 
-@dataset("folder:")
+def _base(source: Source) -> Path:
+    return split_folder(Path(source.argument).expanduser(), source.split)
+
+
+def _passed_over(source: Source) -> list[PassedOver]:
+    base = _base(source)
+    found = sorted(walk_folder(base)[1])
+    return [PassedOver(f"{base.name}/{path}", kind) for path, kind in found]
+
+
+@dataset("folder:", passed_over=_passed_over)
 def folder(source: Source) -> ImageDataset:
     """DIR/train/CLASS/IMAGE and DIR/test, or DIR/val. Raises DatasetError."""
-    root = Path(source.argument).expanduser()
-    base = split_folder(root, source.split)
+    base, root = _base(source), Path(source.argument).expanduser()
     listing = remembered("folder", base, lambda: list_folder(base), source.rescan)
     return _from_files("folder", source, base, listing, check_command(f"folder:{root}"))
 

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 from stages.errors import DatasetError
-from stages.inputs.datasets.dataset import Split
+from stages.inputs.datasets.dataset import PassedOver, Split
 from stages.inputs.datasets.manifest import DANGLING, FolderListing
 
 _LAYOUTS: dict[Split, tuple[tuple[str, ...], ...]] = {
@@ -25,13 +24,6 @@ _LAYOUTS: dict[Split, tuple[tuple[str, ...], ...]] = {
 _NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow knows and cannot decode by itself: for EPS it would run another program."""
 _NEEDED = "folder:DIR needs DIR/train/CLASS/IMAGE and DIR/test (or DIR/val) of the same classes."
-
-
-class PassedOver(NamedTuple):
-    """A file that is not taken: its path relative to the split's folder, and why."""
-
-    path: str
-    kind: str
 
 
 @cache
