@@ -27,12 +27,12 @@ from stages.cache.metadata import RootAttributes, read_attributes
 from stages.cache.storage import location
 from stages.data import (
     Splits,
-    check_output,
     chosen_policy,
     dataset_identity,
     load_data,
     normalisation,
     normalisation_source,
+    sample_outputs,
     skips_of,
     small_image_notes,
 )
@@ -42,10 +42,10 @@ from stages.errors import ModelError, ViewError
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Skip, Statistics
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
-from stages.inputs.model_outputs import Adapted, output_order
 from stages.inputs.models import Model, load_model
 from stages.inputs.views import ViewPolicy
 from stages.settings import CacheConfig
+from stages.teacher_classes import teacher_outputs
 
 _ROW_ORDER = 4  # a stream of the view seed, apart from those of training
 
@@ -154,9 +154,13 @@ def prepare(
     train, device = splits.train, device_of_rank(ranks, config.device)
     classes = len(train.class_names)
     teacher = config.teacher
-    model = load_model(teacher.architecture, teacher.weights, classes, train.shape[0])
-    source = teacher.weights or model.architecture
-    order = output_order(model.classes, train.class_names, teacher.class_order, source)
+    model = load_model(
+        teacher.architecture,
+        teacher.weights,
+        classes,
+        train.shape[0],
+        own_head=teacher.classes is not None,
+    )
     image_size = teacher.image_size or config.data.image_size or model.image_size
     policy = chosen_policy(config.augment, config.seed, image_size, config.data.resize)
     if policy.count is not None and config.views > policy.count:
@@ -170,6 +174,8 @@ def prepare(
         mean, std = begun.statistics  # measured when its images were whole
     mean, std = normalisation(model, train, mean, std)
     notes = small_image_notes(model.architecture, train, image_size)
+    rows = sample_outputs(model, (mean, std), train, policy, image_size)
+    outputs = teacher_outputs(model, teacher, train.class_names, rows)
     source_of_mean = normalisation_source(model, teacher.mean is not None)
     model = replace(model, notes=(*model.notes, *notes))
     identity = Identity(
@@ -180,15 +186,14 @@ def prepare(
             std=std,
             image_size=image_size,
             outputs=teacher.outputs,
-            class_order=order,
+            class_order=outputs.order,
+            pooled_outputs=outputs.pooled,
         ),
         dataset=dataset_identity(train),
         views=ViewsIdentity(policy.name, policy.parameters, policy.version, policy.seed),
         compute_dtype=config.dtype,
     )
-    check_output(model, (mean, std), train, policy, image_size, teacher.outputs)
-    if order or teacher.outputs != "logits":
-        model = replace(model, module=Adapted(model.module, teacher.outputs, order))
+    model = outputs.adapted(model, teacher)
     place(model.module, device, config.channels_last).eval()
     normalise = Normalise(mean, std, model.channels, device, config.channels_last)
     return CacheJob(

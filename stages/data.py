@@ -258,11 +258,25 @@ def check_output(
     Raises ModelError unless it gives a logit for each of the dataset's classes, or a probability
     where `outputs` says so.
     """
+    rows = sample_outputs(model, statistics, dataset, policy, image_size)
+    check_width(model, rows, len(dataset.class_names))
+    check_kind(model, rows, outputs)
+
+
+def sample_outputs(
+    model: Model,
+    statistics: Statistics,
+    dataset: ImageDataset,
+    policy: ViewPolicy,
+    image_size: int | None,
+) -> Tensor:
+    """What a model returns for two samples, on the CPU: (B, outputs). Raises ModelError unless it
+    is a row for each.
+    """
     cpu = torch.device("cpu")
     feed = ViewFeed(dataset, policy, cpu, image_size, workers=0)
     normalise = Normalise(*statistics, model.channels, cpu, channels_last=False)
     batch = next(feed.batches(torch.arange(min(2, len(dataset))), 0, 2))
-    num_classes = len(dataset.class_names)
     model.module.eval()
     try:
         with torch.inference_mode():
@@ -274,13 +288,28 @@ def check_output(
             "Give --image-size, or another model.",
         ) from error
     logits = logits_of(found)
-    shape = tuple(logits.shape)
-    if shape != (len(batch.samples), num_classes):
+    if logits.ndim != 2 or len(logits) != len(batch.samples):
         raise ModelError(
-            f"{model.architecture} gives logits of shape {shape} for {len(batch.samples)} images; "
-            f"the dataset has {num_classes} classes",
-            "Use a model with one output per class.",
+            f"{model.architecture} gives logits of shape {tuple(logits.shape)} for "
+            f"{len(batch.samples)} images",
+            "Use a model with one row of outputs per image.",
         )
+    return logits
+
+
+def check_width(model: Model, rows: Tensor, num_classes: int) -> None:
+    """Raise ModelError unless rows have an output for each of the dataset's classes."""
+    if rows.shape[1] != num_classes:
+        raise ModelError(
+            f"{model.architecture} gives logits of shape {tuple(rows.shape)} for {len(rows)} "
+            f"images; the dataset has {num_classes} classes",
+            "Use a model with one output per class; for a teacher --classes says which of its "
+            "outputs they are.",
+        )
+
+
+def check_kind(model: Model, logits: Tensor, outputs: Outputs) -> None:
+    """Raise ModelError unless rows are logits, or probabilities where `outputs` says so."""
     if are_probabilities(logits.float()) != (outputs == "probabilities"):
         if outputs == "probabilities":
             raise ModelError(

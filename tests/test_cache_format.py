@@ -104,7 +104,7 @@ def is_of_type(value: Any, told: str) -> bool:
     return isinstance(value, TYPES[told]) and isinstance(value, bool) == (told == "boolean")
 
 
-OPTIONAL = {"skipped", "teacher.outputs", "teacher.class_order"}
+OPTIONAL = {"skipped", "teacher.outputs", "teacher.class_order", "teacher.pooled_outputs"}
 """Left out where nothing is out of the ordinary: tests/test_skipping.py and
 tests/test_teacher_checks.py have caches with them."""
 

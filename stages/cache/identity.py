@@ -20,7 +20,8 @@ class TeacherIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     channel. image_size: side of its input in pixels, None for the images' own size.
 
     outputs: what the model returns; of probabilities the log was taken. class_order: which of its
-    outputs each class of the dataset is. These two are left out where they are the default.
+    outputs each class of the dataset is. pooled_outputs: which outputs were pooled by logsumexp for
+    each class, where one has several. These three are left out where they are the default.
     """
 
     architecture: str
@@ -30,6 +31,7 @@ class TeacherIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     image_size: int | None
     outputs: str = "logits"
     class_order: tuple[int, ...] = ()
+    pooled_outputs: tuple[tuple[int, ...], ...] = ()
 
 
 class DatasetIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -19,7 +19,8 @@ images that the model itself normalises again."""
 class Pretrained:
     """A model with published weights, and how its images were normalised.
 
-    fresh: the parameters that are new, where it was given another number of classes.
+    fresh: the parameters that are new, where it was given another number of classes. aliases: the
+    names of its outputs, None where they are not known.
     """
 
     module: nn.Module
@@ -27,6 +28,7 @@ class Pretrained:
     image_size: int
     fresh: tuple[str, ...]
     classes: int
+    aliases: tuple[tuple[str, ...], ...] | None = None
 
 
 def torchvision_model(name: str, num_classes: int, **options: Any) -> nn.Module:
@@ -47,18 +49,21 @@ def torchvision_model(name: str, num_classes: int, **options: Any) -> nn.Module:
     return module
 
 
-def timm_model(name: str, num_classes: int, pretrained: bool = False) -> Any:
-    """A model of timm, without weights or with its own. Raises ModelError."""
+def timm_model(name: str, num_classes: int | None, pretrained: bool = False) -> Any:
+    """A model of timm, without weights or with its own. num_classes: None for its own. Raises
+    ModelError.
+    """
     timm = _timm(name)
+    classes = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+        return timm.create_model(name, pretrained=pretrained, **classes)
     except RuntimeError as error:
         raise ModelError(f"timm has no model '{name}': {error}") from error
 
 
-def pretrained_model(name: str, num_classes: int, new_head: bool) -> Pretrained:
-    """A model with its published weights. new_head: give it an untrained last layer where it was
-    trained on another number of classes.
+def pretrained_model(name: str, num_classes: int | None, new_head: bool) -> Pretrained:
+    """A model with its published weights. num_classes: None for those that it was trained on.
+    new_head: give it an untrained last layer where it was trained on another number of classes.
 
     Raises ModelError where there are none, they cannot be downloaded, or the classes differ.
     """
@@ -93,13 +98,13 @@ def _timm(name: str) -> Any:
     return timm
 
 
-def _of_timm(name: str, num_classes: int, new_head: bool) -> Pretrained:
+def _of_timm(name: str, num_classes: int | None, new_head: bool) -> Pretrained:
     published = _timm(name).get_pretrained_cfg(name)
     if published is not None:  # before anything is downloaded
         _check_classes(f"timm:{name}", published.num_classes, num_classes, new_head)
     module = timm_model(name, num_classes, pretrained=True)
     config = module.pretrained_cfg
-    theirs = int(config.get("num_classes") or num_classes)
+    theirs = int(config.get("num_classes") or num_classes or module.num_classes)
     _check_classes(f"timm:{name}", theirs, num_classes, new_head)
     heads = config.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
@@ -108,12 +113,26 @@ def _of_timm(name: str, num_classes: int, new_head: bool) -> Pretrained:
         module,
         (tuple(config["mean"]), tuple(config["std"])),
         config["input_size"][-1],
-        tuple(fresh) if theirs != num_classes else (),
+        tuple(fresh) if num_classes not in (None, theirs) else (),
         theirs,
+        _timm_aliases(config, theirs),
     )
 
 
-def _of_torchvision(name: str, num_classes: int, new_head: bool) -> Pretrained:
+def _timm_aliases(config: Any, classes: int) -> tuple[tuple[str, ...], ...] | None:
+    """WordNet ids and words of the subset of ImageNet that a model was trained on, if it was."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset(config)
+    info = ImageNetInfo(subset) if subset else None
+    if info is None or info.num_classes() != classes:
+        return None
+    return tuple(
+        (info.index_to_label_name(i), info.index_to_description(i)) for i in range(classes)
+    )
+
+
+def _of_torchvision(name: str, num_classes: int | None, new_head: bool) -> Pretrained:
     from torchvision.models import get_model, get_model_weights
 
     available: Any = get_model_weights(name)
@@ -121,7 +140,7 @@ def _of_torchvision(name: str, num_classes: int, new_head: bool) -> Pretrained:
     theirs = len(chosen.meta["categories"])
     _check_classes(name, theirs, num_classes, new_head)
     fresh: list[str] = []
-    if theirs == num_classes:
+    if num_classes is None or theirs == num_classes:
         module = get_model(name, weights=chosen)
     else:
         options = {"transform_input": True} if name in _INITIALISED else {}
@@ -133,12 +152,14 @@ def _of_torchvision(name: str, num_classes: int, new_head: bool) -> Pretrained:
         )
     transform = chosen.transforms()
     statistics = (tuple(transform.mean), tuple(transform.std))
-    return Pretrained(module, statistics, transform.crop_size[0], tuple(fresh), theirs)
+    aliases = tuple((str(category),) for category in chosen.meta["categories"])
+    return Pretrained(module, statistics, transform.crop_size[0], tuple(fresh), theirs, aliases)
 
 
-def _check_classes(name: str, theirs: int, ours: int, new_head: bool) -> None:
-    if theirs != ours and not new_head:
+def _check_classes(name: str, theirs: int, ours: int | None, new_head: bool) -> None:
+    if ours not in (None, theirs) and not new_head:
         raise ModelError(
             f"pretrained {name} has {theirs} classes, the dataset has {ours}",
-            "Fine-tune it first (train-teacher --init pretrained) and give the run.",
+            "Say which of them the dataset's are with --classes; or fine-tune it first "
+            "(train-teacher --init pretrained) and give the run.",
         )

@@ -44,19 +44,35 @@ class Adapted(nn.Module):
 
     Probabilities p become log p, which differs from their logits by a constant a row; 0 becomes the
     log of the smallest normal float32, -87. order: which output each class of the dataset is.
+    pooled: instead, which outputs each class has; the logit of several is their logsumexp, so that
+    their probabilities are added up.
     """
 
-    def __init__(self, module: nn.Module, outputs: Outputs, order: Sequence[int]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        outputs: Outputs,
+        order: Sequence[int],
+        pooled: Sequence[Sequence[int]] = (),
+    ) -> None:
         super().__init__()
         self.module, self._outputs = module, outputs
-        self.register_buffer("order", torch.tensor(order, dtype=torch.int64), persistent=False)
+        most = max(map(len, pooled), default=0)
+        padded = [[*group, *[-1] * (most - len(group))] for group in pooled]
+        index = torch.tensor(padded or order, dtype=torch.int64)  # (C, most) or (C,)
+        self.register_buffer("index", index, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) of normalised images (B, C, H, W)."""
-        logits = logits_of(self.module(images))
+        logits, index = logits_of(self.module(images)), self.get_buffer("index")
         if self._outputs == "probabilities":
             logits = logits.float().clamp_min(torch.finfo(torch.float32).tiny).log()
-        return logits[:, self.get_buffer("order")] if len(self.get_buffer("order")) else logits
+        if not len(index):
+            return logits
+        kept = logits[:, index]
+        if index.dim() == 1:
+            return kept
+        return kept.masked_fill(index < 0, -torch.inf).logsumexp(2)
 
 
 def output_order(

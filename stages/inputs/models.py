@@ -36,7 +36,8 @@ class Model:
     channels: what its input takes. statistics: the normalisation it was trained with, and source:
     whose that is; image_size: the side of its input in pixels; None where they are unknown. notes:
     what was chosen when its weights were read, for people, a line each. classes: the names of its
-    outputs in order, None where they are unknown.
+    outputs in order, which must be the dataset's; None where they are unknown. aliases: all names
+    that each output goes by, for `class_groups`.
     """
 
     module: nn.Module
@@ -47,6 +48,14 @@ class Model:
     source: str = ""
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
+    aliases: tuple[tuple[str, ...], ...] | None = None
+
+    @property
+    def output_names(self) -> tuple[tuple[str, ...], ...] | None:
+        """The names that each of its outputs goes by; None where they are unknown."""
+        if self.aliases is None and self.classes is not None:
+            return tuple((name,) for name in self.classes)
+        return self.aliases
 
 
 def build_model(name: str, num_classes: int, channels: int) -> Model:
@@ -70,24 +79,27 @@ def load_model(
     num_classes: int,
     channels: int,
     new_head: bool = False,
+    own_head: bool = False,
 ) -> Model:
     """A model with its weights.
 
     weights: a run directory (brings its architecture and normalisation; `name` may be None), a file
     as `stages.inputs.checkpoints` reads them, with `#KEY` for one of several, or `pretrained`; None
     for a `module:callable` that brings its own. new_head: published weights of another number of
-    classes do, with a last layer that is not trained.
+    classes do, with a last layer that is not trained. own_head: it has the outputs that it was
+    trained with, however many.
 
     Raises ModelError if they are missing or do not fit.
     """
     if weights == "pretrained":
-        return _published(name or "", num_classes, new_head)
+        return _published(name or "", None if own_head else num_classes, new_head)
     if weights is None:
         if name is None or not names_code(name):
             raise ModelError(
                 "no weights given", "Give --weights: a run directory, a file, or 'pretrained'."
             )
-        built = build_model(name, num_classes, channels)
+        module = _imported(name, None if own_head else num_classes)
+        built = Model(module, name, 3)
         note = f"no --weights: {name} is used with those that it was made with"
         return replace(built, notes=(note,), **_own_statistics(built, name))
     path, key = weights_file(weights)
@@ -105,8 +117,11 @@ def load_model(
         raise ModelError(
             f"run {path} holds a {run['architecture']}, not a {name}", "Leave the model's name out."
         )
-    built = build_model(run.get("architecture", name), num_classes, channels)
+    name = run.get("architecture", name)
+    built = build_model(name, num_classes, channels)
     checkpoint = read_checkpoint(path / "model.safetensors" if run else path, key)
+    if own_head and (theirs := _trained_outputs(built, checkpoint, num_classes)) != num_classes:
+        built, num_classes = build_model(name, theirs, channels), theirs
     loaded = _with_weights(built, checkpoint, num_classes)
     if not run:
         return replace(loaded, **_checkpoint_statistics(loaded, checkpoint))
@@ -122,7 +137,7 @@ def load_model(
 # ---- by name --------------------------------------------------------------------------------
 
 
-def _imported(spec: str, num_classes: int) -> nn.Module:
+def _imported(spec: str, num_classes: int | None) -> nn.Module:
     make = imported(spec, "model", ModelError)
     try:
         built = _called(make, spec, num_classes)
@@ -137,14 +152,24 @@ def _imported(spec: str, num_classes: int) -> nn.Module:
     return built
 
 
-def _called(make: Any, spec: str, num_classes: int) -> Any:
+def _called(make: Any, spec: str, num_classes: int | None) -> Any:
     """What a callable returns: for num_classes, by name where it takes that; for nothing at all
-    where it takes no argument.
+    where it takes no argument, or shall have the outputs that it was trained with.
     """
     try:
         signature = inspect.signature(make)
     except (TypeError, ValueError):  # not written in Python
-        return make(num_classes)
+        return make() if num_classes is None else make(num_classes)
+    if num_classes is None:
+        try:
+            signature.bind()
+        except TypeError as error:
+            raise ModelError(
+                f"'{spec}' takes {signature}; with --classes it has to build the network with the "
+                "outputs that it was trained with",
+                "Name a callable that needs no argument.",
+            ) from error
+        return make()
     takes = signature.parameters.values()
     if any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in takes):
         return make(num_classes=num_classes)
@@ -160,7 +185,7 @@ def _called(make: Any, spec: str, num_classes: int) -> Any:
     return make(*arguments)
 
 
-def _published(name: str, num_classes: int, new_head: bool) -> Model:
+def _published(name: str, num_classes: int | None, new_head: bool) -> Model:
     """A model with the weights that torchvision or timm publish."""
     found = pretrained_model(name, num_classes, new_head)
     notes: tuple[str, ...] = ()
@@ -175,6 +200,7 @@ def _published(name: str, num_classes: int, new_head: bool) -> Model:
         image_size=found.image_size,
         source=f"the pretrained {name}",
         notes=notes,
+        aliases=found.aliases,
     )
 
 
@@ -246,6 +272,18 @@ def _with_weights(built: Model, checkpoint: Checkpoint, num_classes: int) -> Mod
     told = [*checkpoint.notes, *found.notes]
     notes = (f"weights of {path.name}: {', '.join(told)}",) if told else ()
     return replace(built, module=module, notes=notes)
+
+
+def _trained_outputs(built: Model, checkpoint: Checkpoint, num_classes: int) -> int:
+    """How many outputs a checkpoint's last layer has, of a model built for `num_classes`."""
+    own, theirs = built.module.state_dict(), fitted(built.module.state_dict(), checkpoint).tensors
+    reshaped = [n for n in own if n in theirs and own[n].shape != theirs[n].shape]
+    heads = {
+        theirs[n].shape[0]
+        for n in reshaped
+        if own[n].shape[:1] == (num_classes,) and own[n].shape[1:] == theirs[n].shape[1:]
+    }
+    return int(heads.pop()) if len(heads) == 1 else num_classes
 
 
 def _check_shapes(

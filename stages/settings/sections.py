@@ -128,6 +128,18 @@ class TeacherSettings(Settings, frozen=True):
         "Where the teacher's classes are in another order: 'teacher' follows the names that its "
         "run keeps, FILE has the names of its outputs, one a line, and 'dataset' ignores them.",
         "--class-order", metavar="ORDER")] = None
+    classes: Annotated[str | None, about(
+        "Which outputs each class of the dataset is, where the teacher has others: 'auto' finds "
+        "them by name or WordNet id, FILE is YAML as `cat: 281` or `cat: [281, 282]`.",
+        "--classes", metavar="MAP")] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.classes is not None and self.class_order is not None:
+            raise ConfigError(
+                "--classes and --class-order both say which outputs the classes are",
+                "Give --classes alone: it follows any order.",
+            )
 
 
 class TrainSettings(Settings, frozen=True):

@@ -1,0 +1,49 @@
+"""Which of a teacher's outputs are the classes of the dataset, and its module turned to them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from stages.data import check_kind, check_width
+from stages.inputs.class_maps import Groups, class_groups, in_identity
+from stages.inputs.model_outputs import Adapted, output_order
+from stages.inputs.models import Model
+from stages.settings import TeacherSettings
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """What is made of a teacher's outputs, as its identity has it.
+
+    order: which output each class is, empty if the same numbers are. pooled: instead, which outputs
+    each class has.
+    """
+
+    order: tuple[int, ...] = ()
+    pooled: Groups = ()
+
+    def adapted(self, model: Model, teacher: TeacherSettings) -> Model:
+        """The model with logits of the dataset's classes as its outputs."""
+        if not (self.order or self.pooled) and teacher.outputs == "logits":
+            return model
+        module = Adapted(model.module, teacher.outputs, self.order, self.pooled)
+        return replace(model, module=module)
+
+
+def teacher_outputs(
+    model: Model, teacher: TeacherSettings, classes: Sequence[str], rows: Tensor
+) -> TeacherOutputs:
+    """The outputs of the dataset's classes. rows: what the model returns for two of its images.
+
+    Raises ModelError where classes have no output, or rows are not what `outputs` says.
+    """
+    source = teacher.weights or model.architecture
+    check_kind(model, rows, teacher.outputs)
+    if teacher.classes is None:
+        order = output_order(model.classes, classes, teacher.class_order, source)
+        check_width(model, rows, len(classes))
+        return TeacherOutputs(order)
+    count = rows.shape[1]
+    groups = class_groups(teacher.classes, classes, model.output_names, count, source)
+    return TeacherOutputs(*in_identity(groups, count))
