@@ -25,7 +25,6 @@ from stages.cache.lock import exclusive
 from stages.cache.metadata import NewCache, RootAttributes, all_arrays, check_seal
 from stages.cache.rectified import RectificationSettings
 from stages.cache.storage import Location, folders, location, read_object, write_object
-from stages.cache.witnesses import known_views, rectified_views
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.errors import CacheError
 from stages.recorded import check_teacher, recorded_job, trusted_attributes
@@ -34,6 +33,7 @@ from stages.reporting import Reporter, Silent
 from stages.settings import RectifyConfig
 from stages.verify import Fault, Verified, verify
 from stages.verify.documents import root_faults
+from stages.verify.known_views import known_views, rectified_views
 
 __all__ = ["check_teacher", "recorded_job", "repair"]
 

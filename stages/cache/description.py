@@ -13,7 +13,6 @@ from stages.cache.encoding import Encoding, Fidelity, restored
 from stages.cache.identity import Identity, SkippedSample, identity_from_json
 from stages.cache.layout import ArraySpec, BlockGrid
 from stages.cache.storage import Location
-from stages.cache.witnesses import Claim, known_views
 from stages.errors import CacheError
 
 
@@ -96,14 +95,6 @@ class CacheDescription:
     def document_faults(self) -> list[str]:
         """What is wrong with the metadata of the root's arrays."""
         return metadata.array_faults(self.group, self.specs, self.sizes, self.grid)
-
-    @property
-    def known_views(self) -> Claim:
-        """How many views anything in the cache knows of: more than `num_views` where the arrays
-        have been damaged.
-        """
-        by_block = [name for name, spec in self.specs.items() if spec.by_block]
-        return known_views(self.group.store, by_block, self.num_samples, self.provenance)
 
     # ---- rows ---------------------------------------------------------------------------
 

@@ -16,9 +16,6 @@ from typing import Any
 import msgspec
 import zarr
 from torch import Tensor
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.group import GroupMetadata
-from zarr.core.metadata.v3 import ArrayV3Metadata
 from zarr.storage import MemoryStore
 
 from stages.cache import layout
@@ -272,43 +269,6 @@ def _array_fault(
     if differing:
         return f"the metadata of array '{name}' is not what was written: {sorted(differing)[0]}"
     return None
-
-
-def is_intact(document: bytes) -> bool:
-    """Whether a zarr.json says nothing but what Zarr reads in it, however it is spelt.
-
-    So a document of another version of Zarr is intact, with its fields in another order, other
-    white space, or without a field that has its default.
-    """
-    try:
-        known = json.loads(document)
-        made = ArrayV3Metadata if known["node_type"] == "array" else GroupMetadata
-        again = made.from_dict(known).to_buffer_dict(default_buffer_prototype())
-        return _within(known, json.loads(again["zarr.json"].to_bytes()))
-    except Exception:  # zarr raises many kinds on damaged documents
-        return False
-
-
-def is_empty_group(document: bytes) -> bool:
-    """Whether a zarr.json is that of a group without attributes."""
-    try:
-        known = json.loads(document)
-    except ValueError:
-        return False
-    return is_intact(document) and known["node_type"] == "group" and not known.get("attributes")
-
-
-def _within(known: Any, whole: Any) -> bool:
-    """Whether all that one JSON value says the other says as well."""
-    if isinstance(known, dict) and isinstance(whole, dict):
-        return all(
-            name in whole and _within(value, whole[name])
-            for name, value in known.items()
-            if value is not None
-        )
-    if isinstance(known, list) and isinstance(whole, list):
-        return len(known) == len(whole) and all(map(_within, known, whole))
-    return bool(known == whole) and isinstance(known, bool) == isinstance(whole, bool)
 
 
 def _plain(document: Mapping[str, Any], key: str) -> str:

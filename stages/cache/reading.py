@@ -12,11 +12,7 @@ from stages.cache.commits import CommitLog
 from stages.cache.description import CacheDescription
 from stages.cache.encoding import Fidelity, rows_of_a_view
 from stages.cache.layout import BlockId
-from stages.cache.rectified import (
-    Rectification,
-    open_rectification,
-    rectification_names,
-)
+from stages.cache.rectified import Rectification, open_rectification, rectification_names
 from stages.cache.storage import Location
 from stages.cache.stores import checked
 from stages.cache.targets import ViewTargets

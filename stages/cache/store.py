@@ -22,11 +22,7 @@ from stages.cache.identity import SkippedSample
 from stages.cache.layout import BlockId
 from stages.cache.metadata import NewCache
 from stages.cache.reading import CacheReader
-from stages.cache.rectified import (
-    Rectification,
-    RectificationSettings,
-    create_rectification,
-)
+from stages.cache.rectified import Rectification, RectificationSettings, create_rectification
 from stages.cache.storage import location, write_object
 from stages.cache.stores import described
 from stages.errors import CacheError

@@ -14,7 +14,7 @@ from stages.cache.layout import BlockId
 from stages.cache.storage import Location, location
 from stages.errors import CacheError
 from stages.reporting import Reporter, Silent
-from stages.verify.blocks import check_blocks
+from stages.verify.blocks import check_blocks, logits_part, rectified_part
 from stages.verify.documents import (
     document_faults,
     eval_faults,
@@ -25,7 +25,6 @@ from stages.verify.documents import (
 )
 from stages.verify.faults import Fault, Verified
 from stages.verify.live import verify_live, verify_pixels
-from stages.verify.parts import logits_part, rectified_part
 
 __all__ = ["Fault", "Verified", "verify", "verify_live", "verify_pixels"]
 

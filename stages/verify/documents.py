@@ -1,21 +1,26 @@
 """Faults of what is not a block: metadata, arrays that do not grow, the test split."""
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from zarr.abc.store import Store
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.group import GroupMetadata
+from zarr.core.metadata.v3 import ArrayV3Metadata
 
 from stages.cache import LogitCache, layout, metadata
 from stages.cache.arrays import get_array, open_group
 from stages.cache.blocks import BlockGroup
 from stages.cache.commits import unsealed
 from stages.cache.layout import BlockId
-from stages.cache.metadata import is_empty_group, is_intact
 from stages.cache.storage import Location, entries, folders, read_object
 from stages.errors import CacheError
 from stages.inputs.datasets.dataset import labels_digest
 from stages.verify.blocks import object_faults
 from stages.verify.faults import Fault
+from stages.verify.known_views import known_views
 
 
 def root_faults(where: Location) -> Iterator[Fault]:
@@ -40,12 +45,12 @@ def document_faults(where: Location) -> list[Fault]:
     faults = [
         Fault(key, "the document is damaged")
         for key in _document_keys(store)
-        if not is_intact(read_object(store, key) or b"")
+        if not _is_intact(read_object(store, key) or b"")
     ]
     faults += [
         Fault(f"{folder}/zarr.json", "the document is not what was written")
         for folder in ("commits", "rectified")
-        if not is_empty_group(read_object(store, f"{folder}/zarr.json") or b"")
+        if not _is_empty_group(read_object(store, f"{folder}/zarr.json") or b"")
     ]
     return faults
 
@@ -71,7 +76,8 @@ def whole_array_faults(cache: LogitCache) -> Iterator[Fault]:
     """Of the arrays that do not grow with the views, and of how many views the others have."""
     identity = cache.identity.dataset
     yield from room_faults(cache, cache.blocks)
-    claim = cache.known_views
+    by_block = [*cache.blocks.specs]
+    claim = known_views(cache.group.store, by_block, cache.num_samples, cache.provenance)
     if claim.views > cache.num_views:
         yield Fault(claim.where, f"knows of {claim.views} views, the arrays of {cache.num_views}")
     try:
@@ -115,3 +121,43 @@ def rectification_names(cache: LogitCache, faults: list[Fault]) -> list[str]:
         known = set()
     store = cache.group.store
     return sorted(known | {*_rectified_folders(store), *folders(store, "commits/rectified")})
+
+
+# ---- documents, as Zarr reads them ----------------------------------------------------------
+
+
+def _is_intact(document: bytes) -> bool:
+    """Whether a zarr.json says nothing but what Zarr reads in it, however it is spelt.
+
+    So a document of another version of Zarr is intact, with its fields in another order, other
+    white space, or without a field that has its default.
+    """
+    try:
+        known = json.loads(document)
+        made = ArrayV3Metadata if known["node_type"] == "array" else GroupMetadata
+        again = made.from_dict(known).to_buffer_dict(default_buffer_prototype())
+        return _within(known, json.loads(again["zarr.json"].to_bytes()))
+    except Exception:  # zarr raises many kinds on damaged documents
+        return False
+
+
+def _is_empty_group(document: bytes) -> bool:
+    """Whether a zarr.json is that of a group without attributes."""
+    try:
+        known = json.loads(document)
+    except ValueError:
+        return False
+    return _is_intact(document) and known["node_type"] == "group" and not known.get("attributes")
+
+
+def _within(known: Any, whole: Any) -> bool:
+    """Whether all that one JSON value says the other says as well."""
+    if isinstance(known, dict) and isinstance(whole, dict):
+        return all(
+            name in whole and _within(value, whole[name])
+            for name, value in known.items()
+            if value is not None
+        )
+    if isinstance(known, list) and isinstance(whole, list):
+        return len(known) == len(whole) and all(map(_within, known, whole))
+    return bool(known == whole) and isinstance(known, bool) == isinstance(whole, bool)

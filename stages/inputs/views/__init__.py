@@ -7,14 +7,7 @@ torchvision's own transforms, `spec.py` specifications and identities.
 """
 
 from stages.inputs.views.augment import RandAugment, TrivialAugment
-from stages.inputs.views.crops import (
-    Boxes,
-    PadCrop,
-    PadCropFlip,
-    Plain,
-    ResizedCropFlip,
-    render,
-)
+from stages.inputs.views.crops import Boxes, PadCrop, PadCropFlip, Plain, ResizedCropFlip, render
 from stages.inputs.views.erasing import Erasing
 from stages.inputs.views.layers import ON_TOP, Composed, Layer
 from stages.inputs.views.mixers import Cutmix, Mixup

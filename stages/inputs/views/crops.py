@@ -20,7 +20,7 @@ from stages.errors import ViewError
 from stages.inputs.counter_hash import bounded, counter_hash, permute
 from stages.inputs.views.distributions import GRID, log_uniform
 from stages.inputs.views.named import Named, base
-from stages.inputs.views.policy import Drawn, ViewPolicy, views_of
+from stages.inputs.views.policy import Drawn, Images, Size, View, ViewPolicy, views_of
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,10 @@ class CropPolicy(Named, ViewPolicy):
         return True
 
     @abstractmethod
-    def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
+    def draw(self, samples: Tensor, view: View, height: Tensor, width: Tensor) -> Boxes:
         """The box of each sample: samples, height, width int64 (B,); view as in `apply`."""
 
-    def render_each(
-        self,
-        images: Sequence[Tensor],
-        samples: Tensor,
-        view: int | Tensor,
-        size: Sequence[int] | None,
-    ) -> list[Tensor]:
+    def render_each(self, images: Images, samples: Tensor, view: View, size: Size) -> list[Tensor]:
         height, width = torch.tensor([image.shape[-2:] for image in images]).T
         boxes = self.draw(samples, view, height, width)
         return [render(x, boxes, i, size or x.shape[-2:]) for i, x in enumerate(images)]
@@ -82,7 +76,7 @@ class PadCrop(CropPolicy):
     def count(self) -> int:
         return self.mirrors * (2 * self.pad + 1) ** 2
 
-    def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
+    def draw(self, samples: Tensor, view: View, height: Tensor, width: Tensor) -> Boxes:
         which = permute(
             views_of(view, samples), self.count, self.seed, samples
         )  # (B,) in [0, count)
@@ -137,7 +131,7 @@ class ResizedCropFlip(CropPolicy):
     def moves_pixels_only(self) -> bool:
         return False
 
-    def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
+    def draw(self, samples: Tensor, view: View, height: Tensor, width: Tensor) -> Boxes:
         # Drawn on the CPU: correctly rounded float64 arithmetic, a handful of numbers a sample.
         device = samples.device
         samples, height, width = (t.to("cpu").unsqueeze(1) for t in (samples, height, width))
@@ -199,7 +193,7 @@ class Plain(CropPolicy):
     def moves_pixels_only(self) -> bool:
         return self.zoom == 0
 
-    def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Boxes:
+    def draw(self, samples: Tensor, view: View, height: Tensor, width: Tensor) -> Boxes:
         zero = torch.zeros_like(height)
         if self.zoom == 0:
             return Boxes(zero, zero, height, width, zero)

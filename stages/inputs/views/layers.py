@@ -1,7 +1,7 @@
 """Stages on top of a crop, each with draws of its own: `resized-crop-flip+rand-augment+erasing`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stages.inputs.views.named import Class, Named, Parameters, parameters_of, register
-from stages.inputs.views.policy import Drawn, ViewPolicy, check_view, views_of
+from stages.inputs.views.policy import Drawn, Images, Size, View, ViewPolicy, check_view, views_of
 
 
 class Part(Named, ABC):
@@ -128,7 +128,7 @@ class Composed(OnTop):
     def parts(self) -> tuple[Layer, ...]:
         return self.layers
 
-    def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Drawn:
+    def draw(self, samples: Tensor, view: View, height: Tensor, width: Tensor) -> Drawn:
         base = self.base.draw(samples, within_count(self.base, view), height, width)
         views = views_of(view, samples)
         return _Layered(
@@ -142,13 +142,7 @@ class Composed(OnTop):
             images = layer.on_batch(images, own)
         return images
 
-    def render_each(
-        self,
-        images: Sequence[Tensor],
-        samples: Tensor,
-        view: int | Tensor,
-        size: Sequence[int] | None,
-    ) -> list[Tensor]:
+    def render_each(self, images: Images, samples: Tensor, view: View, size: Size) -> list[Tensor]:
         check_view(self, view)
         rendered = self.base.render_each(images, samples, within_count(self.base, view), size)
         height, width = torch.tensor([image.shape[-2:] for image in rendered]).T
@@ -158,6 +152,6 @@ class Composed(OnTop):
         return rendered
 
 
-def within_count(policy: ViewPolicy, view: int | Tensor) -> int | Tensor:
+def within_count(policy: ViewPolicy, view: View) -> View:
     """The view, or, beyond the last one, the views from the first on again."""
     return view if policy.count is None else view % policy.count

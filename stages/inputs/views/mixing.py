@@ -21,10 +21,13 @@ from stages.inputs.views.distributions import GRID, MIXED, folded_beta
 from stages.inputs.views.layers import ON_TOP, OnTop, Part, within_count
 from stages.inputs.views.policy import (
     Drawn,
+    Images,
     Load,
     Plan,
     Shown,
+    Size,
     Stream,
+    View,
     ViewPolicy,
     check_view,
     views_of,
@@ -85,7 +88,7 @@ class Mixed(OnTop):
     def mixes(self) -> bool:
         return True
 
-    def partners(self, samples: Tensor, view: int | Tensor, num_samples: int) -> Tensor:
+    def partners(self, samples: Tensor, view: View, num_samples: int) -> Tensor:
         """Whom each sample is mixed with in a view: int64 (B,), a permutation over all samples."""
         return permute(samples, num_samples, self.seed, Stream.PARTNER, view)
 
@@ -106,14 +109,7 @@ class Mixed(OnTop):
         mixed = self.mixer.mix(own, others, plan.blend)
         return Shown(mixed, plan.partners.samples, self.mixer.shares(plan.blend))
 
-    def show(
-        self,
-        load: Load,
-        num_samples: int,
-        samples: Tensor,
-        view: int | Tensor,
-        size: Sequence[int] | None,
-    ) -> Shown:
+    def show(self, load: Load, num_samples: int, samples: Tensor, view: View, size: Size) -> Shown:
         check_view(self, view)
         views = views_of(view, samples)
         partners = self.partners(samples, views, num_samples)
@@ -134,13 +130,7 @@ class Mixed(OnTop):
     def _base_view(self, view: Any) -> Any:
         return within_count(self.base, view)
 
-    def render_each(
-        self,
-        images: Sequence[Tensor],
-        samples: Tensor,
-        view: int | Tensor,
-        size: Sequence[int] | None,
-    ) -> list[Tensor]:
+    def render_each(self, images: Images, samples: Tensor, view: View, size: Size) -> list[Tensor]:
         raise ViewError(
             f"'{self.name}' mixes images with others of the dataset, which are not given here",
             "Use stages.inputs.feed.ViewFeed: its batches have pixels, partners and shares.",

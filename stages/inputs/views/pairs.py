@@ -9,7 +9,17 @@ from torch import Tensor
 from stages.errors import ViewError
 from stages.inputs.views.layers import within_count
 from stages.inputs.views.named import Parameters
-from stages.inputs.views.policy import Load, Plan, Shown, ViewPolicy, check_view, views_of
+from stages.inputs.views.policy import (
+    Images,
+    Load,
+    Plan,
+    Shown,
+    Size,
+    View,
+    ViewPolicy,
+    check_view,
+    views_of,
+)
 
 
 @dataclass(frozen=True)
@@ -89,13 +99,7 @@ class Paired(ViewPolicy):
     def plan(self, samples: Tensor, view: int, num_samples: int, size: Sequence[int]) -> Plan:
         raise NotImplementedError("plan with the policy that `at` names")
 
-    def render_each(
-        self,
-        images: Sequence[Tensor],
-        samples: Tensor,
-        view: int | Tensor,
-        size: Sequence[int] | None,
-    ) -> list[Tensor]:
+    def render_each(self, images: Images, samples: Tensor, view: View, size: Size) -> list[Tensor]:
         return self._gathered(
             samples,
             view,
@@ -104,14 +108,7 @@ class Paired(ViewPolicy):
             ),
         )
 
-    def show(
-        self,
-        load: Load,
-        num_samples: int,
-        samples: Tensor,
-        view: int | Tensor,
-        size: Sequence[int] | None,
-    ) -> Shown:
+    def show(self, load: Load, num_samples: int, samples: Tensor, view: View, size: Size) -> Shown:
         """As in ViewPolicy; beside samples that are mixed, others are partners of their own."""
         partners, shares = samples.clone(), torch.ones(len(samples))
         mixed = []
@@ -129,7 +126,7 @@ class Paired(ViewPolicy):
     def _gathered(
         self,
         samples: Tensor,
-        view: int | Tensor,
+        view: View,
         part: Callable[[ViewPolicy, Tensor, Tensor], Iterable[Tensor]],
     ) -> list[Tensor]:
         """The images of each policy's part of the samples, in the order of the samples.

@@ -18,6 +18,12 @@ from torch import Tensor
 from stages.errors import ViewError
 from stages.inputs.views.named import Parameters, parameters_of
 
+Images = Sequence[Tensor]
+"""uint8 (C, H, W) each."""
+View = int | Tensor
+"""One view of all samples, or int64 (B,)."""
+Size = Sequence[int] | None
+"""Height and width to render at; None for each image's own."""
 Load = Callable[[Tensor], list[Tensor]]
 """Dataset indices int64 (B,) -> images, uint8 (C, H, W) each."""
 
@@ -136,32 +142,19 @@ class ViewPolicy(ABC):
     # ---- rendered one by one ------------------------------------------------------------
 
     @abstractmethod
-    def render_each(
-        self,
-        images: Sequence[Tensor],
-        samples: Tensor,
-        view: int | Tensor,
-        size: Sequence[int] | None,
-    ) -> list[Tensor]:
+    def render_each(self, images: Images, samples: Tensor, view: View, size: Size) -> list[Tensor]:
         """View `view` of each image (uint8 (C, H, W)) at `size`, or at its own where that is None.
 
         samples: int64 (B,), positions in the dataset. view: one for all, or int64 (B,).
         """
 
-    def show(
-        self,
-        load: Load,
-        num_samples: int,
-        samples: Tensor,
-        view: int | Tensor,
-        size: Sequence[int] | None,
-    ) -> Shown:
+    def show(self, load: Load, num_samples: int, samples: Tensor, view: View, size: Size) -> Shown:
         """View `view` of samples of a dataset of `num_samples`, rendered one by one."""
         return Shown(self.render_each(load(samples), samples, view, size))
 
     # ---- whole batches, at the images' own size -----------------------------------------
 
-    def draw(self, samples: Tensor, view: int | Tensor, height: Tensor, width: Tensor) -> Drawn:
+    def draw(self, samples: Tensor, view: View, height: Tensor, width: Tensor) -> Drawn:
         """What `crop` needs: samples, height, width int64 (B,), all on one device."""
         raise NotImplementedError(f"'{self.name}' is rendered image by image")
 
@@ -180,7 +173,7 @@ class ViewPolicy(ABC):
 
     # ---- outside a feed -----------------------------------------------------------------
 
-    def apply(self, images: Tensor, samples: Tensor, view: int | Tensor) -> Tensor:
+    def apply(self, images: Tensor, samples: Tensor, view: View) -> Tensor:
         """View `view` of each image, at the size of the source.
 
         Parameters
@@ -208,7 +201,7 @@ class ViewPolicy(ABC):
         return torch.stack(rendered).to(images.device)
 
 
-def check_view(policy: ViewPolicy, view: int | Tensor) -> None:
+def check_view(policy: ViewPolicy, view: View) -> None:
     """Raise ViewError unless every view is one that the policy has."""
     views = torch.as_tensor(view)
     low, high = int(views.min()), int(views.max())
@@ -219,6 +212,6 @@ def check_view(policy: ViewPolicy, view: int | Tensor) -> None:
         )
 
 
-def views_of(view: int | Tensor, samples: Tensor) -> Tensor:
+def views_of(view: View, samples: Tensor) -> Tensor:
     """The view of each sample: int64 (B,) on the samples' device."""
     return torch.as_tensor(view, device=samples.device).expand_as(samples)

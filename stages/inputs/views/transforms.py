@@ -9,7 +9,7 @@ A cache names its transform: training from a stranger's cache imports and calls 
 
 import functools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as tv
 from stages.errors import ViewError
 from stages.inputs.counter_hash import counter_hash
 from stages.inputs.views.named import Named, Parameters, Stage, base
-from stages.inputs.views.policy import Stream, ViewPolicy, views_of
+from stages.inputs.views.policy import Images, Size, Stream, View, ViewPolicy, views_of
 from stages.user_code import imported
 
 TORCHVISION = str(torchvision.__version__).split("+")[0]
@@ -73,13 +73,7 @@ class Transform(Named, ViewPolicy):
     def parameters(self) -> Parameters:
         return {"torchvision": self.torchvision}
 
-    def render_each(
-        self,
-        images: Sequence[Tensor],
-        samples: Tensor,
-        view: int | Tensor,
-        size: Sequence[int] | None,
-    ) -> list[Tensor]:
+    def render_each(self, images: Images, samples: Tensor, view: View, size: Size) -> list[Tensor]:
         """As in ViewPolicy; `size` None is whatever size the transform gives."""
         seeds = counter_hash(self.seed, Stream.TRANSFORM, views_of(view, samples), samples).tolist()
         shown = [self._one(image, seed) for image, seed in zip(images, seeds, strict=True)]
