@@ -63,10 +63,10 @@ def test_block(
 
 
 def value_of(text: str) -> float | str | None:
-    """A number; `temperature`, where None stands for it; else a word."""
+    """A number; `temperature` and `unset`, where None stands for it; else a word."""
     with contextlib.suppress(ValueError):
         return float(text)
-    return None if text == "temperature" else text
+    return None if text in ("temperature", "unset") else text
 
 
 def table_of_losses() -> dict[str, tuple[float, float, int, dict[str, Any]]]:

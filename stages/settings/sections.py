@@ -222,6 +222,11 @@ class LossSettings(Settings, frozen=True):
     gamma: Annotated[float | None, about(_OWN, least=0)] = None
     epsilon: Annotated[float | None, about(_OWN, least=0, most=1)] = None
     sure_temperature: Annotated[float | None, about(_OWN, **TEMPERATURES)] = None
+    sure_weak: Annotated[float | None, about(_OWN, least=0, most=1)] = None
+    sure_strong: Annotated[float | None, about(_OWN, least=0, most=1)] = None
+    t_start: Annotated[float | None, about(_OWN, **TEMPERATURES)] = None
+    t_end: Annotated[float | None, about(_OWN, least=0, most=TEMPERATURES["most"])] = None
+    decay: Annotated[float | None, about(_OWN, above=0)] = None
     average: Annotated[Literal["kind", "batch"] | None, about(_OWN)] = None
     parameters: Annotated[tuple[str, ...] | None, about(
         "Other parameters of a loss of your own, as [margin=0.5].")] = None

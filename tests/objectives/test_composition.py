@@ -100,7 +100,7 @@ def test_no_bias_is_the_loss_itself(name: str) -> None:
     torch.testing.assert_close(objective(student, teacher, labels, weights).mean(), expected)
 
 
-@pytest.mark.parametrize("name", ["dist", "mlkd"])
+@pytest.mark.parametrize("name", ["crld", "dist", "mlkd", "mlkd_weak"])
 def test_wrong_rows_are_as_if_they_were_not_there_for_coupled_losses(name: str) -> None:
     """Elimination: what the student says of them changes nothing."""
     wrong = MIXES["half"]
@@ -117,7 +117,7 @@ def test_weights_of_the_last_epoch_scale_coupled_losses() -> None:
     """No wrong row, and b = 2.7e-5 on all others."""
     wrong = MIXES["no-wrong"]
     bias = bias_weights("rectify", "cosine", "subset", 299, 300)
-    for name in ("dist", "mlkd"):
+    for name in ("crld", "dist", "mlkd", "mlkd_weak"):
         objective = objective_of(name, 299)
         plain, plain_gradient = value_and_gradient(objective, wrong, torch.ones(SIZE))
         value, gradient = value_and_gradient(objective, wrong, bias.rows(wrong))

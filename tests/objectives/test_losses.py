@@ -32,7 +32,13 @@ OFFICIAL: dict[str, tuple[float, float, int, dict[str, Any]]] = {
     "nkd": (1.0, 1.0, 0, {"temperature": 1.0, "gamma": 1.5}),
     "dist": (1.0, 2.0, 0, {"temperature": 4.0, "beta": 1.0, "gamma": 1.0}),
     "mlkd": (0.2, 0.9, 0, {"temperature": 4.0}),
-    "ctkd": (0.1, 0.9, 0, {}),
+    "mlkd_weak": (0.1, 0.9, 0, {"temperature": 4.0}),
+    "crld": (
+        2.0, 1.0, 0,
+        {"temperature": 4.0, "alpha": 2.0, "beta": 0.5, "sure_weak": 0.9, "sure_strong": 0.2},
+    ),
+    "abkd": (1.0, 32.0, 0, {"temperature": 4.0, "alpha": 0.8, "beta": 0.3}),
+    "ctkd": (0.1, 0.9, 0, {"t_start": None, "t_end": None, "decay": None}),
     "ttm": (1.0, 45.0, 0, {"temperature": 10.0}),
     "wttm": (1.0, 4.0, 0, {"temperature": 5.0}),
     "rld": (
@@ -47,6 +53,7 @@ OFFICIAL: dict[str, tuple[float, float, int, dict[str, Any]]] = {
 READS = {
     "ce": [],
     "kd": [4.0],
+    "abkd": [4.0],
     "dkd": [4.0],
     "nkd": [1.0],
     "ttm": [10.0],
@@ -77,8 +84,9 @@ def loss_of(name: str) -> Callable[[Tensor, TeacherRows, Tensor], Tensor]:
 
 def test_the_table_is_complete() -> None:
     assert set(OFFICIAL) == set(DEFINITIONS)
-    assert [name for name, d in DEFINITIONS.items() if d.couples_rows] == ["dist", "mlkd"]
-    assert [name for name, d in DEFINITIONS.items() if d.views == 2] == ["mlkd"]
+    coupled = [name for name, d in DEFINITIONS.items() if d.couples_rows]
+    assert coupled == ["crld", "dist", "mlkd", "mlkd_weak"]
+    assert [name for name, d in DEFINITIONS.items() if d.views == 2] == ["crld", "mlkd"]
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -163,7 +171,7 @@ def test_any_loss_is_built_and_called_alike(name: str) -> None:
     given = {"temperature": 2.0} if "temperature" in DEFINITIONS[name].defaults else {}
     for parameters in ({}, given):
         loss = build_loss(name, **parameters)
-        if name in ("ctkd", "mlkd"):
+        if name in ("crld", "ctkd", "mlkd"):
             with pytest.raises(ConfigError) as refused:
                 loss(student, teacher, labels)
             assert refused.value.remedy

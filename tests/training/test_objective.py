@@ -79,6 +79,9 @@ def test_an_unknown_loss() -> None:
         ("temperature", 0.0),
         ("temperature", math.inf),
         ("sure_temperature", -1.0),
+        ("sure_weak", 1.5),
+        ("t_start", 0.0),
+        ("decay", 0.0),
     ],
 )
 def test_numbers_that_cannot_be(field: str, value: float) -> None:
@@ -126,8 +129,8 @@ def test_what_it_is_of_a_batch() -> None:
         objective = Objective(resolved(LossSettings(name=name)))
         objective.start_epoch(0)
         assert (objective.couples_rows, objective.views) == (
-            name in ("dist", "mlkd"),
-            2 if name == "mlkd" else 1,
+            name in ("crld", "dist", "mlkd", "mlkd_weak"),
+            2 if name in ("crld", "mlkd") else 1,
         )
         value = objective(student, teacher, labels, weights)
         assert value.shape == (() if objective.couples_rows else (6,))
@@ -158,7 +161,7 @@ def test_temperatures_at_which_partial_rows_are_read(
     assert teacher_temperatures(resolved(settings)) == expected
 
 
-@pytest.mark.parametrize("name", ["dist", "mlkd", "ctkd", "lr"])
+@pytest.mark.parametrize("name", ["dist", "mlkd", "mlkd_weak", "crld", "ctkd", "lr"])
 def test_losses_that_need_whole_rows(name: str) -> None:
     with pytest.raises(ConfigError, match=f"'{name}' needs whole teacher rows"):
         teacher_temperatures(resolved(LossSettings(name=name)))

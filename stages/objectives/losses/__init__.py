@@ -2,16 +2,16 @@
 
 Every loss takes (student_logits, teacher_logits, labels) and its own parameters, and returns the
 mean over the batch, or with reduction="none" one number a row, so that bias-aware weights can be
-put on rows. Losses that couple rows (`dist`, `mlkd`) take those weights instead. `standardised`
+put on rows. Losses that couple rows (`dist`, `mlkd`, `crld`) take those instead. `standardised`
 brings logits to one scale, before any loss.
 
 A new loss is a new file with a function under `@loss("name", ce_weight=..., weight=...)`; see
 `registry.Definition`. `module:callable` names one that lies elsewhere, see `user.py`.
 
 `build_loss("kd", temperature=4)` makes one for a training loop: a callable of (student_logits,
-teacher_logits, labels). Two need more of the loop, and raise ConfigError without: `ctkd` learns a
-temperature, so it is a module with parameters for the optimiser and a `start_epoch`; `mlkd` takes
-the rows of two views.
+teacher_logits, labels). Three need more of the loop, and raise ConfigError without: `ctkd` learns a
+temperature, so it is a module with parameters for the optimiser and a `start_epoch`; `mlkd` and
+`crld` take the rows of two views.
 """
 
 from collections.abc import Callable, Mapping

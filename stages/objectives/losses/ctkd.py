@@ -11,22 +11,32 @@ from stages.objectives.losses.kd import kd
 from stages.objectives.losses.registry import LearningLoss, loss
 from stages.objectives.losses.rows import Reduction, TeacherRows, whole
 
-CURRICULUM_EPOCHS = 10
-"""Over so many epochs the gradient of the temperature goes from nothing to its full reverse."""
+LEAST, RANGE, DECAY = 1.0, 20.0, 10.0
+"""t_start, t_end and decay where nothing is said: the released command for CIFAR-100."""
 
 
 @loss("ctkd", ce_weight=0.1, weight=0.9, lskd={"weight": 9.0})
 class CTKD(LearningLoss):
-    """KD at T = 1 + 20 sigmoid(theta): Li et al. 2023, arXiv 2211.16231, the global temperature.
+    """KD at T = t_start + t_end sigmoid(theta): Li et al. 2023, arXiv 2211.16231, the global
+    temperature; t_start 1 and t_end 20 unless given, as released.
 
     theta belongs into the student's optimiser. Its gradient is multiplied by lambda, which goes
-    from 0 to -1 along half a cosine over ten epochs: T ascends what the student descends. theta
-    starts at 1, T at about 15.6. Call `start_epoch` at the start of every epoch: without it the
-    loss raises ConfigError, as T would stay where it is. Needs whole rows.
+    from 0 to -1 along half a cosine over `decay` epochs, 10 unless given: T ascends what the
+    student descends. theta starts at 1, T at about 15.6. Call `start_epoch` at the start of every
+    epoch: without it the loss raises ConfigError, as T would stay where it is. Needs whole rows.
     """
 
-    def __init__(self, *rows: object) -> None:
-        """rows: none. Raises ConfigError where it is called as if it were a function."""
+    def __init__(
+        self,
+        *rows: object,
+        t_start: float | None = None,
+        t_end: float | None = None,
+        decay: float | None = None,
+    ) -> None:
+        """rows: none. t_end: what the temperature can have above t_start. decay: in epochs.
+
+        Raises ConfigError where it is called as if it were a function.
+        """
         if rows:
             raise ConfigError(
                 "the loss 'ctkd' learns a temperature: it is made first, and then called",
@@ -34,17 +44,20 @@ class CTKD(LearningLoss):
             )
         super().__init__()
         self.theta = nn.Parameter(torch.ones(()))
+        self._least = LEAST if t_start is None else t_start
+        self._range = RANGE if t_end is None else t_end
+        self._decay = DECAY if decay is None else decay
         self.reversal: float | None = None
 
     def start_epoch(self, epoch: int) -> None:
         """epoch: from 0; the released loop counts from 1."""
-        progress = min((epoch + 1) / CURRICULUM_EPOCHS, 1)
+        progress = min((epoch + 1) / self._decay, 1)
         self.reversal = (math.cos(math.pi * progress) - 1) / 2
 
     @property
     def temperature(self) -> Tensor:
         """float32, ()."""
-        return 1 + 20 * torch.sigmoid(self.theta)
+        return self._least + self._range * torch.sigmoid(self.theta)
 
     def forward(
         self,

@@ -61,8 +61,8 @@ def mlkd(
     ones = student.new_ones(len(student))
     weak_w, strong_w = (ones if weights is None else weights).chunk(2)
     confidence = surest.reshape(student.shape).chunk(2)[0].softmax(1)
-    unsure = _share_below_median(confidence.amax(1))
-    rare = _share_below_median(confidence.sum(0))
+    unsure = share_below_median(confidence.amax(1))
+    rare = share_below_median(confidence.sum(0))
     total = student.new_zeros(())
     for place, t in enumerate((temperature, *FURTHER_TEMPERATURES)):
         teacher = centred(whole(teacher_logits, "mlkd", t).reshape(student.shape))
@@ -70,17 +70,20 @@ def mlkd(
         weak, strong = (t**2 * kl(z_t / t, z_s / t)).chunk(2)
         weak_term, strong_term = (weak_w * weak).mean(), (strong_w * strong).mean()
         total = total + unsure * weak_term + (strong_term if place < 3 else weak_term)
-        # A pair of rows is multiplied by the roots of both, and squared: so each root is a fourth.
-        p_s, p_t = (
-            weak_w.pow(0.25)[:, None] * F.softmax(z.chunk(2)[0] / t, dim=1)
-            for z in (student, teacher)
-        )
-        classes = (p_t.T @ p_t - p_s.T @ p_s).square().sum() / p_t.shape[1]
-        batch = (p_t @ p_t.T - p_s @ p_s.T).square().sum() / len(p_t)
+        classes, batch = class_and_batch(student.chunk(2)[0], teacher.chunk(2)[0], t, weak_w)
         total = total + rare * classes + unsure * batch
     return total
 
 
-def _share_below_median(values: Tensor) -> Tensor:
+def class_and_batch(student: Tensor, teacher: Tensor, t: float, weights: Tensor) -> list[Tensor]:
+    """The terms of classes and of the batch at one temperature: float32, () each. weights: (B,)."""
+    # A pair of rows is multiplied by the roots of both, and squared: so each root is a fourth.
+    p_s, p_t = (weights.pow(0.25)[:, None] * F.softmax(z / t, dim=1) for z in (student, teacher))
+    classes = (p_t.T @ p_t - p_s.T @ p_s).square().sum() / p_t.shape[1]
+    batch = (p_t @ p_t.T - p_s @ p_s.T).square().sum() / len(p_t)
+    return [classes, batch]
+
+
+def share_below_median(values: Tensor) -> Tensor:
     """The share of values that are at most the median, as numpy.percentile interpolates it."""
     return (values <= values.quantile(0.5)).float().mean()

@@ -45,6 +45,18 @@ def test_the_gradient_of_the_temperature_is_the_reverse_of_kds(epoch: int, expec
     assert loss.theta.grad.item() == pytest.approx(expected * slope, rel=1e-2)
 
 
+def test_its_range_and_its_decay_can_be_set() -> None:
+    """T = t_start + t_end sigmoid(theta); the decay of ImageNet in the released code is 5."""
+    loss = CTKD(t_start=2.0, t_end=4.0, decay=5.0)
+    for epoch, expected in ((0, (math.cos(math.pi / 5) - 1) / 2), (4, -1.0), (5, -1.0)):
+        loss.start_epoch(epoch)
+        assert loss.reversal == pytest.approx(expected)
+    for theta, expected in ((-30.0, 2.0), (0.0, 4.0), (30.0, 6.0)):
+        with torch.no_grad():
+            loss.theta.fill_(theta)
+        assert loss.temperature.item() == pytest.approx(expected)
+
+
 def test_before_the_first_epoch_it_is_refused() -> None:
     """And does not stay KD at the first temperature without a word."""
     student, teacher, labels = draw()

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from row_losses import Formula, Row, by_formula, draw, part_of
+from test_abkd import abkd_formula
 from test_corrections import ka_lsr_formula, la_formula, lr_formula, rc_formula
+from test_crld import transcribed as crld_formula
 from test_ctkd import START
 from test_dist import formula as dist_formula
 from test_dkd import dkd_formula, nkd_formula
 from test_kd import ce_formula, kd_formula
 from test_mlkd import HALF, transcribed
+from test_mlkd_weak import transcribed as weak_formula
 from test_rld import rld_formula
 from test_ttm import ttm_formula, wttm_formula
 from test_wsld import wsld_formula
@@ -29,6 +32,7 @@ from stages.training.objective import Objective, resolved
 ROWS = {
     "ce": ce_formula,
     "kd": kd_formula,
+    "abkd": abkd_formula,
     "dkd": dkd_formula,
     "nkd": nkd_formula,
     "ctkd": lambda *row: kd_formula(*row, START),
@@ -41,7 +45,7 @@ ROWS = {
     "rc": rc_formula,
     "wsld": wsld_formula,
 }
-NAMES = [*ROWS, "dist", "mlkd"]
+NAMES = [*ROWS, "dist", "mlkd", "mlkd_weak", "crld"]
 # By their formulas, not by rounding: the squared error of `lr` on right rows is of logits, and `rc`
 # adds the student's largest logit to the label's.
 MOVED_BY = {"lr": "either side", "rc": "the student"}
@@ -91,6 +95,10 @@ def expected(name: str, s: Tensor, t: Tensor, y: Tensor, given: dict[str, float]
         return np.array(dist_formula(s, t, given["temperature"], given["beta"], given["gamma"]))
     if name == "mlkd":
         return np.array(transcribed(s, t, given["temperature"]))
+    if name == "mlkd_weak":
+        return np.array(weak_formula(s, t, given["temperature"]))
+    if name == "crld":
+        return np.array(crld_formula(s, t))
     return by_rows(ROWS[name])(s, t, y, given)
 
 
