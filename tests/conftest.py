@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DIGITS, first
+from helpers import DIGITS, first, resized
 from hypothesis import settings
 
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
@@ -125,6 +125,27 @@ def small_cache(tmp_path_factory: pytest.TempPathFactory, small_job: CacheJob) -
 def small_copy(small_cache: Path, tmp_path: Path) -> Path:
     """A small cache of one's own."""
     return Path(shutil.copytree(small_cache, tmp_path / "small.zarr"))
+
+
+@pytest.fixture(scope="session")
+def tiny_job(small_job: CacheJob) -> CacheJob:
+    """Two views of 60 samples in two blocks each, as float32; a test split of 20."""
+    return resized(small_job, 60, 20, block_rows=30, encoding="float32")
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_job: CacheJob) -> Path:
+    """A complete cache with the rectification pairwise-T4. Read only: many tests share it."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.zarr"
+    cache_teacher(tiny_job, path)
+    rectify(path, RectifyConfig())
+    return path
+
+
+@pytest.fixture
+def tiny_copy(tiny_cache: Path, tmp_path: Path) -> Path:
+    """A tiny cache of one's own."""
+    return Path(shutil.copytree(tiny_cache, tmp_path / "tiny.zarr"))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from stages.cache import LogitCache
 from stages.cache.commits import seal_records, unsealed
 from stages.cache.metadata import sealed
 from stages.errors import CacheError
+from stages.verify import verify
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -77,6 +78,28 @@ def everything(
         if rectified is not None:
             found.append(targets.rectified_rows(samples))
     return found
+
+
+def values(found: dict[str, bytes]) -> dict[str, bytes]:
+    """All but the commit records, which may lie there twice: compaction was interrupted."""
+    return {key: content for key, content in found.items() if not key.startswith("commits/")}
+
+
+def records(path: str | Path) -> list[dict[tuple[int, int], dict[str, Any]]]:
+    """What is committed, compacted or not."""
+    cache = LogitCache.open(path)
+    parts = [cache.commits, cache.eval_commits, cache.rectification("pairwise-T4").commits]
+    return [dict(sorted(part.records.items())) for part in parts]
+
+
+def found_by_verify(store: Path) -> bool:
+    """Whether verify reports something, as faults or, where nothing can be believed, as an error.
+    Any other error comes through.
+    """
+    try:
+        return bool(verify(store, threads=1).faults)
+    except CacheError:
+        return True
 
 
 def same(found: list[Tensor], truth: list[Tensor]) -> bool:

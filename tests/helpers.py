@@ -8,11 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stages.cache_teacher import CacheJob, prepare
+from stages.data import Splits
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.probes import pixel_probes
 from stages.settings import DataSettings
@@ -54,6 +57,12 @@ def first(dataset: ImageDataset, size: int) -> ImageDataset:
     assert dataset.images is not None
     images, labels = dataset.images[:size], dataset.labels[:size]
     return dataclasses.replace(dataset, labels=labels, images=images, load=images.__getitem__)
+
+
+def resized(job: CacheJob, train: int, test: int, **changes: Any) -> CacheJob:
+    """The same teacher's job over the first samples. changes: of its configuration."""
+    splits = Splits(first(job.splits.train, train), first(job.splits.test, test))
+    return prepare(msgspec.structs.replace(job.config, **changes), splits)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from damage import (
     everything,
     flip,
     flipped,
+    found_by_verify,
     harmed,
     refused_or_true,
     same_content,
@@ -69,16 +70,6 @@ def by_kind(keys: list[str]) -> list[list[str]]:
 
 def blocks_with_faults(faults: list[Fault]) -> set[tuple[str, int, int]]:
     return {(fault.part, *fault.at) for fault in faults if fault.part is not None}
-
-
-def found_by_verify(store: Path) -> bool:
-    """Whether verify reports something, as faults or, where nothing can be believed, as an error.
-    Any other error comes through.
-    """
-    try:
-        return bool(verify(store, threads=1).faults)
-    except CacheError:
-        return True
 
 
 # ---- what is in order -----------------------------------------------------------------------

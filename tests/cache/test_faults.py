@@ -14,12 +14,16 @@ from uuid import uuid4
 import msgspec
 import pytest
 from damage import (
+    Change,
     edit_attributes,
     edit_json,
     edit_record,
     everything,
+    found_by_verify,
+    records,
     refused_or_true,
     tree,
+    values,
 )
 from helpers import DIGITS
 from hypothesis import given, settings
@@ -49,8 +53,6 @@ from stages.settings import (
 from stages.train_student import train_student
 from stages.verify import verify, verify_pixels
 
-Change = Callable[[dict[str, Any]], object]
-
 # ---- full disks -----------------------------------------------------------------------------
 
 
@@ -75,21 +77,6 @@ def full_at(number: int, leaves: bool = False) -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalStore, "set", full)
         yield written
-
-
-@pytest.fixture(scope="module")
-def tiny_job(small_job: CacheJob) -> CacheJob:
-    """Two views of two blocks, float32."""
-    config = msgspec.structs.replace(small_job.config, block_rows=150, encoding="float32")
-    return dataclasses.replace(small_job, config=config)
-
-
-@pytest.fixture(scope="module")
-def tiny_cache(tiny_job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny") / "tiny.zarr"
-    cache_teacher(tiny_job, path)
-    rectify(path, RectifyConfig())
-    return path
 
 
 def run(stage: str, job: CacheJob, store: Path) -> None:
@@ -121,17 +108,6 @@ def committed(store: Path) -> dict[str, bytes]:
         for record in log.records.values()
         for key in record["objects"]
     }
-
-
-def records(store: Path) -> list[dict[tuple[int, int], dict[str, Any]]]:
-    """What is committed, compacted or not."""
-    cache = LogitCache.open(store)
-    parts = [cache.commits, cache.eval_commits, cache.rectification("pairwise-T4").commits]
-    return [dict(sorted(part.records.items())) for part in parts]
-
-
-def values(store: Path) -> dict[str, bytes]:
-    return {key: x for key, x in tree(store).items() if not key.startswith("commits/")}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +142,7 @@ def test_a_disk_that_is_full_loses_nothing_and_the_same_command_completes(
     assert {key: (store / key).read_bytes() for key in before} == before
     assert half_written(store) == []
     rectify(store, RectifyConfig())
-    assert values(store) == values(tiny_cache)
+    assert values(tree(store)) == values(tree(tiny_cache))
     assert records(store) == records(tiny_cache)
     assert verify(store).faults == []
 
@@ -233,13 +209,6 @@ def refuses(store: Path) -> None:
     with pytest.raises(CacheError):
         everything(store)
     assert found_by_verify(store)
-
-
-def found_by_verify(store: Path) -> bool:
-    try:
-        return bool(verify(store, threads=1).faults)
-    except CacheError:
-        return True
 
 
 def encoding(**changes: Any) -> Change:
