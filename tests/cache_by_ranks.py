@@ -18,14 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from helpers import DIGITS, first
 from launch import Launch, Launcher
 
 from stages.cache.commits import CommitLog, Record
 from stages.cache.layout import BlockId
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
+from stages.data import Splits, load_data
 from stages.distributed import Ranks, process_group
 from stages.errors import ModelError
-from stages.settings import CacheConfig, DataSettings, TeacherSettings
+from stages.settings import CacheConfig, TeacherSettings
 
 Disturbance = Callable[[Ranks, int], None]
 """Called on every rank before it commits a block, with how many it has committed."""
@@ -82,17 +84,18 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def main(run: str, out: Path, encoding: str) -> None:
     config = CacheConfig(
-        data=DataSettings(dataset="digits", workers=0),
+        data=DIGITS,
         teacher=TeacherSettings(weights=run),
         views=3,
         augment="pad-crop:pad=2",
         encoding=encoding,
-        block_rows=150,  # 7 blocks a view
+        block_rows=30,  # 7 blocks a view
         batch_size=64,
         device="cpu",
     )
     torch.set_num_threads(1)
-    job, launcher, found = prepare(config), Launcher(), {}
+    digits, launcher, found = load_data(DIGITS), Launcher(), {}
+    job = prepare(config, Splits(first(digits.train, 200), first(digits.test, 20)))
 
     def start(world: int, store: str, disturb: Disturbance = nothing) -> Launch:
         return launcher.start(world, functools.partial(make, job, out / store, disturb))
@@ -111,13 +114,13 @@ def main(run: str, out: Path, encoding: str) -> None:
     play("failing", 2, "failed", failing)
     play("failing, then two", 2, "failed")
 
-    first = start(2, "contested", held_up)
+    began = start(2, "contested", held_up)
     wait_until(lambda: committed(out / "contested") == 15)  # rank 0 has done its own and waits
     play("beside two", 2, "contested")
-    os.kill(first.children[0], signal.SIGKILL)
+    os.kill(began.children[0], signal.SIGKILL)
     play("beside one that is left", 1, "contested")
-    os.kill(first.children[1], signal.SIGKILL)
-    found["contested"] = first.outcomes()
+    os.kill(began.children[1], signal.SIGKILL)
+    found["contested"] = began.outcomes()
     play("beside none", 2, "contested")
     json.dump(found, sys.stdout)
 

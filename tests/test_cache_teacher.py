@@ -1,5 +1,4 @@
 import dataclasses
-import errno
 import json
 import math
 import re
@@ -15,14 +14,13 @@ import torch
 import xarray
 import yaml
 import zarr
-from helpers import Words
+from helpers import Words, resized
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from zarr.storage import LocalStore
 
-from stages.cache import LogitCache, blocks
+from stages.cache import LogitCache
 from stages.cache_job import TeacherPass
-from stages.cache_teacher import CacheSummary, cache_teacher, prepare
+from stages.cache_teacher import CacheJob, CacheSummary, cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import (
     CacheError,
@@ -191,15 +189,12 @@ def test_running_again_computes_and_writes_nothing(
     assert mtimes(cache_copy) == before
 
 
-def test_progress_reaches_the_end(
-    tmp_path: Path, cache_config: CacheConfig, digits: Splits
-) -> None:
+def test_progress_reaches_the_end(tmp_path: Path, tiny_job: CacheJob) -> None:
     words = Words()
-    config = msgspec.structs.replace(cache_config, views=1)
 
-    summary = cache_teacher(prepare(config, digits), tmp_path / "c.zarr", words)
+    summary = cache_teacher(tiny_job, tmp_path / "c.zarr", words)
 
-    assert summary.computed_blocks == BLOCKS_PER_VIEW
+    assert summary.computed_blocks == 4
     assert words.done == sorted(words.done)
     assert words.done[-1] == 1.0
 
@@ -244,21 +239,6 @@ def mend(config: CacheConfig, out: Path, splits: Splits, repaired: int) -> None:
     assert repair(out, prepare(config, splits), faults).faults == []
 
 
-def test_a_damaged_view_is_mended_as_the_message_says(
-    cache_copy: Path, cache_config: CacheConfig, digits: Splits, array_bytes: Objects
-) -> None:
-    before = array_bytes(cache_copy)
-    shard = cache_copy / "logits/c/1/2/0"
-    shard.write_bytes(bytes(shard.stat().st_size))
-    with pytest.raises(CacheError, match="damaged") as caught:
-        LogitCache.open(cache_copy).read_view(1)
-    assert "pipeline verify CACHE --repair" in caught.value.remedy
-
-    mend(cache_config, cache_copy, digits, repaired=1)
-
-    assert array_bytes(cache_copy) == before
-
-
 def test_a_damaged_record_is_told_before_the_teacher_works(
     cache_copy: Path, cache_config: CacheConfig, digits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,11 +252,8 @@ def test_a_damaged_record_is_told_before_the_teacher_works(
     ("name", "kept"),
     [
         pytest.param("prediction/c/1/0", 0, id="gone-prediction"),
-        pytest.param("logits/c/1/2/0", -1, id="cut-off-logits"),
-        pytest.param("eval_logits/c/0/0", -1, id="cut-off-eval"),
-        pytest.param("logits/c/1/2/0", 0, id="gone-logits", marks=pytest.mark.slow),
-        pytest.param("prediction/c/1/0", -1, id="cut-off-prediction", marks=pytest.mark.slow),
-        pytest.param("eval_logits/c/0/0", 0, id="gone-eval", marks=pytest.mark.slow),
+        pytest.param("logits/c/1/2/0", -1, id="cut-off-logits", marks=pytest.mark.slow),
+        pytest.param("eval_logits/c/0/0", -1, id="cut-off-eval", marks=pytest.mark.slow),
     ],
 )
 def test_an_object_that_is_not_whole_is_mended_as_the_message_says(
@@ -302,41 +279,8 @@ def test_an_object_that_is_not_whole_is_mended_as_the_message_says(
     assert array_bytes(cache_copy) == before
 
 
-@pytest.mark.parametrize("step", ["encode_shard", "write_object"])
-def test_a_full_disk_is_told_and_the_next_run_completes(
-    cache_config: CacheConfig,
-    digits: Splits,
-    finished_cache: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    array_bytes: Objects,
-    step: str,
-) -> None:
-    calls = 0
-
-    def full(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 5:  # two arrays a block: the third block
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(*arguments)
-
-    original = getattr(blocks, step)
-    out = tmp_path / "c.zarr"
-    with monkeypatch.context() as patch:
-        patch.setattr(blocks, step, full)
-        with pytest.raises(CacheError, match="No space left on device"):
-            run(cache_config, out, digits)
-    assert set(LogitCache.open(out).commits.records) == {(0, 0), (0, 1)}
-
-    summary = run(cache_config, out, digits)
-
-    assert summary.computed_blocks == 3 * BLOCKS_PER_VIEW - 2
-    assert array_bytes(out) == array_bytes(finished_cache)
-
-
 def test_a_run_that_ended_before_it_declared_the_fidelity_is_completed_by_the_next(
-    cache_config: CacheConfig, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_job: CacheJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All blocks are committed by then: nothing is missing but the attribute."""
 
@@ -344,44 +288,17 @@ def test_a_run_that_ended_before_it_declared_the_fidelity_is_completed_by_the_ne
         raise KeyboardInterrupt
 
     for views in (1, 2):  # made, and appended to
+        job = resized(tiny_job, 60, 20, views=views)
         with monkeypatch.context() as patch:
             patch.setattr(LogitCache, "write_fidelity", killed)
             with pytest.raises(KeyboardInterrupt):
-                run(cache_config, tmp_path / "c.zarr", digits, views=views)
+                cache_teacher(job, tmp_path / "c.zarr")
 
-        assert run(cache_config, tmp_path / "c.zarr", digits, views=views).computed_blocks == 0
+        assert cache_teacher(job, tmp_path / "c.zarr").computed_blocks == 0
 
         fidelity = LogitCache.open(tmp_path / "c.zarr").fidelity
         assert fidelity is not None
-        assert fidelity.rows == views * 1000
-
-
-@pytest.mark.parametrize(
-    "at",
-    [
-        pytest.param("logits/zarr.json", id="metadata"),
-        pytest.param("prediction/c/0/1", id="shard"),
-        pytest.param("commits/logits/v00000/b00002.json", id="record"),
-        pytest.param("commits/logits/v00000.json", id="compaction"),
-        pytest.param("eval_logits/c/0/0", id="test-split"),
-    ],
-)
-def test_a_disk_that_is_full_at_any_write_is_told(
-    cache_config: CacheConfig,
-    digits: Splits,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    at: str,
-) -> None:
-    async def full(store: LocalStore, key: str, *arguments: Any, **options: Any) -> None:
-        if key == at:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        await put(store, key, *arguments, **options)
-
-    put = LocalStore.set
-    monkeypatch.setattr(LocalStore, "set", full)
-    with pytest.raises(CacheError, match="No space left on device"):
-        run(cache_config, tmp_path / "c.zarr", digits, views=1)
+        assert fidelity.rows == views * 60
 
 
 def test_a_view_that_was_forgotten_is_computed_again(
@@ -494,7 +411,6 @@ def test_another_encoding_is_refused(
         pytest.param({"augment": "none", "views": 2}, ViewError, "1 distinct", id="plain-view"),
         pytest.param({"views": 0}, ConfigError, "views must be positive, was 0", id="no-views"),
         pytest.param({"views": -3}, ConfigError, "views must be positive, was -3", id="negative"),
-        pytest.param({"batch_size": 0}, ConfigError, "batch_size must be positive", id="batch"),
         pytest.param({"block_rows": 0}, ConfigError, "block_rows must be positive", id="block"),
         pytest.param({"encoding": "jpeg"}, CacheError, "unknown encoding 'jpeg'", id="encoding"),
         pytest.param({"augment": "pad-crap"}, ViewError, "pad-crap", id="policy"),
@@ -514,56 +430,25 @@ def test_settings_that_cannot_be_run(
     assert not LogitCache.exists(tmp_path / "c.zarr")
 
 
-def test_all_views_of_a_policy_can_be_cached(
-    cache_config: CacheConfig, digits: Splits, tmp_path: Path
-) -> None:
-    changes = {"views": 9, "augment": "pad-crop:pad=1", "block_rows": 1000}
-    summary = run(cache_config, tmp_path / "c", digits, **changes)
+def test_all_views_of_a_policy_can_be_cached(tiny_job: CacheJob, tmp_path: Path) -> None:
+    job = resized(tiny_job, 60, 20, views=9, augment="pad-crop:pad=1", block_rows=60)
 
-    assert summary.views == 9
+    assert cache_teacher(job, tmp_path / "c").views == 9
 
 
-@pytest.mark.parametrize("make", ["file", "folder"])
-def test_something_else_at_out_is_left_alone(
-    cache_config: CacheConfig, digits: Splits, tmp_path: Path, make: str
-) -> None:
-    out = tmp_path / "precious"
-    note = out if make == "file" else out / "note.txt"
-    note.parent.mkdir(exist_ok=True)
-    note.write_text("keep me")
-
-    with pytest.raises(CacheError):
-        run(cache_config, out, digits)
-    assert note.read_text() == "keep me"
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [note]
-
-
-def test_somebodys_zarr_group_at_out_is_left_alone(
-    cache_config: CacheConfig, digits: Splits, tmp_path: Path
-) -> None:
+def test_something_else_at_out_is_left_alone(tiny_job: CacheJob, tmp_path: Path) -> None:
+    """Of what it can be, tests/cache/test_store.py has more."""
     group = zarr.create_group(tmp_path / "theirs.zarr", zarr_format=3)
     group.create_array("temperature", shape=(3,), dtype="float32")[:] = 1
     half = tmp_path / f"theirs.zarr/temperature/c/1.{uuid4().hex}.partial"
     half.write_bytes(b"being written")
-    before = mtimes(tmp_path / "theirs.zarr")
+    (tmp_path / "note.txt").write_text("keep me")
+    before = mtimes(tmp_path)
 
-    with pytest.raises(CacheError, match="not a teacher-logit cache"):
-        run(cache_config, tmp_path / "theirs.zarr", digits, views=1)
-    assert mtimes(tmp_path / "theirs.zarr") == before
-
-
-def test_somebodys_partial_downloads_are_left_alone(
-    cache_config: CacheConfig, digits: Splits, tmp_path: Path
-) -> None:
-    film = tmp_path / "downloads" / "film.mkv.partial"
-    film.parent.mkdir()
-    film.write_text("half a film")
-    before = mtimes(film.parent)
-
-    with pytest.raises(CacheError):
-        run(cache_config, film.parent, digits, views=1)
-    assert film.read_text() == "half a film"
-    assert mtimes(film.parent) == before
+    for out in ("theirs.zarr", "note.txt", "."):
+        with pytest.raises(CacheError):
+            cache_teacher(tiny_job, tmp_path / out)
+    assert mtimes(tmp_path) == before
 
 
 def test_what_a_killed_writer_left_half_written_is_removed_and_nothing_else(
@@ -579,17 +464,14 @@ def test_what_a_killed_writer_left_half_written_is_removed_and_nothing_else(
     assert {path for path in cache_copy.rglob("*") if path.is_file()} == files
 
 
-def test_whole_numbers_will_do_as_a_normalisation(
-    cache_config: CacheConfig, digits: Splits, tmp_path: Path
-) -> None:
-    teacher = TeacherSettings(weights=cache_config.teacher.weights, mean=(0,), std=(1,))
-    config = msgspec.structs.replace(cache_config, teacher=teacher)
+def test_whole_numbers_will_do_as_a_normalisation(tiny_job: CacheJob, tmp_path: Path) -> None:
+    teacher = TeacherSettings(weights=tiny_job.config.teacher.weights, mean=(0,), std=(1,))
+    job = resized(tiny_job, 60, 20, teacher=teacher)
 
-    for computed in (BLOCKS_PER_VIEW, 0):
-        summary = run(cache_config, tmp_path / "c.zarr", digits, views=1, teacher=teacher)
-        assert summary.computed_blocks == computed
+    for computed in (4, 0):
+        assert cache_teacher(job, tmp_path / "c.zarr").computed_blocks == computed
     identity = LogitCache.open(tmp_path / "c.zarr").identity
-    assert identity == prepare(config, digits).identity
+    assert identity == job.identity
     assert (identity.teacher.mean, identity.teacher.std) == ((0.0,), (1.0,))
     assert {type(x) for x in (*identity.teacher.mean, *identity.teacher.std)} == {float}
 

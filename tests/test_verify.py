@@ -25,7 +25,7 @@ from damage import (
     same_content,
     tree,
 )
-from helpers import Words, first
+from helpers import Words, first, resized
 from safetensors.torch import load_file, save_file
 from zarr.storage import LocalStore
 
@@ -87,17 +87,11 @@ def test_a_finished_cache_has_no_fault_and_every_block_is_looked_at(small_cache:
     assert words.done[-1] == 1
 
 
-def test_a_cache_without_rectifications_has_no_fault(finished_cache: Path) -> None:
-    assert verify(finished_cache).faults == []
-
-
 @pytest.mark.parametrize(
     ("method", "materialise"),
     [
         pytest.param("swap", True, id="swap-whole-rows"),
-        pytest.param("blend", False, id="blend-two-entries"),
-        pytest.param("swap", False, id="swap-two-entries", marks=pytest.mark.slow),
-        pytest.param("blend", True, id="blend-whole-rows", marks=pytest.mark.slow),
+        pytest.param("blend", False, id="blend-two-entries", marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_of_rectification_holds(
@@ -128,20 +122,14 @@ def test_verify_writes_nothing(
 # ---- bytes ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("flips", "seed"),
-    [
-        pytest.param(20, 0, id="20"),
-        pytest.param(1000, 1, id="1000", marks=pytest.mark.slow),
-    ],
-)
-def test_any_flipped_byte_is_found_and_never_read(small_copy: Path, flips: int, seed: int) -> None:
+def test_any_flipped_byte_is_found_and_never_read(small_copy: Path) -> None:
     contents, truth = tree(small_copy), everything(small_copy)
-    kinds, draw = by_kind(list(contents)), random.Random(seed)
+    kinds, draw = by_kind(list(contents)), random.Random(1)
     draw.shuffle(kinds)
     missed, read = [], []
-    for number in range(flips):
+    for number in range(500):
         key = draw.choice(kinds[number % len(kinds)])
         at, mask = draw.randrange(len(contents[key])), draw.randrange(1, 256)
         with harmed(small_copy / key, flipped(contents[key], at, mask)):
@@ -335,13 +323,6 @@ def test_rectified_values_that_do_not_follow_from_the_rows_are_found(
     assert fault.what == f"{array} is not what the rows give"
 
 
-def test_rectified_values_that_are_written_again_are_no_fault(small_copy: Path) -> None:
-    for array in ("label_logit", "predicted_logit", "wrong"):
-        written_by_hand(small_copy, array, lambda values: values)
-
-    assert verify(small_copy).faults == []
-
-
 def test_statistics_that_do_not_follow_from_the_rows_are_found(small_copy: Path) -> None:
     part = "rectified/pairwise-T4"
     edit_record(small_copy, 1, lambda record: record["statistics"].update(wrong=0), 0, part)
@@ -409,15 +390,17 @@ def test_a_root_document_that_is_gone_is_told_apart_from_no_cache(small_copy: Pa
 @pytest.mark.parametrize(
     "encoding",
     [
-        *("uint8", "topk:k=3"),
-        *(pytest.param(e, marks=pytest.mark.slow) for e in ("float32", "float16", "klt")),
+        "uint8",
+        *(
+            pytest.param(e, marks=pytest.mark.slow)
+            for e in ("float32", "float16", "klt", "topk:k=3")
+        ),
     ],
 )
 def test_the_right_teacher_says_what_the_cache_says(
     small_job: CacheJob, tmp_path: Path, encoding: str
 ) -> None:
-    config = msgspec.structs.replace(small_job.config, encoding=encoding, views=1)
-    job = dataclasses.replace(small_job, config=config)
+    job = resized(small_job, 60, 20, encoding=encoding, views=1, block_rows=60)
     cache_teacher(job, tmp_path / "c.zarr")
 
     assert verify(tmp_path / "c.zarr").faults == []
@@ -471,16 +454,13 @@ def test_what_another_teacher_says_is_another_thing(
     assert "mean KL" in fault.what
 
 
-@pytest.mark.parametrize("encoding", ["float32", pytest.param("klt", marks=pytest.mark.slow)])
 def test_rows_in_another_order_are_found_by_the_teacher_alone(
-    small_job: CacheJob, tmp_path: Path, encoding: str
+    tiny_job: CacheJob, tmp_path: Path
 ) -> None:
-    config = msgspec.structs.replace(small_job.config, encoding=encoding)
-    job = dataclasses.replace(small_job, config=config)
-    cache_teacher(job, tmp_path / "c.zarr")
+    cache_teacher(tiny_job, tmp_path / "c.zarr")
     cache = LogitCache.open(tmp_path / "c.zarr", writable=True)
-    for view in range(VIEWS):
-        for block in range(BLOCKS):
+    for view in range(2):
+        for block in range(2):
             rows = cache.read_block(view, block)
             order = torch.randperm(len(rows.labels), generator=torch.Generator().manual_seed(1))
             record = {"device": "abacus"}
@@ -489,7 +469,7 @@ def test_rows_in_another_order_are_found_by_the_teacher_alone(
     cache.write_fidelity()
 
     assert verify(tmp_path / "c.zarr").faults == []  # every byte is what its record says
-    (fault,) = verify_live(LogitCache.open(tmp_path / "c.zarr"), job, 100)
+    (fault,) = verify_live(LogitCache.open(tmp_path / "c.zarr"), tiny_job, 100)
     assert fault.where == "live teacher"
 
 

@@ -24,9 +24,13 @@ from pathlib import Path
 import dask  # noqa: F401  imported before the forks, for their speed
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers import DIGITS, first
+
 from stages.cache_teacher import cache_teacher, prepare
+from stages.data import Splits, load_data
 from stages.rectify import rectify
-from stages.settings import CacheConfig, DataSettings, RectifyConfig, TeacherSettings
+from stages.settings import CacheConfig, RectifyConfig, TeacherSettings
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -110,16 +114,17 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     config = CacheConfig(
-        data=DataSettings(dataset="digits", workers=0),
+        data=DIGITS,
         teacher=TeacherSettings(weights=run),
         views=2,
         augment="pad-crop:pad=2",
         encoding=encoding,
-        block_rows=150,  # 7 blocks a view
+        block_rows=30,  # 7 blocks a view
         batch_size=64,
         device="cpu",
     )
-    job = prepare(config)
+    digits = load_data(DIGITS)
+    job = prepare(config, Splits(first(digits.train, 200), first(digits.test, 20)))
     cached = out / "cache" / "undisturbed"
 
     def rectified(store: Path) -> Callable[[], object]:

@@ -256,6 +256,7 @@ SEALED: dict[str, Change] = {
     "identity-as-text": lambda a: a.update(identity="mine"),
     "identity-without-dataset": drop("identity", "dataset"),
     "identity-digest-as-number": lambda a: a.update(identity_digest=1),
+    "no-identity-digest": drop("identity_digest"),
     "no-encoding": drop("encoding"),
     "no-encoding-name": drop("encoding", "name"),
     "no-encoding-parameters": drop("encoding", "parameters"),

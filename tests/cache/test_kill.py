@@ -34,8 +34,7 @@ def blocks_of(store: dict[str, bytes]) -> set[str]:
 @pytest.mark.parametrize(
     ("encoding", "cache_kills", "rectify_kills"),
     [
-        pytest.param("float32", 6, 3, id="a-few"),
-        pytest.param("klt", 4, 1, id="klt"),
+        pytest.param("float32", 1, 1, id="a-few"),
         pytest.param("float32", 50, 50, id="many", marks=pytest.mark.slow),
         pytest.param("klt", 50, 50, id="klt-many", marks=pytest.mark.slow),
     ],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.console import Console
 from pipeline.tables import show_cache
-from stages.cache import LogitCache, commits, metadata
+from stages.cache import LogitCache, metadata
 from stages.cache.commits import unsealed
 from stages.cache.encoding.floats import Float32
 from stages.cache.identity import DatasetIdentity, Identity, TeacherIdentity, ViewsIdentity
@@ -160,39 +160,35 @@ def test_blocks_can_be_written_in_any_order_and_again(path: Path, tmp_path: Path
         assert torch.equal(LogitCache.open(cache.path).distribution(view), expected)
 
 
-READS: dict[str, Callable[[LogitCache], object]] = {
-    "view": lambda cache: cache.read_view(0),
-    "block": lambda cache: cache.read_block(0, 1),
-    "distribution": lambda cache: cache.distribution(0),
-    "top1": lambda cache: cache.top1(0),
-    "untouched-view": lambda cache: cache.read_view(1),
-    "untouched-block": lambda cache: cache.read_block(1, 0),
-    "test-split": lambda cache: cache.eval_logits(),
-}
+READS: list[Callable[[LogitCache], object]] = [
+    *(lambda cache: cache.read_view(0), lambda cache: cache.read_block(0, 1)),
+    *(lambda cache: cache.distribution(0), lambda cache: cache.top1(0)),
+    *(lambda cache: cache.read_view(1), lambda cache: cache.read_block(1, 0)),
+    lambda cache: cache.eval_logits(),
+]
 
 
-@pytest.mark.parametrize("read", READS.values(), ids=READS)
-@pytest.mark.parametrize("reopened", [True, False], ids=["reopened", "same"])
-def test_what_is_not_committed_is_never_read(
-    tmp_path: Path, read: Callable[[LogitCache], object], reopened: bool
-) -> None:
+def test_what_is_not_committed_is_never_read(tmp_path: Path) -> None:
     cache = create(tmp_path / "partial.zarr")
     write(cache, 0, 0, 2)
     # block 1 of view 0 is written, but its record never was: a kill in between
     array = zarr.open_group(cache.path, mode="r+")["logits"]
     assert isinstance(array, zarr.Array)
     array[0, 4:8] = np.ones((4, CLASSES), np.float32)
-    cache = LogitCache.open(cache.path) if reopened else cache
 
-    with pytest.raises(CacheError, match=r"not complete|is not there|no logits of the test split"):
-        read(cache)
-    assert torch.equal(cache.read_block(0, 2).logits, logits_of_view(0)[ORDER[8:]])
+    for found in (cache, LogitCache.open(cache.path)):
+        for read in READS:
+            with pytest.raises(
+                CacheError, match=r"not complete|is not there|no logits of the test"
+            ):
+                read(found)
+        assert torch.equal(found.read_block(0, 2).logits, logits_of_view(0)[ORDER[8:]])
 
 
-@pytest.mark.parametrize("view", [-1, 2, 1000])
-def test_views_outside_the_cache_are_refused(path: Path, view: int) -> None:
-    with pytest.raises(CacheError, match=f"views 0 to 1, not {view}"):
-        LogitCache.open(path).read_view(view)
+def test_views_outside_the_cache_are_refused(path: Path) -> None:
+    for view in (-1, 2, 1000):
+        with pytest.raises(CacheError, match=f"views 0 to 1, not {view}"):
+            LogitCache.open(path).read_view(view)
 
 
 def test_a_record_that_is_removed_takes_its_block_away(path: Path) -> None:
@@ -213,38 +209,17 @@ def flip(file: Path, position: int) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["logits/c/1/0/0", "prediction/c/1/2"])
-def test_any_flipped_byte_of_a_shard_is_noticed(path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["logits/c/1/0/0", "label/c/0"])
+def test_any_flipped_byte_of_a_shard_or_array_is_noticed(path: Path, name: str) -> None:
     file = path / name
     intact, cache = file.read_bytes(), LogitCache.open(path)
     for position in range(len(intact)):
         flip(file, position)
         with pytest.raises(CacheError, match="damaged"):
-            cache.read_view(1)
+            cache.read_view(1) if "logits" in name else LogitCache.open(path)
         file.write_bytes(intact)
 
     assert torch.equal(LogitCache.open(path).read_view(1).rows(ORDER), logits_of_view(1)[ORDER])
-
-
-@pytest.mark.parametrize(
-    ("name", "read"),
-    [
-        pytest.param("label/c/0", lambda c: c.labels, id="label"),
-        pytest.param("dataset_index/c/0", lambda c: c.read_view(0), id="dataset_index"),
-        pytest.param("eval_logits/c/0/0", lambda c: c.eval_logits(), id="eval_logits"),
-        pytest.param("eval_label/c/0", lambda c: c.eval_logits(), id="eval_label"),
-    ],
-)
-def test_any_flipped_byte_of_a_whole_array_is_noticed(
-    path: Path, name: str, read: Callable[[LogitCache], object]
-) -> None:
-    file = path / name
-    intact = file.read_bytes()
-    for position in range(len(intact)):
-        flip(file, position)
-        with pytest.raises(CacheError, match="damaged"):
-            read(LogitCache.open(path))
-        file.write_bytes(intact)
 
 
 OBJECTS: dict[str, Callable[[LogitCache], object]] = {
@@ -256,7 +231,7 @@ OBJECTS: dict[str, Callable[[LogitCache], object]] = {
 
 
 @pytest.mark.parametrize(("name", "read"), OBJECTS.items())
-@pytest.mark.parametrize("kept", [0, 1, 20, -1], ids=["nothing", "one", "twenty", "all-but-one"])
+@pytest.mark.parametrize("kept", [0, -1], ids=["nothing", "all-but-one"])
 def test_a_cut_off_object_is_noticed(
     path: Path, name: str, read: Callable[[LogitCache], object], kept: int
 ) -> None:
@@ -281,17 +256,10 @@ def test_a_committed_object_that_is_gone_is_noticed(
     assert torch.equal(LogitCache.open(path).read_view(0).rows(ORDER), logits_of_view(0)[ORDER])
 
 
-def test_a_block_whose_neighbour_is_gone_can_be_read(path: Path) -> None:
-    (path / "logits/c/1/0/0").unlink()
-    cache = LogitCache.open(path)
-
-    assert torch.equal(cache.read_block(1, 1).logits, logits_of_view(1)[ORDER[4:8]])
-    with pytest.raises(CacheError, match="logits/c/1/0/0"):
-        cache.read_block(1, 0)
-
-
-@pytest.mark.parametrize("name", ["logits/c/1/2/0", "prediction/c/1/2"])
-@pytest.mark.parametrize("harm", ["gone", "empty", "zeros"])
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [("logits/c/1/2/0", "gone"), ("prediction/c/1/2", "empty"), ("logits/c/1/2/0", "zeros")],
+)
 def test_a_damaged_shard_can_be_written_again(path: Path, name: str, harm: str) -> None:
     file = path / name
     intact = file.read_bytes()
@@ -306,8 +274,9 @@ def test_a_damaged_shard_can_be_written_again(path: Path, name: str, harm: str) 
     assert torch.equal(LogitCache.open(path).read_view(1).rows(ORDER), logits_of_view(1)[ORDER])
 
 
-@pytest.mark.parametrize("harm", ["gone", "empty"])
-@pytest.mark.parametrize("name", ["label", "dataset_index", "eval_label"])
+@pytest.mark.parametrize(
+    ("name", "harm"), [("label", "gone"), ("dataset_index", "empty"), ("eval_label", "gone")]
+)
 def test_the_only_chunk_of_an_array_that_is_gone_is_noticed(
     path: Path, name: str, harm: str
 ) -> None:
@@ -319,9 +288,12 @@ def test_the_only_chunk_of_an_array_that_is_gone_is_noticed(
         LogitCache.open(path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"zarr_format": 3}'])
 @pytest.mark.parametrize(
-    "name", ["logits", "label", "dataset_index", "prediction", "eval_logits", "eval_label"]
+    ("name", "content"),
+    [
+        *(("logits", ""), ("label", "{"), ("dataset_index", "[]"), ("prediction", "{}")),
+        *(("eval_logits", '{"zarr_format": 3}'), ("eval_label", "")),
+    ],
 )
 def test_a_damaged_metadata_document_is_told(path: Path, name: str, content: str) -> None:
     (path / name / "zarr.json").write_text(content)
@@ -384,18 +356,6 @@ def test_the_root_attributes_have_an_equal_copy(path: Path) -> None:
     assert copied() == json.loads((path / "zarr.json").read_text())["attributes"]
     assert copied() == sealed(copied())
     assert LogitCache.open(path).fidelity is not None
-
-
-def test_views_can_be_counted_while_another_process_compacts(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def listed_before_compaction(store: Any, prefix: str) -> list[str]:
-        return [*list_objects(store, prefix), f"{prefix}v00000/b00000.json"]
-
-    list_objects = commits.list_objects
-    monkeypatch.setattr(commits, "list_objects", listed_before_compaction)
-
-    assert LogitCache.open(path).complete_views == [0, 1]
 
 
 # ---- opening --------------------------------------------------------------------------------
@@ -477,40 +437,18 @@ NOT_A_CACHE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unfinished": (by_hand(only(UNFINISHED)), "never finished"),
     "no-attributes": (attributes(dict.clear), "not a teacher-logit cache"),
     "marked-and-more": (attributes(lambda a: a.update(unfinished=True, version=None)), "version"),
-    "newer": (attributes(lambda a: a.update(version=2)), "format version 2.*reads 1"),
-    "no-version": (attributes(lambda a: a.pop("version")), "format version None"),
-    "other-format": (attributes(lambda a: a.update(format="x")), "not a teacher-logit cache"),
     "identity-edited": (
         attributes(lambda a: a["identity"]["dataset"].update(labels="12")),
         "identity does not match its digest",
     ),
     "digest-edited": (attributes(lambda a: a.update(identity_digest="12")), "match its digest"),
-    "no-digest": (attributes(lambda a: a.pop("identity_digest")), "damaged.*`identity_digest`"),
     "identity-incomplete": (attributes(lambda a: a["identity"].pop("views")), "not readable"),
-    "no-identity": (attributes(lambda a: a.pop("identity")), "damaged.*`identity`"),
-    "no-probes": (attributes(lambda a: a.pop("pixel_probes")), "damaged.*`pixel_probes`"),
-    "no-encoding": (attributes(lambda a: a.pop("encoding")), "damaged.*`encoding`"),
-    "no-provenance": (attributes(lambda a: a.pop("provenance")), "damaged.*`provenance`"),
     "identity-a-list": (attributes(lambda a: a.update(identity=[])), r"damaged.*\$\.identity"),
-    "digest-a-number": (
-        attributes(lambda a: a.update(identity_digest=7)),
-        r"damaged.*\$\.identity_digest",
-    ),
-    "encoding-a-word": (
-        attributes(lambda a: a.update(encoding="float32")),
-        r"damaged.*\$\.encoding",
-    ),
-    "encoding-nameless": (attributes(lambda a: a["encoding"].clear()), r"damaged.*`name`"),
     "provenance-null": (attributes(lambda a: a.update(provenance=None)), r"damaged.*provenance"),
-    "probes-a-word": (
-        attributes(lambda a: a.update(pixel_probes="12")),
-        r"damaged.*\$\.pixel_probes",
-    ),
     "probe-a-word": (
         attributes(lambda a: a["pixel_probes"].append("12")),
         r"damaged.*\$\.pixel_probes",
     ),
-    "unknown-encoding": (attributes(lambda a: a["encoding"].update(name="jpeg")), "jpeg"),
     "no-predictions": (lambda p: shutil.rmtree(p / "prediction"), "'prediction' is missing"),
     "other-digest": (by_hand(lambda a: a.update(digest="00")), "digest is another"),
     "no-seal": (by_hand(lambda a: a.pop("digest")), "digest is another"),
@@ -675,7 +613,7 @@ class Killed(Exception):  # noqa: N818
     """
 
 
-@pytest.mark.parametrize("stop_at", range(1, 9))
+@pytest.mark.parametrize("stop_at", [1, 4, 8])
 def test_a_create_killed_while_it_removed_what_another_left_is_replaced(
     path: Path,
     tmp_path: Path,
@@ -824,7 +762,7 @@ def test_growing_keeps_what_is_there_and_is_safe_to_repeat(
     assert torch.equal(cache.read_view(4).rows(ORDER), logits_of_view(4)[ORDER])
 
 
-@pytest.mark.parametrize("stop_at", range(1, 6))
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
 def test_a_kill_while_growing_is_mended_by_growing_again(
     path: Path,
     tmp_path: Path,

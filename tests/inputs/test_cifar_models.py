@@ -50,19 +50,8 @@ ALIASES = {
     "resnet34_cifar": "ResNet34",
 }
 UNKNOWN = ["", "resnet50", "resnet18", "resnet21", "VGG8", "vgg13_bn", "resnet9_w", "resnet9_w0"]
-UNKNOWN += [
-    "cifar_",
-    "cifar_resnet21",
-    "cifar",
-    "wrn-41-2",
-    "resnet9_w08",
-    "wrn",
-    "wrn_17_2",
-    "wrn_4_2",
-    "wrn_16_0",
-    "wrn_16_02",
-    "wrn_16_2 ",
-]
+UNKNOWN += ["cifar_", "cifar_resnet21", "cifar", "wrn-41-2", "resnet9_w08", "wrn", "wrn_17_2"]
+UNKNOWN += ["wrn_4_2", "wrn_16_0", "wrn_16_02", "wrn_16_2 "]
 KEYS = {
     "resnet8x4": {
         "conv1.weight": (32, 3, 3, 3),
@@ -203,27 +192,15 @@ def maps(model: nn.Module, image: Tensor, names: list[str]) -> dict[str, Tensor]
     return seen
 
 
-NAMES = [name for name in cifar_model_names() if name != "wrn_28_10"]
-
-
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
-    ("name", "channels"),
-    [*((name, 3) for name in NAMES), *((name, 1) for name in [*FAMILIES, "resnet9_w8"])],
+    "name", [*FAMILIES, "resnet20", "ResNet18", "vgg13", "wrn_10_3", "resnet9_w1", "resnet9_w8"]
 )
 def test_logits(name: str, channels: int) -> None:
-    model = build(name, channels)
-    size = [8, 32] if name.startswith(("resnet", "wrn")) else [32]
-    for side in size:
-        with torch.no_grad():
-            logits = model(torch.randn(2, channels, side, side))
-        assert logits.shape == (2, 100)
-        assert logits.isfinite().all()
-
-
-@pytest.mark.parametrize("name", ["resnet8x4", "wrn_16_1", "wrn_10_3", "vgg8", "resnet9_w1"])
-def test_other_names_and_sides(name: str) -> None:
-    with torch.no_grad():
-        assert cifar_model(name, 7).eval()(torch.randn(1, 3, 64, 64)).shape == (1, 7)
+    with torch.device("meta"):
+        model = cifar_model(name, 100, channels).eval()
+        for side in [8, 32, 64] if name.startswith(("resnet", "wrn")) else [32, 64]:
+            assert model(torch.empty(2, channels, side, side)).shape == (2, 100)
 
 
 @pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
