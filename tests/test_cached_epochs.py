@@ -143,3 +143,11 @@ def test_an_unfinished_cache_is_refused_at_once(cache_copy: Path) -> None:
         CachedDataset(cache_copy, "digits")
     dataset = CachedDataset(cache_copy, "digits", views=3)
     assert len(CachedEpochs(dataset, device="cpu").epoch(0))
+
+
+def test_a_dataset_object_has_no_test_split_to_show(finished_cache: Path, digits: Splits) -> None:
+    images = [
+        (image, int(y)) for image, y in zip(digits.train.images, digits.train.labels, strict=True)
+    ]
+    with pytest.raises(ConfigError):
+        CachedEpochs(CachedDataset(finished_cache, images), device="cpu")

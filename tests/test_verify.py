@@ -39,6 +39,7 @@ from stages.errors import CacheError, IdentityError
 from stages.inputs.datasets import ImageDataset
 from stages.rectify import rectify
 from stages.repair import check_teacher, recorded_job
+from stages.reporting import Silent
 from stages.settings import CacheConfig, RectifyConfig, TeacherSettings
 from stages.verify import Fault, verify, verify_live, verify_pixels
 
@@ -407,12 +408,25 @@ def test_the_right_teacher_says_what_the_cache_says(
     assert verify_live(LogitCache.open(tmp_path / "c.zarr"), job, 100) == []
 
 
+class Heard(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
 def test_other_batches_are_no_other_teacher(small_cache: Path, small_job: CacheJob) -> None:
     config = msgspec.structs.replace(small_job.config, batch_size=7)
 
     job = dataclasses.replace(small_job, config=config)
 
-    assert verify_live(LogitCache.open(small_cache), job, 40, seed=3) == []
+    heard = Heard()
+    assert verify_live(LogitCache.open(small_cache), job, 40, seed=3, reporter=heard) == []
+    (line,) = heard.lines
+    assert "40 rows" in line
 
 
 @pytest.fixture(scope="module")
