@@ -91,6 +91,14 @@ def finished_cache(
     return path
 
 
+@pytest.fixture(scope="session")
+def rectified_cache(tmp_path_factory: pytest.TempPathFactory, finished_cache: Path) -> Path:
+    """The same with the rectification pairwise-T4. Read only."""
+    path = Path(shutil.copytree(finished_cache, tmp_path_factory.mktemp("cache") / "digits.zarr"))
+    rectify(path, RectifyConfig())
+    return path
+
+
 @pytest.fixture
 def cache_copy(finished_cache: Path, tmp_path: Path) -> Path:
     """A complete cache of one's own."""

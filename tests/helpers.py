@@ -4,7 +4,11 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,15 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.cache_teacher import CacheJob, prepare
 from stages.data import Splits
+from pipeline.cli import main
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.probes import pixel_probes
-from stages.settings import DataSettings
+from stages.reporting import Silent
+from stages.settings import DataSettings, ModelSettings, StudentConfig, TrainSettings
 from stages.training.run_directory import RunDirectory
 
 SHARED_DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -32,6 +38,11 @@ RUN_FILES = {
     "model.safetensors",
     "summary.json",
 }
+
+
+def plain(num_classes: int) -> nn.Module:
+    """The smallest student, of any input size: `helpers:plain`."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, num_classes))
 
 
 class Words:
@@ -52,6 +63,64 @@ class Words:
     ) -> None: ...
 
 
+class AtBatch(Silent):
+    """Does something at the n-th batch."""
+
+    def __init__(self, batches: int, act: Callable[[], object]) -> None:
+        self.left, self.act = batches, act
+
+    def progress(self, task: str, done: float, total: float, unit: str) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@dataclass
+class Answer:
+    """What a command has left. text: all it said, without the line breaks of tables."""
+
+    code: int | str | None
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return " ".join((self.out + self.err).split())
+
+
+def answer_to(
+    words: Sequence[str], patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Answer:
+    """Run `pipeline` with these words in this process, to the end that the interpreter gives it."""
+    patch.setattr(sys, "path", [*sys.path])
+    patch.setattr(sys, "argv", ["pipeline", *words])
+    code: int | str | None = 0
+    try:
+        main()
+    except SystemExit as left:
+        code = left.code or 0
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    return Answer(code, *capsys.readouterr())
+
+
+def student_of(cache: str | Path, **changes: Any) -> StudentConfig:
+    """Two epochs of a small student of the digits; keyword arguments replace whole sections."""
+    config = StudentConfig(
+        cache=str(cache),
+        data=DIGITS,
+        model=ModelSettings(architecture="helpers:plain"),
+        train=TrainSettings(epochs=2, batch_size=100, lr=0.05),
+        device="cpu",
+    )
+    return msgspec.structs.replace(config, **changes)
+
+
 def first(dataset: ImageDataset, size: int) -> ImageDataset:
     """The first `size` images of a dataset that is held in memory."""
     assert dataset.images is not None
@@ -68,6 +137,12 @@ def resized(job: CacheJob, train: int, test: int, **changes: Any) -> CacheJob:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """A run's epochs, as metrics.jsonl has them."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(run: Path) -> list[dict[str, Any]]:
+    """The same without what no two runs have in common."""
+    times = {"seconds", "wait_seconds", "images_per_second"}
+    return [{key: line[key] for key in line if key not in times} for line in metrics(run)]
 
 
 def weights(run: Path) -> dict[str, Tensor]:

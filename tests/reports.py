@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from pipeline.report import write_report
+
 VOID = {"img", "meta"}
 
 
@@ -71,6 +73,12 @@ def parse(page: Path) -> Element:
     tree.close()
     assert len(tree._open) == 1
     return tree.root
+
+
+def page_of(*paths: Path, out: str = "report.html") -> Element:
+    """The report on these paths, written beside the first."""
+    file = write_report([str(path) for path in paths], str(paths[0].parent / out))
+    return parse(file)
 
 
 def epoch(number: int, top1: float, **more: float) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Epochs for loops of one's own, against the cache, the policy and what train-student trains."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,21 +13,12 @@ from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, ConfigError, DatasetError, IdentityError, PipelineError
 from stages.inputs.views import view_policy
-from stages.rectify import rectify
-from stages.settings import CacheConfig, DataSettings, RectifyConfig, TeacherSettings
+from stages.settings import CacheConfig, DataSettings, TeacherSettings
 
 
 @pytest.fixture(scope="module")
 def my_epochs(finished_cache: Path) -> CachedEpochs:
     return CachedEpochs(CachedDataset(finished_cache, DIGITS), batch_size=128, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def my_rectified(finished_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("rectified") / "digits.zarr"
-    shutil.copytree(finished_cache, copy)
-    rectify(copy, RectifyConfig())
-    return copy
 
 
 def test_batches_hold_the_pixels_and_rows_of_one_view(
@@ -66,9 +56,9 @@ def test_an_epoch_may_be_gone_through_again(my_epochs: CachedEpochs) -> None:
         assert torch.equal(one.images, other.images)
 
 
-def test_rectified_rows(my_rectified: Path) -> None:
-    epochs = CachedEpochs(CachedDataset(my_rectified, DIGITS, "pairwise-T4"), device="cpu")
-    plain = CachedEpochs(CachedDataset(my_rectified, DIGITS), device="cpu")
+def test_rectified_rows(rectified_cache: Path) -> None:
+    epochs = CachedEpochs(CachedDataset(rectified_cache, DIGITS, "pairwise-T4"), device="cpu")
+    plain = CachedEpochs(CachedDataset(rectified_cache, DIGITS), device="cpu")
     for batch, before in zip(epochs.epoch(0), plain.epoch(0), strict=True):
         changed = (batch.teacher_logits != before.teacher_logits).any(1)
         assert torch.equal(changed, batch.wrong)
@@ -87,7 +77,8 @@ def test_the_test_split_is_clean_and_whole(my_epochs: CachedEpochs, digits: Spli
     assert len(list(batches)) == len(batches)
 
 
-def test_mixed_views_have_both_labels(teacher_run: Path, digits: Splits, tmp_path: Path) -> None:
+def test_mixed_views_have_both_labels(teacher_run: Path, tmp_path: Path) -> None:
+    """And samples that are held out are not shown."""
     config = CacheConfig(
         data=DIGITS,
         teacher=TeacherSettings(weights=str(teacher_run)),
@@ -95,20 +86,14 @@ def test_mixed_views_have_both_labels(teacher_run: Path, digits: Splits, tmp_pat
         augment="pad-crop:pad=2+mixup",
         device="cpu",
     )
-    cache_teacher(prepare(config, digits), tmp_path / "mixed.zarr")
-    dataset = CachedDataset(tmp_path / "mixed.zarr", DIGITS)
-    batch = next(iter(CachedEpochs(dataset, device="cpu").epoch(0)))
+    cache_teacher(prepare(config), tmp_path / "mixed.zarr")
+    held = DataSettings(dataset="digits", workers=0, val_fraction=0.25)
+    (batch,) = CachedEpochs(CachedDataset(tmp_path / "mixed.zarr", held), 750, device="cpu").epoch(0)
+    assert len(batch.samples.unique()) == len(batch.samples) == 750
     assert batch.partner_labels is not None
     assert batch.shares is not None
     assert batch.partner_labels.shape == batch.shares.shape == batch.labels.shape
     assert bool((batch.shares >= 0.5).all())
-
-
-def test_samples_held_out_are_not_shown(finished_cache: Path) -> None:
-    held = DataSettings(dataset="digits", workers=0, val_fraction=0.25)
-    epochs = CachedEpochs(CachedDataset(finished_cache, held), device="cpu")
-    shown = torch.cat([batch.samples for batch in epochs.epoch(0)])
-    assert len(shown.unique()) == len(shown) == 750
 
 
 def other_digits(split: str) -> list[tuple[Tensor, int]]:
@@ -124,16 +109,15 @@ def other_digits(split: str) -> list[tuple[Tensor, int]]:
         (IdentityError, {"images": "test_cached_epochs:other_digits"}),
         (CacheError, {"rectified": "swap-T4"}),
         (ConfigError, {"views": 4}),
-        (ConfigError, {"views": 0}),
         (PipelineError, {"rectified": "pairwise-T4", "temperature": 2.0}),
     ],
 )
 def test_what_cannot_be(
-    my_rectified: Path, monkeypatch: pytest.MonkeyPatch, kind: type[PipelineError], given: dict
+    rectified_cache: Path, monkeypatch: pytest.MonkeyPatch, kind: type[PipelineError], given: dict
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     with pytest.raises(kind) as refused:
-        CachedDataset(**{"cache": my_rectified, "images": "digits", **given})
+        CachedDataset(**{"cache": rectified_cache, "images": "digits", **given})
     assert len(str(refused.value).splitlines()) <= 3
 
 

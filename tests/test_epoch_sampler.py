@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import DIGITS, weights
+from helpers import DIGITS, student_of, weights
 from torch.utils.data import DataLoader
 
 from stages import CachedDataset, CachedEpochs, EpochSampler
@@ -21,7 +21,7 @@ from stages.errors import ConfigError
 from stages.inputs.feed import ViewFeed
 from stages.inputs.models import build_model
 from stages.objectives.losses import kd
-from stages.settings import ModelSettings, SeedSettings, StudentConfig, TrainSettings
+from stages.settings import SeedSettings, StudentConfig, TrainSettings
 from stages.train_student import student_trainer, train_student
 from stages.training.run_directory import RunDirectory
 
@@ -35,14 +35,8 @@ def my_dataset(finished_cache: Path) -> CachedDataset:
 
 
 def student(cache: Path, seed: int = 0) -> StudentConfig:
-    return StudentConfig(
-        cache=str(cache),
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        train=TrainSettings(epochs=EPOCHS, lr=0.05, batch_size=BATCH, schedule="constant"),
-        seed=SeedSettings(data=seed),
-        device="cpu",
-    )
+    train = TrainSettings(epochs=EPOCHS, lr=0.05, batch_size=BATCH, schedule="constant")
+    return student_of(cache, train=train, seed=SeedSettings(data=seed))
 
 
 def epoch_of(sampler: EpochSampler, epoch: int) -> list[int]:
@@ -65,12 +59,13 @@ def test_a_plain_loop_ends_where_train_student_ends(
         train_student(student(finished_cache, seed=5), tmp_path / "run", splits=digits)
 
     dataset = CachedDataset(finished_cache, digits_of(digits))
+    dataset.transform = dataset.normalise(channels=3)  # as models of the user's own are given them
     sampler = EpochSampler(dataset, seed=5)
     loader = DataLoader(dataset, BATCH, sampler=sampler)
     assert [epoch_of(sampler, epoch) for epoch in range(EPOCHS)] == shown
 
     torch.manual_seed(0)
-    net = place(build_model("resnet8", 10, 1).module, torch.device("cpu"))
+    net = place(build_model("helpers:plain", 10, 1).module, torch.device("cpu"))
     optimizer = torch.optim.SGD(
         net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from helpers import DIGITS, Words, metrics
+from helpers import DIGITS, Words, metrics, student_of
 from torch import Tensor
 
 from pipeline.cli import cli
@@ -30,7 +30,7 @@ from stages.errors import (
 )
 from stages.evaluate import Evaluated, OtherImages, evaluate_run
 from stages.scores import BINS, calibration, class_scores, compare, score
-from stages.settings import ModelSettings, StudentConfig, TrainSettings
+from stages.settings import ModelSettings
 from stages.train_student import train_student
 
 
@@ -39,12 +39,10 @@ def my_student(
     finished_cache: Path, digits: Splits, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A student whose selected epoch need not be its last: samples are held out."""
-    config = StudentConfig(
-        cache=str(finished_cache),
+    config = student_of(
+        finished_cache,
         data=msgspec.structs.replace(DIGITS, val_fraction=0.2),
         model=ModelSettings(architecture="resnet8"),
-        train=TrainSettings(epochs=3, lr=0.05),
-        device="cpu",
     )
     run = tmp_path_factory.mktemp("evaluated") / "student"
     train_student(config, run, splits=digits)
@@ -85,7 +83,7 @@ def probabilities(logits: Tensor) -> list[list[float]]:
     return rows
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+@pytest.mark.parametrize("classes", [2, 10])
 def test_scores_equal_those_of_a_loop(classes: int) -> None:
     logits, _, labels = random_rows(500, classes)
     top1 = top5 = nll = 0.0
@@ -189,25 +187,13 @@ def test_a_student_is_compared_with_its_own_cache(my_student: Path, finished_cac
         found.scores.top1
     )
     assert evaluate_run(my_student, device="cpu", caches=[str(finished_cache)]) == found
-
-
-def test_a_teacher_agrees_with_its_own_cached_logits(
-    teacher_run: Path, finished_cache: Path
-) -> None:
-    assert evaluate_run(teacher_run, device="cpu").comparison is None
-    found = evaluate_run(teacher_run, device="cpu", caches=[str(finished_cache)]).comparison
-    assert found is not None
-    assert found.agreement > 0.995
-    assert 0 <= found.kl < 1e-4  # float16
-
-
-def test_two_caches_are_averaged(my_student: Path, finished_cache: Path) -> None:
-    twice = evaluate_run(my_student, device="cpu", caches=[str(finished_cache)] * 2)
-    once = evaluate_run(my_student, device="cpu")
+    twice = evaluate_run(
+        my_student, device="cpu", batch_size=100, caches=[str(finished_cache)] * 2
+    )  # their mean, in other batches
+    assert twice.scores.nll == pytest.approx(found.scores.nll, rel=1e-4)
     assert twice.comparison is not None
-    assert once.comparison is not None
-    assert twice.comparison.teacher.top1 == once.comparison.teacher.top1
-    assert twice.comparison.kl == pytest.approx(once.comparison.kl, rel=1e-4)
+    assert twice.comparison.teacher.top1 == comparison.teacher.top1
+    assert twice.comparison.kl == pytest.approx(comparison.kl, rel=1e-4)
 
 
 def test_a_cache_of_its_own_that_is_gone_is_said(my_copy: Path) -> None:
@@ -216,11 +202,6 @@ def test_a_cache_of_its_own_that_is_gone_is_said(my_copy: Path) -> None:
     assert evaluate_run(my_copy, device="cpu", reporter=words).comparison is None
     assert any("not compared with the teacher" in line for line in words.lines)
     assert words.done[-1] == 1.0
-
-
-def test_other_batches_give_the_same(my_student: Path) -> None:
-    small = evaluate_run(my_student, device="cpu", batch_size=100)
-    assert small.scores.nll == pytest.approx(evaluate_run(my_student).scores.nll, rel=1e-4)
 
 
 # ---- wrong input ----------------------------------------------------------------------------
@@ -232,16 +213,8 @@ def test_a_cache_of_another_test_split_is_refused(my_student: Path, small_cache:
     assert "--cache" in refused.value.remedy
 
 
-def break_config(run: Path) -> None:
-    (run / "config.yaml").write_text("title: my homepage\n")
-
-
 def unknown_key(run: Path) -> None:
     changed(run, lambda config: config["train"].update(speed=3))
-
-
-def no_weights(run: Path) -> None:
-    (run / "model.safetensors").unlink()
 
 
 def cut_weights(run: Path) -> None:
@@ -253,9 +226,7 @@ def cut_weights(run: Path) -> None:
     ("damage", "kind", "cause"),
     [
         (shutil.rmtree, RunError, "not a run directory"),
-        (break_config, RunError, "not a run directory"),
         (unknown_key, RunError, "speed"),
-        (no_weights, RunError, "no weights yet"),
         (cut_weights, ModelError, "safetensors is damaged"),
     ],
 )
@@ -300,7 +271,7 @@ def test_the_command_shows_and_writes_it(my_student: Path, tmp_path: Path) -> No
     check_json(str(out), Evaluated)  # its own file may be replaced
 
 
-@pytest.mark.parametrize("content", ['{"my": "results"}', "[1, 2]", "no JSON", "\xff"])
+@pytest.mark.parametrize("content", ['{"my": "results"}', "no JSON", "\xff"])
 def test_a_file_of_somebody_else_is_not_replaced(content: str, tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     out.write_text(content, encoding="latin-1")

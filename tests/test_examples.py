@@ -11,7 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {"plain_pytorch": "torch", "lightning_module": "lightning", "timm_loop": "timm"}
 RUN = {
-    "plain_pytorch": "example.train(sys.argv[1], 4)",
+    "plain_pytorch": "example.train(sys.argv[1], 2)",
     "lightning_module": "example.train(sys.argv[1], 4)",
     # The example's own network takes seconds an epoch; old versions of timm have no smaller one.
     "timm_loop": """example.train(
@@ -51,7 +51,14 @@ def test_every_example_is_run_and_described() -> None:
     assert all(f"({name}.py)" in described for name in NEEDS)
 
 
-@pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain_pytorch",
+        pytest.param("lightning_module", marks=pytest.mark.slow),
+        pytest.param("timm_loop", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.usefixtures("path_of_examples")
 def test_example(name: str, finished_cache: Path, tmp_path: Path) -> None:
     needed(name)
@@ -63,6 +70,7 @@ def test_example(name: str, finished_cache: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("path_of_examples")
 def test_lightning_on_two_ranks(
     finished_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

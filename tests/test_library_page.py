@@ -13,7 +13,6 @@ import stages.errors
 from stages import CachedDataset, CachedEpochs, EpochSampler
 from stages.cache.targets import ViewTargets
 from stages.cached_dataset import CachedBatch
-from stages.rectify import RectifyConfig, rectify
 
 PAGE = (Path(__file__).parents[1] / "docs" / "library.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
@@ -30,14 +29,10 @@ def table(section: str, heading: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def objects(
-    finished_cache: Path, tmp_path_factory: pytest.TempPathFactory
+    rectified_cache: Path,
 ) -> dict[str, tuple[Any, dict[str, Any]]]:
     """What each table is about, and what the arguments in it stand for."""
-    import shutil
-
-    path = shutil.copytree(finished_cache, tmp_path_factory.mktemp("page") / "digits.zarr")
-    rectify(path, RectifyConfig())
-    dataset, samples = CachedDataset(path), torch.arange(5)
+    dataset, samples = CachedDataset(rectified_cache), torch.arange(5)
     sampler = EpochSampler(dataset)
     targets = dataset.cache.read_view(0, "pairwise-T4")
     given = {"view": 0, "epoch": 0, "index": 0, "samples": samples, "device": torch.device("cpu")}

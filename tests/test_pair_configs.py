@@ -90,6 +90,6 @@ def test_a_sweep_trains_its_pair_as_published(path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted({name for pair in BETA for name in pair}))
 def test_the_models_exist(name: str) -> None:
-    module = build_model(name, 100, 3).module.eval()
-    with torch.inference_mode():
+    with torch.device("meta"):
+        module = build_model(name, 100, 3).module.eval()
         assert module(torch.zeros(1, 3, 32, 32)).shape == (1, 100)

@@ -2,8 +2,6 @@
 
 import io
 import multiprocessing
-import os
-import signal
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,30 +11,26 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-import yaml
-from click.testing import CliRunner
-from helpers import metrics, remembered_probes, same_weights
+from helpers import AtBatch, metrics, remembered_probes, same_weights, student_of, terminate
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.cli import cli
 from stages import train_student as stage
 from stages.cache import LogitCache
 from stages.cache.targets import ViewTargets
 from stages.cache_teacher import cache_teacher, prepare
-from stages.data import Splits, cached_policy, held_out, load_data
+from stages.data import Splits, cached_policy, load_data
 from stages.errors import ConfigError, IdentityError, RunError
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.probes import pixel_probes
 from stages.inputs.views import view_policy
-from stages.reporting import Silent
+from stages.order import sample_order
 from stages.settings import (
     CacheConfig,
     DataSettings,
     LossSettings,
-    ModelSettings,
     StudentConfig,
     TeacherSettings,
     TrainSettings,
@@ -127,14 +121,9 @@ def my_cache(
 
 
 def student_config(cache: Path, folder: Path, workers: int = 2, **changes: Any) -> StudentConfig:
-    config = StudentConfig(
-        cache=str(cache),
-        data=msgspec.structs.replace(data(folder, workers), image_size=STUDENT_SIZE),
-        model=ModelSettings(architecture="resnet8"),
-        train=TrainSettings(epochs=2, batch_size=25, lr=0.05),
-        device="cpu",
-    )
-    return msgspec.structs.replace(config, **changes)
+    sized = msgspec.structs.replace(data(folder, workers), image_size=STUDENT_SIZE)
+    train = TrainSettings(epochs=2, batch_size=25, lr=0.05)
+    return student_of(cache, **{"data": sized, "train": train, **changes})
 
 
 # ---- a teacher and a student of different input sizes ---------------------------------------
@@ -209,13 +198,8 @@ def test_each_model_sees_its_own_size(
     assert batch.pixels.shape == (8, 3, STUDENT_SIZE, STUDENT_SIZE)
     assert trainer.stream.evaluations["test"].feed.image_size == STUDENT_SIZE
     assert LogitCache.open(my_cache).identity.teacher.image_size == TEACHER_SIZE
-
-
-def test_without_a_size_the_student_takes_the_teachers(
-    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path
-) -> None:
-    config = student_config(my_cache, my_folder, data=data(my_folder, workers=0))
-    trainer = stage.student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
+    unsized = student_config(my_cache, my_folder, data=data(my_folder, workers=0))
+    trainer = stage.student_trainer([unsized], [RunDirectory(tmp_path / "two")], my_splits)
     assert trainer.stream.feed.image_size == TEACHER_SIZE
 
 
@@ -268,7 +252,7 @@ def test_workers_are_gone_when_a_run_ends(
     before = set(multiprocessing.active_children())
     config = student_config(my_cache, my_folder, workers=2)
     trainer = stage.student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
-    trainer.reporter = TermAfter(3)
+    trainer.reporter = AtBatch(3, terminate)
     with pytest.raises(RunError, match="SIGTERM"):
         trainer.fit()
     assert set(multiprocessing.active_children()) <= before
@@ -349,31 +333,22 @@ def test_an_epoch_in_groups_shows_every_sample_once(
 
 
 def test_the_baseline_sees_the_same_order(
-    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path, shown: Any
+    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path
 ) -> None:
     kd = student_config(my_cache, my_folder, 0, slab_memory=TIGHT)
-    stream = stage.student_trainer([kd], [RunDirectory(tmp_path / "kd")], my_splits).stream
     ce = msgspec.structs.replace(kd, loss=LossSettings(name="ce"))
-    train_student(ce, tmp_path / "ce", splits=my_splits)
-    order = torch.cat([samples for _, samples in shown]).split(SAMPLES)
-    assert len(order) == 2
-    assert all(torch.equal(order[i], stream.order(torch.arange(SAMPLES), 0, i)) for i in range(2))
+    streams = [
+        stage.student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits).stream
+        for config in (kd, ce)
+    ]
+    samples = torch.arange(SAMPLES)
+    for epoch in range(2):
+        one, other = (stream.order(samples, 0, epoch) for stream in streams)
+        assert torch.equal(one, other)
+        assert not torch.equal(one, sample_order(samples, 0, epoch))  # it goes by groups
 
 
-def test_held_out_samples_are_absent_from_their_groups(
-    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path, shown: Any
-) -> None:
-    settings = msgspec.structs.replace(
-        data(my_folder, 0), image_size=STUDENT_SIZE, val_fraction=0.25
-    )
-    config = student_config(my_cache, my_folder, data=settings, slab_memory=TIGHT)
-    train_student(config, tmp_path / "run", splits=my_splits)
-    training, _ = held_out(SAMPLES, 0.25, seed=0)
-    order = torch.cat([samples for _, samples in shown]).view(2, 90)
-    assert torch.equal(order.sort(1).values, training.expand(2, -1))
-
-
-@pytest.mark.parametrize("batches", [2, 5, 8])
+@pytest.mark.parametrize("batches", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5)), 8])
 def test_a_run_in_groups_resumes_exactly(
     my_cache: Path,
     my_folder: Path,
@@ -387,23 +362,11 @@ def test_a_run_in_groups_resumes_exactly(
     """
     config = student_config(my_cache, my_folder, 0, slab_memory=TIGHT)
     trainer = stage.student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
-    trainer.reporter = TermAfter(batches)
+    trainer.reporter = AtBatch(batches, terminate)
     with pytest.raises(RunError, match="SIGTERM"):
         trainer.fit()
     train_student(config, tmp_path / "run", resume=True, splits=my_splits)
     assert same_weights(tmp_path / "run", my_tight)
-
-
-class TermAfter(Silent):
-    """Sends SIGTERM at the n-th batch."""
-
-    def __init__(self, batches: int) -> None:
-        self.left = batches
-
-    def progress(self, task: str, done: float, total: float, unit: str) -> None:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_memory_is_bounded(
@@ -446,19 +409,3 @@ def test_too_little_memory(
     assert not (tmp_path / "run").exists()
     offered = student_config(my_cache, my_folder, 0, slab_memory="4.8kB")
     assert stage.student_trainer([offered], [RunDirectory(tmp_path / "run")], my_splits)
-
-
-def test_from_the_command_line(my_cache: Path, my_folder: Path, tmp_path: Path) -> None:
-    command = (
-        f"train-student {my_cache} --also {my_cache} --slab-memory 12kB --dataset "
-        f"folder:{my_folder} --image-size {STUDENT_SIZE} --workers 2 --rescan --student resnet8 "
-        "--epochs 1 --batch-size 25 --device cpu --set data.feeding=stream "
-        f"--out {tmp_path / 'run'}"
-    )
-    result = CliRunner().invoke(cli, command.split(), catch_exceptions=False)
-    assert result.exit_code == 0
-    kept = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
-    assert kept["also"] == [str(my_cache)]
-    assert kept["slab_memory"] == "12kB"
-    assert kept["data"]["rescan"] is True
-    assert len(metrics(tmp_path / "run")) == 1

@@ -8,7 +8,16 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from helpers import DIGITS, Words, first, metrics, same_weights, without_probes
+from helpers import (
+    DIGITS,
+    Words,
+    first,
+    metrics,
+    same_weights,
+    student_of,
+    without_probes,
+    without_times,
+)
 from torch import Tensor, nn
 
 from stages.cache import LogitCache
@@ -37,7 +46,6 @@ from stages.train_student import CachedTask, student_trainer, train_student, tra
 from stages.training.run_directory import RunDirectory
 
 CPU = torch.device("cpu")
-TIMES = {"seconds", "wait_seconds", "images_per_second"}
 SAMPLES, BATCH = 96, 32
 
 
@@ -109,14 +117,9 @@ def my_pairs(
 
 
 def student(cache: Path, **changes: Any) -> StudentConfig:
-    config = StudentConfig(
-        cache=str(cache),
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        train=TrainSettings(epochs=2, batch_size=BATCH, lr=0.02),
-        device="cpu",
-    )
-    return msgspec.structs.replace(config, **changes)
+    model = ModelSettings(architecture="resnet8")
+    train = TrainSettings(epochs=2, batch_size=BATCH, lr=0.02)
+    return student_of(cache, **{"model": model, "train": train, **changes})
 
 
 DROPPING = ModelSettings(architecture="test_together:Dropping")
@@ -157,40 +160,22 @@ def test_each_is_bit_for_bit_what_it_is_alone(
         alone = tmp_path / together.name
         train_student(config, alone, splits=my_splits)
         assert same_weights(alone, together), together.name
-        for one, other in zip(metrics(alone), metrics(together), strict=True):
-            assert {k: v for k, v in one.items() if k not in TIMES} == {
-                k: v for k, v in other.items() if k not in TIMES
-            }
+        assert without_times(alone) == without_times(together)
     assert not same_weights(my_group[1], my_group[2])  # the seeds do matter
 
 
-def test_images_are_cropped_once(
-    my_students: list[StudentConfig],
-    my_splits: Splits,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_targets_and_images_are_read_once_and_waited_for_together(
+    my_cache: Path, my_splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also by those who learn from the teacher's own rows, beside one with rectified rows."""
+    reads: list[int] = []
     shown: list[int] = []
-    batch_of = ViewFeed._batch
+    read_view, batch_of = LogitCache.read_view, ViewFeed._batch
 
     def counting(self: ViewFeed, samples: Tensor, *what: Any) -> Batch:
         if self.dataset.split == "train":
             shown.append(len(samples))
         return batch_of(self, samples, *what)
-
-    runs = [RunDirectory(tmp_path / name) for name in STUDENTS]
-    trainer = student_trainer(my_students, runs, my_splits)
-    monkeypatch.setattr(ViewFeed, "_batch", counting)
-    trainer.fit_all()
-    assert sum(shown) == 2 * SAMPLES
-
-
-def test_targets_are_read_once_and_waited_for_together(
-    my_cache: Path, my_splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also by those who learn from the teacher's own rows, beside one with rectified rows."""
-    reads: list[int] = []
-    read_view = LogitCache.read_view
 
     def slow(self: LogitCache, view: int, *what: Any) -> ViewTargets:
         reads.append(view)
@@ -198,10 +183,12 @@ def test_targets_are_read_once_and_waited_for_together(
         return read_view(self, view, *what)
 
     monkeypatch.setattr(LogitCache, "read_view", slow)
+    monkeypatch.setattr(ViewFeed, "_batch", counting)
     names = ("baseline", "kd", "rectified")
     students = [student(my_cache, **STUDENTS[name]) for name in names]
     train_together(students, [tmp_path / name for name in names], splits=my_splits)
     assert len(reads) == 2  # epochs, each of another view
+    assert sum(shown) == 2 * SAMPLES  # images are cropped once as well
     lines = [metrics(tmp_path / name)[0] for name in names]
     (waited,) = {line["wait_seconds"] for line in lines}
     assert 0.1 < 3 * waited < 5
@@ -219,13 +206,11 @@ def test_several_rectifications_do_not_share_a_slab_memory(my_cache: Path) -> No
         check_one_stream([of(None), of("pairwise-T4"), of("swap-T4")])
 
 
-@pytest.mark.parametrize("stop_at", [2, 5])
 def test_a_stopped_group_goes_on_bit_for_bit(
     my_students: list[StudentConfig],
     my_group: list[Path],
     my_splits: Splits,
     tmp_path: Path,
-    stop_at: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped while the second of them takes its step, as a kill between checkpoints leaves it."""
@@ -237,7 +222,7 @@ def test_a_stopped_group_goes_on_bit_for_bit(
     def killed() -> None:
         nonlocal steps
         steps += 1
-        if steps == stop_at:
+        if steps == 5:
             for learner in others[:2]:  # only two of them have saved
                 learner.save()
             raise KeyboardInterrupt
@@ -277,6 +262,7 @@ def test_students_that_cannot_share_a_stream(
         (student(my_cache, views=2), "views"),
         (student(my_cache, train=TrainSettings(epochs=3, batch_size=BATCH)), "train.epochs"),
         (student(my_pairs), "cache"),
+        (student(my_cache, loss=LossSettings(name="mlkd")), "weak and a strong view"),
     ):
         with pytest.raises(ConfigError, match=told):
             train_together([one, other], [tmp_path / "a", tmp_path / "b"], splits=my_splits)
@@ -345,13 +331,6 @@ def test_the_next_pair_is_read_meanwhile(
         time.sleep(0.01)
     assert tuple(reads[:2]) == views
     assert set(reads) == {0, 1, 2, 3}
-
-
-def test_mlkd_needs_pairs(my_cache: Path, my_splits: Splits, tmp_path: Path) -> None:
-    config = student(my_cache, loss=LossSettings(name="mlkd"))
-    with pytest.raises(ConfigError, match="weak and a strong view"):
-        train_student(config, tmp_path / "run", splits=my_splits)
-    assert not (tmp_path / "run").exists()
 
 
 # ---- what the loss learns itself ------------------------------------------------------------

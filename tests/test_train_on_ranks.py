@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +20,10 @@ from stages.cache import LogitCache
 from stages.data import Splits
 from stages.distributed import Ranks
 from stages.errors import ConfigError
-from stages.rectify import rectify
 from stages.settings import (
     BiasSettings,
     LossSettings,
     ModelSettings,
-    RectifyConfig,
     StudentConfig,
     TrainSettings,
 )
@@ -42,15 +39,6 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def plain(num_classes: int) -> nn.Module:
     """A student without batch norm: its gradient is a mean over the batch, however divided."""
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 32), nn.Tanh(), nn.Linear(32, num_classes))
-
-
-@pytest.fixture(scope="module")
-def my_cache(tmp_path_factory: pytest.TempPathFactory, finished_cache: Path) -> Path:
-    """With a rectification."""
-    path = tmp_path_factory.mktemp("ranks") / "digits.zarr"
-    shutil.copytree(finished_cache, path)
-    rectify(path, RectifyConfig())
-    return path
 
 
 def student(cache: Path) -> StudentConfig:
@@ -83,16 +71,16 @@ def launch(config: StudentConfig, out: Path, *more: str) -> "subprocess.Popen[st
 
 
 def test_two_ranks_learn_what_one_process_learns(
-    my_cache: Path, digits: Splits, tmp_path: Path
+    rectified_cache: Path, digits: Splits, tmp_path: Path
 ) -> None:
-    config = student(my_cache)
+    config = student(rectified_cache)
     ranks = forks.start_ranks(["-m", "pipeline", *arguments(config, tmp_path / "two")], 2)
     for rank in ranks:
         assert rank.wait(200) == 0, rank.stderr
     assert [rank.stdout.count("epoch 3/3") for rank in ranks] == [1, 0]
 
     # One process that is shown the same batches: the parts of both ranks, one after the other.
-    cache = LogitCache.open(my_cache)
+    cache = LogitCache.open(rectified_cache)
     groups = groups_of_ranks(cache.row_of, cache.grid.chunk_rows, 2)
     trainer = student_trainer([config], [RunDirectory(tmp_path / "one")], digits)
 
@@ -113,9 +101,9 @@ def test_two_ranks_learn_what_one_process_learns(
 
 
 @pytest.mark.slow
-def test_a_killed_launch_goes_on_bit_for_bit(my_cache: Path, tmp_path: Path) -> None:
+def test_a_killed_launch_goes_on_bit_for_bit(rectified_cache: Path, tmp_path: Path) -> None:
     train = TrainSettings(epochs=30, batch_size=20, lr=0.05)
-    config = msgspec.structs.replace(student(my_cache), train=train)
+    config = msgspec.structs.replace(student(rectified_cache), train=train)
     with launch(config, tmp_path / "whole") as ranks:
         assert ranks.wait(200) == 0
     for stop in (signal.SIGKILL, signal.SIGTERM):
@@ -133,14 +121,14 @@ def test_a_killed_launch_goes_on_bit_for_bit(my_cache: Path, tmp_path: Path) -> 
 
 
 def test_a_checkpoint_has_the_losses_of_all_ranks(
-    my_cache: Path, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rectified_cache: Path, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are added up again at the end of the epoch: the first goes on from them."""
 
     def at_rank(rank: int) -> Learner:
         resume = (tmp_path / "run").exists()
         learner = student_trainer(
-            [student(my_cache)], [RunDirectory(tmp_path / "run", resume=resume)], digits
+            [student(rectified_cache)], [RunDirectory(tmp_path / "run", resume=resume)], digits
         ).learner
         learner.ranks = Ranks(rank, 2, rank)
         return learner
@@ -188,8 +176,8 @@ def test_more_ranks_than_can_be_served() -> None:
         groups_of_ranks(torch.arange(10), 4, 8)
 
 
-def test_what_ranks_cannot_do(my_cache: Path, digits: Splits, tmp_path: Path) -> None:
-    config, two = student(my_cache), Ranks(0, 2, 0)
+def test_what_ranks_cannot_do(rectified_cache: Path, digits: Splits, tmp_path: Path) -> None:
+    config, two = student(rectified_cache), Ranks(0, 2, 0)
     odd = msgspec.structs.replace(config, train=TrainSettings(batch_size=33))
     for wanted, told in (
         (odd, "33 cannot be divided among 2"),

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from stages import train_teacher as stage
 from stages.data import Splits, held_out, load_data
-from stages.errors import ConfigError, ModelError, PipelineError, ViewError
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.feed import Batch
 from stages.settings import DataSettings, ModelSettings, SeedSettings, TeacherConfig, TrainSettings
@@ -63,10 +62,6 @@ def accuracy(run: Path, images: Tensor, labels: Tensor) -> tuple[float, float]:
 # ---- what it leaves -------------------------------------------------------------------------
 
 
-def test_a_run_leaves_its_files(my_run: Path) -> None:
-    assert {path.name for path in my_run.iterdir()} == RUN_FILES
-
-
 def test_saved_weights_give_the_accuracy_that_was_reported(my_run: Path, my_splits: Splits) -> None:
     summary = json.loads((my_run / "summary.json").read_text())
     assert my_splits.test.images is not None
@@ -75,11 +70,10 @@ def test_saved_weights_give_the_accuracy_that_was_reported(my_run: Path, my_spli
     assert summary["last"]["test_top1"] == pytest.approx(top1)
     assert summary["last"]["test_top5"] == pytest.approx(top5)
     assert 0.15 < top1 < 1  # it has learned something
-
-
-def test_the_teacher_learns(my_run: Path) -> None:
-    losses = [line["loss"] for line in metrics(my_run)]
-    assert losses[-1] < 0.8 * losses[0]
+    assert {path.name for path in my_run.iterdir()} == RUN_FILES
+    lines = metrics(my_run)
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert len({line["view"] for line in lines} & {*range(25)}) == 4
 
 
 def test_its_configuration_is_resolved(my_run: Path, my_splits: Splits) -> None:
@@ -91,12 +85,6 @@ def test_its_configuration_is_resolved(my_run: Path, my_splits: Splits) -> None:
     assert kept["model"]["architecture"] == "resnet8"
     assert kept["model"]["mean"] == pytest.approx([images.double().mean().item() / 255], abs=1e-4)
     assert kept["model"]["std"] == pytest.approx([images.double().std().item() / 255], abs=1e-4)
-
-
-def test_each_epoch_shows_another_view(my_run: Path) -> None:
-    views = [line["view"] for line in metrics(my_run)]
-    assert len(set(views)) == 4
-    assert all(0 <= view < 25 for view in views)
 
 
 # ---- held-out samples -----------------------------------------------------------------------
@@ -161,19 +149,21 @@ def test_the_selected_epoch_is_the_one_that_is_saved(
 # ---- seeds and starts -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("seeds", "same"),
-    [((0, 0), True), ((1, 0), False), ((0, 1), False)],
-    ids=["same-seeds", "other-data", "other-init"],
-)
-def test_seeds_decide(
-    my_run: Path, my_splits: Splits, tmp_path: Path, seeds: tuple[int, int], same: bool
-) -> None:
+def test_seeds_decide(my_run: Path, my_splits: Splits, tmp_path: Path) -> None:
     torch.manual_seed(12345)  # whatever came before must not matter
-    torch.rand(7)
-    config = teacher_config(seed=SeedSettings(data=seeds[0], init=seeds[1]))
-    train_teacher(config, tmp_path / "run", splits=my_splits)
-    assert same_weights(my_run, tmp_path / "run") is same
+    train_teacher(teacher_config(), tmp_path / "same", splits=my_splits)
+    assert same_weights(my_run, tmp_path / "same")
+    still = TrainSettings(epochs=1, batch_size=300, lr=1e-12, weight_decay=0)
+    firsts, views = [], []
+    for data, init in ((0, 0), (1, 0), (0, 1)):
+        run = tmp_path / f"{data}{init}"
+        config = teacher_config(train=still, seed=SeedSettings(data=data, init=init))
+        train_teacher(config, run, splits=my_splits)
+        firsts.append(weights(run)["conv1.weight"])
+        views.append(metrics(run)[0]["view"])
+    torch.testing.assert_close(firsts[1], firsts[0], rtol=0, atol=1e-9)
+    assert (firsts[2] - firsts[0]).abs().max() > 0.01
+    assert views[0] == views[2] != views[1]
 
 
 def test_init_starts_from_weights(my_run: Path, my_splits: Splits, tmp_path: Path) -> None:
@@ -197,79 +187,3 @@ def test_an_unbounded_policy_numbers_its_views_by_epoch(my_splits: Splits, tmp_p
     )
     train_teacher(config, tmp_path / "run", splits=small)
     assert [line["view"] for line in metrics(tmp_path / "run")] == [0, 1]
-
-
-# ---- refusals -------------------------------------------------------------------------------
-
-REFUSED = {
-    "unknown-model": ({"model": ModelSettings(architecture="resnet9x")}, ModelError, "unknown"),
-    "unknown-policy": ({"augment": "pad-corp"}, ViewError, "did you mean 'pad-crop'"),
-    "mean-without-std": (
-        {"model": ModelSettings(architecture="resnet8", mean=(0.5,))},
-        PipelineError,
-        "belong together",
-    ),
-    "four-means": (
-        {"model": ModelSettings(architecture="resnet8", mean=(0.5,) * 4, std=(1.0,) * 4)},
-        PipelineError,
-        "4 numbers",
-    ),
-    "std-of-zero": (
-        {"model": ModelSettings(architecture="resnet8", mean=(0.5,), std=(0.0,))},
-        PipelineError,
-        "positive",
-    ),
-    "mean-nan": (
-        {"model": ModelSettings(architecture="resnet8", mean=(float("nan"),), std=(1.0,))},
-        ConfigError,
-        "mean must be finite, was .*nan",
-    ),
-    "mean-inf": (
-        {"model": ModelSettings(architecture="resnet8", mean=(float("-inf"),), std=(1.0,))},
-        ConfigError,
-        "mean must be finite, was .*inf",
-    ),
-    "std-nan": (
-        {"model": ModelSettings(architecture="resnet8", mean=(0.0,), std=(float("nan"),))},
-        ConfigError,
-        "std must be positive, was nan",
-    ),
-    "std-inf": (
-        {"model": ModelSettings(architecture="resnet8", mean=(0.0,), std=(float("inf"),))},
-        ConfigError,
-        "std must be positive, was inf",
-    ),
-    "nothing-to-train-on": (
-        {"data": DataSettings(dataset="digits", val_fraction=0.999)},
-        ConfigError,
-        r"data\.val_fraction 0\.999 of 300 samples leaves 0 for training and 300 held out",
-    ),
-    "one-to-train-on": (
-        {"data": DataSettings(dataset="digits", val_fraction=0.997)},
-        ConfigError,
-        "leaves 1 for training and 299 held out",
-    ),
-    "nothing-held-out": (
-        {"data": DataSettings(dataset="digits", val_fraction=0.001)},
-        ConfigError,
-        "leaves 300 for training and 0 held out",
-    ),
-    "no-weights": (
-        {"model": ModelSettings(architecture="resnet8", init="nowhere.pt")},
-        ModelError,
-        "no weights at nowhere.pt",
-    ),
-}
-
-
-@pytest.mark.parametrize(("changes", "kind", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused_before_anything_is_written(
-    my_splits: Splits,
-    tmp_path: Path,
-    changes: dict[str, Any],
-    kind: type[PipelineError],
-    message: str,
-) -> None:
-    with pytest.raises(kind, match=message):
-        train_teacher(teacher_config(**changes), tmp_path / "run", splits=my_splits)
-    assert not (tmp_path / "run").exists()

@@ -4,36 +4,27 @@ import os
 import shutil
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import Answer, answer_to
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipeline.cli import cli, main
+from pipeline.cli import cli
 from pipeline.options import GROUPS
 from stages import cache_plan
 from stages.cache import LogitCache
-from stages.cache_teacher import cache_teacher, prepare
 from stages.inputs.cifar_models import cifar_model
 from stages.rectify import rectify
 from stages.schema import settings_of
 from stages.settings import (
     CONFIGS,
-    CacheConfig,
-    DataSettings,
-    ModelSettings,
     RectifyConfig,
-    TeacherConfig,
-    TeacherSettings,
-    TrainSettings,
 )
-from stages.train_teacher import train_teacher
 
 ROOT = Path(__file__).parents[2]
 VIEWS = "pad-crop:pad=2"
@@ -46,31 +37,20 @@ CORRECTED = STUDY.replace("cache.zarr", "rectified.zarr")
 RECTIFY = "rectify cache.zarr"
 
 
-@dataclass
-class Answer:
-    code: int | str | None
-    out: str
-    err: str
-
-
 @pytest.fixture(scope="module")
-def my_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with a teacher, a cache of two of its views, and things gone wrong."""
+def my_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    teacher_run: Path,
+    finished_cache: Path,
+    rectified_cache: Path,
+) -> Path:
+    """A working directory with a teacher, a cache of three of its views, and things gone wrong."""
     folder = tmp_path_factory.mktemp("cli")
-    data = DataSettings(dataset="digits", workers=0)
-    config = TeacherConfig(
-        data=data,
-        model=ModelSettings(architecture="resnet8"),
-        augment=VIEWS,
-        train=TrainSettings(epochs=1, batch_size=500),
-        device="cpu",
-    )
-    train_teacher(config, folder / "teacher")
-    teacher = TeacherSettings(weights=str(folder / "teacher"))
-    job = prepare(CacheConfig(data=data, teacher=teacher, views=2, augment=VIEWS, device="cpu"))
-    cache_teacher(job, folder / "cache.zarr")
-    shutil.copytree(folder / "cache.zarr", folder / "rectified.zarr")
-    rectify(folder / "rectified.zarr", RectifyConfig())
+    shutil.copytree(teacher_run, folder / "teacher")
+    shutil.copytree(finished_cache, folder / "cache.zarr")
+    shutil.copytree(rectified_cache, folder / "rectified.zarr")
+    shutil.copytree(folder / "rectified.zarr", folder / "several.zarr")
+    rectify(folder / "several.zarr", RectifyConfig(method="swap"))
     shutil.copytree(folder / "cache.zarr", folder / "half.zarr")
     LogitCache.open(folder / "half.zarr", writable=True).grow(5)
 
@@ -97,20 +77,7 @@ def my_pipeline(
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(cache_plan, "MEASURED_SECONDS", 0.0)
 
-    def run(words: str, *more: str) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["pipeline", *words.split(), *more])
-        code: int | str | None = 0
-        try:
-            main()
-        except SystemExit as left:
-            code = left.code
-        except Exception:
-            traceback.print_exc()
-            code = 1  # as the interpreter does
-        captured = capsys.readouterr()
-        return Answer(code, captured.out, captured.err)
-
-    return run
+    return lambda words: answer_to(words.split(), monkeypatch, capsys)
 
 
 def everything_in(folder: Path) -> dict[str, bytes]:
@@ -158,11 +125,13 @@ WRONG = {
     "augment-parameter": (f"{TEACH} --augment pad-crop:pud=2", "pud=2"),
     "augment-value": (f"{TEACH} --augment pad-crop:pad=-1", "pad"),
     "student-views-0": (f"{STUDY} --views 0", "0 views"),
-    "student-views-too-many": (f"{STUDY} --views 3", "3 views"),
+    "student-views-too-many": (f"{STUDY} --views 4", "4 views"),
     # caches
+    "also-missing": (f"{STUDY} --also gone.zarr", "gone.zarr"),
+    "slab-memory": (f"{STUDY} --slab-memory 1kB", "1kB is too small"),
     "cache-missing": (STUDY.replace("cache.zarr", "gone.zarr"), "gone.zarr"),
     "cache-is-a-folder": (STUDY.replace("cache.zarr", "thesis"), "thesis"),
-    "cache-incomplete": (STUDY.replace("cache.zarr", "half.zarr"), "--views 2"),
+    "cache-incomplete": (STUDY.replace("cache.zarr", "half.zarr"), "--views 3"),
     "cache-of-another": (f"{CACHE} --seed 1 --out cache.zarr", "views.seed"),
     "cache-over-a-folder": (f"{CACHE} --out thesis", "thesis"),
     "cache-in-a-cache": (f"{CACHE} --out cache.zarr/new", "cache.zarr"),
@@ -172,10 +141,10 @@ WRONG = {
     "inspect-missing": ("inspect gone.zarr", "gone.zarr"),
     "inspect-a-folder": ("inspect thesis", "thesis"),
     "rectify-missing": ("rectify gone.zarr", "gone.zarr"),
-    "rectify-incomplete": ("rectify half.zarr", "--views 2"),
+    "rectify-incomplete": ("rectify half.zarr", "--views 3"),
     "rectify-method": (f"{RECTIFY} --method avarage", "pairwise, swap, blend"),
     "rectify-space": (f"{RECTIFY} --space logit --method blend", "--method pairwise"),
-    "rectify-views": (f"{RECTIFY} --views 3", "2 views"),
+    "rectify-views": (f"{RECTIFY} --views 4", "3 views"),
     "rectify-name-upwards": (f"{RECTIFY} --name ../x", "../x"),
     # the objective
     "loss-unknown": (f"{STUDY} --loss kl", "kl"),
@@ -183,10 +152,17 @@ WRONG = {
     "bias-with-ce": (f"{STUDY} --bias rectify --loss ce", "'ce'"),
     "rectification-missing": (f"{STUDY} --bias rectify", "pipeline rectify"),
     "rectification-unknown": (f"{CORRECTED} --bias rectify --rectified swap-T4", "pairwise-T4"),
+    "rectification-of-several": (
+        f"{STUDY.replace('cache.zarr', 'several.zarr')} --bias rectify",
+        "--rectified",
+    ),
+    "rectification-unused": (f"{CORRECTED} --rectified pairwise-T4", "--bias rectify"),
+    "eliminate-with-ce": (f"{STUDY} --bias eliminate --loss ce", "'eliminate'"),
     "rectification-temperature": (f"{CORRECTED} --bias rectify --temperature 2", "temperature 4"),
     # training
     "nesterov-alone": (f"{TEACH} --set train.nesterov=1 --set train.momentum=0", "train.momentum"),
     "nothing-left-to-train-on": (f"{TEACH} --val-fraction 0.9995", "data.val_fraction"),
+    "one-to-train-on": (f"{TEACH} --val-fraction 0.999", "leaves 1 for training"),
     "nothing-held-out": (f"{TEACH} --val-fraction 0.0004", "data.val_fraction"),
     "lr-a-word": (f"{TEACH} --lr fast", "--lr"),
     "schedule-unknown": (f"{TEACH} --set train.schedule=step", "cosine"),
@@ -196,6 +172,8 @@ WRONG = {
     "mean-a-word": (f"{TEACH} --mean grey --std 1", "--mean"),
     "mean-alone": (f"{TEACH} --mean 0.5", "std"),
     "mean-too-long": (f"{TEACH} --mean 1,2,3,4 --std 1,1,1,1", "mean"),
+    "mean-inf": (f"{TEACH} --mean=-inf --std 1", "mean must be finite"),
+    "std-inf": (f"{TEACH} --mean 0 --std inf", "std must be finite"),
     "teacher-std-nan": (f"{CACHE} --mean 0 --std nan", "std"),
     "std-0": (f"{TEACH} --mean 0.5 --std 0", "std"),
     # configuration
@@ -209,7 +187,7 @@ WRONG = {
     "out-not-a-run": (f"{TEACH} --out thesis --overwrite", "thesis"),
     "out-a-file": (f"{TEACH} --out list.yaml", "list.yaml"),
     "out-below-a-file": (f"{TEACH} --out list.yaml/run", "list.yaml/run"),
-    "resume-with-others": (f"{TEACH} --out teacher --resume --lr 0.3", "train.batch_size"),
+    "resume-with-others": (f"{TEACH} --out teacher --resume --lr 0.3", "train.lr"),
     "resume-and-overwrite": (f"{TEACH} --out teacher --resume --overwrite", "overwritten"),
     # commands
     "command-unknown": ("distil", "distil"),

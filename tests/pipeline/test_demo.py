@@ -45,31 +45,26 @@ def test_the_settings_were_found() -> None:
     assert sum(name.startswith("STUDENTS") for name in FOUND) == 2 * len(demo.STUDENTS)
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_the_table_says_what_was_measured(capsys: pytest.CaptureFixture[str], seeds: int) -> None:
+@pytest.mark.parametrize(
+    ("seeds", "hard", "kd"),
+    [
+        (1, "7 80.00% 1.5 s", "7 85.00% +5.00 1.5 s"),
+        (2, "7 81.00% ± 1.41 1.5 s", "7 87.00% ± 2.83 +6.00 1.5 s"),
+    ],
+)
+def test_the_table_says_what_was_measured(
+    capsys: pytest.CaptureFixture[str], seeds: int, hard: str, kd: str
+) -> None:
     """One seed has no deviation; the time is that of a warm epoch, not of a run."""
     top1 = {"hard labels": (0.80, 0.82), "KD": (0.85, 0.89), "KD, bias-aware": (0.9, 0.9)}
     students = {
-        name: [
-            {"parameters": 7, "last": {"test_top1": value}, "epoch_seconds": 1.5}
-            for value in values[:seeds]
-        ]
-        for name, values in top1.items()
+        name: [{"parameters": 7, "last": {"test_top1": x}, "epoch_seconds": 1.5} for x in values]
+        for name, values in ((name, values[:seeds]) for name, values in top1.items())
     }
     teacher = {"parameters": 70, "last": {"test_top1": 0.95}}
     demo._show(Console(), teacher, students, {"teacher training": 32.0})
-    lines = capsys.readouterr().out.splitlines()
-    (hard,) = [line for line in lines if line.startswith("hard labels")]
-    (kd,) = [line for line in lines if line.startswith("KD  ")]
-    assert f"n={seeds}" in lines[1]
-    assert hard.split()[2:] == (
-        ["7", "80.00%", "1.5", "s"] if seeds == 1 else ["7", "81.00%", "±", "1.41", "1.5", "s"]
-    )
-    assert kd.split()[1:] == (
-        ["7", "85.00%", "+5.00", "1.5", "s"]
-        if seeds == 1
-        else ["7", "87.00%", "±", "2.83", "+6.00", "1.5", "s"]
-    )
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert {f"hard labels {hard}", f"KD {kd}"} <= set(shown)
 
 
 # ---- an earlier demo ------------------------------------------------------------------------
@@ -108,9 +103,7 @@ def test_an_earlier_demo_is_removed(earlier: Path) -> None:
     [
         "notes.txt",
         "teacher/notes.txt",
-        "students/notes.txt",
         "students/KD-0/inner/config.yaml",
-        "digits.zarr/mine/notes.txt",
         "data/train/0/0.png",
     ],
 )

@@ -30,8 +30,7 @@ from pipeline.sweep.run import run_sweep
 from pipeline.sweep.worker import Failure
 from stages.data import Splits
 from stages.errors import RunError
-from stages.rectify import rectify
-from stages.settings import ModelSettings, RectifyConfig, StudentConfig
+from stages.settings import ModelSettings, StudentConfig
 from stages.train_student import train_student
 
 MODELS = '''
@@ -61,15 +60,17 @@ def train(configs, outs, place):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, finished_cache: Path) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory, rectified_cache: Path) -> Iterator[Path]:
     """The working directory of all sweeps here, with a cache that is rectified."""
     folder = tmp_path_factory.mktemp("sweeps")
-    shutil.copytree(finished_cache, folder / "digits.zarr")
-    rectify(folder / "digits.zarr", RectifyConfig())
+    shutil.copytree(rectified_cache, folder / "digits.zarr")
     (folder / "models.py").write_text(MODELS)
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch, remembered_probes():
         patch.syspath_prepend(folder)  # as the command does with its working directory
         yield folder
+
+
+SMALL = {"model.architecture": "helpers:plain"}
 
 
 def sweep_file(name: str, runs: list[dict[str, Any]], **values: Any) -> Path:
@@ -90,12 +91,6 @@ def sweep_file(name: str, runs: list[dict[str, Any]], **values: Any) -> Path:
 def lines(out: Path) -> dict[str, dict[str, Any]]:
     found = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     return {line["name"]: line for line in found}
-
-
-def train_alone(file: Path, out: Path, digits: Splits) -> None:
-    """Every run of a sweep, one after another and without Dask."""
-    for run in check_runs(expand(read_sweep(file))).runs:
-        train_student(run.config, out / run.name, splits=digits)
 
 
 @pytest.fixture
@@ -161,6 +156,7 @@ def killed(folder: Path) -> Killed:
     return Killed(file, out, told, lines(out), table, ended)
 
 
+@pytest.mark.slow
 def test_failed_runs_are_told_and_stop_no_other(killed: Killed) -> None:
     found = killed.lines
     assert list(found) == ["ce-s0", "diverges-s0", "breaks-s0"]
@@ -173,6 +169,7 @@ def test_failed_runs_are_told_and_stop_no_other(killed: Killed) -> None:
     assert [f"[{n}/4]" in killed.said for n in range(1, 5)] == [True] * 3 + [False]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_bit_by_bit(
     killed: Killed,
     scheduler: str,
@@ -227,28 +224,10 @@ def test_a_stopped_sweep_ends_its_workers_and_says_how_to_go_on(
     assert gone(workers)
 
 
-@pytest.mark.slow
-def test_a_group_that_is_killed_goes_on_bit_by_bit(
-    folder: Path, scheduler: str, digits: Splits, tmp_path: Path
-) -> None:
-    file = sweep_file(
-        "group", [{"loss.name": ["ce", "kd", "dkd"]}], base={"train.epochs": 12}, together=True
-    )
-    sweep, out = forks.Started(["-m", "pipeline", "sweep", str(file)]), Path("runs/group")
-    wait_for(out / "ce-s0" / "last.pt", sweep)
-    sweep.kill()
-    sweep.wait()
-
-    run_sweep(file, Console(), scheduler=scheduler)
-
-    train_alone(file, tmp_path, digits)
-    for run in tmp_path.iterdir():
-        assert same_weights(out / run.name, run)
-
-
 # ---- workers that die -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_whose_worker_died_is_tried_once_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,7 +262,7 @@ def test_a_run_whose_worker_died_is_tried_once_more(
 
 
 def test_a_finished_sweep_starts_nothing_and_writes_the_same(folder: Path, scheduler: str) -> None:
-    file = sweep_file("cluster", [{"loss.name": ["ce", "kd"]}])
+    file = sweep_file("cluster", [{"loss.name": ["ce", "kd"]}], base=SMALL)
     results = run_sweep(file, Console(), scheduler=scheduler)
     assert [result.error for result in results] == [None, None]
 
@@ -295,8 +274,8 @@ def test_a_finished_sweep_starts_nothing_and_writes_the_same(folder: Path, sched
 def test_students_trained_together_are_what_they_are_alone(
     folder: Path, scheduler: str, digits: Splits, tmp_path: Path
 ) -> None:
-    grid = {"loss.name": ["ce", "dkd"], "train.lr": [0.1, 1e9]}
-    file = sweep_file("together", [grid], together=4)
+    grid = {"loss.name": ["ce", "dkd"], "train.lr": [0.1, 1e38]}
+    file = sweep_file("together", [grid], together=4, base=SMALL)
 
     with pytest.raises(RunError, match="2 of 4 runs failed"):
         run_sweep(file, Console(), scheduler=scheduler)
@@ -308,3 +287,4 @@ def test_students_trained_together_are_what_they_are_alone(
             assert same_weights(out / run.name, tmp_path / run.name)
         else:
             assert "not finite" in lines(out)[run.name]["error"]
+            assert f"failed: {run.name}: " in (out / "table.md").read_text()

@@ -22,8 +22,6 @@ from pipeline.sweep.grid import Run, expand, read_sweep
 from pipeline.sweep.run import run_sweep
 from stages.cache import LogitCache
 from stages.errors import PipelineError, RunError
-from stages.rectify import rectify
-from stages.settings import RectifyConfig
 
 
 @pytest.fixture
@@ -55,11 +53,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"cache": "none.zarr"}, "none.zarr"),
     ({"cache": "half.zarr"}, "3 of 5 views"),
     ({"views": 9}, "9 views"),
-    ({"views": 999_999}, "999999 views"),
     ({"loss.name": "kdd"}, "'kdd'"),
     ({"bias.mode": "rectify"}, "rectifications"),
-    ({"loss.name": "ce", "bias.mode": "eliminate"}, "'eliminate'"),
-    ({"also": ["none.zarr"]}, "none.zarr"),
     ({"slab_memory": "1kB"}, "1kB"),
     ({"model.architecture": "resnet7"}, "'resnet7'"),
     ({"model.init": "gone"}, "gone"),
@@ -87,9 +82,11 @@ def test_refused_before_anything_starts(
     assert not Path("runs").exists()
 
 
-def test_a_rectification_is_filled_in_and_makes_runs_equal(folder: Path) -> None:
-    rectify("whole.zarr", RectifyConfig())
-    grid = {"bias.mode": "rectify"}
+def test_a_rectification_is_filled_in_and_makes_runs_equal(
+    folder: Path, rectified_cache: Path
+) -> None:
+    shutil.copytree(rectified_cache, "rectified.zarr")
+    grid = {"cache": "rectified.zarr", "bias.mode": "rectify"}
 
     (run,) = check_runs(runs_of([grid])).runs
     assert run.config.bias.rectified == "pairwise-T4"
@@ -105,20 +102,6 @@ def test_the_teachers_are_measured_on_the_test_split(folder: Path) -> None:
     checked = check_runs(runs_of([{}, {"loss.name": "dkd", "also": ["twin.zarr"]}]))
 
     assert list(checked.teacher_top1.values()) == [pytest.approx(right / 797)] * 2
-
-
-def test_a_cache_is_opened_once_for_many_runs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = []
-    before: Callable[[str], LogitCache] = LogitCache.open
-    monkeypatch.setattr(
-        "pipeline.sweep.check.LogitCache.open", lambda path: opened.append(path) or before(path)
-    )
-
-    check_runs(runs_of([{"loss.temperature": [1, 2, 3]}], seeds=list(range(20))))
-
-    assert opened == ["whole.zarr"]
 
 
 def test_pixels_that_have_drifted_are_told_once(
@@ -174,7 +157,7 @@ def test_how_far_runs_are(folder: Path) -> None:
     assert found == [Progress(summary=summary(30)), Progress(3), Progress(), Progress()]
 
 
-@pytest.mark.parametrize("text", ["", '{"epochs"', "[]", '{"last": 3}'])
+@pytest.mark.parametrize("text", ['{"epochs"', '{"last": 3}'])
 def test_a_run_with_a_damaged_summary_is_not_finished(folder: Path, text: str) -> None:
     (run,) = runs_of([{}])[:1]
     directory = recorded(folder / "out", [run])
@@ -196,6 +179,12 @@ def test_runs_and_seeds_may_be_added_and_runs_that_never_started_left_out(folder
     more = runs_of([{"loss.name": "dist"}, {}, {"loss.name": "dkd"}], seeds=[1, 0])
 
     assert directory.progress(more)[runs[0].name].summary is not None
+    constant = {"train.schedule": "constant"}
+    runs = runs_of([{}], base=constant)
+    directory = recorded(folder / "constant", runs)
+    start(directory, runs[0], epochs=30, done=True)
+    more = runs_of([{}], base=constant | {"train.epochs": 40})
+    assert list(directory.progress(more).values()) == [Progress(30)]  # it can be given more
 
 
 def test_a_folder_of_another_sweep_is_refused(folder: Path) -> None:
@@ -209,17 +198,6 @@ def test_a_folder_of_another_sweep_is_refused(folder: Path) -> None:
         directory.progress(runs_of([{"loss.name": "dkd"}], base={"train.lr": 7}))
     with pytest.raises(RunError, match="was started for 30 epochs and cannot have 7: the learning"):
         directory.progress(runs_of([{"loss.name": "dkd"}], base={"train.epochs": 7}))
-
-
-def test_finished_runs_are_given_more_epochs_where_their_schedule_allows_it(folder: Path) -> None:
-    constant = {"train.schedule": "constant"}
-    runs = runs_of([{}], base=constant)
-    directory = recorded(folder / "out", runs)
-    start(directory, runs[0], epochs=30, done=True)
-
-    more = runs_of([{}], base=constant | {"train.epochs": 40})
-
-    assert list(directory.progress(more).values()) == [Progress(30)]
 
 
 def test_a_cache_may_move_and_not_become_another(folder: Path) -> None:
@@ -250,18 +228,6 @@ def test_a_folder_that_holds_something_else_is_refused(folder: Path) -> None:
     (folder / "begun").mkdir()
     (folder / "begun" / "sweep.json.partial").touch()
     assert SweepDirectory("begun").progress(runs) == {runs[0].name: Progress()}
-
-
-def test_settings_that_came_later_do_not_make_another_run(folder: Path) -> None:
-    runs = runs_of([{}])
-    directory = recorded(folder / "out", runs)
-    start(directory, runs[0], epochs=1)
-    file = directory.path / "sweep.json"
-    record = json.loads(file.read_text())
-    del record["runs"][runs[0].name]["accept_pixel_drift"]
-    file.write_text(json.dumps(record))
-
-    assert directory.progress(runs)[runs[0].name].epochs == 1
 
 
 def test_a_sweep_is_held_by_one_process(folder: Path) -> None:
@@ -316,14 +282,14 @@ def test_a_sweep_is_not_started_by_torchrun(folder: Path, monkeypatch: pytest.Mo
         run_sweep(sweep_file([{}]), Console())
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense"])
 def test_a_scheduler_that_does_not_answer_is_told(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, address: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import dask
     import distributed
 
     client: Callable[..., Any] = distributed.Client
+    address = "tcp://127.0.0.1:1"
 
     def impatient(address: str, timeout: float, **options: Any) -> Any:
         return client(address, timeout=0.5, **options)

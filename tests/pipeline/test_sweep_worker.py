@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from helpers import DIGITS, same_weights
+from helpers import DIGITS, same_weights, student_of
 
 from pipeline.sweep import worker
 from pipeline.sweep.worker import Failure, Place, Watch, failure, train
@@ -29,13 +29,7 @@ def here(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def config(finished_cache: Path) -> StudentConfig:
-    return StudentConfig(
-        cache=str(finished_cache),
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        train=TrainSettings(epochs=1, batch_size=250),
-        device="cpu",
-    )
+    return student_of(finished_cache, train=TrainSettings(epochs=1, batch_size=250))
 
 
 def place() -> Place:

@@ -26,20 +26,17 @@ CPU = torch.device("cpu")
     ("text", "count"),
     [
         ("4096", 4096),
-        ("2GB", 2 * 10**9),
         ("2 gb", 2 * 10**9),
         ("1.5GiB", 3 * 2**29),
-        ("800M", 800 * 10**6),
         ("64KiB", 2**16),
         ("0.5TB", 5 * 10**11),
-        ("12B", 12),
     ],
 )
 def test_sizes(text: str, count: int) -> None:
     assert parse_bytes(text, "x") == count
 
 
-@pytest.mark.parametrize("text", ["", "GB", "2 giga", "-1GB", "2GBs", "1e9", "2iB", "2,5GB"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "2GBs", "1e9", "2iB", "2,5GB"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match=r"slab_memory is .*, not a size") as caught:
         parse_bytes(text, "slab_memory")
@@ -177,15 +174,12 @@ def test_plans_by_budget(my_cache: LogitCache) -> None:
     assert grouped.groups is not None
     assert (grouped.groups.most, grouped.groups.num_chunks, grouped.resident) == (2, 3, False)
     two_chunks = 2 * slab_bytes([my_cache], 334)
+    one = slab_bytes([my_cache], 1000)
+    assert plan(my_cache, one, views=1) == SlabPlan(None, resident=True)
+    assert plan(my_cache, one - 1, views=1).groups is not None
     least = plan(my_cache, two_chunks)
     assert least.groups is not None
     assert least.groups.most == 1
-
-
-def test_one_view_needs_no_room_for_a_second(my_cache: LogitCache) -> None:
-    whole = slab_bytes([my_cache], 1000)
-    assert plan(my_cache, whole, views=1) == SlabPlan(None, resident=True)
-    assert plan(my_cache, whole - 1, views=1).groups is not None
 
 
 def test_two_views_at_once_need_four(my_cache: LogitCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,24 +202,15 @@ def test_too_small_a_budget_names_the_least(my_cache: LogitCache) -> None:
     assert plan(my_cache, parse_bytes(word, "x")).groups is not None
 
 
-@pytest.mark.parametrize(("batch_size", "most"), [(331, 1), (332, 2), (400, 2)])
-def test_a_group_is_never_smaller_than_a_batch(
-    my_cache: LogitCache, batch_size: int, most: int
-) -> None:
+def test_a_group_is_never_smaller_than_a_batch(my_cache: LogitCache) -> None:
     """The smallest chunk has 332 rows; three chunks in groups of up to two are a 2 and a 1."""
-    tight = 2 * slab_bytes([my_cache], 334)
-    if most == 1:
-        assert plan(my_cache, tight, batch_size=batch_size).groups is not None
-        return
+    tight, batch_size = 2 * slab_bytes([my_cache], 334), 332
+    assert plan(my_cache, tight, batch_size=331).groups is not None
     with pytest.raises(ConfigError, match="no smaller than a batch") as caught:
         plan(my_cache, tight, batch_size=batch_size)
     word = caught.value.remedy.split()[2]
     assert plan(my_cache, parse_bytes(word, "x"), batch_size=batch_size) == SlabPlan(None)
-
-
-def test_held_out_samples_do_not_fill_a_group(my_cache: LogitCache) -> None:
-    tight = 2 * slab_bytes([my_cache], 334)
-    few = torch.arange(0, 1000, 5)
+    few = torch.arange(0, 1000, 5)  # the others are held out
     with pytest.raises(ConfigError, match="no smaller than a batch"):
         plan(my_cache, tight, samples=few, batch_size=100)
     assert plan(my_cache, tight, samples=few, batch_size=40).groups is not None

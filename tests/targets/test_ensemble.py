@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import DIGITS, first, metrics, without_probes
+from helpers import DIGITS, first, metrics, student_of, without_probes
 from torch import Tensor
 
 from stages.cache import LogitCache
@@ -72,8 +72,8 @@ def naive_mean(targets: EnsembleTargets, sample: int, temperature: float) -> lis
     return total
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, 20.0])
-@pytest.mark.parametrize("scales", [(1.0,), (1.0, 3.0), (0.1, 5.0, 9.0)])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("scales", [(2.0,), (1.0, 3.0), (0.1, 5.0, 9.0), (1e4, 1e4)])
 def test_rows_are_the_mean_probabilities(scales: tuple[float, ...], temperature: float) -> None:
     targets, samples = ensemble(*scales), torch.tensor([5, 59, 0, 5])
     found = torch.softmax(targets.rows(samples, temperature) / temperature, dim=1)
@@ -89,24 +89,6 @@ def test_wrong_is_where_the_mean_at_one_has_another_answer() -> None:
         expected.append(mean.index(max(mean)) != sample % CLASSES)
     assert targets.wrong(samples).tolist() == expected
     assert any(one.wrong(samples).tolist() != expected for one in targets.members)
-
-
-def test_large_logits_stay_finite() -> None:
-    targets = ensemble(1e4, 1e4)
-    rows = targets.rows(torch.arange(SAMPLES), 1.0)
-    assert torch.isfinite(rows).all()
-    assert torch.allclose(torch.softmax(rows, 1).sum(1), torch.ones(SAMPLES))
-
-
-def test_one_member_is_that_member() -> None:
-    targets, samples = ensemble(2.0), torch.arange(SAMPLES)
-    (alone,) = targets.members
-    found, own = (torch.softmax(t.rows(samples) / 4, 1) for t in (targets, alone))
-    np.testing.assert_allclose(
-        torch.softmax(targets.rows(samples, 4.0) / 4, 1), own, rtol=1e-5, atol=1e-7
-    )
-    assert found.shape == own.shape
-    assert torch.equal(targets.wrong(samples), alone.wrong(samples))
 
 
 def test_there_is_no_rectification() -> None:
@@ -129,7 +111,7 @@ def my_caches(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Mapping[str, Path]:
     """`first`, and caches of another teacher: `other` in half precision and in other blocks, `two`
-    with two views, `seed` and `policy` of other views.
+    with two views, `seed` of other views.
     """
     folder = tmp_path_factory.mktemp("ensemble")
     teacher = TeacherConfig(
@@ -146,7 +128,6 @@ def my_caches(
         "other": {"encoding": "float16", "block_rows": 25},
         "two": {"views": 2},
         "seed": {"seed": 1, "views": 1},
-        "policy": {"augment": "pad-crop-flip:pad=2", "views": 1},
     }
     for name, changed in changes.items():
         own = {"teacher": weights, "block_rows": 50, **changed}
@@ -157,27 +138,8 @@ def my_caches(
 
 def student_config(caches: Mapping[str, Path], *names: str, **changes: Any) -> StudentConfig:
     first, *others = (str(caches[name]) for name in names)
-    config = StudentConfig(
-        cache=first,
-        also=tuple(others),
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        train=TrainSettings(epochs=2, batch_size=128, lr=0.05),
-        device="cpu",
-    )
-    return msgspec.structs.replace(config, **changes)
-
-
-def test_averaging_a_teacher_with_itself_changes_next_to_nothing(
-    my_caches: Mapping[str, Path], my_splits: Splits, tmp_path: Path
-) -> None:
-    for name, caches in (("alone", ["first"]), ("twice", ["first", "first"])):
-        config = student_config(my_caches, *caches)
-        train_student(config, tmp_path / name, splits=my_splits)
-    alone, twice = (metrics(tmp_path / name) for name in ("alone", "twice"))
-    for one, two in zip(alone, twice, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
-        assert two["wrong_rate"] == one["wrong_rate"]
+    train = TrainSettings(epochs=2, batch_size=128, lr=0.05)
+    return student_of(first, **{"also": tuple(others), "train": train, **changes})
 
 
 @pytest.mark.parametrize("mode", ["none", "eliminate"])
@@ -221,15 +183,14 @@ def test_two_teachers(
     assert line["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("bias", ["none", "eliminate"])
 def test_a_run_resumes_and_leaves_a_record(
-    my_caches: Mapping[str, Path], my_splits: Splits, tmp_path: Path, bias: Any
+    my_caches: Mapping[str, Path], my_splits: Splits, tmp_path: Path
 ) -> None:
-    config = student_config(my_caches, "first", "other", bias=BiasSettings(mode=bias))
+    config = student_config(my_caches, "first", "other", bias=BiasSettings(mode="eliminate"))
     train_student(config, tmp_path / "run", splits=my_splits)
     kept = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert kept["also"] == [str(my_caches["other"])]
-    alone = student_config(my_caches, "first", bias=BiasSettings(mode=bias))
+    alone = student_config(my_caches, "first", bias=BiasSettings(mode="eliminate"))
     with pytest.raises(RunError, match=r"other caches .*--also"):
         train_student(alone, tmp_path / "run", resume=True, splits=my_splits)
     train_student(config, tmp_path / "run", resume=True, splits=my_splits)
@@ -255,19 +216,12 @@ def test_in_groups_of_the_firsts_chunks(
 # ---- what is refused ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("other", "field"),
-    [("seed", r"views\.seed: 1, not 0"), ("policy", r"views\.policy: pad-crop-flip, not pad-crop")],
-)
-def test_caches_of_other_views(my_caches: Mapping[str, Path], other: str, field: str) -> None:
-    with pytest.raises(IdentityError, match=rf"not of the same views: .*{field}"):
-        open_members(LogitCache.open(my_caches["first"]), [str(my_caches[other])], [4.0])
-
-
-def test_caches_of_another_dataset(
+def test_caches_of_other_views_or_another_dataset(
     my_caches: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, other = (LogitCache.open(my_caches[name]) for name in ("first", "other"))
+    with pytest.raises(IdentityError, match=r"not of the same views: .*views\.seed: 1, not 0"):
+        open_members(first, [str(my_caches["seed"])], [4.0])
     dataset = msgspec.structs.replace(other.identity.dataset, labels="of others")
     other.identity = msgspec.structs.replace(other.identity, dataset=dataset)
     monkeypatch.setattr(LogitCache, "open", lambda path: other)

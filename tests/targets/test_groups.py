@@ -24,7 +24,7 @@ def group_rows(cut: ChunkGroups, chunks: tuple[int, ...]) -> Tensor:
     return torch.cat([torch.arange(run.start, run.stop) for run in cut.runs(chunks)])
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 4, 9, 10])
+@pytest.mark.parametrize("most", [1, 3, 4, 10])
 def test_every_chunk_is_in_one_group(most: int) -> None:
     cut = groups(most)
     assert cut.num_chunks == 10
@@ -43,9 +43,8 @@ def test_runs_are_whole_chunks() -> None:
 
 
 @pytest.mark.parametrize("most", [1, 3, 9])
-@pytest.mark.parametrize("epoch", [0, 7])
-def test_the_order_goes_group_by_group(most: int, epoch: int) -> None:
-    cut = groups(most)
+def test_the_order_goes_group_by_group(most: int) -> None:
+    cut, epoch = groups(most), 7
     order = cut.order(torch.arange(ROWS), 3, epoch)
     assert torch.equal(order.sort().values, torch.arange(ROWS))
     assert torch.equal(cut.group_of(3, epoch)[order], cut.group_of(3, epoch).sort().values)
@@ -88,20 +87,20 @@ def test_the_order_is_a_function_of_seed_epoch_and_size() -> None:
 
 
 def test_chunks_meet_other_chunks() -> None:
-    """In 200 epochs each pair of chunks shares a group about equally often: chi^2, 44 degrees."""
+    """In 100 epochs each pair of chunks shares a group about equally often: chi^2, 44 degrees."""
     cut, together = groups(5), torch.zeros(10, 10)
-    for epoch in range(200):
+    for epoch in range(100):
         for group in cut.chunks(0, epoch):
             for chunk in group:
                 together[chunk, list(group)] += 1
     pairs = together[*torch.triu_indices(10, 10, offset=1)]
-    expected = 200 * 4 / 9
+    expected = 100 * 4 / 9
     assert pairs.mean().item() == pytest.approx(expected)
     assert ((pairs - expected) ** 2 / expected).sum() < 96  # p = 1e-5
 
 
-@pytest.mark.parametrize(("most", "least"), [(1, 7), (2, 17), (3, 17), (5, 47), (9, 47)])
+@pytest.mark.parametrize(("most", "least"), [(1, 7), (3, 17), (5, 47)])
 def test_the_smallest_group(most: int, least: int) -> None:
     cut = groups(most)
     assert cut.smallest(torch.arange(ROWS)) == least
-    assert min(min(runs_of(cut, 0, epoch)) for epoch in range(100)) == least
+    assert min(min(runs_of(cut, 0, epoch)) for epoch in range(40)) == least

@@ -83,12 +83,6 @@ def test_resident_slabs_are_read_once(resident: bool, reads: list[int]) -> None:
     assert shelf.read_views == reads
 
 
-def test_a_resumed_run_starts_at_its_own_epoch() -> None:
-    shelf = Shelf()
-    assert reader(shelf).slab(4) == "slab 0"
-    until(lambda: shelf.read_views == [0, 2])
-
-
 def test_waiting_is_counted(my_shelf: Shelf) -> None:
     slabs = reader(my_shelf)
     threading.Timer(0.1, my_shelf.gate.set).start()
@@ -151,13 +145,6 @@ def test_parts_come_one_after_another(my_library: Library) -> None:
     found = [slabs.slab(e, p).name for e, parts in enumerate(PARTS) for p in range(len(parts))]
     assert found == my_library.asked == list("abcdef")
     assert my_library.most <= 2
-
-
-def test_asking_again_reads_nothing(my_library: Library) -> None:
-    slabs = in_parts(my_library)
-    for _ in range(3):
-        assert slabs.slab(0, 1).name == "b"
-    until(lambda: my_library.asked == ["b", "c"])
 
 
 def test_two_parts_at_once_read_nothing_ahead(my_library: Library) -> None:
