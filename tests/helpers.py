@@ -21,10 +21,19 @@ from torch import Tensor, nn
 from stages.cache_teacher import CacheJob, prepare
 from stages.data import Splits
 from pipeline.cli import main
+from stages.cache_teacher import cache_teacher, prepare
+from stages.data import Splits
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.probes import pixel_probes
 from stages.reporting import Silent
-from stages.settings import DataSettings, ModelSettings, StudentConfig, TrainSettings
+from stages.settings import (
+    CacheConfig,
+    DataSettings,
+    ModelSettings,
+    StudentConfig,
+    TeacherSettings,
+    TrainSettings,
+)
 from stages.training.run_directory import RunDirectory
 
 SHARED_DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -119,6 +128,21 @@ def student_of(cache: str | Path, **changes: Any) -> StudentConfig:
         device="cpu",
     )
     return msgspec.structs.replace(config, **changes)
+
+
+def cache_of(
+    teacher: str | Path, path: str | Path, splits: Splits | None = None, **changes: Any
+) -> Path:
+    """A cache of two views of the digits; keyword arguments replace settings. Returns its path."""
+    config = CacheConfig(
+        data=DIGITS,
+        teacher=TeacherSettings(weights=str(teacher)),
+        views=2,
+        augment="pad-crop:pad=2",
+        device="cpu",
+    )
+    cache_teacher(prepare(msgspec.structs.replace(config, **changes), splits), path)
+    return Path(path)
 
 
 def first(dataset: ImageDataset, size: int) -> ImageDataset:

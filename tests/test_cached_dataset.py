@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DIGITS
+from helpers import DIGITS, cache_of
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from stages import CachedDataset, CachedEpochs, EpochSampler, LogitCache
 from stages.cache.identity import SkippedSample
-from stages.cache_teacher import cache_teacher, prepare
 from stages.cached_dataset import CachedBatch
 from stages.data import Splits
 from stages.errors import ConfigError, DatasetError, IdentityError, PipelineError
-from stages.settings import CacheConfig, DataSettings, TeacherSettings
+from stages.settings import DataSettings
 from stages.user_code import trusting
 
 FEW = DataSettings(dataset="test_cached_dataset:few", workers=0)
@@ -34,16 +33,8 @@ def my_dataset(finished_cache: Path) -> CachedDataset:
 @pytest.fixture(scope="module")
 def paired(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path, digits: Splits) -> Path:
     """One weak view, and a strong one that mixes."""
-    config = CacheConfig(
-        data=DIGITS,
-        teacher=TeacherSettings(weights=str(teacher_run)),
-        views=2,
-        augment="pad-crop:pad=2|pad-crop:pad=2+mixup",
-        device="cpu",
-    )
     path = tmp_path_factory.mktemp("paired") / "digits.zarr"
-    cache_teacher(prepare(config, digits), path)
-    return path
+    return cache_of(teacher_run, path, digits, augment="pad-crop:pad=2|pad-crop:pad=2+mixup")
 
 
 def same(one: Tensor | None, other: Tensor | None) -> bool:
@@ -220,16 +211,8 @@ def few(split: str) -> TensorDataset:
 @pytest.fixture(scope="module")
 def few_cache(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path) -> Path:
     """Of views that are rendered one by one."""
-    config = CacheConfig(
-        data=FEW,
-        teacher=TeacherSettings(weights=str(teacher_run)),
-        views=2,
-        augment="pad-crop:pad=2+trivial-augment",
-        device="cpu",
-    )
     path = tmp_path_factory.mktemp("few") / "few.zarr"
-    cache_teacher(prepare(config), path)
-    return path
+    return cache_of(teacher_run, path, data=FEW, augment="pad-crop:pad=2+trivial-augment")
 
 
 def test_code_that_only_the_cache_names_is_not_run(few_cache: Path) -> None:

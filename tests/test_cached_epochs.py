@@ -4,16 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DIGITS
+from helpers import DIGITS, cache_of
 from torch import Tensor
 
 from stages import CachedDataset, CachedEpochs
 from stages.cache import LogitCache
-from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, ConfigError, DatasetError, IdentityError, PipelineError
 from stages.inputs.views import view_policy
-from stages.settings import CacheConfig, DataSettings, TeacherSettings
+from stages.settings import DataSettings
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +78,9 @@ def test_the_test_split_is_clean_and_whole(my_epochs: CachedEpochs, digits: Spli
 
 def test_mixed_views_have_both_labels(teacher_run: Path, tmp_path: Path) -> None:
     """And samples that are held out are not shown."""
-    config = CacheConfig(
-        data=DIGITS,
-        teacher=TeacherSettings(weights=str(teacher_run)),
-        views=1,
-        augment="pad-crop:pad=2+mixup",
-        device="cpu",
-    )
-    cache_teacher(prepare(config), tmp_path / "mixed.zarr")
+    mixed = cache_of(teacher_run, tmp_path / "m.zarr", views=1, augment="pad-crop:pad=2+mixup")
     held = DataSettings(dataset="digits", workers=0, val_fraction=0.25)
-    (batch,) = CachedEpochs(CachedDataset(tmp_path / "mixed.zarr", held), 750, device="cpu").epoch(0)
+    (batch,) = CachedEpochs(CachedDataset(mixed, held), 750, device="cpu").epoch(0)
     assert len(batch.samples.unique()) == len(batch.samples) == 750
     assert batch.partner_labels is not None
     assert batch.shares is not None

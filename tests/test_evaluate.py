@@ -16,8 +16,7 @@ from helpers import DIGITS, Words, metrics, student_of
 from torch import Tensor
 
 from pipeline.cli import cli
-from pipeline.console import Console
-from pipeline.evaluation import check_json, show_evaluation
+from pipeline.evaluation import check_json
 from stages.cache import LogitCache
 from stages.data import Splits
 from stages.errors import (
@@ -285,23 +284,6 @@ def test_a_place_that_cannot_be_written_is_told_first(out: str, tmp_path: Path) 
     answer = CliRunner().invoke(cli, ["evaluate", "no-run", "--out", str(tmp_path / out)])
     assert isinstance(answer.exception, PipelineError)
     assert "--out" in str(answer.exception) or "no folder" in str(answer.exception)
-
-
-def test_many_classes_are_shown_by_their_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    student, teacher, labels = random_rows(3000, 100)
-    names = [f"class-{c:02d}" for c in range(100)]
-    theirs = teacher.argmax(1)
-    classes = class_scores(names, labels, student.argmax(1), theirs)
-    comparison = compare(student, (teacher, theirs), labels, ["c100.zarr"])
-    evaluated = Evaluated("run", "made", 3000, score(student, labels), None, classes, comparison)
-    show_evaluation(Console(), evaluated)
-    shown = capsys.readouterr().out
-    ordered = sorted(classes, key=lambda c: c.top1 or 0.0)
-    assert shown.count("class-") == 40
-    worst, gains = shown.split("gain on the teacher")
-    assert ordered[0].name in worst
-    assert ordered[-1].name in worst
-    assert max(classes, key=lambda c: c.gain).name in gains
 
 
 def test_a_dataset_that_moved_is_given_by_name(my_copy: Path) -> None:

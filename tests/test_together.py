@@ -9,8 +9,8 @@ import msgspec
 import pytest
 import torch
 from helpers import (
-    DIGITS,
     Words,
+    cache_of,
     first,
     metrics,
     same_weights,
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from stages.cache import LogitCache
 from stages.cache.targets import ViewTargets
-from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits, cached_policy
 from stages.errors import ConfigError, RunError
 from stages.inputs.feed import Batch, ViewFeed
@@ -32,13 +31,11 @@ from stages.rectify import rectify
 from stages.settings import (
     BiasMode,
     BiasSettings,
-    CacheConfig,
     LossSettings,
     ModelSettings,
     RectifyConfig,
     SeedSettings,
     StudentConfig,
-    TeacherSettings,
     TrainSettings,
 )
 from stages.student_checks import check_one_stream
@@ -86,15 +83,7 @@ def my_splits(digits: Splits) -> Splits:
 
 
 def make_cache(path: Path, teacher: Path, splits: Splits, augment: str) -> Path:
-    config = CacheConfig(
-        data=DIGITS,
-        teacher=TeacherSettings(weights=str(teacher)),
-        views=4,
-        augment=augment,
-        encoding="float32",
-        device="cpu",
-    )
-    cache_teacher(prepare(config, splits), path)
+    cache_of(teacher, path, splits, views=4, augment=augment, encoding="float32")
     rectify(path, RectifyConfig())
     return path
 
@@ -309,28 +298,6 @@ def test_mlkd_trains_resumes_and_weighs(my_pairs: Path, my_splits: Splits, tmp_p
         train_student(
             msgspec.structs.replace(config, slab_memory="1MB"), tmp_path / "a", splits=my_splits
         )
-
-
-def test_the_next_pair_is_read_meanwhile(
-    my_pairs: Path, my_splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reads: list[int] = []
-    read_view = LogitCache.read_view
-
-    def counted(self: LogitCache, view: int, *what: Any) -> ViewTargets:
-        reads.append(view)
-        return read_view(self, view, *what)
-
-    monkeypatch.setattr(LogitCache, "read_view", counted)
-    config = student(my_pairs, loss=LossSettings(name="mlkd"))
-    learner = student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits).learner
-    views = learner.start_epoch()
-    deadline = time.monotonic() + 10
-    while len(reads) < 4:
-        assert time.monotonic() < deadline, reads
-        time.sleep(0.01)
-    assert tuple(reads[:2]) == views
-    assert set(reads) == {0, 1, 2, 3}
 
 
 # ---- what the loss learns itself ------------------------------------------------------------

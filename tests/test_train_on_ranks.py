@@ -12,8 +12,8 @@ import forks
 import msgspec
 import pytest
 import torch
-from helpers import DIGITS, metrics, same_weights, weights
-from torch import Tensor, nn
+from helpers import metrics, same_weights, student_of, weights
+from torch import Tensor
 
 import stages.training.learner
 from stages.cache import LogitCache
@@ -23,7 +23,6 @@ from stages.errors import ConfigError
 from stages.settings import (
     BiasSettings,
     LossSettings,
-    ModelSettings,
     StudentConfig,
     TrainSettings,
 )
@@ -36,20 +35,13 @@ EPOCHS, BATCH = 3, 100
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
-def plain(num_classes: int) -> nn.Module:
-    """A student without batch norm: its gradient is a mean over the batch, however divided."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 32), nn.Tanh(), nn.Linear(32, num_classes))
-
-
 def student(cache: Path) -> StudentConfig:
-    return StudentConfig(
-        cache=str(cache),
-        data=DIGITS,
-        model=ModelSettings(architecture="test_train_on_ranks:plain"),
+    """Without batch norm: its gradient is a mean over the batch, however divided."""
+    return student_of(
+        cache,
         train=TrainSettings(epochs=EPOCHS, batch_size=BATCH, lr=0.2),
         loss=LossSettings(name="ctkd", ce_weight=0.5, weight=0.5),
         bias=BiasSettings(mode="rectify", schedule="ramp", reduction="batch"),
-        device="cpu",
     )
 
 

@@ -20,6 +20,7 @@ from helpers import (
     DIGITS,
     AtBatch,
     Words,
+    cache_of,
     first,
     remembered_probes,
     same_weights,
@@ -34,7 +35,6 @@ from torch import Tensor, nn
 from stages.cache import LogitCache
 from stages.cache.encoding.floats import Float32
 from stages.cache.targets import ViewTargets
-from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits, held_out, load_data
 from stages.errors import CacheError, IdentityError, RunError
 from stages.inputs.cifar_models import cifar_model
@@ -45,14 +45,12 @@ from stages.objectives.losses import kd
 from stages.rectify import rectify
 from stages.settings import (
     BiasSettings,
-    CacheConfig,
     LossSettings,
     ModelSettings,
     RectifyConfig,
     SeedSettings,
     StudentConfig,
     TeacherConfig,
-    TeacherSettings,
     TrainSettings,
 )
 from stages.student_checks import check_students, complete
@@ -107,19 +105,7 @@ def my_world(tmp_path_factory: pytest.TempPathFactory) -> World:
         device="cpu",
     )
     train_teacher(teacher, run, splits=splits)
-    job = prepare(
-        CacheConfig(
-            data=DIGITS,
-            teacher=TeacherSettings(weights=str(run)),
-            views=VIEWS,
-            augment=POLICY,
-            encoding="float32",
-            batch_size=CACHE_BATCH,
-            device="cpu",
-        ),
-        splits,
-    )
-    cache_teacher(job, cache)
+    cache_of(run, cache, splits, views=VIEWS, encoding="float32", batch_size=CACHE_BATCH)
     rectify(cache, RectifyConfig())
 
     identity = LogitCache.open(cache).identity.teacher
@@ -167,11 +153,11 @@ def test_loss_from_the_cache_is_the_loss_with_the_live_teacher(my_world: World) 
     optimizer = torch.optim.SGD(student.parameters(), lr=0.002, momentum=0.9)
     cache, labels = LogitCache.open(my_world.cache), my_world.splits.train.labels
     generator = torch.Generator().manual_seed(1)
+    cached = [cache.read_view(view) for view in range(VIEWS)]
     live_losses, cached_losses = [], []
     for step in range(100):
         view = step // 2 % VIEWS
         samples = torch.randperm(SAMPLES, generator=generator)[:32]
-        targets = cache.read_view(view)
         z_s = student.train()(my_world.normalise(my_world.pixels(samples, view)))
         z_t = my_world.live(samples, view, batch_size=32).clone()
         divergence = F.kl_div(
@@ -179,7 +165,7 @@ def test_loss_from_the_cache_is_the_loss_with_the_live_teacher(my_world: World) 
         )
         loss = 16 * divergence
         with torch.no_grad():
-            cached_losses.append(kd(z_s, targets.rows(samples), labels[samples], 4.0).item())
+            cached_losses.append(kd(z_s, cached[view].rows(samples), labels[samples], 4.0).item())
         live_losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -328,19 +314,6 @@ def test_ce_shows_the_views_of_kd_and_reads_no_targets(
 # ---- what a run leaves ----------------------------------------------------------------------
 
 
-def test_summary_says_what_the_metrics_say(my_whole: Path) -> None:
-    lines, summary = without_times(my_whole), json.loads((my_whole / "summary.json").read_text())
-    best = max(lines, key=lambda line: line["test_top1"])
-    for name, line in (("last", lines[-1]), ("best", best), ("selected", lines[-1])):
-        keys = ("epoch", "test_top1", "test_top5", "loss")
-        assert summary[name] == {key: line[key] for key in keys}
-    assert summary["epochs"] == len(lines) == 3
-    assert summary["parameters"] == sum(
-        p.numel() for p in cifar_model("resnet8", 10, 1).parameters()
-    )
-    assert 0 <= summary["wait_share"] <= 1
-
-
 def test_saved_weights_give_the_accuracy_that_was_reported(my_world: World, my_whole: Path) -> None:
     module = cifar_model("resnet8", 10, 1)
     module.load_state_dict(weights(my_whole))
@@ -350,15 +323,6 @@ def test_saved_weights_give_the_accuracy_that_was_reported(my_world: World, my_w
         logits = module.eval()(my_world.normalise(test.images.clone()))
     top1 = (logits.argmax(1) == test.labels).double().mean().item()
     assert without_times(my_whole)[-1]["test_top1"] == pytest.approx(top1)
-
-
-def test_only_the_first_views_are_shown(my_world: World, tmp_path: Path) -> None:
-    config = student_config(
-        my_world.cache, views=2, train=TrainSettings(epochs=4, batch_size=SAMPLES)
-    )
-    train_student(config, tmp_path / "run", splits=my_world.splits)
-    views = [line["view"] for line in without_times(tmp_path / "run")]
-    assert sorted(views[:2]) == sorted(views[2:]) == [0, 1]
 
 
 def test_held_out_samples_are_never_trained_on(
@@ -378,12 +342,9 @@ def test_held_out_samples_are_never_trained_on(
     )
     training, _ = held_out(SAMPLES, 0.25, seed=0)
     assert shown == set(training.tolist())
-    assert len(shown) == 158
-    lines = without_times(tmp_path / "run")
-    best = max(line["val_top1"] for line in lines)
-    assert summary["selected"]["val_top1"] == best
-    for line in lines:  # of 53 samples a whole number is right
-        assert line["val_top1"] * 53 == pytest.approx(round(line["val_top1"] * 53), abs=1e-4)
+    assert summary["selected"]["val_top1"] == max(
+        line["val_top1"] for line in without_times(tmp_path / "run")
+    )
 
 
 # ---- seeds ----------------------------------------------------------------------------------
@@ -504,16 +465,6 @@ def test_killed_between_epochs(my_world: World, my_whole: Path, tmp_path: Path, 
     train_student(config, tmp_path / "run", resume=True, splits=my_world.splits)
     assert same_weights(my_whole, tmp_path / "run")
     assert without_times(my_whole) == without_times(tmp_path / "run")
-
-
-def test_resuming_a_finished_run_changes_nothing(
-    my_world: World, my_whole: Path, tmp_path: Path
-) -> None:
-    run = Path(shutil.copytree(my_whole, tmp_path / "run"))
-    config = student_config(my_world.cache, bias=RECTIFY)
-    train_student(config, run, resume=True, splits=my_world.splits)
-    for name in ("metrics.jsonl", "summary.json", "model.safetensors", "config.yaml"):
-        assert (run / name).read_bytes() == (my_whole / name).read_bytes()
 
 
 # ---- is it the dataset that the teacher saw? ------------------------------------------------

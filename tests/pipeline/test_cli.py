@@ -157,6 +157,8 @@ WRONG = {
         "--rectified",
     ),
     "rectification-unused": (f"{CORRECTED} --rectified pairwise-T4", "--bias rectify"),
+    "correction-with-ce": (f"{STUDY} --bias correct --loss ce", "kd"),
+    "a-bound-for-nothing": (f"{STUDY} --bias eliminate --set bias.alpha=0.1", "bias.alpha"),
     "eliminate-with-ce": (f"{STUDY} --bias eliminate --loss ce", "'eliminate'"),
     "rectification-temperature": (f"{CORRECTED} --bias rectify --temperature 2", "temperature 4"),
     # training

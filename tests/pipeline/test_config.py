@@ -15,14 +15,10 @@ from stages.errors import ConfigError, PipelineError, RunError
 from stages.schema import Settings, settings_of
 from stages.settings import (
     CONFIGS,
-    DataSettings,
-    ModelSettings,
-    RectifyConfig,
     StudentConfig,
     TeacherConfig,
     TrainSettings,
 )
-from stages.train_teacher import train_teacher
 from stages.training.run_folder import check_same
 
 NEEDED = {"data.dataset": "digits", "model.architecture": "resnet8"}
@@ -228,44 +224,6 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
     one_clear_error(told.value)
 
 
-@pytest.mark.parametrize(
-    ("missing", "option"), [("data.dataset", "--dataset"), ("model.architecture", "--student")]
-)
-def test_what_is_missing_is_named_with_the_way_to_give_it(missing: str, option: str) -> None:
-    flags = NEEDED | {"cache": "c.zarr", missing: None}
-    with pytest.raises(ConfigError, match=missing) as told:
-        read_config(StudentConfig, None, flags, [])
-    assert option in told.value.remedy
-    assert "--set" in told.value.remedy
-    one_clear_error(told.value)
-
-
-def test_a_structs_own_error_keeps_its_remedy() -> None:
-    with pytest.raises(ConfigError, match="'blend'") as told:
-        read_config(RectifyConfig, None, {"space": "logit", "method": "blend"}, [])
-    assert "--method pairwise" in told.value.remedy
-
-
 def test_a_flag_below_a_value_in_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'train'.* 5"):
         teacher(tmp_path, "train: 5", {"train.lr": 0.1})
-
-
-# ---- a run's own configuration --------------------------------------------------------------
-
-
-def test_a_runs_configuration_can_be_given_back(tmp_path: Path) -> None:
-    config = TeacherConfig(
-        data=DataSettings(dataset="digits"),
-        model=ModelSettings(architecture="resnet8", mean=(0.25,), std=(0.5,)),
-        augment="pad-crop:pad=1",
-        train=TrainSettings(epochs=1, batch_size=500, lr=1e-4, milestones=(3, 4)),
-        device="cpu",
-    )
-    train_teacher(config, tmp_path / "run")
-    kept = tmp_path / "run" / "config.yaml"
-    assert yaml.safe_load(kept.read_text())["kind"] == "teacher"
-    assert read_config(TeacherConfig, str(kept), {}, []) == config
-    assert read_config(TeacherConfig, str(kept), {"train.epochs": 9}, []).train.epochs == 9
-    with pytest.raises(ConfigError, match="'augment'"):
-        read_config(StudentConfig, str(kept), {"cache": "c.zarr"}, [])

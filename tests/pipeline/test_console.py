@@ -29,25 +29,6 @@ def my_plain_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def printable(text: str) -> bool:
-    return all(c == "\n" or c.isprintable() for c in text)
-
-
-def test_a_log_has_no_control_characters(
-    capsys: pytest.CaptureFixture[str], my_clock: Clock
-) -> None:
-    console = Console()
-    console.say("hello")
-    console.table("numbers", ("what", "value"), [("a", 1), ("long name", 2.5)])
-    for done in range(1, 101):
-        my_clock.now += 1
-        console.progress("teacher pass", done, 100, "sample")
-    console.finish()
-    text = capsys.readouterr().out
-    assert printable(text)
-    assert "hello\n" in text
-
-
 @pytest.mark.parametrize(
     "text",
     ["[red]x[/red]", "[/]", "a\nb", "x" * 500, "50% \\n", "µ → ∞", "module:cat:x"],

@@ -9,18 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import DIGITS, Answer, answer_to
+from helpers import DIGITS, Answer, answer_to, cache_of
 
 from pipeline.sweep.worker import Place, settle
 from stages import cache_plan
-from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.inputs.views import transforms
 from stages.settings import (
-    CacheConfig,
     ModelSettings,
     TeacherConfig,
-    TeacherSettings,
     TrainSettings,
 )
 from stages.train_teacher import train_teacher
@@ -60,14 +57,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path, digits: 
             folder / "run",
             splits=digits,
         )
-        config = CacheConfig(
-            data=DIGITS,
-            teacher=TeacherSettings(weights=str(teacher_run)),
-            views=1,
-            augment="v2:stranger:make",
-            device="cpu",
-        )
-        cache_teacher(prepare(config, digits), folder / "c.zarr")
+        cache_of(teacher_run, folder / "c.zarr", digits, views=1, augment="v2:stranger:make")
     base = {
         "cache": "c.zarr",
         "data.dataset": "digits",

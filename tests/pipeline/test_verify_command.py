@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 from damage import flip, tree
-from helpers import Answer, answer_to
+from helpers import Answer, answer_to, cache_of
 from PIL import Image
 
-from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.rectify import rectify
-from stages.settings import CacheConfig, DataSettings, RectifyConfig, TeacherSettings
+from stages.settings import DataSettings, RectifyConfig
 
 DATASET = """
 from stages.inputs.datasets import load_splits
@@ -37,15 +36,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "path", [str(folder), *sys.path])
-        config = CacheConfig(
-            data=DataSettings(dataset="sixty_digits:make", workers=0),
-            teacher=TeacherSettings(weights="teacher"),
-            views=2,
-            augment="pad-crop:pad=2",
-            block_rows=30,
-            device="cpu",
-        )
-        cache_teacher(prepare(config), "cache.zarr")
+        data = DataSettings(dataset="sixty_digits:make", workers=0)
+        cache_of("teacher", "cache.zarr", data=data, block_rows=30)
         rectify("cache.zarr", RectifyConfig())
     return folder
 
@@ -166,14 +158,8 @@ def of_images(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path, digit
             Image.fromarray(images[number, 0].numpy()).save(file)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        config = CacheConfig(
-            data=DataSettings(dataset="folder:data", workers=0),
-            teacher=TeacherSettings(weights="teacher"),
-            views=1,
-            augment="pad-crop:pad=2",
-            device="cpu",
-        )
-        cache_teacher(prepare(config), "cache.zarr")
+        data = DataSettings(dataset="folder:data", workers=0)
+        cache_of("teacher", "cache.zarr", data=data, views=1)
     return home
 
 
