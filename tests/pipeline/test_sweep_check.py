@@ -86,12 +86,13 @@ def test_a_rectification_is_filled_in_and_makes_runs_equal(
     folder: Path, rectified_cache: Path
 ) -> None:
     shutil.copytree(rectified_cache, "rectified.zarr")
-    grid = {"cache": "rectified.zarr", "bias.mode": "rectify"}
+    base, grid = {"cache": "rectified.zarr"}, {"bias.mode": "rectify"}
 
-    (run,) = check_runs(runs_of([grid])).runs
+    (run,) = check_runs(runs_of([grid], base=base)).runs
     assert run.config.bias.rectified == "pairwise-T4"
+    named = {**grid, "bias.rectified": "pairwise-T4"}
     with pytest.raises(PipelineError, match="two runs are the same: 'rectify' and 'rectify, pair"):
-        check_runs(runs_of([grid, {**grid, "bias.rectified": "pairwise-T4"}]))
+        check_runs(runs_of([grid, named], base=base))
 
 
 def test_the_teachers_are_measured_on_the_test_split(folder: Path) -> None:
