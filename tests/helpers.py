@@ -18,10 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stages.cache_teacher import CacheJob, prepare
-from stages.data import Splits
 from pipeline.cli import main
-from stages.cache_teacher import cache_teacher, prepare
+from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.probes import pixel_probes
