@@ -537,23 +537,15 @@ def test_the_stored_prediction_decides_and_not_the_decoded_row(cache_copy: Path)
 # ---- incomplete, again, refused -------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"method": "swap"},
-        {"temperature": 2.0},
-        {"space": "probability-1"},
-        {"materialise": True},
-    ],
-    ids=str,
-)
-def test_a_name_with_other_settings_is_refused(side_by_side: Path, change: dict[str, Any]) -> None:
-    config = msgspec.structs.replace(CONFIGS["pairwise-T4"], name="pairwise-T4", **change)
+def test_a_name_with_other_settings_is_refused(side_by_side: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in side_by_side.rglob("*")}
 
-    with pytest.raises(CacheError, match="'pairwise-T4' exists with other settings") as caught:
-        rectify(side_by_side, config)
-    assert "--name" in caught.value.remedy
+    changes: list[dict[str, Any]] = [{"method": "swap"}, {"temperature": 2.0}]
+    for change in [*changes, {"space": "probability-1"}, {"materialise": True}]:
+        config = msgspec.structs.replace(CONFIGS["pairwise-T4"], name="pairwise-T4", **change)
+        with pytest.raises(CacheError, match="'pairwise-T4' exists with other settings") as caught:
+            rectify(side_by_side, config)
+        assert "--name" in caught.value.remedy
     assert {p: p.stat().st_mtime_ns for p in side_by_side.rglob("*")} == before
 
 
@@ -668,16 +660,11 @@ def test_a_rectification_that_is_removed_is_made_again(side_by_side: Path, tmp_p
     assert torch.equal(read, LogitCache.open(side_by_side).distribution(1, "pairwise-T4", 4.0))
 
 
-@pytest.mark.parametrize("views", [0, -1])
-def test_a_number_of_views_is_positive(finished_cache: Path, views: int) -> None:
+def test_views_that_the_cache_has_not_are_refused(finished_cache: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished_cache.rglob("*")}
-    with pytest.raises(ConfigError, match=f"views must be positive, was {views}"):
-        rectify(finished_cache, RectifyConfig(views=views))
-    assert {p: p.stat().st_mtime_ns for p in finished_cache.rglob("*")} == before
-
-
-def test_more_views_than_the_cache_has(finished_cache: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in finished_cache.rglob("*")}
+    for views in (0, -1):
+        with pytest.raises(ConfigError, match=f"views must be positive, was {views}"):
+            rectify(finished_cache, RectifyConfig(views=views))
     with pytest.raises(CacheError, match="has 3 views, 4 were asked for") as caught:
         rectify(finished_cache, RectifyConfig(views=4))
     assert "cache-teacher" in caught.value.remedy
