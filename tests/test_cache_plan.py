@@ -101,17 +101,10 @@ def test_a_plan_measures_every_encoding(
 
 @pytest.mark.parametrize(
     ("max_kl", "chosen"),
-    [
-        pytest.param(5e-3, "klt", id="loose"),
-        pytest.param(1e-12, "float32", id="nothing-but-exact"),
-    ],
+    [pytest.param(5e-3, "klt", id="loose"), pytest.param(1e-12, "float32", id="nothing-but-exact")],
 )
 def test_a_plan_takes_the_smallest_encoding_that_holds_the_kl(
-    cache_config: CacheConfig,
-    few: Splits,
-    tmp_path: Path,
-    max_kl: float,
-    chosen: str,
+    cache_config: CacheConfig, few: Splits, tmp_path: Path, max_kl: float, chosen: str
 ) -> None:
     config = msgspec.structs.replace(cache_config, max_kl=max_kl)
 

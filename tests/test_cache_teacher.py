@@ -599,12 +599,7 @@ def test_any_teacher_on_the_import_path_will_do(
     ],
 )
 def test_a_teacher_of_other_classes_is_refused(
-    teachers: Path,
-    cache_config: CacheConfig,
-    digits: Splits,
-    name: str,
-    classes: int,
-    message: str,
+    teachers: Path, cache_config: CacheConfig, digits: Splits, name: str, classes: int, message: str
 ) -> None:
     teacher = save(name, classes, teachers, 0.0)
 

@@ -103,8 +103,7 @@ def differing(store: Path, truth: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "lost",
-    [pytest.param(n, marks=[] if n in DEFAULT else pytest.mark.slow) for n in LOST],
+    "lost", [pytest.param(n, marks=[] if n in DEFAULT else pytest.mark.slow) for n in LOST]
 )
 def test_repair_brings_every_view_back(
     plain: Path, job: CacheJob, tmp_path: Path, lost: str
@@ -144,13 +143,7 @@ OF_RECTIFIED: dict[str, list[Loss]] = {
 
 @pytest.mark.parametrize(
     "lost",
-    [
-        pytest.param(
-            n,
-            marks=[] if n == "root-lost" else pytest.mark.slow,
-        )
-        for n in OF_RECTIFIED
-    ],
+    [pytest.param(n, marks=[] if n == "root-lost" else pytest.mark.slow) for n in OF_RECTIFIED],
 )
 def test_repair_brings_every_view_of_a_rectification_back(
     rectified: Path, job: CacheJob, tmp_path: Path, lost: str
@@ -301,8 +294,7 @@ ABSURD: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n == "block" else pytest.mark.slow) for n in ABSURD],
+    "name", [pytest.param(n, marks=[] if n == "block" else pytest.mark.slow) for n in ABSURD]
 )
 def test_a_record_that_claims_what_cannot_be_is_a_fault(
     rectified: Path, tmp_path: Path, name: str

@@ -550,10 +550,7 @@ def test_a_name_with_other_settings_is_refused(side_by_side: Path) -> None:
 
 
 def test_an_incomplete_cache_is_refused_and_its_leading_views_are_offered(
-    cache_copy: Path,
-    cache_config: CacheConfig,
-    digits: Splits,
-    side_by_side: Path,
+    cache_copy: Path, cache_config: CacheConfig, digits: Splits, side_by_side: Path
 ) -> None:
     (cache_copy / "commits/logits/v00002.json").unlink()
 

@@ -262,10 +262,7 @@ def test_a_callable_brings_its_own_weights(
     known = LogitCache.open(finished_cache).read_view(0).rows(samples)
     for temperature in (1, 4):
         torch.testing.assert_close(
-            (found / temperature).softmax(1),
-            (known / temperature).softmax(1),
-            rtol=1e-3,
-            atol=1e-5,
+            (found / temperature).softmax(1), (known / temperature).softmax(1), rtol=1e-3, atol=1e-5
         )
     assert cache.identity.teacher.outputs == asked.get("outputs", "logits")
 

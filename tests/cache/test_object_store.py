@@ -430,9 +430,7 @@ def test_writing_over_a_bad_connection_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [fault if name == "cut" else slow(name) for name, fault in FAULTS.items()],
-    ids=FAULTS,
+    "fault", [fault if name == "cut" else slow(name) for name, fault in FAULTS.items()], ids=FAULTS
 )
 def test_reading_over_a_bad_connection_gives_the_truth_or_says_so(
     url: str, server: tuple[str, int], one_cache: Path, fault: Fault
@@ -503,12 +501,7 @@ def test_a_server_that_refuses_is_told_at_once(
 # Zarr leaves the requests that it had not sent yet when one of several fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_server_that_goes_away_half_way_is_told_and_the_next_run_completes(
-    url: str,
-    server: tuple[str, int],
-    one_job: CacheJob,
-    one_cache: Path,
-    name: str,
-    after: int,
+    url: str, server: tuple[str, int], one_job: CacheJob, one_cache: Path, name: str, after: int
 ) -> None:
     act = ACTIONS[name]
     if act is not ACTIONS["cache-teacher"]:

@@ -650,9 +650,7 @@ def test_a_create_killed_while_it_removed_what_another_left_is_replaced(
 
 
 def test_an_interrupted_create_is_replaced(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    array_bytes: Callable[[Path], dict[str, bytes]],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array_bytes: Callable[[Path], dict[str, bytes]]
 ) -> None:
     whole = create(tmp_path / "whole.zarr")
     calls = 0

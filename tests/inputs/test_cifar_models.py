@@ -3,12 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.inputs.cifar_models import (
-    cifar_model,
-    cifar_model_names,
-    cifar_name,
-    counterpart,
-)
+from stages.inputs.cifar_models import cifar_model, cifar_model_names, cifar_name, counterpart
 from stages.inputs.cifar_models.shufflenet import _shuffle
 
 PUBLISHED = {

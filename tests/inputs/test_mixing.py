@@ -248,9 +248,7 @@ def selected(batch: Batch, which: list[int]) -> Batch:
 @pytest.mark.parametrize("spec", MIXTURES)
 @settings(max_examples=4, deadline=None)
 @given(
-    st.lists(st.integers(0, 20), min_size=1, max_size=25),
-    st.integers(1, 9),
-    st.integers(0, 2**33),
+    st.lists(st.integers(0, 20), min_size=1, max_size=25), st.integers(1, 9), st.integers(0, 2**33)
 )
 def test_both_feeds_at_any_order_and_batch_size(
     spec: str, order: list[int], batch_size: int, view: int

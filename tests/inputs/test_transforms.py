@@ -150,8 +150,7 @@ def test_global_generators_are_as_they_were_after_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec",
-    ["pad-crop-flip+rand-augment+erasing+mixup", "resized-crop-flip+trivial-augment+cutmix"],
+    "spec", ["pad-crop-flip+rand-augment+erasing+mixup", "resized-crop-flip+trivial-augment+cutmix"]
 )
 def test_no_policy_touches_a_global_generator(spec: str) -> None:
     before = states()
