@@ -1,7 +1,6 @@
 """How many views a cache has: repair never makes it smaller, whatever knows of them is lost."""
 
 import dataclasses
-import itertools
 import random
 import shutil
 from collections.abc import Callable
@@ -81,17 +80,11 @@ SHARDS = ("logits_code/c/3", "logits_offset/c/3", "logits_scale/c/3", "predictio
 RECORDS = ("commits/logits/v00003.json", "commits/logits/v00002.json")
 LOST: dict[str, list[Loss]] = {
     "last-record-flipped": [flipped(RECORDS[0])],
-    "last-record-gone": [gone(RECORDS[0])],
     "records-gone": [gone("commits/logits")],
-    "records-flipped": [flipped(*RECORDS)],
-    "records-and-shards-gone": [gone(*RECORDS, *SHARDS)],
     "documents-stale": [shrunk(*DOCUMENTS)],
-    "documents-gone": [gone(*DOCUMENTS)],
-    "documents-stale-and-record-flipped": [shrunk(*DOCUMENTS), flipped(*RECORDS)],
     "only-shards-know": [shrunk(*DOCUMENTS), gone("commits/logits")],
     "only-names-of-records-know": [gone(*DOCUMENTS, *SHARDS), flipped(RECORDS[0])],
     "only-one-document-knows": [gone(*RECORDS, *SHARDS, *DOCUMENTS[1:])],
-    "only-two-documents-know": [gone(*RECORDS, *SHARDS), shrunk(*DOCUMENTS[2:])],
     "all-but-one-shard-gone": [gone(*RECORDS, *SHARDS[:2], "logits_scale", *DOCUMENTS[1:2])],
 }
 DEFAULT = ("last-record-flipped", "only-one-document-knows")
@@ -123,16 +116,9 @@ def test_repair_brings_every_view_back(
 OF_RECTIFIED: dict[str, list[Loss]] = {
     # the rectification alone knows of the last view, and is whole
     "root-lost": [gone(*RECORDS, *SHARDS), shrunk(*DOCUMENTS)],
-    "its-last-record": [flipped(f"commits/{RECTIFIED}/v00003.json")],
     "its-attributes-and-last-record": [
         gone(f"{RECTIFIED}/zarr.json"),
         flipped(f"commits/{RECTIFIED}/v00003.json"),
-    ],
-    "its-attributes-and-last-records": [
-        gone(f"{RECTIFIED}/zarr.json", f"commits/{RECTIFIED}/v00003.json")
-    ],
-    "its-documents-stale": [
-        shrunk(*(f"{RECTIFIED}/{n}/zarr.json" for n in ("wrong", "label_logit")))
     ],
     "all-documents-stale": [
         shrunk(*DOCUMENTS, *(f"{RECTIFIED}/{n}/zarr.json" for n in ("wrong", "label_logit"))),
@@ -202,17 +188,14 @@ def claims(views: int) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-CLAIMANTS = (("logits_code",), ("prediction",), LOGITS, (f"{RECTIFIED}/wrong",))
-
-
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("arrays", "views"),
     [
-        pytest.param(arrays, views, marks=[] if number % 10 == 0 else pytest.mark.slow)
-        for number, (arrays, views) in enumerate(
-            itertools.product(CLAIMANTS, (10**12, 2**63 - 1, 900_000, 6))
-        )
+        (("logits_code",), 10**12),
+        pytest.param(("prediction",), 6, marks=pytest.mark.slow),
+        (LOGITS, 900_000),
+        pytest.param((f"{RECTIFIED}/wrong",), 2**63 - 1, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -284,8 +267,6 @@ def test_a_cache_that_claims_too_many_samples_is_told_in_a_second_and_little_mem
 
 
 ABSURD: dict[str, Callable[[dict[str, Any]], object]] = {
-    "rows": lambda r: r.update(rows=[0, 10**15]),
-    "right": lambda r: r.update(right=10**30),
     "bytes": lambda r: next(iter(r["objects"].values())).update(bytes=10**18),
     "objects": lambda r: r.update(objects={f"x/{n}": {} for n in range(10_000)}),
     "block": lambda r: r.update(block=10**15),

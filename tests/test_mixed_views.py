@@ -210,7 +210,6 @@ def test_weak_and_strong_rows_lie_side_by_side(
             live = logits_of(job.model.module(job.normalise(batch.pixels)))
         ours = cache.distribution(view, temperature=1.0)
         torch.testing.assert_close(ours, live.softmax(1), rtol=1e-4, atol=1e-6)
-    train_student(student_config(cache.path), tmp_path / "run", splits=my_splits)
 
 
 # ---- what needs one label -------------------------------------------------------------------

@@ -92,15 +92,6 @@ def test_a_kill_during_compaction_loses_nothing(tmp_path: Path) -> None:
     assert dict(log(tmp_path).records) == before
 
 
-def test_parts_do_not_see_each_other(tmp_path: Path) -> None:
-    log(tmp_path, "rectified/a").commit(BlockId(0, 0), {})
-    log(tmp_path, "rectified/ab").commit(BlockId(0, 1), {})
-
-    assert set(log(tmp_path, "rectified/a").records) == {(0, 0)}
-    assert set(log(tmp_path, "rectified/ab").records) == {(0, 1)}
-    assert log(tmp_path).records == {}
-
-
 def test_foreign_files_are_ignored(tmp_path: Path) -> None:
     commit(tmp_path, (0, 0))
     folder = tmp_path / "commits" / "logits"
@@ -311,12 +302,6 @@ def test_objects_are_described_by_size_and_digest(tmp_path: Path) -> None:
     assert sorted(list_objects(store, "a/")) == ["a/c/0", "a/c/1"]
     assert read_object(store, "a/c/1") == contents["a/c/1"]
     assert read_object(store, "a/c/2") is None
-
-
-def test_bytes_of_a_view(tmp_path: Path) -> None:
-    commit(tmp_path, (1, 0), (1, 1), (1, 2), (2, 0))
-
-    assert log(tmp_path).extent([1]).bytes == 10 + 11 + 12
 
 
 def test_records_are_plain_json(tmp_path: Path) -> None:

@@ -339,22 +339,16 @@ def topk_cache(tiny_job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> 
     "parameters",
     [
         {"k": 0},
-        {"k": 1},
-        {"k": -3},
         {"k": 4},
         {"k": 11},
-        {"k": 10**9},
         {"k": None},
         {"k": "three"},
         {"k": [3]},
         {"temperatures": []},
         {"temperatures": [1.0, 2.0]},
-        {"temperatures": [0.0, 2.0, 4.0]},
         {"temperatures": [-1.0, 2.0, 4.0]},
         {"temperatures": [float("nan"), 2.0, 4.0]},
-        {"temperatures": [float("inf"), 2.0, 4.0]},
         {"temperatures": "1/2/4"},
-        {"temperatures": None},
         {"temperatures": 1.0},
     ],
     ids=str,
@@ -392,34 +386,22 @@ def test_another_number_of_probes_is_told(
 RECTIFICATIONS: dict[str, Change] = {
     "no-method": drop("method"),
     "method-unknown": lambda a: a.update(method="hope"),
-    "method-as-number": lambda a: a.update(method=1),
     "space-unknown": lambda a: a.update(space="outer"),
     "temperature-zero": lambda a: a.update(temperature=0.0),
-    "temperature-negative": lambda a: a.update(temperature=-4.0),
     "temperature-nan": lambda a: a.update(temperature=float("nan")),
-    "temperature-infinite": lambda a: a.update(temperature=float("inf")),
     "temperature-as-text": lambda a: a.update(temperature="4"),
     "other-temperature": lambda a: a.update(temperature=2.0),
     "temperature-free": lambda a: a.update(temperature_free=True),
     "other-method": lambda a: a.update(method="swap"),
     "materialised": lambda a: a.update(materialised=True),
-    "materialised-as-text": lambda a: a.update(materialised="yes"),
     "no-identity": drop("identity_digest"),
     "statistics-as-text": lambda a: a.update(statistics="good"),
     "statistics-empty": lambda a: a.update(statistics={}),
     "nothing": lambda a: a.clear(),
 }
-LIKE_ANOTHER = {
-    *("method-as-number", "temperature-negative", "temperature-infinite", "materialised-as-text"),
-    *("objects-as-number", "object-as-text", "view-as-list", "rows-as-number", "no-block"),
-}
-"""Changes that are refused where another one of their kind is: for the slow tests."""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow if n in LIKE_ANOTHER else []) for n in RECTIFICATIONS],
-)
+@pytest.mark.parametrize("name", RECTIFICATIONS)
 def test_a_rectification_whose_attributes_make_no_sense_is_found_though_sealed(
     small_copy: Path, truth: list[Tensor], name: str
 ) -> None:
@@ -433,19 +415,14 @@ RECORDS: dict[str, Change] = {
     "nothing": lambda r: r.clear(),
     "no-objects": drop("objects"),
     "objects-as-list": lambda r: r.update(objects=list(r["objects"])),
-    "objects-as-number": lambda r: r.update(objects=1),
     "object-without-size": lambda r: next(iter(r["objects"].values())).pop("bytes"),
     "object-without-digest": lambda r: next(iter(r["objects"].values())).pop("sha256"),
-    "object-as-text": lambda r: r["objects"].update(dict.fromkeys(r["objects"], "mine")),
     "size-as-text": lambda r: next(iter(r["objects"].values())).update(bytes="12"),
-    "view-as-list": lambda r: r.update(view=[0]),
     "view-as-text": lambda r: r.update(view="first"),
     "view-beyond": lambda r: r.update(view=10**6),
     "view-negative": lambda r: r.update(view=-1),
     "other-block": lambda r: r.update(block=2),
-    "no-block": drop("block"),
     "rows-as-text": lambda r: r.update(rows="0-100"),
-    "rows-as-number": lambda r: r.update(rows=3),
 }
 OF_ONE_PART: dict[str, dict[str, Change]] = {
     "logits": {"right-as-text": lambda r: r.update(right="many")},
@@ -464,9 +441,7 @@ OF_ONE_PART: dict[str, dict[str, Change]] = {
         pytest.param(
             part,
             name,
-            marks=[]
-            if own or (part == "logits" and name not in LIKE_ANOTHER)
-            else pytest.mark.slow,
+            marks=[] if own or part == "logits" else pytest.mark.slow,
         )
         for part, more in OF_ONE_PART.items()
         for name, own in [*((n, False) for n in RECORDS), *((n, True) for n in more)]
@@ -525,24 +500,6 @@ def test_an_array_whose_document_makes_no_sense_is_found(
 
     assert found_by_verify(small_copy)
     assert refused_or_true(small_copy, truth)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("array", [*ARRAYS, "klt_basis", "dataset_index", "eval_label"])
-def test_every_array_whose_document_makes_no_sense_is_found(
-    small_copy: Path, truth: list[Tensor], array: str
-) -> None:
-    document = small_copy / array / "zarr.json"
-    before, wrong = document.read_bytes(), []
-    for name, change in DOCUMENTS.items():
-        edit_json(document, change)
-        if document.read_bytes() != before and not found_by_verify(small_copy):
-            wrong.append((name, "missed"))
-        if not refused_or_true(small_copy, truth):
-            wrong.append((name, "read"))
-        document.write_bytes(before)
-
-    assert wrong == []
 
 
 def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -22,7 +22,7 @@ from damage import everything, flipped, records, same, tree, values
 from helpers import DIGITS, Words, resized
 
 from pipeline.cli import cli
-from stages.cache import LogitCache, storage, stores
+from stages.cache import LogitCache, stores
 from stages.cache.layout import BlockId
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.errors import CacheError, UnansweredError
@@ -585,12 +585,6 @@ def test_the_time_for_retries_is_a_positive_number(
 
     with pytest.raises(CacheError, match=f"TEACHER_CACHE_RETRY_SECONDS.*{value}"):
         LogitCache.open(url)
-
-
-def test_retries_go_on_for_a_minute_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TEACHER_CACHE_RETRY_SECONDS", raising=False)
-
-    assert storage.retry_seconds() == 60
 
 
 # ---- 404 of what is there -------------------------------------------------------------------

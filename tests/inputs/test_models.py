@@ -232,41 +232,17 @@ def test_a_file_of_something_else(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("theirs", "ours", "message"),
     [
-        pytest.param(
-            ("resnet8", 10, 3), ("resnet8", 7, 3), "has 10 classes, the dataset has 7", id="classes"
-        ),
-        pytest.param(
-            ("vgg8", 100, 3), ("vgg8", 10, 3), "has 100 classes, the dataset has 10", id="vgg"
-        ),
-        pytest.param(
-            ("resnet8", 10, 3),
-            ("vgg8", 10, 3),
-            "another architecture: .* keys missing",
-            id="family",
-        ),
-        pytest.param(
-            ("resnet8", 10, 3),
-            ("resnet14", 10, 3),
-            r"missing \(layer1.1.bn1.*\), 0 un",
-            id="deeper",
-        ),
-        pytest.param(
-            ("resnet14", 10, 3),
-            ("resnet8", 10, 3),
-            r"0 keys missing, \d+ unexpected",
-            id="shallower",
-        ),
-        pytest.param(
-            ("resnet9_w8", 10, 3), ("resnet9_w16", 10, 3), "architecture: .* is .*, not", id="wider"
-        ),
-        pytest.param(
-            ("resnet9_w8", 7, 3), ("resnet9_w16", 10, 3), "another architecture", id="both"
-        ),
-        pytest.param(
+        (("resnet8", 10, 3), ("resnet8", 7, 3), "has 10 classes, the dataset has 7"),
+        (("vgg8", 100, 3), ("vgg8", 10, 3), "has 100 classes, the dataset has 10"),
+        (("resnet8", 10, 3), ("vgg8", 10, 3), "another architecture: .* keys missing"),
+        (("resnet8", 10, 3), ("resnet14", 10, 3), r"missing \(layer1.1.bn1.*\), 0 un"),
+        (("resnet14", 10, 3), ("resnet8", 10, 3), r"0 keys missing, \d+ unexpected"),
+        (("resnet9_w8", 10, 3), ("resnet9_w16", 10, 3), "architecture: .* is .*, not"),
+        (("resnet9_w8", 7, 3), ("resnet9_w16", 10, 3), "another architecture"),
+        (
             ("resnet8", 10, 1),
             ("resnet8", 10, 3),
             r"conv1.weight is \(16, 1, 3, 3\), not \(16, 3, 3, 3\)",
-            id="grey weights",
         ),
     ],
 )
@@ -334,18 +310,13 @@ def test_spoilt_run_directories(
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        pytest.param(NAME, None, r"no weights given\nGive --weights", id="none given"),
-        pytest.param(NAME, "nowhere.pth", "no weights at nowhere.pth", id="missing"),
-        pytest.param(NAME, "nowhere.safetensors", "no weights at nowhere", id="missing tensors"),
-        pytest.param(None, "some.pth", "no weights at some.pth", id="no name"),
-        pytest.param("resnet8", "pretrained", "no pretrained weights for 'resnet8'", id="CIFAR"),
-        pytest.param(None, "pretrained", "no pretrained weights for ''", id="no pretrained name"),
-        pytest.param(
-            "resnet18",
-            "pretrained",
-            "has 1000 classes, the dataset has 10",
-            id="ImageNet's classes",
-        ),
+        (NAME, None, r"no weights given\nGive --weights"),
+        (NAME, "nowhere.pth", "no weights at nowhere.pth"),
+        (NAME, "nowhere.safetensors", "no weights at nowhere"),
+        (None, "some.pth", "no weights at some.pth"),
+        ("resnet8", "pretrained", "no pretrained weights for 'resnet8'"),
+        (None, "pretrained", "no pretrained weights for ''"),
+        ("resnet18", "pretrained", "has 1000 classes, the dataset has 10"),
     ],
 )
 def test_weights_that_are_not_there(name: str | None, weights: str | None, message: str) -> None:
