@@ -39,19 +39,13 @@ IN_PLACE: dict[str, tuple[Callable[[Path], None], str]] = {
     "folder": (folder, "is a folder"),
 }
 KEYS = [
-    *(
-        "zarr.json",
-        "commits/attributes.json",
-        "label/c/0",
-        "klt_basis/c/0/0",
-        "logits_code/c/1/0/0",
-    ),
-    *("commits/logits/v00001.json", "rectified/pairwise-T4/zarr.json"),
+    *("zarr.json", "commits/attributes.json", "logits_code/c/1/0/0", "commits/logits/v00001.json"),
+    *("klt_basis/c/0/0", "rectified/pairwise-T4/zarr.json", "label/c/0"),
 ]
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize(("number", "key"), enumerate(KEYS), ids=KEYS)
+@pytest.mark.parametrize(("number", "key"), [*enumerate(KEYS)], ids=KEYS)
 def test_what_is_no_file_is_told_and_left_alone(
     small_copy: Path, small_job: CacheJob, number: int, key: str
 ) -> None:
