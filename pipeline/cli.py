@@ -69,12 +69,16 @@ def cli(context: click.Context) -> None:
 @cli.command("train-teacher")
 @given(TeacherConfig, RunPlace)
 def train_teacher_command(config: TeacherConfig, place: RunPlace) -> None:
-    """Train a model on hard labels: a teacher or a baseline."""
+    """Train a model on hard labels: a teacher, a baseline, or a teacher for every fold."""
     from pipeline.console import Console
-    from pipeline.tables import show_run
-    from stages.train_teacher import train_teacher
+    from pipeline.tables import show_folds, show_run
+    from stages.train_teacher import train_folds, train_teacher
 
     console = Console()
+    if config.folds is not None:
+        summaries = train_folds(config, place.out, place.resume, place.overwrite, reporter=console)
+        show_folds(console, place.out, config, summaries)
+        return
     summary = train_teacher(config, place.out, place.resume, place.overwrite, reporter=console)
     show_run(console, place.out, summary)
 

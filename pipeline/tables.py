@@ -6,9 +6,11 @@ from typing import Any
 from pipeline.console import Console, counted, duration, size
 from stages.cache import LogitCache
 from stages.cache.encoding import Encoding, Fidelity
+from stages.cache.identity import FoldsIdentity
 from stages.cache_job import normalisation_text
 from stages.cache_plan import CachePlan
 from stages.cache_teacher import CacheSummary
+from stages.settings import TeacherConfig
 from stages.verify import Fault, Verified
 
 MOST_FAULTS = 50
@@ -29,6 +31,7 @@ def show_cache(path: str, console: Console) -> None:
         ("what", "value"),
         [
             ("teacher", f"{identity.teacher.architecture}, weights {identity.teacher.weights}"),
+            *([("folds", _folds(identity.teacher.folds))] if identity.teacher.folds else []),
             ("normalisation", normalisation_text(*normalised)),
             ("input size", identity.teacher.image_size or "the images' own"),
             ("computed in", identity.compute_dtype),
@@ -96,6 +99,21 @@ def show_run(console: Console, out: str, summary: dict[str, Any]) -> None:
         f"{out}: {summary['parameters']:,} parameters, {seconds}, {share:.1%} waiting for targets"
     )
     console.table(title, ("", "epoch", "test top-1", "test top-5"), rows)
+
+
+def show_folds(
+    console: Console, out: str, config: TeacherConfig, summaries: Sequence[dict[str, Any]]
+) -> None:
+    """The last epoch of the teacher of every fold that was trained."""
+    folds = range(len(summaries)) if config.fold is None else [config.fold]
+    rows = [
+        (fold, *(f"{summary['last'][k]:.2%}" for k in ("test_top1", "test_top5")))
+        for fold, summary in zip(folds, summaries, strict=True)
+    ]
+    title = f"{out}: teachers trained without one of {config.folds} folds"
+    console.table(title, ("fold", "test top-1", "test top-5"), rows)
+    if config.fold is None:
+        console.say(f"Cache what each says of its own fold: cache-teacher --weights {out}")
 
 
 def show_rectification(console: Console, name: str, statistics: dict[str, Any]) -> None:
@@ -228,3 +246,11 @@ def show_verified(console: Console, path: str, verified: Verified, faults: Seque
     if len(faults) > MOST_FAULTS:
         shown.append(("...", f"and {len(faults) - MOST_FAULTS:,} more"))
     console.table(f"{path}: {counted(len(faults), 'fault')}", ("where", "what"), shown)
+
+
+def _folds(folds: FoldsIdentity) -> str:
+    """Whose rows a cache of several teachers has."""
+    return (
+        f"{folds.count}, stratified by label, seed {folds.seed}: every sample's rows are of the "
+        "teacher that was trained without it, the test split's their mean"
+    )

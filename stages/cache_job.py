@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.cache import LogitCache
 from stages.cache.arrays import open_group
@@ -39,10 +39,17 @@ from stages.data import (
 from stages.device import forward, place
 from stages.distributed import ALONE, Ranks, device_of_rank
 from stages.errors import ModelError, ViewError
+from stages.fold_teachers import (
+    FoldTeachers,
+    check_unmixed_folds,
+    load_teachers,
+    mean_logits,
+    with_modules,
+)
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Skip, Statistics
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
-from stages.inputs.models import Model, load_model
+from stages.inputs.models import Model
 from stages.inputs.views import ViewPolicy
 from stages.settings import CacheConfig
 from stages.teacher_classes import teacher_outputs
@@ -54,7 +61,8 @@ _ROW_ORDER = 4  # a stream of the view seed, apart from those of training
 class CacheJob:
     """Everything stage one needs, loaded and checked; make it with `prepare`.
 
-    normalised: where the normalisation comes from. told: `notes` have been printed already.
+    normalised: where the normalisation comes from. told: `notes` have been printed already. folds:
+    where several teachers answer, each for its own samples; `model` is then the first of them.
     """
 
     config: CacheConfig
@@ -68,6 +76,7 @@ class CacheJob:
     ranks: Ranks = ALONE
     normalised: str = ""
     told: bool = False
+    folds: FoldTeachers | None = None
 
     @property
     def num_classes(self) -> int:
@@ -152,15 +161,9 @@ def prepare(
     check_encoding(config.encoding)
     splits = splits or load_data(config.data, begun.skips if begun else ())
     train, device = splits.train, device_of_rank(ranks, config.device)
-    classes = len(train.class_names)
     teacher = config.teacher
-    model = load_model(
-        teacher.architecture,
-        teacher.weights,
-        classes,
-        train.shape[0],
-        own_head=teacher.classes is not None,
-    )
+    models, folds = load_teachers(teacher, splits)
+    model = models[0]
     image_size = teacher.image_size or config.data.image_size or model.image_size
     policy = chosen_policy(config.augment, config.seed, image_size, config.data.resize)
     if policy.count is not None and config.views > policy.count:
@@ -173,28 +176,35 @@ def prepare(
     if mean is std is None and model.statistics is None and begun and train.skips:
         mean, std = begun.statistics  # measured when its images were whole
     mean, std = normalisation(model, train, mean, std)
+    if folds is not None:
+        check_unmixed_folds(policy)
     notes = small_image_notes(model.architecture, train, image_size)
     rows = sample_outputs(model, (mean, std), train, policy, image_size)
     outputs = teacher_outputs(model, teacher, train.class_names, rows)
+    for other in models[1:]:
+        sample_outputs(other, (mean, std), train, policy, image_size)
     source_of_mean = normalisation_source(model, teacher.mean is not None)
     model = replace(model, notes=(*model.notes, *notes))
     identity = Identity(
         teacher=TeacherIdentity(
             architecture=model.architecture,
-            weights=weights_digest(model.module.state_dict()),
+            weights=folds.weights if folds else weights_digest(model.module.state_dict()),
             mean=mean,
             std=std,
             image_size=image_size,
             outputs=teacher.outputs,
             class_order=outputs.order,
             pooled_outputs=outputs.pooled,
+            folds=folds.identity if folds else None,
         ),
         dataset=dataset_identity(train),
         views=ViewsIdentity(policy.name, policy.parameters, policy.version, policy.seed),
         compute_dtype=config.dtype,
     )
-    model = outputs.adapted(model, teacher)
-    place(model.module, device, config.channels_last).eval()
+    modules = [outputs.adapted(each, teacher).module for each in models]
+    for module in modules:
+        place(module, device, config.channels_last).eval()
+    model = replace(model, module=modules[0])
     normalise = Normalise(mean, std, model.channels, device, config.channels_last)
     return CacheJob(
         config=config,
@@ -207,6 +217,7 @@ def prepare(
         identity=identity,
         device=device,
         ranks=ranks,
+        folds=folds and with_modules(folds, modules),
     )
 
 
@@ -232,9 +243,22 @@ class TeacherPass:
 
     @torch.inference_mode()
     def logits(self, samples: Tensor, view: int) -> Tensor:
-        """The teacher's float32 logits (n, C) for one view of some samples, on the CPU.
+        """The teacher's float32 logits (n, C) for one view of some samples, on the CPU; of several
+        each for the samples of its fold, or of the test split their mean.
+        """
+        folds = self.job.folds
+        if folds is None:
+            return self._rows(self.job.model.module, samples, view)
+        if self.split is not None:
+            return mean_logits([self._rows(module, samples, view) for module in folds.modules])
+        logits = torch.empty(len(samples), self.job.num_classes)
+        for module, places in folds.parts(samples):
+            logits[places] = self._rows(module, samples[places], view)
+        return logits
 
-        From a GPU they are copied batch by batch while it goes on computing.
+    def _rows(self, module: nn.Module, samples: Tensor, view: int) -> Tensor:
+        """As `logits`, of one network. From a GPU they are copied batch by batch while it goes on
+        computing.
         """
         job, classes = self.job, self.job.num_classes
         # A block must not depend on who computes it: cuDNN chooses by rule, not by timing.
@@ -244,7 +268,7 @@ class TeacherPass:
         logits = torch.empty((len(samples), classes), pin_memory=pinned)
         start = 0
         for batch in self.feed.batches(samples, view, job.config.batch_size):
-            output = forward(job.model.module, job.normalise(batch.pixels), job.config.dtype)
+            output = forward(module, job.normalise(batch.pixels), job.config.dtype)
             if output.shape != (len(batch.samples), classes):
                 raise ModelError(
                     f"the teacher gives logits of shape {tuple(output.shape)} for "

@@ -19,6 +19,7 @@ class Stream(IntEnum):
     VIEWS = 2
     HELD_OUT = 3
     CHUNKS = 5
+    FOLDS = 6
 
 
 SampleOrder = Callable[[Tensor, int, int], Tensor]

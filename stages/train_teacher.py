@@ -1,14 +1,22 @@
-"""Ordinary training on hard labels: a teacher, or a baseline.
+"""Ordinary training on hard labels: a teacher, or a baseline; or a teacher for every fold.
 
-pipeline train-teacher --dataset digits --model resnet20 --augment pad-crop:pad=2 --out runs/t
+    pipeline train-teacher --dataset digits --model resnet20 --augment pad-crop:pad=2 --out runs/t
+    pipeline train-teacher --dataset digits --model resnet20 --folds 5 --out runs/t5
+
+The teacher of fold k is trained without the samples of fold k (`stages.folds`), and is a run like
+any other: in its own directory, with the same seeds.
 """
 
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch import Tensor
 
 from stages.data import Splits, chosen_policy, load_data, split_digests
+from stages.errors import ConfigError, RunError
+from stages.fold_teachers import fold_folder
+from stages.folds import fold_map
 from stages.inputs.feed import Batch
 from stages.objectives.losses import mixed_ce
 from stages.order import view_order
@@ -51,7 +59,12 @@ def train_teacher(
     splits: Splits | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
-    """Train a model on hard labels and return the run's summary."""
+    """Train a model on hard labels and return the run's summary: on all samples, or on those of all
+    folds but `config.fold`.
+    """
+    if config.folds is not None and config.fold is None:
+        raise ConfigError("several folds are several runs", "Call train_folds, or name a fold.")
+    _check_fold(config)
     run, reporter = RunDirectory(out, resume, overwrite), reporter or Silent()
     # 1) the images
     splits = splits or load_data(config.data)
@@ -61,10 +74,52 @@ def train_teacher(
     models = build([config], splits.train, None, reporter)
     size = models[0].settings.image_size
     policy = chosen_policy(config.augment, config.seed.data, size, config.data.resize)
-    stream = open_stream(config, splits, policy, size)
+    left_out = None
+    if config.folds is not None and config.fold is not None:
+        fold_of = fold_map(splits.train.labels, config.folds, config.seed.data)
+        left_out = fold_of.eq(config.fold).nonzero().squeeze(1)
+    stream = open_stream(config, splits, policy, size, left_out=left_out)
     check_models(models, stream)
 
     # 3) train
     task = LabelTask(stream.labels, policy.count, config.seed.data)
     learner = Learner(config, models[0], task, run, stream, split_digests(splits))
     return Trainer([learner], stream, reporter).fit()
+
+
+def train_folds(
+    config: TeacherConfig,
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    splits: Splits | None = None,
+    reporter: Reporter | None = None,
+) -> list[dict[str, Any]]:
+    """Train the teacher of every fold, one after another, each in a run directory below `out`; of
+    `config.fold` alone where that is given. Returns their summaries.
+
+    Raises ConfigError unless there are folds, RunError where `out` is a run itself, and what
+    `train_teacher` raises.
+    """
+    if config.folds is None:
+        raise ConfigError("no number of folds was given", "Give --folds.")
+    if (Path(out) / "config.yaml").exists():
+        raise RunError(f"{out} is a run, not a folder for several", "Choose another --out.")
+    splits = splits or load_data(config.data)
+    _check_fold(config)
+    folds = range(config.folds) if config.fold is None else [config.fold]
+    summaries = []
+    for fold in folds:
+        where = fold_folder(out, fold)
+        (reporter or Silent()).say(f"fold {fold} of {config.folds}: {where}")
+        one = msgspec.structs.replace(config, fold=fold)
+        summaries.append(train_teacher(one, where, resume, overwrite, splits, reporter))
+    return summaries
+
+
+def _check_fold(config: TeacherConfig) -> None:
+    if config.fold is not None and config.fold >= (config.folds or 0):
+        raise ConfigError(
+            f"fold {config.fold} is none of {config.folds or 0} folds",
+            "Give --folds as well, and a --fold from 0 to folds - 1.",
+        )

@@ -105,7 +105,8 @@ def is_of_type(value: Any, told: str) -> bool:
 
 
 OPTIONAL = {"skipped", "teacher.outputs", "teacher.class_order", "teacher.pooled_outputs"}
-"""Left out where nothing is out of the ordinary: tests/test_skipping.py and
+OPTIONAL |= {"teacher.folds"}
+"""Left out where nothing is out of the ordinary: tests/test_skipping.py, tests/test_folds.py and
 tests/test_teacher_checks.py have caches with them."""
 
 

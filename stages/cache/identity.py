@@ -15,13 +15,27 @@ from torch import Tensor
 from stages.errors import CacheError
 
 
+class FoldsIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Several teachers, each trained without one fold of the samples: see `stages.folds`.
+
+    map: digest of the fold of every sample. weights: digests of the state dicts, fold after fold.
+    """
+
+    count: int
+    seed: int
+    map: str
+    weights: tuple[str, ...]
+
+
 class TeacherIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """architecture: name of the model. weights: digest of its state dict. mean, std: one number a
     channel. image_size: side of its input in pixels, None for the images' own size.
 
     outputs: what the model returns; of probabilities the log was taken. class_order: which of its
     outputs each class of the dataset is. pooled_outputs: which outputs were pooled by logsumexp for
-    each class, where one has several. These three are left out where they are the default.
+    each class, where one has several. folds: of several teachers, each for the samples that it has
+    not seen; weights is then a digest of theirs. These four are left out where they have their
+    default.
     """
 
     architecture: str
@@ -32,6 +46,7 @@ class TeacherIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     outputs: str = "logits"
     class_order: tuple[int, ...] = ()
     pooled_outputs: tuple[tuple[int, ...], ...] = ()
+    folds: FoldsIdentity | None = None
 
 
 class DatasetIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

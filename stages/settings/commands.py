@@ -116,6 +116,13 @@ class TeacherConfig(RunConfig, frozen=True, kw_only=True):
     kind: ClassVar[str] = "teacher"
 
     augment: Augment = "pad-crop-flip"
+    folds: Annotated[int | None, about(
+        "Train so many teachers, each without one fold of the samples, in --out/fold-0 and so on: "
+        "cache-teacher --weights takes them all.", "--folds", group="training", least=2,
+        most=1000)] = None
+    fold: Annotated[int | None, about(
+        "Only the teacher without this fold, of 0 to folds - 1.", "--fold", group="training",
+        least=0)] = None
 
 
 class StudentConfig(RunConfig, frozen=True, kw_only=True):

@@ -109,16 +109,22 @@ def open_stream(
     image_size: int | None,
     order: SampleOrder = sample_order,
     ranks: Ranks = ALONE,
+    left_out: Tensor | None = None,
 ) -> BatchStream:
-    """The stream of a run. Raises ConfigError where samples cannot be held out."""
+    """The stream of a run. left_out: int64, samples that it does not show, beside those skipped.
+
+    Raises ConfigError where samples cannot be held out, or left out.
+    """
     data, train = config.data, splits.train
     device = device_of_rank(ranks, config.device)
     feed = ViewFeed(train, policy, device, image_size, data.workers)
-    samples, validation = held_out(len(train), data.val_fraction, config.seed.data, train.skipped)
-    if policy.mixes and len(validation):
+    absent = train.skipped if left_out is None else torch.cat([train.skipped, left_out]).unique()
+    samples, validation = held_out(len(train), data.val_fraction, config.seed.data, absent)
+    if policy.mixes and (len(validation) or left_out is not None):
+        holder = "data.val_fraction" if left_out is None else "--folds"
         raise ConfigError(
-            f"data.val_fraction holds samples out, and '{policy.name}' shows them as partners",
-            "Train on all samples with --val-fraction 0, or without mixup and cutmix.",
+            f"{holder} holds samples out, and '{policy.name}' shows them as partners",
+            "Train on all samples, or without mixup and cutmix.",
         )
     plain = plain_view(image_size, data.resize)
     test = ViewFeed(splits.test, plain, device, image_size, data.workers)

@@ -17,6 +17,7 @@ from stages.cache.commits import unsealed
 from stages.cache.layout import BlockId
 from stages.cache.storage import Location, entries, folders, read_object
 from stages.errors import CacheError
+from stages.folds import fold_faults
 from stages.inputs.datasets.dataset import labels_digest
 from stages.verify.blocks import object_faults
 from stages.verify.faults import Fault
@@ -85,6 +86,8 @@ def whole_array_faults(cache: LogitCache) -> Iterator[Fault]:
             yield Fault("dataset_index", "is not a permutation of the samples")
         elif labels_digest(cache.labels) != identity.labels:
             yield Fault("label", "the labels are not those of the identity")
+        else:
+            yield from (Fault("folds", fault) for fault in fold_faults(cache))
         _ = cache.eval_labels
     except CacheError as error:
         yield Fault("whole arrays", error.cause)
