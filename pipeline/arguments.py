@@ -48,6 +48,9 @@ class CheckDataSettings(Settings, frozen=True):
     workers: Annotated[int | None, about(
         "Threads; one a core if left out.", "--workers", least=0, most=MOST_WORKERS)] = None
     check: Annotated[str, about("How many images of each split, or all.", "--check")] = "all"
+    test: Annotated[str | None, about(
+        "As cache-teacher takes it: 'none', a folder, or a share.",
+        "--test", metavar="none|DIR|SHARE")] = None
     skip_out: Annotated[str | None, about(
         "Write what is broken there, for --skip.",
         "--skip-out", metavar="FILE", takes="file")] = None

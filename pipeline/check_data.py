@@ -18,7 +18,7 @@ def amount_of(check: str) -> int | None:
 def run_check_data(console: Console, settings: CheckDataSettings) -> bool:
     """Show what was found, and write the skip list; return whether no image is broken."""
     dataset, amount = settings.dataset, amount_of(settings.check)
-    checked = check_data(dataset, settings.root, settings.workers, amount, console)
+    checked = check_data(dataset, settings.root, settings.workers, amount, console, settings.test)
     for finding in checked.findings:
         console.say(f"{finding.kind}: {finding.name}: {finding.what}")
     splits = [*checked.images]

@@ -130,8 +130,10 @@ def read_run(path: Path, name: str) -> Run | LeftOut:
         read_summary(path)
         for kept in ("config.yaml", metrics.name):
             check_file(path, kept)
-        history = _history(metrics)
         summary = msgspec.json.decode(file.read_bytes(), type=Summary)
+        if summary.last.test_top1 is None:
+            return LeftOut(name, "not measured", "it has no test split")
+        history = _history(metrics)
     except RunError as error:
         return LeftOut(name, "unreadable", error.cause)
     except _UnreadableError as error:

@@ -53,7 +53,8 @@ def show_cache(path: str, console: Console) -> None:
                 f"{size(there.bytes)}, {there.bytes / max(1, there.rows):.1f} bytes a sample and "
                 "view",
             ),
-            ("test logits", "yes" if cache.eval_commits.is_complete(0) else "not yet"),
+            ("labels", "yes" if cache.labelled else "none"),
+            ("test logits", _test_logits(cache)),
             (
                 "made from",
                 f"{made_from.get('weights', '?')}, on {cache.provenance.get('device')}",
@@ -90,7 +91,10 @@ def show_run(console: Console, out: str, summary: dict[str, Any]) -> None:
         (
             name,
             summary[name]["epoch"] + 1,
-            *(f"{summary[name][k]:.2%}" for k in ("test_top1", "test_top5")),
+            *(
+                f"{summary[name][k]:.2%}" if k in summary[name] else "no test split"
+                for k in ("test_top1", "test_top5")
+            ),
         )
         for name in ("last", "best", "selected")
     ]
@@ -212,6 +216,12 @@ def encoding_text(coding: Encoding) -> str:
     return f"{coding.name} ({told})" if told else coding.name
 
 
+def _test_logits(cache: LogitCache) -> str:
+    if not cache.tested:
+        return "no test split"
+    return "yes" if cache.eval_commits.is_complete(0) else "not yet"
+
+
 def _left_out(cache: LogitCache) -> str:
     counts = (f"{len(cache.skipped(split)):,} {split}" for split in ("train", "test"))
     return f"{' and '.join(counts)} samples"
@@ -219,18 +229,19 @@ def _left_out(cache: LogitCache) -> str:
 
 def show_cached(console: Console, out: str, summary: CacheSummary) -> None:
     """What stage one has done, and how good the teacher is."""
-    top1 = summary.train_top1
+    top1, rows = summary.train_top1, []
+    if top1:
+        shares = (sum(top1) / len(top1), min(top1), max(top1))
+        rows.append(("training views", *(f"{x:.2%}" for x in shares)))
+    else:
+        rows.append(("training views", "no labels", "", ""))
+    tested = summary.test_top1
+    rows.append(("test split", "none" if tested is None else f"{tested:.2%}", "", ""))
     console.table(
         f"{out}: {counted(summary.views, 'view')}, "
         f"{counted(summary.computed_blocks, 'block')} computed now",
         ("teacher top-1 on", "mean", "lowest", "highest"),
-        [
-            (
-                "training views",
-                *(f"{x:.2%}" for x in (sum(top1) / len(top1), min(top1), max(top1))),
-            ),
-            ("test split", f"{summary.test_top1:.2%}", "", ""),
-        ],
+        rows,
     )
     console.say(f"images were normalised with {summary.normalisation}")
 

@@ -1,7 +1,7 @@
 """The images of a cache: by name or as a dataset object, checked, and rendered as views."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,14 @@ def named_images(cache: LogitCache, name: str | None) -> DataSettings:
     if name is None:
         name = cache.identity.dataset.name
         check_trusted(f"cache {cache.path}", name=name)
-    return DataSettings(dataset=name)
+    known = cache.identity.dataset
+    share = f"{known.tested_share:.17g}" if known.tested_share else None
+    return DataSettings(
+        dataset=name,
+        test=share if cache.tested else "none",
+        no_labels=not cache.labelled,
+        exif=known.exif,
+    )
 
 
 def given_images(
@@ -40,6 +47,9 @@ def given_images(
     known = cache.identity.dataset
     skips = [skip for skip in skips_of([cache.skips]) if skip.split == "train"]
     found = own_images(images, known.name, known.class_names, cache.labels, known.images, skips)
+    found = replace(found, exif=known.exif, tested_share=known.tested_share or 0.0)
+    if known.tested_share:  # the digest is of all of them
+        found = replace(found, images_digest=known.images)
     check_identity(cache, found)
     if drift := probes_differ(cache, found, policy):
         raise IdentityError(

@@ -52,7 +52,7 @@ from stages.inputs.feed import Normalise, ViewFeed, plain_view
 from stages.inputs.models import Model
 from stages.inputs.views import ViewPolicy
 from stages.settings import CacheConfig
-from stages.teacher_classes import teacher_outputs
+from stages.teacher_classes import output_names, teacher_outputs
 
 _ROW_ORDER = 4  # a stream of the view seed, apart from those of training
 
@@ -180,6 +180,9 @@ def prepare(
         check_unmixed_folds(policy)
     notes = small_image_notes(model.architecture, train, image_size)
     rows = sample_outputs(model, (mean, std), train, policy, image_size)
+    names = train.class_names or output_names(model, teacher, rows.shape[1])
+    splits = splits.with_classes(names)
+    train = splits.train
     outputs = teacher_outputs(model, teacher, train.class_names, rows)
     for other in models[1:]:
         sample_outputs(other, (mean, std), train, policy, image_size)

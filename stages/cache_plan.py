@@ -128,7 +128,7 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
     blocks = config.views * grid.num_blocks
     made_bytes, made_seconds = _made_empty(job, coding, order)
     tested = len(job.splits.test) / computed_per_second
-    eval_there = cache is not None and cache.eval_commits.is_complete(0)
+    eval_there = cache is not None and cache.eval_commits.is_complete(0)  # or empty: no seconds
     return CachePlan(
         samples=len(train),
         views=config.views,

@@ -54,12 +54,14 @@ _SHOWN_SECONDS = 90.0
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What a run leaves: how many blocks it computed, and the teacher's top-1 in [0, 1]."""
+    """What a run leaves: how many blocks it computed, and the teacher's top-1 in [0, 1]: of every
+    view, none without labels; of the test split, None without one.
+    """
 
     computed_blocks: int
     views: int
     train_top1: list[float]
-    test_top1: float
+    test_top1: float | None
     normalisation: str = ""
 
 
@@ -111,7 +113,7 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
             for commits in logs:
                 commits.check_all_objects()
             cache.write_fidelity()
-            if not cache.eval_commits.is_complete(0):
+            if cache.tested and not cache.eval_commits.is_complete(0):
                 test, samples = job.teacher_on_test(), torch.arange(len(job.splits.test))
                 cache.write_eval_logits(test.finite_logits(samples, 0), record)
                 test.feed.close()
@@ -238,7 +240,7 @@ def _check_skips(job: CacheJob, cache: LogitCache) -> None:
     if (
         ours - theirs
         and not cache.commits.missing(range(views))
-        and cache.eval_commits.is_complete(0)
+        and (cache.eval_commits.is_complete(0) or not cache.tested)
     ):
         raise IdentityError(
             f"{cache.path} is finished: {len(ours - theirs)} more samples cannot be left out of it",
@@ -266,9 +268,9 @@ def _summary(cache: LogitCache, computed_blocks: int, normalisation: str) -> Cac
     top1 = cache.top1_per_view
     return CacheSummary(
         computed_blocks=computed_blocks,
-        views=len(top1),
+        views=len(cache.complete_views),
         train_top1=[*top1.values()],
-        test_top1=cache.eval_top1(),
+        test_top1=cache.eval_top1() if cache.tested else None,
         normalisation=normalisation,
     )
 

@@ -52,11 +52,12 @@ class CachedBatch(NamedTuple):
     images : Tensor
         float32 (B, C, H, W), normalised, or what the dataset's `transform` makes of the pixels.
     labels : Tensor
-        int64 (B,).
+        int64 (B,); -1 where the images have none.
     teacher_logits : Tensor
         float32 (B, classes), rectified where that was asked for.
     wrong : Tensor
-        bool (B,), whether the teacher's argmax on this view differs from the label.
+        bool (B,), whether the teacher's argmax on this view differs from the label. (B, 0) where
+        the images have no labels.
     samples : Tensor
         int64 (B,), dataset indices.
     partner_labels : Tensor or None
@@ -74,6 +75,13 @@ class CachedBatch(NamedTuple):
     samples: Tensor
     partner_labels: Tensor | None = None
     shares: Tensor | None = None
+
+
+def known_wrong(targets: ViewTargets, samples: Tensor) -> Tensor:
+    """bool (n,): which rows are wrong; (n, 0) without labels: nothing is, or is not."""
+    if targets.labelled:
+        return targets.wrong(samples)
+    return torch.empty((len(samples), 0), dtype=torch.bool, device=samples.device)
 
 
 class CachedDataset(Dataset[CachedBatch]):
@@ -154,6 +162,7 @@ class CachedDataset(Dataset[CachedBatch]):
         self.test_images: ImageDataset | None = None
         if isinstance(images, DataSettings):
             splits = load_data(images, skips_of([self.cache.skips]))
+            splits = splits.with_classes(self.cache.identity.dataset.class_names)
             check_dataset(self.cache, splits, self.policy, False, Silent())
             self.images, self.test_images = splits.train, splits.test
             self.image_size = images.image_size or self.image_size
@@ -232,7 +241,7 @@ class CachedDataset(Dataset[CachedBatch]):
             self.transform(shown.pixels),
             labels,
             self.logits(targets, samples),
-            targets.wrong(samples),
+            known_wrong(targets, samples),
             samples,
             labels if partner_labels is None else partner_labels,
             torch.ones(len(samples)) if shares is None else shares,

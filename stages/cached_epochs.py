@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from stages.cached_dataset import CachedBatch, CachedDataset
+from stages.cached_dataset import CachedBatch, CachedDataset, known_wrong
 from stages.device import choose_device
 from stages.epoch_sampler import EpochSampler
 from stages.errors import ConfigError
@@ -149,7 +149,7 @@ class CachedEpochs:
                 self.normalise(batch.pixels),
                 labels,
                 self.dataset.logits(targets, batch.samples),
-                targets.wrong(batch.samples),
+                known_wrong(targets, batch.samples),
                 batch.samples,
                 partner_labels,
                 shares,

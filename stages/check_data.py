@@ -22,6 +22,7 @@ from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Source, Split, load_dataset, passed_over
 from stages.inputs.datasets.compressed import Mode, decode, opened
 from stages.inputs.datasets.dataset import without
+from stages.inputs.datasets.listing import named_folder
 from stages.reporting import Reporter, Silent
 
 Kind = Literal["broken", "odd mode", "duplicate", "not taken"]
@@ -66,21 +67,25 @@ def check_data(
     workers: int | None = None,
     amount: int | None = None,
     reporter: Reporter | None = None,
+    test: str | None = None,
 ) -> CheckedData:
     """Decode the images of both splits, or a fixed sample of `amount` of each. workers: threads;
-    None for one a core. Raises DatasetError for what is no dataset.
+    None for one a core. test: what is tested on, if not the dataset's test split. Raises
+    DatasetError for what is no dataset.
     """
     reporter, checked = reporter or Silent(), CheckedData()
     first: dict[str, tuple[str, int]] = {}
-    splits: tuple[Split, ...] = ("train", "test")
+    splits: tuple[Split, ...] = ("train",) if test == "none" else ("train", "test")
     for split in splits:
-        dataset = load_dataset(spec, split, root=root, feeding="stream", rescan=True)
+        dataset = load_dataset(spec, split, root=root, feeding="stream", rescan=True, test=test)
         chosen = _chosen(dataset, amount)
         checked.images[split] = len(chosen)
         for done, (index, seen) in enumerate(_seen(dataset, chosen, workers), start=1):
             checked.findings += _findings(dataset, index, seen, first)
             reporter.progress(f"check {split}", done, len(chosen), "images")
-        passed = passed_over(Source(spec, split, root))
+        if split == "test" and dataset.tested_share:
+            continue  # its files lie among those of the other split
+        passed = passed_over(Source(spec, split, root, test=test))
         checked.findings += [Finding(split, "not taken", path, kind) for path, kind in passed]
     checked.findings.sort(key=lambda finding: KINDS.index(finding.kind))
     return checked
@@ -227,7 +232,7 @@ def _name(dataset: ImageDataset, load: Any, index: int) -> str:
     """A sample as a skip list has it."""
     paths: tuple[str, ...] | None = getattr(load, "paths", None)
     if paths is not None:
-        name = f"{load.root.name}/{paths[index]}"
+        name = f"{named_folder(load.root.name, dataset.split)}/{paths[index]}"
         if name.isprintable():  # a line has room for it
             return name
     return f"{dataset.split}:{index}"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import msgspec
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.identity import DatasetIdentity, SkippedSample, differences
-from stages.errors import CacheError, ConfigError, IdentityError, ModelError
+from stages.errors import CacheError, ConfigError, DatasetError, IdentityError, ModelError
 from stages.inputs.cifar_models import SMALL, counterpart
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Skip, Statistics, load_splits, read_skip_list
@@ -36,8 +36,33 @@ class Splits:
     train: ImageDataset
     test: ImageDataset
 
+    @property
+    def tested(self) -> bool:
+        """Whether there is anything to test on."""
+        return len(self.test) > 0
+
+    def with_classes(self, names: Sequence[str]) -> "Splits":
+        """The same images; where the training split has no labels, and so no classes of its own,
+        with these. Raises DatasetError where the test split has others.
+        """
+        if self.train.labelled:
+            return self
+        test = self.test if self.tested else replace(self.test, class_names=tuple(names))
+        if test.class_names != tuple(names):
+            raise DatasetError(
+                f"the classes of the test split of {test.name} are not those of the teacher's "
+                "outputs",
+                "Give the same --eval-dataset to cache-teacher, and say with --classes which "
+                "outputs they are.",
+            )
+        return Splits(replace(self.train, class_names=tuple(names)), test)
+
     def tell(self, reporter: Reporter) -> None:
         """Say what a user has to know of these images."""
+        if not self.train.labelled:
+            reporter.say(f"{len(self.train):,} training images without labels")
+        if not self.tested:
+            reporter.say("no test split: nothing is measured")
         for split in (self.train, self.test):
             for note in split.notes:
                 reporter.say(note)
@@ -60,6 +85,10 @@ def load_data(settings: DataSettings, skips: Iterable[Skip] = ()) -> Splits:
             download=settings.download,
             rescan=settings.rescan,
             skips=[*skips, *own],
+            eval_dataset=settings.eval_dataset,
+            test=settings.test,
+            no_labels=settings.no_labels,
+            exif=settings.exif,
         )
     )
 
@@ -104,6 +133,8 @@ def dataset_identity(dataset: ImageDataset) -> DatasetIdentity:
         class_names=dataset.class_names,
         labels=dataset.labels_digest,
         images=dataset.images_digest,
+        exif=dataset.exif,
+        tested_share=dataset.tested_share or None,
     )
 
 

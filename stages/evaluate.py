@@ -86,7 +86,7 @@ def evaluate_run(
     other, reporter = other or OtherImages(), reporter or Silent()
     # 1) the run, its images, its weights
     settings = _read_run(Path(run))
-    own = other.dataset in (None, settings.data.dataset)
+    own = other.dataset in (None, settings.data.eval_dataset or settings.data.dataset)
     images = _test_images(run, settings, other, (caches or settings.caches) if own else ())
     for note in images.notes:
         reporter.say(note)
@@ -129,18 +129,29 @@ def _test_images(
 ) -> ImageDataset:
     """Raises DatasetError. caches: those whose skipped samples are left out."""
     data = settings.data
+    name = data.eval_dataset or data.dataset
     if other.dataset is None:
-        check_trusted(f"run {run}", name=data.dataset)
-    own = other.dataset in (None, data.dataset)
+        check_trusted(f"run {run}", name=name)
+    own = other.dataset in (None, name)
+    held = data.test if own else None  # what the run was tested on
+    if other.dataset is not None and held == "none":
+        held = None
     try:
-        return load_dataset(
-            other.dataset or data.dataset,
+        images = load_dataset(
+            other.dataset or name,
             "test",
+            test=held,
+            exif=data.exif,
             root=other.root or data.root,
             feeding=data.feeding,
             download=other.download or data.download,
             skips=_skips(other.skip or (data.skip if own else None), caches),
         )
+        if not len(images):
+            raise DatasetError(
+                f"{run} has no test split", "Name a dataset that has one: --dataset."
+            )
+        return images
     except DatasetError as error:
         if other.dataset is not None or other.root is not None:
             raise

@@ -62,13 +62,14 @@ def load_teachers(
     """The teacher; or those of every fold, and who answers for which sample. Raises ModelError, and
     what `load_folds` raises.
     """
-    own_head, train = teacher.classes is not None, splits.train
+    train = splits.train
+    own_head = teacher.classes is not None or not train.class_names
     if teacher.weights is not None and is_fold_folder(teacher.weights):
         return load_folds(teacher.weights, teacher.architecture, splits, own_head)
     model = load_model(
         teacher.architecture,
         teacher.weights,
-        len(train.class_names),
+        len(train.class_names) or 2,  # of its own, where images have none
         train.shape[0],
         own_head=own_head,
     )

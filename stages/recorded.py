@@ -52,6 +52,8 @@ def recorded_job(
     source = f"cache {where}"
     check_trusted(source, policy=config.augment, name=config.teacher.architecture)
     check_trusted(source, name=None if dataset else config.data.dataset)
+    if config.data.eval_dataset:
+        check_trusted(source, name=config.data.eval_dataset)
     replace = msgspec.structs.replace
     moved = {"dataset": dataset, "root": root}
     config = replace(

@@ -80,6 +80,7 @@ def rectify(
     """
     reporter = reporter or Silent()
     cache = LogitCache.open(path, writable=True)
+    cache.require_labels("rectification")
     check_unmixed(cache.identity.views.policy, "rectification")
     settings = settings_of(config)
     check_temperature(cache.encoding, 1.0 if settings.temperature_free else settings.temperature)

@@ -57,6 +57,8 @@ def complete(config: StudentConfig, cache: LogitCache) -> StudentConfig:
     for bias-aware losses on views that mix samples.
     """
     loss, bias = resolved(config.loss), config.bias
+    if not cache.labelled:
+        loss = _without_labels(config, loss, cache)
     if bias.weighs and loss.average is not None:
         if config.loss.average == "kind":
             raise ConfigError(
@@ -96,6 +98,21 @@ def complete(config: StudentConfig, cache: LogitCache) -> StudentConfig:
     if (temperature := rectified_at(loss)) is not None:
         cache.rectification(name).check_temperature(temperature)
     return msgspec.structs.replace(config, bias=msgspec.structs.replace(bias, rectified=name))
+
+
+def _without_labels(config: StudentConfig, loss: LossSettings, cache: LogitCache) -> LossSettings:
+    """The loss without cross-entropy, unless that was asked for. Raises CacheError for whatever
+    needs labels.
+    """
+    if loss.name == "ce" or definition_of(loss.name).reads_labels:
+        cache.require_labels(f"the loss '{loss.name}'")
+    if config.loss.ce_weight:
+        cache.require_labels(f"loss.ce_weight {config.loss.ce_weight:g}")
+    if config.bias.mode != "none":
+        cache.require_labels(f"bias '{config.bias.mode}'")
+    if config.data.val_fraction:
+        cache.require_labels(f"data.val_fraction {config.data.val_fraction:g}")
+    return msgspec.structs.replace(loss, ce_weight=0.0)
 
 
 def _check_correction(config: StudentConfig, cache: LogitCache) -> None:

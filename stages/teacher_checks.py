@@ -19,11 +19,13 @@ _CONSTANT = 0.995
 def teacher_doubts(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> list[str]:
     """What is suspicious about a teacher's rows, a sentence each; nothing if all seems well.
 
-    logits: float32 (n, C). labels: int64 (n,). Looked for: one answer to everything, accuracy near
-    chance, and an order of the classes in which it would be right far more often.
+    logits: float32 (n, C). labels: int64 (n,), -1 where there are none. Looked for: one answer to
+    everything, accuracy near chance, and an order of the classes in which it would be right far
+    more often.
     """
     predictions, rows = logits.argmax(1), len(labels)
-    if rows < _FEWEST_ROWS or len(labels.unique()) < 2:
+    labelled = bool((labels >= 0).all())
+    if rows < _FEWEST_ROWS or (labelled and len(labels.unique()) < 2):
         return []
     counts = torch.bincount(predictions, minlength=len(class_names))
     commonest = int(counts.argmax())
@@ -32,6 +34,8 @@ def teacher_doubts(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -
             f"the teacher takes {int(counts[commonest]) / rows:.1%} of {rows:,} training images "
             f"for {class_names[commonest]!r}: check its weights and its normalisation"
         ]
+    if not labelled:
+        return []
     top1 = float((predictions == labels).double().mean())
     if better := _better_order(predictions, labels, class_names):
         order, found, now = better

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from stages.data import check_kind, check_width
-from stages.inputs.class_maps import Groups, class_groups, in_identity
+from stages.inputs.class_maps import Groups, class_groups, in_identity, mapped_names
 from stages.inputs.model_outputs import Adapted, output_order
 from stages.inputs.models import Model
 from stages.settings import TeacherSettings
@@ -29,6 +29,17 @@ class TeacherOutputs:
             return model
         module = Adapted(model.module, teacher.outputs, self.order, self.pooled)
         return replace(model, module=module)
+
+
+def output_names(model: Model, teacher: TeacherSettings, outputs: int) -> tuple[str, ...]:
+    """The names of classes, where images have none of their own: those of the class map, else those
+    that the model's outputs come with, else their numbers.
+    """
+    if teacher.classes not in (None, "auto"):
+        return mapped_names(teacher.classes or "")
+    if model.output_names is not None and len(model.output_names) == outputs:
+        return tuple(names[0] for names in model.output_names)
+    return tuple(map(str, range(outputs)))
 
 
 def teacher_outputs(

@@ -110,6 +110,7 @@ def student_trainer(
     splits = splits or first_rank_before_others(
         ranks, lambda: load_data(config.data, skips_of(c.skips for c in caches))
     )
+    splits = splits.with_classes(cache.identity.dataset.class_names)
     splits.tell(reporter)
     policy = cached_policy(cache)
     for member in caches:
@@ -155,8 +156,9 @@ class CachedTask:
     def __init__(
         self, config: StudentConfig, schedule: ViewSchedule, reader: TargetReader, labels: Tensor
     ) -> None:
-        """config: complete. labels: int64 (N,), on the device."""
+        """config: complete. labels: int64 (N,), on the device; -1 where there are none."""
         self._config, self._schedule, self._labels = config, schedule, labels
+        self._labelled = bool((labels >= 0).all())
         self._objective = None if config.loss.name == "ce" else Objective(config.loss)
         self.learned = None if self._objective is None else self._objective.learned
         self._weights = BiasWeights(1.0, 1.0)
@@ -178,6 +180,8 @@ class CachedTask:
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The loss of a batch, and the means that metrics have of it: () each."""
         labels, *mixed = batch.hard_labels(self._labels)
+        if not self._labelled:
+            return self._taught(logits, batch, labels)
         hard = mixed_ce(logits, labels, *mixed)
         if self._objective is None or self.targets is None:
             return {"loss": hard}
@@ -198,6 +202,14 @@ class CachedTask:
             of_wrong = value.detach() * told["wrong_rate"]
             told |= {"loss_right": value.detach() - of_wrong, "loss_wrong": of_wrong}
         return parts | dict(zip(told, torch.stack([*told.values()]).mean(1), strict=True))
+
+    def _taught(self, logits: Tensor, batch: Batch, labels: Tensor) -> dict[str, Tensor]:
+        """As `loss_parts`, of the teacher alone: nothing is known to be right or wrong."""
+        assert self._objective is not None
+        assert self.targets is not None
+        rows = self.targets.of(batch.samples)
+        mean = self._value(logits, rows if rows.tempered else rows.at(), labels, None).mean()
+        return {"loss": self._objective.weight * mean, "loss_kd": mean}
 
     def _value(
         self, logits: Tensor, teacher: TeacherRows, labels: Tensor, weights: Tensor | None

@@ -69,6 +69,11 @@ def train_teacher(
     # 1) the images
     splits = splits or load_data(config.data)
     splits.tell(reporter)
+    if not splits.train.labelled:
+        raise ConfigError(
+            f"training on hard labels needs labels, and {config.data.dataset} has none",
+            "Cache a teacher's logits of it, and train students from them.",
+        )
 
     # 2) the model, and the batches that it is shown
     models = build([config], splits.train, None, reporter)

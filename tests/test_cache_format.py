@@ -104,8 +104,10 @@ def is_of_type(value: Any, told: str) -> bool:
     return isinstance(value, TYPES[told]) and isinstance(value, bool) == (told == "boolean")
 
 
-OPTIONAL = {"skipped", "teacher.outputs", "teacher.class_order", "teacher.pooled_outputs"}
-OPTIONAL |= {"teacher.folds"}
+OPTIONAL = {
+    *("skipped", "teacher.outputs", "teacher.class_order", "teacher.pooled_outputs"),
+    *("teacher.folds", "dataset.exif", "dataset.tested_share"),
+}
 """Left out where nothing is out of the ordinary: tests/test_skipping.py, tests/test_folds.py and
 tests/test_teacher_checks.py have caches with them."""
 
@@ -157,6 +159,8 @@ def attributes(path: Path) -> Json:
 
 
 REST = ("rectified", "materialised")
+EVERY = ("all", "labelled", "tested")
+"""A cache of images with labels and a test split has all of these."""
 each_store = pytest.mark.parametrize("name", SPECS)
 
 
@@ -262,7 +266,7 @@ def test_what_xarray_shows(
 ) -> None:
     store = xarray.open_zarr(stores[name], consolidated=False)
     told = {array.strip("` ") for array in arrays.split(",")}
-    always = {array for array, row in told_arrays("all").items() if row}
+    always = {array for array, row in told_arrays(*EVERY).items() if row}
     assert {str(array) for array in store} == told | always
     assert store.attrs["encoding"]["name"] == name
 
@@ -299,7 +303,7 @@ def assert_specs(told: dict[str, Row], specs: dict[str, layout.ArraySpec]) -> No
 @each_store
 def test_the_table_names_the_arrays_of_every_encoding(stores: dict[str, Path], name: str) -> None:
     coding = LogitCache.open(stores[name]).encoding
-    told = told_arrays("all", coding.name)
+    told = told_arrays(*EVERY, coding.name)
 
     assert_specs(told, all_arrays(10, coding))
     documents = {file.parent.name for file in stores[name].glob("*/zarr.json")}
@@ -313,7 +317,7 @@ def test_the_names_that_are_ours_are_those_of_the_table() -> None:
 
 
 def test_the_table_has_every_encoding_and_the_rectifications() -> None:
-    others = {"all", "rectified", "materialised"}
+    others = {*EVERY, "rectified", "materialised"}
     assert {row["caches"] for row in table("arrays")} == {*ENCODINGS, *others}
     assert_specs(told_arrays("rectified"), layout.rectified_arrays(False))
     assert_specs(told_arrays("rectified", "materialised"), layout.rectified_arrays(True))
@@ -363,7 +367,7 @@ def test_the_documents_of_arrays_are_as_told(stores: dict[str, Path], name: str)
     if name.startswith("topk"):
         lengths |= {"k": parameters["k"], "temperature": len(parameters["temperatures"])}
     told = {
-        stores[name] / array: row for array, row in told_arrays("all", name.split("-")[0]).items()
+        stores[name] / array: row for array, row in told_arrays(*EVERY, name.split("-")[0]).items()
     }
     group = stores[name] / "rectified" / RECTIFIED
     if group.exists():
@@ -552,7 +556,7 @@ def by_block(store: Path, part: str) -> set[str]:
     """The arrays whose objects a record of a part names."""
     if part == "eval":
         return {"eval_logits", "eval_prediction"}
-    folder, caches = "", ["all", attributes(store)["encoding"]["name"]]
+    folder, caches = "", [*EVERY, attributes(store)["encoding"]["name"]]
     if part != "logits":
         found = attributes(store / part)
         folder, caches = f"{part}/", ["rectified", *["materialised"] * found["materialised"]]

@@ -61,7 +61,8 @@ def cache_part(cache: LogitCache, key: str, options: Options) -> dict[str, Any]:
         "kl": None if cache.fidelity is None else cache.fidelity.mean_kl[0],
         "mixed": mixes(views.policy),
         "digest": identity.digest()[:16],
-        "measured": _measured(cache, key, options) if complete else None,
+        "measured": _measured(cache, key, options) if complete and cache.labelled else None,
+        "labelled": cache.labelled,
     }
 
 

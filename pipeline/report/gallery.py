@@ -109,6 +109,8 @@ def load_images(
             root=root or config.get("root"),
             feeding="stream",
             skips=skips_of([cache.skips]),
+            test=config.get("test"),
+            exif=bool(config.get("exif")),
         )
         if differing := differences(dataset_identity(train), cache.identity.dataset):
             raise IdentityError(f"{spec} is another dataset or order: {'; '.join(differing[:3])}")

@@ -51,12 +51,12 @@ def student_part(groups: Sequence[Group], known: KnownCaches, key: str) -> dict[
 
 def last_top1(run: Run) -> float:
     """Test top-1 of the last epoch, in [0, 1]."""
-    return run.summary.last.test_top1
+    return run.summary.last.top1
 
 
 def best_top1(run: Run) -> float:
     """Test top-1 of the best epoch, in [0, 1]."""
-    return run.summary.best.test_top1
+    return run.summary.best.top1
 
 
 def teacher_of(run: Run, known: KnownCaches) -> float | None:
@@ -96,7 +96,7 @@ def _means(groups: Sequence[Group]) -> Table:
             _epoch(group.spread(lambda run: run.summary.best.epoch + 1)),
         ]
         if selected:
-            cells += _mean_cells(group.spread(lambda run: run.summary.selected.test_top1), "chosen")
+            cells += _mean_cells(group.spread(lambda run: run.summary.selected.top1), "chosen")
         cells += [
             Cell(f"{parameters:,}", parameters, "parameters"),
             Cell(f"{seconds:.3g} s", seconds, "seconds_an_epoch"),
@@ -188,8 +188,8 @@ def _every_run(groups: Sequence[Group]) -> Table:
             cells: list[Cell] = [Cell(run.name), Cell(group.label), Cell(seed, data, "seed")]
             for name, picked in (("last", summary.last), ("best", summary.best)):
                 cells += [
-                    Cell(f"{100 * picked.test_top1:.2f}", picked.test_top1, f"{name}.test_top1"),
-                    Cell(f"{100 * picked.test_top5:.2f}", picked.test_top5, f"{name}.test_top5"),
+                    Cell(f"{100 * picked.top1:.2f}", picked.top1, f"{name}.test_top1"),
+                    Cell(f"{100 * picked.top5:.2f}", picked.top5, f"{name}.test_top5"),
                     Cell(f"{picked.loss:.4f}", picked.loss, f"{name}.loss"),
                     Cell(f"{picked.epoch + 1}", picked.epoch, f"{name}.epoch"),
                 ]
@@ -213,8 +213,8 @@ def teacher_part(runs: Sequence[Run]) -> Table:
         cells = [
             Cell(run.name),
             Cell(str(run.config.get("model.architecture"))),
-            Cell(f"{100 * summary.last.test_top1:.2f}", summary.last.test_top1, "last.test_top1"),
-            Cell(f"{100 * summary.best.test_top1:.2f}", summary.best.test_top1, "best.test_top1"),
+            Cell(f"{100 * summary.last.top1:.2f}", summary.last.top1, "last.test_top1"),
+            Cell(f"{100 * summary.best.top1:.2f}", summary.best.top1, "best.test_top1"),
             Cell(f"{summary.epochs}", summary.epochs, "epochs"),
             Cell(f"{summary.parameters:,}", summary.parameters, "parameters"),
             Cell(duration(summary.train_seconds), summary.train_seconds, "train_seconds"),

@@ -112,6 +112,12 @@ def _check_data(data: DataSettings, runs: Sequence[Run], known: _Known, reporter
         splits = load_data(
             data, skips_of(c.skips for run in runs for c in known.members(run.config))
         )
+        if not splits.tested:
+            raise ConfigError(
+                "a sweep compares students by their test accuracy, and there is no test split",
+                "Give data.test or data.eval_dataset, or train them with train-student.",
+            )
+        splits = splits.with_classes(known.cache(runs[0].config.cache).identity.dataset.class_names)
     channels, classes = splits.train.shape[0], len(splits.train.class_names)
     images = split_digests(splits)
     seen: set[Any] = set()

@@ -36,8 +36,14 @@ class CacheDescription:
         self.encoding: Encoding = restored(
             attributes.encoding, self.num_classes, lambda name: arrays.read_array(group, name)
         )
-        self.specs: dict[str, ArraySpec] = metadata.all_arrays(self.num_classes, self.encoding)
         self._array_digests = attributes.shared_arrays
+        self.labelled = bool(self.identity.dataset.labels)
+        """Whether the samples have labels."""
+        self.tested = "eval_label" in self._array_digests
+        """Whether there is a test split."""
+        self.specs: dict[str, ArraySpec] = metadata.all_arrays(
+            self.num_classes, self.encoding, self.labelled, self.tested
+        )
         self.look_again()
         if faults := self.document_faults():
             raise CacheError(f"{path}: {faults[0]}", "Run `pipeline verify CACHE --repair`.")
@@ -75,9 +81,13 @@ class CacheDescription:
             "view": self.num_views,
             "sample": self.num_samples,
             "class": self.num_classes,
-            "eval_sample": int(arrays.get_array(self.group, "eval_label").shape[0]),
+            "eval_sample": self._eval_samples,
             **self.encoding.sizes,
         }
+
+    @property
+    def _eval_samples(self) -> int:
+        return int(arrays.get_array(self.group, "eval_label").shape[0]) if self.tested else 0
 
     @property
     def row_bytes(self) -> int:
@@ -112,8 +122,8 @@ class CacheDescription:
 
     @cached_property
     def row_labels(self) -> Tensor:
-        """int64 (N,): the label of each row."""
-        return self._whole("label")
+        """int64 (N,): the label of each row; -1 where there are none."""
+        return self._whole("label") if self.labelled else torch.full((self.num_samples,), -1)
 
     @cached_property
     def labels(self) -> Tensor:
@@ -122,8 +132,16 @@ class CacheDescription:
 
     @cached_property
     def eval_labels(self) -> Tensor:
-        """int64 (M,): the labels of the test split."""
-        return self._whole("eval_label")
+        """int64 (M,): the labels of the test split; empty where there is none."""
+        return self._whole("eval_label") if self.tested else torch.empty(0, dtype=torch.int64)
+
+    def require_labels(self, what: str) -> None:
+        """Raise CacheError where the samples have no labels. what: which needs them."""
+        if not self.labelled:
+            raise CacheError(
+                f"{what} needs labels, and the training images of {self.path} have none",
+                "Leave it out; a loss against the teacher alone, such as kd, needs none.",
+            )
 
     def _whole(self, name: str) -> Tensor:
         """An array that is written once. Raises CacheError unless it is what was written."""

@@ -49,8 +49,14 @@ class TeacherIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     folds: FoldsIdentity | None = None
 
 
-class DatasetIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The training split: its size, its classes in order, digests of labels and images."""
+class DatasetIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The training split: its size, its classes in order, digests of labels and images; that of
+    labels is empty where there are none.
+
+    exif: images are turned as their EXIF orientation says. tested_share: of the images that the
+    digest is of, the share that is the test split. These two are left out where they are the
+    default.
+    """
 
     name: str
     split: str
@@ -58,6 +64,8 @@ class DatasetIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     class_names: tuple[str, ...]
     labels: str
     images: str
+    exif: bool = False
+    tested_share: float | None = None
 
 
 class SkippedSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=True):
@@ -125,7 +133,7 @@ def _differences(mine: Any, other: Any, path: str) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = str(value) or "none"
     return text if len(text) <= 40 else f"{text[:24]}...({len(text)} characters)"
 
 

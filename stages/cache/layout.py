@@ -127,12 +127,19 @@ def prediction_dtype(num_classes: int) -> str:
     return "uint16" if num_classes <= 2**16 else "uint32"
 
 
-def base_arrays(num_classes: int) -> dict[str, ArraySpec]:
-    """The arrays that every cache has, whatever its encoding."""
-    return {
-        "dataset_index": ArraySpec(("sample",), "int64"),
-        "label": ArraySpec(("sample",), "int32"),
-        "prediction": ArraySpec(("view", "sample"), prediction_dtype(num_classes)),
+def base_arrays(
+    num_classes: int, labelled: bool = True, tested: bool = True
+) -> dict[str, ArraySpec]:
+    """The arrays of a cache that its encoding does not decide. labelled: its samples have labels.
+    tested: it has a test split.
+    """
+    arrays = {"dataset_index": ArraySpec(("sample",), "int64")}
+    if labelled:
+        arrays["label"] = ArraySpec(("sample",), "int32")
+    arrays["prediction"] = ArraySpec(("view", "sample"), prediction_dtype(num_classes))
+    if not tested:
+        return arrays
+    return arrays | {
         "eval_label": ArraySpec(("eval_sample",), "int32"),
         "eval_logits": ArraySpec(("eval_sample", "class"), "float16"),
         "eval_prediction": ArraySpec(("eval_sample",), prediction_dtype(num_classes)),

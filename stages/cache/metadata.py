@@ -150,9 +150,14 @@ def read_attributes(where: Location, attributes: Mapping[str, Any]) -> RootAttri
         raise CacheError(f"the attributes of {where} are damaged: {error}") from error
 
 
-def all_arrays(num_classes: int, coding: Encoding) -> dict[str, ArraySpec]:
-    """Every array at the root of a cache with this encoding."""
-    return layout.base_arrays(num_classes) | coding.arrays() | coding.calibration_arrays()
+def all_arrays(
+    num_classes: int, coding: Encoding, labelled: bool = True, tested: bool = True
+) -> dict[str, ArraySpec]:
+    """Every array at the root of a cache with this encoding. labelled: the training images have
+    labels; tested: there is a test split.
+    """
+    base = layout.base_arrays(num_classes, labelled, tested)
+    return base | coding.arrays() | coding.calibration_arrays()
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,8 @@ class NewCache:
     """What a cache is made of, before its first block.
 
     dataset_index: int64 (N,), the sample of each row. labels: int64 (N,), in dataset order.
-    eval_labels: int64 (M,). provenance: plain JSON values.
+    eval_labels: int64 (M,), empty without a test split. provenance: plain JSON values. Without
+    labels, as the identity says, `labels` are not kept.
     """
 
     identity: Identity
@@ -172,6 +178,13 @@ class NewCache:
     pixel_probes: Sequence[int] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
     block_rows: int = MAX_BLOCK_ROWS
+
+    @property
+    def arrays(self) -> dict[str, ArraySpec]:
+        """Every array at its root."""
+        known = self.identity.dataset
+        tested = len(self.eval_labels) > 0
+        return all_arrays(len(known.class_names), self.coding, bool(known.labels), tested)
 
 
 def create_store(where: Location, new: NewCache) -> None:
@@ -192,7 +205,8 @@ def create_store(where: Location, new: NewCache) -> None:
         "label": new.labels[new.dataset_index],
         "eval_label": new.eval_labels,
     }
-    specs = all_arrays(classes, new.coding)
+    specs = new.arrays
+    whole = {name: values for name, values in whole.items() if name in specs}
     grid = layout.block_grid(samples, classes, new.block_rows)
     group = unfinished_group(where)
     for name, spec in specs.items():

@@ -44,7 +44,10 @@ class CacheReader(CacheDescription):
         return self.commits.complete(self.num_views)
 
     def top1(self, view: int) -> float:
-        """The teacher's accuracy on a complete view, in [0, 1], without samples left out."""
+        """The teacher's accuracy on a complete view, in [0, 1], without samples left out. Raises
+        CacheError without labels.
+        """
+        self.require_labels("accuracy")
         right = self.predictions(view) == self.row_labels
         records = self.commits.of_view(view)
         blocks = range(self.grid.num_blocks)
@@ -53,7 +56,11 @@ class CacheReader(CacheDescription):
 
     @property
     def top1_per_view(self) -> dict[int, float]:
-        """As `top1`, of every complete view; from the records of its blocks, without any array."""
+        """As `top1`, of every complete view; from the records of its blocks, without any array.
+        Empty without labels.
+        """
+        if not self.labelled:
+            return {}
         return {
             view: sum(int(record["right"]) for record in records.values())
             / (self.num_samples - sum(len(r.get("skipped", ())) for r in records.values()))
@@ -123,6 +130,7 @@ class CacheReader(CacheDescription):
             labels=labels,
             row_of=row_of,
             rectified=values,
+            labelled=self.labelled,
         )
 
     def distribution(
@@ -237,6 +245,10 @@ class CacheReader(CacheDescription):
         return float(right[self.eval_shown].double().mean())
 
     def _eval(self, name: str) -> Tensor:
+        if not self.tested:
+            raise CacheError(
+                f"{self.path} has no test split", "Cache it with --test or --eval-dataset."
+            )
         if not self.eval_commits.is_complete(0):
             raise CacheError(
                 f"{self.path} has no logits of the test split yet",

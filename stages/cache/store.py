@@ -108,12 +108,16 @@ class LogitCache(CacheReader):
         """Encode, write and commit a block. logits: float32 (n, C); predictions: int64 (n,).
 
         Rows of skipped samples say what the teacher gives for black pixels, and the label as its
-        prediction, so that they are never taken for its mistakes; no statistic counts them.
+        prediction, so that they are never taken for its mistakes; no statistic counts them. Without
+        labels nothing is right or wrong.
         """
         rows = self.grid.rows(block)
         labels, samples = self.row_labels[rows], self.dataset_index[rows]
         unseen = torch.isin(samples, self.skipped())
-        predictions = torch.where(unseen, labels, predictions)
+        right = {}
+        if self.labelled:
+            predictions = torch.where(unseen, labels, predictions)
+            right = {"right": int((predictions == labels)[~unseen].sum())}
         encoded = self.encoding.encode(logits, labels)
         # Of a block that nobody has seen, anything: fidelity has to be of something.
         some = (unseen if bool(unseen.all()) else ~unseen).nonzero().squeeze(1)
@@ -123,7 +127,7 @@ class LogitCache(CacheReader):
         self._check_calibration(fidelity)
         record = {
             **record,
-            "right": int((predictions == labels)[~unseen].sum()),
+            **right,
             "fidelity": msgspec.to_builtins(fidelity),
         }
         if bool(unseen.any()):

@@ -37,7 +37,9 @@ class TargetRows(Protocol):
         """The classes whose logits are known, int64 (n, k); None if all are."""
 
     def wrong(self) -> Tensor:
-        """bool (n,): whether the teacher's argmax on this view differs from the label."""
+        """bool (n,): whether the teacher's argmax on this view differs from the label. Raises
+        CacheError where samples have no labels.
+        """
 
 
 class Targets(ABC):
@@ -67,7 +69,9 @@ class Targets(ABC):
         return self.of(samples).kept()
 
     def wrong(self, samples: Tensor) -> Tensor:
-        """bool (n,): whether the teacher's argmax on this view differs from the label."""
+        """bool (n,): whether the teacher's argmax on this view differs from the label. Raises
+        CacheError where samples have no labels.
+        """
         return self.of(samples).wrong()
 
 
@@ -100,7 +104,7 @@ class ViewTargets(Targets):
 
     arrays: what the encoding stored, each (n, ...). predictions: int32 or int64 (n,), labels: int64
     (n,), row order. row_of: int64 (N,), where among these rows each sample is; n for those that
-    were not read.
+    were not read. labelled: whether samples have labels.
     """
 
     encoding: Encoding
@@ -109,6 +113,7 @@ class ViewTargets(Targets):
     labels: Tensor
     row_of: Tensor
     rectified: RectifiedValues | None = None
+    labelled: bool = True
 
     @property
     def shared(self) -> SharedTargets:
@@ -179,6 +184,8 @@ class ViewRows:
 
     def wrong(self) -> Tensor:
         """See `TargetRows.wrong`."""
+        if not self.view.labelled:
+            raise CacheError("the samples have no labels: none of their rows is right or wrong")
         labels, predictions = self._classes
         return predictions != labels
 

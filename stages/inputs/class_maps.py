@@ -59,6 +59,11 @@ def class_groups(
     return found
 
 
+def mapped_names(file: str) -> tuple[str, ...]:
+    """The classes that a map names, in its order. Raises ConfigError."""
+    return tuple(_read_map(Path(file).expanduser()))
+
+
 def in_identity(groups: Groups, outputs: int) -> tuple[tuple[int, ...], Groups]:
     """Groups as an identity has them: an output a class, or, where some class has several, all of
     them; both are empty where output i is class i and there are no others.

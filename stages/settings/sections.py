@@ -76,6 +76,18 @@ class DataSettings(Settings, frozen=True):
     skip: Annotated[str | None, about(
         "Images to leave out, one a line, as `pipeline check-data` writes them; beside those that "
         "a cache leaves out.", "--skip", metavar="FILE", takes="file")] = None
+    test: Annotated[str | None, about(
+        "What is tested on, if not the dataset's own test split: 'none', a folder DIR of "
+        "DIR/CLASS/IMAGE, or a share of the training images, 0.1 for example.",
+        "--test", metavar="none|DIR|SHARE", decides="result")] = None
+    eval_dataset: Annotated[str | None, about(
+        "A dataset whose test split is tested on instead.",
+        "--eval-dataset", takes="dataset")] = None
+    no_labels: Annotated[bool, about(
+        "Use the training images without labels, whatever folders they lie in.",
+        "--no-labels")] = False
+    exif: Annotated[bool, about(
+        "Turn images as their EXIF orientation says; it is ignored otherwise.", "--exif")] = False
     feeding: Annotated[Feeding, about(
         "Whether images are held in memory, or decoded when shown.", decides="nothing")] = "auto"
     image_size: Annotated[int | None, about(
@@ -90,6 +102,13 @@ class DataSettings(Settings, frozen=True):
     val_fraction: Annotated[float, about(
         "Share of training samples held out to choose the model.",
         "--val-fraction", least=0, below=1)] = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.test is not None and self.eval_dataset is not None:
+            raise ConfigError(
+                "--test and --eval-dataset both say what is tested on", "Give one of them."
+            )
 
 
 class ModelSettings(Settings, frozen=True):

@@ -7,13 +7,27 @@ import msgspec
 
 
 class Picked(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One epoch of a summary. epoch: from 0. test_top1, test_top5, val_top1: in [0, 1]."""
+    """One epoch of a summary. epoch: from 0. test_top1, test_top5, val_top1: in [0, 1], None where
+    there was nothing to measure them on.
+    """
 
     epoch: int
-    test_top1: float
-    test_top5: float
     loss: float
+    test_top1: float | None = None
+    test_top5: float | None = None
     val_top1: float | None = None
+
+    @property
+    def top1(self) -> float:
+        """Of the test split, in [0, 1]; of a run that has one."""
+        assert self.test_top1 is not None
+        return self.test_top1
+
+    @property
+    def top5(self) -> float:
+        """As `top1`."""
+        assert self.test_top5 is not None
+        return self.test_top5
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -39,10 +53,11 @@ class Summary(msgspec.Struct, frozen=True):
 
 def said(metrics: dict[str, Any], epochs: int) -> str:
     """A finished epoch in one line."""
+    top1 = metrics.get("test_top1")
+    tested = "" if top1 is None else f"test top-1 {top1:.2%}  "
     return (
         f"epoch {metrics['epoch'] + 1}/{epochs}  view {metrics['view']}  "
-        f"loss {metrics['loss']:.4f}  test top-1 {metrics['test_top1']:.2%}  "
-        f"{metrics['seconds']:.1f} s"
+        f"loss {metrics['loss']:.4f}  {tested}{metrics['seconds']:.1f} s"
     )
 
 
@@ -54,14 +69,17 @@ def selected_epoch(history: list[dict[str, Any]]) -> int:
 
 
 def summarise(history: list[dict[str, Any]], parameters: int) -> dict[str, Any]:
-    """Last, best and selected epoch. `best` is by test top-1, as the literature reports it."""
+    """Last, best and selected epoch. `best` is by test top-1, as the literature reports it; the
+    last where that is not measured.
+    """
     picked = msgspec.convert(history, list[Picked])
+    tested = picked[-1].test_top1 is not None
     epochs = [line["seconds"] for line in history]
     seconds = sum(epochs)
     waited = sum(line.get("wait_seconds", 0.0) for line in history)
     summary = Summary(
         last=picked[-1],
-        best=max(picked, key=lambda line: line.test_top1),
+        best=max(picked, key=lambda line: line.top1) if tested else picked[-1],
         selected=picked[selected_epoch(history)],
         epochs=len(history),
         parameters=parameters,

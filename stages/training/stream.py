@@ -128,7 +128,9 @@ def open_stream(
         )
     plain = plain_view(image_size, data.resize)
     test = ViewFeed(splits.test, plain, device, image_size, data.workers)
-    evaluations = {"test": Evaluation(test, splits.test.shown, splits.test.labels)}
+    evaluations = {}
+    if splits.tested:
+        evaluations["test"] = Evaluation(test, splits.test.shown, splits.test.labels)
     if len(validation):
         clean = ViewFeed(train, plain, device, image_size, data.workers)
         evaluations["val"] = Evaluation(clean, validation, train.labels)

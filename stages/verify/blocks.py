@@ -60,6 +60,8 @@ def logits_part(cache: LogitCache) -> Part:
         rows = cache.read_block(*at)
         if not bool(torch.isfinite(rows.logits).all()):
             yield "decodes to logits that are not finite"
+        if not cache.labelled:
+            return
         right = rows.predictions == rows.labels
         unseen = cache.skipped_rows(at.block, record)
         if not bool(right[unseen].all()) or int(right[~unseen].sum()) != record.get("right"):

@@ -97,7 +97,7 @@ class TopK(Encoding):
         order = _largest(logits, self.k)
         logits = logits - logits.amax(1, keepdim=True)
         if labels is not None:
-            absent = (order != labels[:, None]).all(1)
+            absent = (order != labels[:, None]).all(1) & (labels >= 0)  # -1 is no label
             order[:, -1] = torch.where(absent, labels, order[:, -1])
         rest = logits.scatter(1, order, -math.inf)
         tails = [torch.logsumexp(rest / t, dim=1) for t in self.temperatures]

@@ -21,6 +21,13 @@ from stages.inputs.datasets.dataset import (
     Split,
     Statistics,
 )
+from stages.inputs.datasets.parts import (
+    no_images,
+    part_of,
+    share_of,
+    skips_of_whole,
+    without_labels,
+)
 from stages.inputs.datasets.skipping import read_skip_list
 from stages.registry import import_all
 from stages.settings import Feeding
@@ -52,14 +59,30 @@ class Reading(TypedDict, total=False):
     download: bool
     rescan: bool
     skips: Sequence[Skip]
+    test: str | None
+    no_labels: bool
+    exif: bool
 
 
 def load_dataset(spec: str, split: Split, **reading: Unpack[Reading]) -> ImageDataset:
     """One split of `digits`, `cifar10`, `cifar100`, `fashion-mnist`, `imagenet`, `folder:DIR`,
-    `hf:DIR` or `module:callable`.
+    `hf:DIR` or `module:callable`. Without labels, training images have no class names.
 
     Raises DatasetError if it is missing, unreadable, or has fewer than two classes.
     """
+    given = Source(spec, split, **reading)
+    share = share_of(given.test)
+    if split == "test" and given.test == "none":
+        return no_images(spec, split)
+    if share:
+        skips = skips_of_whole(given.skips, spec)
+        return part_of(_read(replace(given, split="train", skips=skips)), split, share)
+    return _read(replace(given, skips=[skip for skip in given.skips if skip.split == split]))
+
+
+def _read(source: Source) -> ImageDataset:
+    """One split of a dataset, as it lies there."""
+    spec, split = source.spec, source.split
     kind, colon, argument = spec.partition(":")
     read = SOURCES.get(f"{kind}{colon}") or (from_callable if argument else None)
     if read is None:
@@ -67,23 +90,38 @@ def load_dataset(spec: str, split: Split, **reading: Unpack[Reading]) -> ImageDa
         raise DatasetError(
             f"unknown dataset '{spec}'", f"Known: {', '.join(known)}, module:callable."
         )
-    given = Source(spec, split, **reading)
-    skips = [skip for skip in given.skips if skip.split == split]
-    dataset = read(replace(given, skips=skips))
-    labels = dataset.labels
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(dataset.class_names):
+    if split == "test" and source.test is not None and kind != "folder":
+        raise DatasetError(
+            f"--test {source.test} is a folder, and '{spec}' is none",
+            "--test takes none, a share such as 0.1, or, with folder:DIR, a folder.",
+        )
+    dataset = read(source)
+    if source.exif and not dataset.exif:
+        raise DatasetError(
+            f"--exif is for compressed images; '{spec}' gives pixels", "Leave --exif out."
+        )
+    if split == "train" and source.no_labels:
+        dataset = without_labels(dataset)
+    _check_classes(dataset, spec)
+    return dataset
+
+
+def _check_classes(dataset: ImageDataset, spec: str) -> None:
+    labels, classes, split = dataset.labels, len(dataset.class_names), dataset.split
+    if not dataset.labelled:
+        return
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise DatasetError(
             f"dataset '{spec}' ({split}) has labels from {int(labels.min())} to "
-            f"{int(labels.max())} for {len(dataset.class_names)} classes",
+            f"{int(labels.max())} for {classes} classes",
             "Labels count from 0; give one class name a label.",
         )
-    if len(dataset.class_names) < 2 or not len(dataset):
+    if classes < 2 or not len(dataset):
         raise DatasetError(
-            f"dataset '{spec}' ({split}) has {len(dataset)} images in "
-            f"{len(dataset.class_names)} class(es)",
-            "Distillation needs at least two classes with images.",
+            f"dataset '{spec}' ({split}) has {len(dataset)} images in {classes} class(es)",
+            "Distillation needs at least two classes with images. Images without classes need "
+            "--no-labels.",
         )
-    return dataset
 
 
 def passed_over(source: Source) -> list[PassedOver]:
@@ -93,11 +131,24 @@ def passed_over(source: Source) -> list[PassedOver]:
     return [] if walk is None else walk(source)
 
 
-def load_splits(spec: str, **reading: Unpack[Reading]) -> tuple[ImageDataset, ImageDataset]:
-    """The training and the test split, which must have the same classes. Raises DatasetError."""
-    train, test = (load_dataset(spec, split, **reading) for split in ("train", "test"))
+def load_splits(
+    spec: str, eval_dataset: str | None = None, **reading: Unpack[Reading]
+) -> tuple[ImageDataset, ImageDataset]:
+    """The training and the test split, which must have the same classes; without labels the
+    training split takes those of the test split. The latter is empty where nothing is tested on.
+    eval_dataset: whose test split it is, if not the same dataset's. Raises DatasetError.
+    """
+    of_train = reading.copy()
+    if eval_dataset is not None:
+        of_train["test"] = "none"
+    train = load_dataset(spec, "train", **of_train)
+    test = load_dataset(eval_dataset or spec, "test", **reading)
+    if not train.labelled:
+        return replace(train, class_names=test.class_names), test
+    if not len(test):
+        return train, replace(test, class_names=train.class_names)
     if train.class_names != test.class_names:
-        only = sorted(set(train.class_names) ^ set(test.class_names))
+        only = sorted(set(train.class_names) ^ set(test.class_names)) or ["their order"]
         raise DatasetError(
             f"the classes of {spec}'s training and test split differ: {', '.join(only[:5])}",
             "Both splits need the same classes under the same names.",

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from stages.errors import DatasetError
@@ -27,10 +27,13 @@ _DEEP = ("I", "F")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def decode(source: Path | bytes, name: str, mode: Mode, dataset: str = "") -> Tensor:
+def decode(
+    source: Path | bytes, name: str, mode: Mode, dataset: str = "", exif: bool = False
+) -> Tensor:
     """uint8 (C, H, W). Raises DatasetError, with the image's name, for what cannot be decoded.
 
-    dataset: what `pipeline check-data` has to be given, for the error's remedy.
+    dataset: what `pipeline check-data` has to be given, for the error's remedy. exif: turn it as
+    its EXIF orientation says, as cameras write it.
     """
     with opened(source, name, dataset) as image:
         if image.mode.startswith(_DEEP):
@@ -44,6 +47,8 @@ def decode(source: Path | bytes, name: str, mode: Mode, dataset: str = "") -> Te
                 f"Convert them alike, to grey or to colour. {_left_out(dataset)}",
             )
         image.load()
+        if exif:
+            ImageOps.exif_transpose(image, in_place=True)
         image.info.pop("transparency", None)  # Pillow would warn, and drop it as well
         pixels = np.array(image.convert(mode))
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)

@@ -52,7 +52,10 @@ class ImageDataset:
     labels: int64 (N,). load: index -> uint8 (C, H, W). images: uint8 (N, C, H, W) where they are
     held in memory, else None. images_digest: hex, of the content or, for folders, of the relative
     paths and file sizes in order. notes: what a user has to be told of it, a line each. skips:
-    samples that are neither trained on nor measured; their pixels are black.
+    samples that are neither trained on nor measured; their pixels are black. exif: images are
+    turned as their EXIF orientation says. tested_share: what share of the training images is the
+    test split, 0 where that is another. Where it is not labelled, labels are
+    all -1.
     """
 
     name: str
@@ -64,6 +67,9 @@ class ImageDataset:
     images_digest: str
     notes: tuple[str, ...] = ()
     skips: tuple[Skip, ...] = ()
+    exif: bool = False
+    tested_share: float = 0.0
+    labelled: bool = True
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,8 +92,8 @@ class ImageDataset:
 
     @property
     def labels_digest(self) -> str:
-        """See `labels_digest`."""
-        return labels_digest(self.labels)
+        """See `labels_digest`; empty where there are none."""
+        return labels_digest(self.labels) if self.labelled else ""
 
     def statistics(self) -> Statistics:
         """Mean and standard deviation of each channel, on the scale of 0 to 1.
@@ -113,7 +119,9 @@ class Source:
 
     spec: as users give it; argument: what follows its colon. root: the folder of datasets that have
     none in their name. download: let torchvision download what is missing. rescan: list folders of
-    images again, see `manifest.py`. skips: samples of this split to leave out.
+    images again, see `manifest.py`. skips: samples of this split to leave out. test: what is tested
+    on, as the setting of this name has it. no_labels: take images wherever they lie. exif: turn
+    images as their EXIF orientation says.
     """
 
     spec: str
@@ -123,6 +131,9 @@ class Source:
     download: bool = False
     rescan: bool = False
     skips: Sequence[Skip] = ()
+    test: str | None = None
+    no_labels: bool = False
+    exif: bool = False
 
     @property
     def argument(self) -> str:
@@ -183,6 +194,11 @@ def samples_of(skips: Iterable[Skip], split: Split = "train") -> Tensor:
 def without(samples: Tensor, skipped: Tensor) -> Tensor:
     """`samples` (int64) in their order, but for those in `skipped` (int64)."""
     return samples[~torch.isin(samples, skipped)] if len(skipped) else samples
+
+
+def unlabelled(size: int) -> Tensor:
+    """int64 (N,): the labels of images that have none."""
+    return torch.full((size,), -1)
 
 
 def in_memory(load: Callable[[int], Tensor], size: int, feeding: Feeding) -> Tensor | None:

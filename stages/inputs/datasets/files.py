@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,17 @@ from stages.inputs.datasets.dataset import (
     fixed_sample,
     in_memory,
 )
-from stages.inputs.datasets.listing import list_folder, not_taken, split_folder, walk_folder
+from stages.inputs.datasets.listing import (
+    has_split,
+    holds_images_alone,
+    list_folder,
+    list_images,
+    named_folder,
+    not_taken,
+    split_folder,
+    walk_folder,
+    walk_images,
+)
 from stages.inputs.datasets.manifest import FolderListing, remembered
 from stages.inputs.datasets.skipping import blackened, skipped_files
 
@@ -38,9 +48,14 @@ class _ImageFiles:
     paths: tuple[str, ...]
     mode: Mode
     command: str
+    exif: bool = False
 
     def __call__(self, index: int) -> Tensor:
-        return decode(*self.compressed(index), self.mode, self.command)
+        return decode(*self.compressed(index), self.mode, self.command, self.exif)
+
+    def taking(self, samples: Sequence[int]) -> "_ImageFiles":
+        """The same for some of the files."""
+        return replace(self, paths=tuple(self.paths[sample] for sample in samples))
 
     def compressed(self, index: int) -> tuple[Path, str]:
         """The file, and what to call it."""
@@ -48,22 +63,40 @@ class _ImageFiles:
         return path, str(path)
 
 
-def _base(source: Source) -> Path:
-    return split_folder(Path(source.argument).expanduser(), source.split)
-
-
 def _passed_over(source: Source) -> list[PassedOver]:
     base = _base(source)
-    found = sorted(walk_folder(base)[1])
-    return [PassedOver(f"{base.name}/{path}", kind) for path, kind in found]
+    found = sorted((walk_images if _alone(source, base) else walk_folder)(base)[1])
+    folder = named_folder(base.name, source.split)
+    return [PassedOver(f"{folder}/{path}", kind) for path, kind in found]
 
 
 @dataset("folder:", passed_over=_passed_over)
 def folder(source: Source) -> ImageDataset:
-    """DIR/train/CLASS/IMAGE and DIR/test, or DIR/val. Raises DatasetError."""
+    """DIR/train/CLASS/IMAGE and DIR/test, or DIR/val; DIR/CLASS/IMAGE, or images alone, where
+    `test` says what is tested on. Raises DatasetError.
+    """
     base, root = _base(source), Path(source.argument).expanduser()
-    listing = remembered("folder", base, lambda: list_folder(base), source.rescan)
+    if _alone(source, base):
+        kind, scan = "folder of images", list_images
+    else:
+        kind, scan = "folder", list_folder
+    listing = remembered(kind, base, lambda: scan(base), source.rescan)
     return _from_files("folder", source, base, listing, check_command(f"folder:{root}"))
+
+
+def _base(source: Source) -> Path:
+    """The folder of a split."""
+    root = Path(source.argument).expanduser()
+    if source.test is None:
+        return split_folder(root, source.split)
+    if source.split == "test":
+        return Path(source.test).expanduser()
+    return split_folder(root, "train") if has_split(root, "train") else root
+
+
+def _alone(source: Source, base: Path) -> bool:
+    """Whether the images of a split's folder have no classes."""
+    return source.split == "train" and (source.no_labels or holds_images_alone(base))
 
 
 @dataset("imagenet", ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -116,7 +149,8 @@ def _from_files(
     )
     sampled = [i for i in fixed_sample(len(paths))[:SAMPLED_MODES] if i not in left_out]
     mode = common_mode(((path := base / paths[i]), str(path)) for i in sampled)
-    load = blackened(_ImageFiles(base, paths, mode, command), found, len(paths))
+    files = _ImageFiles(base, paths, mode, command, source.exif)
+    load = blackened(files, found, len(paths))
     return ImageDataset(
         name,
         source.split,
@@ -127,4 +161,6 @@ def _from_files(
         digest(lines),
         notes,
         tuple(found),
+        source.exif,
+        labelled=bool(listing.class_names),
     )

@@ -40,9 +40,10 @@ class _StoredImages:
     name: str
     command: str
     mode: Mode = "RGB"
+    exif: bool = False
 
     def __call__(self, index: int) -> Tensor:
-        return decode(*self.compressed(index), self.mode, self.command)
+        return decode(*self.compressed(index), self.mode, self.command, self.exif)
 
     def compressed(self, index: int) -> tuple[bytes, str]:
         """The image's bytes as they are stored, and what to call it."""
@@ -111,7 +112,8 @@ def hugging_face(source: Source) -> ImageDataset:
     images = _StoredImages(stored, image, where, command)
     shown = [i for i in sampled[:SAMPLED_MODES] if i not in left_out]
     mode = common_mode((images.stored(i), "") for i in shown)
-    load = blackened(_StoredImages(stored, image, where, command, mode), found, size)
+    images = _StoredImages(stored, image, where, command, mode, source.exif)
+    load = blackened(images, found, size)
     return ImageDataset(
         "hf",
         split,
@@ -121,6 +123,7 @@ def hugging_face(source: Source) -> ImageDataset:
         in_memory(load, size, source.feeding),
         digest(part for i in sampled for part in _length_and_bytes(images.stored(i))),
         skips=tuple(found),
+        exif=source.exif,
     )
 
 

@@ -23,7 +23,10 @@ _LAYOUTS: dict[Split, tuple[tuple[str, ...], ...]] = {
 """What a split's folder may be called, in any case. An earlier group is preferred."""
 _NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow knows and cannot decode by itself: for EPS it would run another program."""
-_NEEDED = "folder:DIR needs DIR/train/CLASS/IMAGE and DIR/test (or DIR/val) of the same classes."
+_NEEDED = (
+    "folder:DIR needs DIR/train/CLASS/IMAGE and DIR/test (or DIR/val) of the same classes. "
+    "DIR/CLASS/IMAGE and images alone need --test none, --test 0.1 or --test DIR."
+)
 
 
 @cache
@@ -39,6 +42,11 @@ def split_of_folder(name: str) -> Split | None:
     """The split that a folder of this name may be."""
     splits = (s for s, groups in _LAYOUTS.items() if any(name.lower() in g for g in groups))
     return next(splits, None)
+
+
+def named_folder(name: str, split: Split) -> str:
+    """What a skip list calls the folder of a split: by its name, where that says which it is."""
+    return name if split_of_folder(name) == split else split
 
 
 def split_folder(root: Path, split: Split) -> Path:
@@ -58,6 +66,11 @@ def split_folder(root: Path, split: Split) -> Path:
     inner = [n for n in found if {"train", "training"} & {x.lower() for x in _subfolders(root / n)}]
     near = f"Give folder:{root / inner[0]}, which has a training split. " if inner else ""
     raise DatasetError(f"no folder {wanted} in {root}", near + _NEEDED)
+
+
+def has_split(root: Path, split: Split) -> bool:
+    """Whether a folder has one for this split."""
+    return any(split_of_folder(name) == split for name in _subfolders(root))
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -94,6 +107,38 @@ def _check_labelled(root: Path, base: Path, split: Split) -> None:
 def list_folder(base: Path) -> FolderListing:
     """The images of a split's folder. Raises DatasetError for a class without any."""
     return walk_folder(base)[0]
+
+
+def holds_images_alone(base: Path) -> bool:
+    """Whether images lie right in a folder, and no folders beside them."""
+    if _subfolders(base):
+        return False
+    return any(_kind(entry) is None for entry in _entries(str(base)))
+
+
+def list_images(base: Path) -> FolderListing:
+    """The images of a folder, at any depth, whose folders are no classes. Raises DatasetError if
+    there are none.
+    """
+    return walk_images(base)[0]
+
+
+def walk_images(base: Path) -> tuple[FolderListing, list[PassedOver]]:
+    """As `list_images`, and what was not taken."""
+    found = _Found(str(base))
+    found.descend("")
+    if not found.files:
+        there = _counted(Counter(kind for _, kind in found.passed)) or "nothing"
+        raise DatasetError(f"{base} has no images, only: {there}", "Give a folder of images.")
+    listing = FolderListing(
+        [],
+        [-1] * len(found.files),
+        [f"{folder}/{name}".lstrip("/") for folder, name, _ in found.files],
+        [size for _, _, size in found.files],
+        found.folders,
+        dict(Counter(kind for _, kind in found.passed)),
+    )
+    return listing, found.passed
 
 
 def walk_folder(base: Path) -> tuple[FolderListing, list[PassedOver]]:
@@ -164,7 +209,7 @@ class _Found:
             here = os.stat(os.path.join(self.base, folder))
             above |= {(here.st_dev, here.st_ino)}
             for entry in _entries(os.path.join(self.base, folder)):
-                path = f"{folder}/{entry.name}"
+                path = f"{folder}/{entry.name}".lstrip("/")
                 if not _is_folder(entry):
                     if (kind := _kind(entry)) is None:
                         files.append((folder, entry.name, entry.stat().st_size))

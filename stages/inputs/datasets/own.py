@@ -47,8 +47,9 @@ def own_images(
 
     source: map-style; its items are images or begin with (image, label). An image is a PIL image,
     an array (H, W[, C]) or a tensor (C, H, W), of uint8 pixels without any augmentation. labels:
-    int64 (N,), in the cache's order. images_digest: taken over where it cannot be computed, as for
-    folders, where it covers paths and sizes of files. skips: samples that are left out.
+    int64 (N,), in the cache's order; -1 where it has none, and none are compared. images_digest:
+    taken over where it cannot be computed, as for folders, where it covers paths and sizes of
+    files. skips: samples that are left out.
 
     Raises DatasetError for items that cannot be read or change from one reading to the next,
     IdentityError for another number of samples or other labels.
@@ -65,7 +66,10 @@ def own_images(
     pairs, skipped = _Pairs(source), list(skips)
     sampled = fixed_sample(size)
     shown = without(torch.tensor(sampled, dtype=torch.int64), samples_of(skipped)).tolist()
-    if getattr(source, "targets", None) is not None:
+    labelled = bool((labels >= 0).all())
+    if not labelled:
+        pass  # the cache has none to compare with
+    elif getattr(source, "targets", None) is not None:
         labels = labels_of(source, size, what)
     else:
         _compare_labels(pairs, shown[:_LABELS_COMPARED], labels, what)
@@ -86,6 +90,7 @@ def own_images(
         images,
         images_digest,
         skips=tuple(skipped),
+        labelled=labelled,
     )
 
 

@@ -18,6 +18,7 @@ from stages.errors import DatasetError
 from stages.inputs.datasets.dataset import Skip
 from stages.inputs.datasets.listing import split_of_folder
 from stages.inputs.datasets.manifest import FolderListing
+from stages.inputs.datasets.parts import taking
 
 _NUMBER = re.compile(r"(?:(train|test):)?(\d{1,18})", re.ASCII)
 _FORM = "A line is train/CLASS/FILE as `pipeline check-data` writes it, or train:NUMBER."
@@ -69,7 +70,7 @@ def skipped_files(
     label_of = {name: label for label, name in enumerate(listing.class_names)}
     rows = list(zip(listing.labels, listing.paths, strict=True))
     for path, skip in wanted.items():
-        label = label_of.get(path.partition("/")[0])
+        label = label_of.get(path.partition("/")[0]) if label_of else -1
         if path not in known and (label is None or skip.bytes is None):
             raise DatasetError(
                 f"the skip list names {skip.name}, which is not among the images of {where}",
@@ -124,6 +125,11 @@ class Blackened:
         if index in self.skipped:
             return torch.zeros(self.shape, dtype=torch.uint8)
         return self.load(index)
+
+    def taking(self, samples: Sequence[int]) -> "Blackened":
+        """The same for the i-th of these samples."""
+        skipped = frozenset(i for i, sample in enumerate(samples) if sample in self.skipped)
+        return Blackened(taking(self.load, samples), skipped, self.shape)
 
 
 def blackened(

@@ -10,7 +10,7 @@ from stages.objectives.losses.rows import TeacherRows, centred, whole
 _EPS = 1e-8
 
 
-@loss("dist", ce_weight=1.0, weight=2.0, couples_rows=True)
+@loss("dist", reads_labels=False, ce_weight=1.0, weight=2.0, couples_rows=True)
 def dist(
     student_logits: Tensor,
     teacher_logits: TeacherRows,

@@ -8,6 +8,7 @@ from stages.objectives.losses.rows import Reduction, TeacherRows, kl, paired, re
 
 @loss(
     "kd",
+    reads_labels=False,
     ce_weight=0.1,
     weight=0.9,
     reads=("temperature",),

@@ -13,6 +13,7 @@ FURTHER_TEMPERATURES = (3.0, 5.0, 2.0, 6.0)
 
 @loss(
     "mlkd",
+    reads_labels=False,
     ce_weight=0.2,
     weight=0.9,
     couples_rows=True,

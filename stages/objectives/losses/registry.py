@@ -45,7 +45,8 @@ class Definition:
     as it is no mean of row losses. views: how many views of a sample it sees at once. standardises:
     it standardises logits itself, only where it should. reads_offset: a constant that is added to
     a teacher's row changes it. weighs_rows: rows can be given
-    weights. lskd: what standardised logits change in its defaults, see `LSKD`.
+    weights. reads_labels: it needs the labels of samples. lskd: what standardised logits change in
+    its defaults, see `LSKD`.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Definition:
     standardises: bool = False
     reads_offset: bool = False
     weighs_rows: bool = True
+    reads_labels: bool = True
     lskd: Mapping[str, float] = field(default_factory=dict)
 
     @property

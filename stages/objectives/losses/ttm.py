@@ -15,7 +15,7 @@ from stages.objectives.losses.rows import (
 )
 
 
-@loss("ttm", ce_weight=1.0, weight=45.0, reads=("temperature",))
+@loss("ttm", reads_labels=False, ce_weight=1.0, weight=45.0, reads=("temperature",))
 def ttm(
     student_logits: Tensor,
     teacher_logits: TeacherRows,
@@ -34,7 +34,7 @@ def ttm(
     return reduced(rows, reduction)
 
 
-@loss("wttm", ce_weight=1.0, weight=4.0, reads=(1.0, "temperature"))
+@loss("wttm", reads_labels=False, ce_weight=1.0, weight=4.0, reads=(1.0, "temperature"))
 def wttm(
     student_logits: Tensor,
     teacher_logits: TeacherRows,

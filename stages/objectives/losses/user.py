@@ -2,7 +2,8 @@
 
 Further parameters have defaults: they are the loss's own, `temperature` among them. The function
 returns the mean over the batch, or, where it takes `reduction="none"`, one number a row, or takes
-`weights`, float32 (B,) or None, of the rows. Bias-aware weights need one of the two.
+`weights`, float32 (B,) or None, of the rows. Bias-aware weights need one of the two. A function
+whose attribute `reads_labels` is False is used without labels as well: they are then all -1.
 """
 
 import functools
@@ -49,6 +50,7 @@ def user_loss(spec: str) -> Definition:
         reads_offset=True,  # that is not known of it
         couples_rows="reduction" not in takes,
         weighs_rows=bool(takes),
+        reads_labels=bool(getattr(function, "reads_labels", True)),
     )
 
 
