@@ -8,7 +8,7 @@ from stages.objectives.losses.registry import loss
 from stages.objectives.losses.rows import Reduction, TeacherRows, paired, reduced
 
 
-@loss("abkd", ce_weight=1.0, weight=32.0, reads=("temperature",))
+@loss("abkd", reads_labels=False, ce_weight=1.0, weight=32.0, reads=("temperature",))
 def abkd(
     student_logits: Tensor,
     teacher_logits: TeacherRows,

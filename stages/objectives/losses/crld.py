@@ -8,7 +8,15 @@ from stages.objectives.losses.rows import TeacherRows, centred, kl, whole
 from stages.objectives.losses.standardise import standardised
 
 
-@loss("crld", ce_weight=2.0, weight=1.0, couples_rows=True, views=2, standardises=True)
+@loss(
+    "crld",
+    reads_labels=False,
+    ce_weight=2.0,
+    weight=1.0,
+    couples_rows=True,
+    views=2,
+    standardises=True,
+)
 def crld(
     student_logits: Tensor,
     teacher_logits: TeacherRows,

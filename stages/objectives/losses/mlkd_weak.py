@@ -10,6 +10,7 @@ from stages.objectives.losses.standardise import standardised
 
 @loss(
     "mlkd_weak",
+    reads_labels=False,
     ce_weight=0.1,
     weight=0.9,
     couples_rows=True,
