@@ -129,6 +129,35 @@ def test_rows_equal_the_loop_over_rows(
     torch.testing.assert_close(new, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
+@given(cases(), st.sampled_from(METHODS), st.sampled_from([torch.float32, torch.float64]))
+def test_what_holds_for_every_rectified_row(
+    case: tuple[Tensor, Tensor], method: Method, dtype: torch.dtype
+) -> None:
+    logits, labels = case
+    probabilities = logits.to(dtype).softmax(1)
+    predicted = probabilities.argmax(1)
+    wrong = predicted != labels
+
+    new = rectify_rows(probabilities, labels, method)
+
+    assert new.dtype == dtype
+    torch.testing.assert_close(new.sum(1), torch.ones(len(new), dtype=dtype), rtol=0, atol=1e-5)
+    assert torch.equal(new[~wrong], probabilities[~wrong])
+    assert bool((new >= 0).all())
+    for row, old, label, top in zip(
+        new[wrong], probabilities[wrong], labels[wrong], predicted[wrong], strict=True
+    ):
+        if method == "swap":
+            assert (row[label], row[top]) == (old[top], old[label])
+        if method == "pairwise":
+            assert row[label] >= row[top]
+            if old[top] < 1 - 1e-6:  # beyond that the difference is below float32's resolution
+                assert row[label] > row[top]
+        others = [c for c in range(len(row)) if c not in (int(label), int(top))]
+        factor = 0.5 if method == "blend" else 1.0
+        assert torch.equal(row[others], old[others] * factor)
+
+
 def test_predictions_that_are_given_decide() -> None:
     rows = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]])
 
