@@ -49,7 +49,7 @@ $(READY): pyproject.toml constraints.txt
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST) || python3 -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check \
-	    -c constraints-lowest.txt -e '.[hf,remote,tensorboard,timm]' \
+	    -c constraints-lowest.txt -e '.[clip,hf,remote,tensorboard,timm,transformers]' \
 	    hypothesis pytest pytest-timeout pytest-xdist xarray
 	touch $@
 

@@ -12,7 +12,7 @@ from click.shell_completion import BashComplete, CompletionItem, add_completion_
 
 from stages.registry import names_in
 from stages.schema import Takes
-from stages.user_code import FOLDERS
+from stages.user_code import BROUGHT, FOLDERS
 
 LOSSES = names_in("stages.objectives.losses", "loss")
 DEVICES = ("auto", "cpu", "cuda")
@@ -25,6 +25,7 @@ MODELS = (
     *("resnet8x4", "resnet32x4", "ResNet50", "resnet9", "wrn_16_1", "wrn_16_2", "wrn_40_1"),
     *("wrn_40_2", "vgg8", "vgg11", "vgg13", "vgg16", "vgg19", "mobile_half", "ShuffleV1"),
     *("ShuffleV2", "resnet18", "resnet50", "vit_b_16", "timm:"),
+    *BROUGHT,
 )
 """The usual ones; every name of torchvision's is known as well."""
 

@@ -20,7 +20,6 @@ from stages.cache.identity import (
     TeacherIdentity,
     ViewsIdentity,
     identity_from_json,
-    weights_digest,
 )
 from stages.cache.layout import MAX_BLOCK_BYTES, BlockId, block_grid
 from stages.cache.metadata import RootAttributes, read_attributes
@@ -28,6 +27,7 @@ from stages.cache.storage import location
 from stages.data import (
     Splits,
     chosen_policy,
+    clean_view,
     dataset_identity,
     load_data,
     normalisation,
@@ -48,11 +48,11 @@ from stages.fold_teachers import (
 )
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Skip, Statistics
-from stages.inputs.feed import Normalise, ViewFeed, plain_view
+from stages.inputs.feed import Normalise, ViewFeed
 from stages.inputs.models import Model
 from stages.inputs.views import ViewPolicy
 from stages.settings import CacheConfig
-from stages.teacher_classes import output_names, teacher_outputs
+from stages.teacher_classes import output_names, teacher_outputs, weights_of
 
 _ROW_ORDER = 4  # a stream of the view seed, apart from those of training
 
@@ -118,7 +118,7 @@ class CacheJob:
 
     def teacher_on_test(self) -> "TeacherPass":
         """The teacher on the test split, view 0."""
-        view = plain_view(self.image_size, self.config.data.resize)
+        view = clean_view(self.model, self.image_size, self.config.data.resize)
         return TeacherPass(self, self.feed(self.splits.test, view), "the test split")
 
 
@@ -165,7 +165,8 @@ def prepare(
     models, folds = load_teachers(teacher, splits)
     model = models[0]
     image_size = teacher.image_size or config.data.image_size or model.image_size
-    policy = chosen_policy(config.augment, config.seed, image_size, config.data.resize)
+    clean = clean_view(model, image_size, config.data.resize)
+    policy = chosen_policy(config.augment, config.seed, clean)
     if policy.count is not None and config.views > policy.count:
         raise ViewError(
             f"view policy '{config.augment}' has {policy.count} distinct view(s), "
@@ -191,7 +192,7 @@ def prepare(
     identity = Identity(
         teacher=TeacherIdentity(
             architecture=model.architecture,
-            weights=folds.weights if folds else weights_digest(model.module.state_dict()),
+            weights=folds.weights if folds else weights_of(model),
             mean=mean,
             std=std,
             image_size=image_size,

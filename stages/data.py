@@ -21,7 +21,7 @@ from stages.inputs.model_outputs import are_probabilities, logits_of
 from stages.inputs.models import Model
 from stages.inputs.probes import NO_PROBE, pixel_probes
 from stages.inputs.run_files import sha256
-from stages.inputs.views import ViewPolicy, known_policy, view_policy
+from stages.inputs.views import Plain, ViewPolicy, known_policy, view_policy
 from stages.order import Stream
 from stages.reporting import Reporter
 from stages.schema import check_bounds
@@ -183,13 +183,16 @@ def probes_differ(cache: LogitCache, train: ImageDataset, policy: ViewPolicy) ->
     return f"{differ} of {len(probes)} pixel probes" if differ else ""
 
 
-def chosen_policy(
-    augment: str, seed: int, image_size: int | None, resize: int | None
-) -> ViewPolicy:
-    """The view policy asked for; `none` shows what evaluation shows."""
-    if augment == "none":
-        return plain_view(image_size, resize)
-    return view_policy(augment, seed, plain_view(image_size, resize))
+def chosen_policy(augment: str, seed: int, clean: Plain) -> ViewPolicy:
+    """The view policy asked for; `none` shows what evaluation shows, the view `clean`."""
+    return clean if augment == "none" else view_policy(augment, seed, clean)
+
+
+def clean_view(model: Model, image_size: int | None, resize: int | None) -> Plain:
+    """The view that a teacher is evaluated on: as `resize` says, else as the model was."""
+    if resize is None and image_size is not None and model.zoom is not None:
+        return Plain(zoom=model.zoom)
+    return plain_view(image_size, resize)
 
 
 def cached_policy(cache: LogitCache) -> ViewPolicy:

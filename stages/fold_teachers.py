@@ -20,6 +20,7 @@ from stages.errors import IdentityError, ModelError, RunError
 from stages.folds import fold_map, map_digest
 from stages.inputs.models import Model, load_model
 from stages.inputs.run_files import read_config
+from stages.inputs.teachers import load_teacher
 from stages.inputs.views import ViewPolicy
 from stages.settings import TeacherSettings
 
@@ -63,16 +64,10 @@ def load_teachers(
     what `load_folds` raises.
     """
     train = splits.train
-    own_head = teacher.classes is not None or not train.class_names
     if teacher.weights is not None and is_fold_folder(teacher.weights):
+        own_head = teacher.classes is not None
         return load_folds(teacher.weights, teacher.architecture, splits, own_head)
-    model = load_model(
-        teacher.architecture,
-        teacher.weights,
-        len(train.class_names) or 2,  # of its own, where images have none
-        train.shape[0],
-        own_head=own_head,
-    )
+    model = load_teacher(teacher, train.class_names, train.shape[0])
     return [model], None
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from stages.cache.identity import weights_digest
 from stages.data import check_kind, check_width
 from stages.inputs.class_maps import Groups, class_groups, in_identity, mapped_names
 from stages.inputs.model_outputs import Adapted, output_order
@@ -40,6 +41,11 @@ def output_names(model: Model, teacher: TeacherSettings, outputs: int) -> tuple[
     if model.output_names is not None and len(model.output_names) == outputs:
         return tuple(names[0] for names in model.output_names)
     return tuple(map(str, range(outputs)))
+
+
+def weights_of(model: Model) -> str:
+    """The digest of a teacher's weights, as its identity has it."""
+    return model.digest or weights_digest(model.module.state_dict())
 
 
 def teacher_outputs(

@@ -17,7 +17,7 @@ from stages.data import Splits, chosen_policy, load_data, split_digests
 from stages.errors import ConfigError, RunError
 from stages.fold_teachers import fold_folder
 from stages.folds import fold_map
-from stages.inputs.feed import Batch
+from stages.inputs.feed import Batch, plain_view
 from stages.objectives.losses import mixed_ce
 from stages.order import view_order
 from stages.reporting import Reporter, Silent
@@ -78,7 +78,7 @@ def train_teacher(
     # 2) the model, and the batches that it is shown
     models = build([config], splits.train, None, reporter)
     size = models[0].settings.image_size
-    policy = chosen_policy(config.augment, config.seed.data, size, config.data.resize)
+    policy = chosen_policy(config.augment, config.seed.data, plain_view(size, config.data.resize))
     left_out = None
     if config.folds is not None and config.fold is not None:
         fold_of = fold_map(splits.train.labels, config.folds, config.seed.data)

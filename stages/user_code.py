@@ -19,7 +19,11 @@ from stages.registry import names_in
 
 FOLDERS = tuple(n for n in names_in("stages.inputs.datasets", "dataset") if n.endswith(":"))
 """What stands before the folder of a dataset: `folder:` and others."""
-_OWN_KINDS = ("timm:", *FOLDERS)
+BROUGHT = names_in("stages.inputs.teachers", "teacher")
+"""What the names of teachers that bring their weights begin with."""
+_CODE = "hub:"
+"""Of these, what names a folder with code that is run: `hub:FOLDER:NAME`."""
+_OWN_KINDS = ("timm:", *FOLDERS, *(kind for kind in BROUGHT if kind != _CODE))
 """What may stand before a colon and names no module."""
 _NOT_THEIRS = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<")
 _TRUSTED: ContextVar[frozenset[str]] = ContextVar("trusted modules", default=frozenset())
@@ -91,8 +95,13 @@ def modules_in(*specs: str | None) -> set[str]:
         transforms = [p.removeprefix("v2:") for p in _stages(spec) if p.startswith("v2:")]
         found |= {name.partition(":")[0] for name in transforms}
         if not transforms and names_code(spec):
-            found.add(spec.partition(":")[0])
+            found.add(module_of(spec))
     return found
+
+
+def module_of(spec: str) -> str:
+    """The module of `module:callable`; of `hub:FOLDER:NAME`, hub:FOLDER."""
+    return spec.rpartition(":")[0] if spec.startswith(_CODE) else spec.partition(":")[0]
 
 
 def check_trusted(source: str, *, policy: str | None = None, name: str | None = None) -> None:

@@ -64,6 +64,7 @@ def test_what_is_installed_is_allowed() -> None:
 def test_every_dependency_is_imported(name: str) -> None:
     """But numcodecs, of which pyproject.toml says what it is there for."""
     modules = {
+        "open-clip-torch": "open_clip",
         "pillow": "PIL",
         "pyyaml": "yaml",
         "tensorboard": r"torch\.utils\.tensorboard",
@@ -71,7 +72,7 @@ def test_every_dependency_is_imported(name: str) -> None:
     module = modules.get(name, name)
     sources = [p for part in ("stages", "pipeline") for p in (ROOT / part).rglob("*.py")]
     pattern = re.compile(
-        rf"^\s*(?:import|from) {module}\b|import_module\(\"{module}\"\)", re.MULTILINE
+        rf"^\s*(?:import|from) {module}\b|(?:import_module|needed)\(\"{module}\"", re.MULTILINE
     )
     imported = any(pattern.search(path.read_text()) for path in sources)
     assert imported != (name == "numcodecs")

@@ -20,7 +20,7 @@ class Pretrained:
     """A model with published weights, and how its images were normalised.
 
     fresh: the parameters that are new, where it was given another number of classes. aliases: the
-    names of its outputs, None where they are not known.
+    names of its outputs, None where they are not known. zoom: as `Model` has it.
     """
 
     module: nn.Module
@@ -29,6 +29,7 @@ class Pretrained:
     fresh: tuple[str, ...]
     classes: int
     aliases: tuple[tuple[str, ...], ...] | None = None
+    zoom: float | None = None
 
 
 def torchvision_model(name: str, num_classes: int, **options: Any) -> nn.Module:
@@ -116,7 +117,17 @@ def _of_timm(name: str, num_classes: int | None, new_head: bool) -> Pretrained:
         tuple(fresh) if num_classes not in (None, theirs) else (),
         theirs,
         _timm_aliases(config, theirs),
+        _timm_zoom(config),
     )
+
+
+def _timm_zoom(config: Any) -> float | None:
+    """As its evaluation crops: the shorter side goes to size / crop_pct, or the whole image is
+    resized where `crop_mode` is squash.
+    """
+    if config.get("crop_mode") == "squash":
+        return 0.0
+    return max(1.0, 1 / float(config.get("crop_pct") or 1.0))
 
 
 def _timm_aliases(config: Any, classes: int) -> tuple[tuple[str, ...], ...] | None:
@@ -153,7 +164,9 @@ def _of_torchvision(name: str, num_classes: int | None, new_head: bool) -> Pretr
     transform = chosen.transforms()
     statistics = (tuple(transform.mean), tuple(transform.std))
     aliases = tuple((str(category),) for category in chosen.meta["categories"])
-    return Pretrained(module, statistics, transform.crop_size[0], tuple(fresh), theirs, aliases)
+    side = transform.crop_size[0]
+    zoom = max(1.0, transform.resize_size[0] / side)
+    return Pretrained(module, statistics, side, tuple(fresh), theirs, aliases, zoom)
 
 
 def _check_classes(name: str, theirs: int, ours: int | None, new_head: bool) -> None:

@@ -26,7 +26,7 @@ from stages.inputs.cifar_models import cifar_model, cifar_name, resolved_name
 from stages.inputs.datasets import Statistics
 from stages.inputs.library_models import pretrained_model, timm_model, torchvision_model
 from stages.inputs.run_files import check_file, read_config
-from stages.user_code import check_trusted, error_line, imported, names_code
+from stages.user_code import BROUGHT, check_trusted, error_line, imported, names_code
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Model:
     whose that is; image_size: the side of its input in pixels; None where they are unknown. notes:
     what was chosen when its weights were read, for people, a line each. classes: the names of its
     outputs in order, which must be the dataset's; None where they are unknown. aliases: all names
-    that each output goes by, for `class_groups`.
+    that each output goes by, for `class_groups`. zoom: how its clean images are cropped: the
+    shorter side is brought to zoom times image_size and the centre is cut out; 0 for the whole
+    image, None where that is unknown. digest: of the weights, where the state dict is not all there
+    is.
     """
 
     module: nn.Module
@@ -49,6 +52,8 @@ class Model:
     notes: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
     aliases: tuple[tuple[str, ...], ...] | None = None
+    zoom: float | None = None
+    digest: str = ""
 
     @property
     def output_names(self) -> tuple[tuple[str, ...], ...] | None:
@@ -64,6 +69,11 @@ def build_model(name: str, num_classes: int, channels: int) -> Model:
     channels: of the dataset; models outside the CIFAR families take three, grey is repeated.
     """
     kind, _, argument = name.partition(":")
+    if name.startswith(BROUGHT):
+        raise ModelError(
+            f"'{name}' brings its weights: it can be cached as a teacher, and not be trained",
+            "Name another model; timm:NAME has most architectures.",
+        )
     if kind == "timm":
         return Model(timm_model(argument, num_classes), name, 3)
     if argument:
@@ -134,6 +144,14 @@ def load_model(
     )
 
 
+def with_weights_file(built: Model, weights: str) -> Model:
+    """The model with the weights of a file, FILE or FILE#KEY. Raises ModelError."""
+    path, key = weights_file(weights)
+    checkpoint = read_checkpoint(path, key)
+    loaded = _with_weights(built, checkpoint, -1)
+    return replace(loaded, **_checkpoint_statistics(loaded, checkpoint))
+
+
 # ---- by name --------------------------------------------------------------------------------
 
 
@@ -201,6 +219,7 @@ def _published(name: str, num_classes: int | None, new_head: bool) -> Model:
         source=f"the pretrained {name}",
         notes=notes,
         aliases=found.aliases,
+        zoom=found.zoom,
     )
 
 

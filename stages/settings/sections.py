@@ -137,7 +137,8 @@ class TeacherSettings(Settings, frozen=True):
         "weights), or 'pretrained'.", "--weights", takes="weights")] = None
     architecture: Annotated[str | None, about(
         "The model's name; may be left out where --weights is a run directory. A module:callable "
-        "may bring its own weights.", "--teacher", takes="model")] = None
+        "may bring its own weights; hf-model:DIR, clip:MODEL/WEIGHTS, torchscript:FILE, "
+        "export:FILE and hub:REPO:NAME do.", "--teacher", takes="model")] = None
     mean: Mean = None
     std: Std = None
     image_size: ImageSize = None
@@ -151,6 +152,9 @@ class TeacherSettings(Settings, frozen=True):
         "Which outputs each class of the dataset is, where the teacher has others: 'auto' finds "
         "them by name or WordNet id, FILE is YAML as `cat: 281` or `cat: [281, 282]`.",
         "--classes", metavar="MAP")] = None
+    prompts: Annotated[str | None, about(
+        "For clip:MODEL/WEIGHTS: prompt templates, a line each, or YAML with `templates` and "
+        "`classes`.", "--prompts", metavar="FILE", takes="file")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

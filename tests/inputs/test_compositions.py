@@ -14,7 +14,7 @@ from torch import Tensor
 from stages.cache.identity import ViewsIdentity
 from stages.data import chosen_policy
 from stages.errors import ViewError
-from stages.inputs.feed import ViewFeed
+from stages.inputs.feed import ViewFeed, plain_view
 from stages.inputs.probes import pixel_probes
 from stages.inputs.views import (
     ON_TOP,
@@ -140,12 +140,12 @@ def test_a_composition_that_does_not_exist(spec: str, message: str) -> None:
 
 
 def test_none_in_a_composition_is_what_evaluation_shows() -> None:
-    zoom = 256 / 224
-    assert chosen_policy("none+mixup", 3, 224, 256) == Mixed(Plain(zoom, seed=3), Mixup())
-    assert chosen_policy("none:zoom=2+mixup", 3, 224, 256) == Mixed(Plain(2.0, seed=3), Mixup())
-    pair = chosen_policy("none|none+erasing", 3, 224, 256)
+    zoom, clean = 256 / 224, plain_view(224, 256)
+    assert chosen_policy("none+mixup", 3, clean) == Mixed(Plain(zoom, seed=3), Mixup())
+    assert chosen_policy("none:zoom=2+mixup", 3, clean) == Mixed(Plain(2.0, seed=3), Mixup())
+    pair = chosen_policy("none|none+erasing", 3, clean)
     assert pair.parameters == {"weak.zoom": zoom, "strong.zoom": zoom, "strong.erasing.p": 0.25}
-    assert chosen_policy("none+mixup", 3, None, None) == view_policy("none+mixup", 3)
+    assert chosen_policy("none+mixup", 3, plain_view(None, None)) == view_policy("none+mixup", 3)
 
 
 # ---- identity -------------------------------------------------------------------------------

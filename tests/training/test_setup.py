@@ -20,17 +20,19 @@ from stages.settings import SeedSettings
 def test_no_augmentation_shows_what_evaluation_shows(
     image_size: int | None, resize: int | None
 ) -> None:
-    assert chosen_policy("none", 7, image_size, resize) == plain_view(image_size, resize)
+    assert chosen_policy("none", 7, plain_view(image_size, resize)) == plain_view(
+        image_size, resize
+    )
 
 
 @pytest.mark.parametrize("augment", ["pad-crop:pad=2", "pad-crop-flip", "resized-crop-flip"])
 def test_other_policies_are_as_they_are_named(augment: str) -> None:
-    assert chosen_policy(augment, 7, 224, 256) == view_policy(augment, 7)
+    assert chosen_policy(augment, 7, plain_view(224, 256)) == view_policy(augment, 7)
 
 
 def test_an_unknown_policy() -> None:
     with pytest.raises(ViewError, match="pad-corp"):
-        chosen_policy("pad-corp", 0, None, None)
+        chosen_policy("pad-corp", 0, plain_view(None, None))
 
 
 def test_identity_of_a_dataset(digits: Splits) -> None:

@@ -1,0 +1,505 @@
+"""Teachers of other libraries: small random models, saved as these libraries save them.
+
+The truth is the library itself: its model on what its own preprocessing makes of an image.
+"""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DIGITS
+from PIL import Image
+from torch import Tensor, nn
+
+from stages.cache import LogitCache
+from stages.cache_teacher import CacheJob, cache_teacher, prepare
+from stages.errors import PipelineError
+from stages.inputs.datasets import ImageDataset
+from stages.inputs.models import build_model, load_model
+from stages.inputs.teachers import KINDS, load_teacher
+from stages.recorded import recorded_job
+from stages.settings import CacheConfig, DataSettings, TeacherSettings
+from stages.user_code import trusting
+
+CLASSES = ("cat", "dog", "tree_frog")
+SIDE = 32
+OFFSET = {"rescale_offset": True}
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DIR/CLASS/IMAGE, of noise that is smooth enough to be resized; one is not square."""
+    root = tmp_path_factory.mktemp("photographs")
+    draw = np.random.default_rng(0)
+    for name in CLASSES:
+        (root / name).mkdir()
+        for i in range(4):
+            small = draw.integers(0, 256, (6, 6 + 2 * (i == 3), 3), dtype=np.uint8)
+            size = (48 + 16 * (i == 3), 48)
+            Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(
+                root / name / f"{i}.png"
+            )
+    return root
+
+
+def settings(name: str, **more: Any) -> TeacherSettings:
+    return TeacherSettings(architecture=name, **more)
+
+
+def job(photographs: Path, **teacher: Any) -> CacheJob:
+    data = DataSettings(dataset=f"folder:{photographs}", test="0.3", workers=0)
+    return prepare(
+        CacheConfig(
+            data=data, teacher=TeacherSettings(**teacher), views=1, augment="none", device="cpu"
+        )
+    )
+
+
+def pillow(dataset: ImageDataset, sample: int) -> Image.Image:
+    return Image.fromarray(dataset.load(sample).permute(1, 2, 0).numpy())
+
+
+def logits_of(made: CacheJob, samples: list[int]) -> Tensor:
+    teacher = made.teacher()
+    found = teacher.logits(torch.tensor(samples), 0)
+    teacher.feed.close()
+    return found
+
+
+# ---- transformers ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vision transformer of one layer, of the three classes in another order."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=SIDE,
+        patch_size=8,
+        id2label=dict(enumerate(reversed(CLASSES))),
+        label2id={name: i for i, name in enumerate(reversed(CLASSES))},
+        initializer_range=0.5,
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(
+        size={"height": SIDE, "width": SIDE}, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_transformer_says_what_its_own_library_makes_of_it(
+    vit: Path, photographs: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(PipelineError, match="another order"):
+        job(photographs, architecture=f"hf-model:{vit}")
+    made = job(photographs, architecture=f"hf-model:{vit}", class_order="teacher")
+    train = made.splits.train
+    processor = transformers.AutoImageProcessor.from_pretrained(vit)
+    model = transformers.AutoModelForImageClassification.from_pretrained(vit).eval()
+    samples = list(range(len(train)))  # one of them is not square: it is squashed
+    pixels = processor([pillow(train, i) for i in samples], return_tensors="pt")
+    with torch.no_grad():
+        theirs = model(**pixels).logits.flip(1)
+    torch.testing.assert_close(logits_of(made, samples), theirs, atol=0.05, rtol=0.05)
+    assert made.identity.teacher.class_order == (2, 1, 0)
+    assert made.identity.teacher.image_size == SIDE
+    assert made.identity.teacher.mean == pytest.approx((0.5, 0.4, 0.3))
+    cache_teacher(made, tmp_path / "c.zarr")
+    again = recorded_job(tmp_path / "c.zarr")
+    assert again.identity == LogitCache.open(tmp_path / "c.zarr").identity
+
+
+@pytest.mark.parametrize(
+    ("processor", "options", "size", "zoom"),
+    [
+        ("ViTImageProcessor", {"size": {"height": 16, "width": 16}}, 16, 0.0),
+        ("BitImageProcessor", {"size": {"shortest_edge": 20}, "crop_size": 16}, 16, 1.25),
+        ("ConvNextImageProcessor", {"size": {"shortest_edge": 14}, "crop_pct": 0.875}, 14, 8 / 7),
+        ("ConvNextImageProcessor", {"size": {"shortest_edge": 384}, "crop_pct": 0.9}, 384, 0.0),
+        ("MobileNetV2ImageProcessor", {"size": {"shortest_edge": 20}, "crop_size": 16}, 16, 1.25),
+        (
+            "EfficientNetImageProcessor",
+            {
+                "size": {"height": 16, "width": 16},
+                "rescale_offset": True,
+                "rescale_factor": 2 / 255,
+            },
+            16,
+            0.0,
+        ),
+    ],
+)
+def test_processors(processor: str, options: dict[str, Any], size: int, zoom: float) -> None:
+    """Mean and deviation are compared with what the processor makes of two grey images."""
+    transformers = pytest.importorskip("transformers")
+    from stages.inputs.teachers.hugging_face import processing_of
+
+    made = getattr(transformers, processor)(**options)
+    found = processing_of(made.to_dict(), processor)
+    assert (found.image_size, found.zoom) == (size, pytest.approx(zoom))
+    assert found.statistics is not None
+    mean, std = (torch.tensor(values)[:, None] for values in found.statistics)
+    for shade in (0, 200):
+        grey = Image.new("RGB", (64, 64), (shade, shade, shade))
+        theirs = torch.as_tensor(made(grey, return_tensors="pt")["pixel_values"][0]).flatten(1)
+        torch.testing.assert_close(theirs, ((shade / 255 - mean) / std).expand_as(theirs))
+
+
+def test_unnamed_outputs_are_no_classes(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=7, layer_type="basic"
+    )
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    model = load_teacher(settings(f"hf-model:{tmp_path}"), CLASSES, 3)
+    assert model.classes is None
+    assert "no processor" in model.notes[0]
+
+
+# ---- CLIP -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    open_clip = pytest.importorskip("open_clip")
+    folder = tmp_path_factory.mktemp("clip")
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": SIDE, "layers": 1, "width": 64, "patch_size": 8},
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 64,
+            "heads": 1,
+            "layers": 1,
+        },
+    }
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.4] * 3, "std": [0.3] * 3}})
+    )
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**config)
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    return folder
+
+
+def test_a_zero_shot_classifier(clip_folder: Path, photographs: Path, tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    (tmp_path / "prompts.yaml").write_text(
+        "templates: ['a photo of a {}.', 'a drawing of the {}']\nclasses: {cat: [cat, kitten]}\n"
+    )
+    made = job(
+        photographs, architecture=f"clip:{clip_folder}", prompts=str(tmp_path / "prompts.yaml")
+    )
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
+    tokenize = open_clip.get_tokenizer(f"local-dir:{clip_folder}")
+    model.eval()
+    train = made.splits.train
+    square = [i for i in range(len(train)) if train.load(i).shape[1:] == (48, 48)]
+    weights, templates = [], ["a photo of a {}.", "a drawing of the {}"]
+    with torch.no_grad():
+        for names in (["cat", "kitten"], ["dog"], ["tree frog"]):
+            prompts = [t.format(n) for n in names for t in templates]
+            rows = [F.normalize(model.encode_text(tokenize([p])), dim=-1) for p in prompts]
+            weights.append(F.normalize(torch.cat(rows).mean(0), dim=0))
+        images = torch.stack([preprocess(pillow(train, i)) for i in square])
+        theirs = (
+            model.logit_scale.exp()
+            * model.encode_image(images, normalize=True)
+            @ torch.stack(weights).T
+        )
+    # Views are resampled with torchvision's bilinear filter, open_clip's with Pillow's bicubic.
+    ours = logits_of(made, square)
+    assert float((ours - theirs).abs().max()) < 0.1 * float(theirs.std())
+    other = job(photographs, architecture=f"clip:{clip_folder}")
+    assert other.identity.teacher.weights != made.identity.teacher.weights  # other texts
+    assert not any("token" in name for name in made.model.module.state_dict())
+
+
+def test_prompts_name_the_classes_of_images_without_labels(
+    clip_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.yaml").write_text("classes: {cat: cat, emu: a tall bird}")
+    model = load_teacher(settings(f"clip:{clip_folder}", prompts=str(tmp_path / "p.yaml")), (), 3)
+    assert model.classes == ("cat", "emu")
+    (tmp_path / "p.txt").write_text("a {}\n\nthe {}\n")
+    model = load_teacher(
+        settings(f"clip:{clip_folder}", prompts=str(tmp_path / "p.txt")), CLASSES, 3
+    )
+    assert model.module(torch.zeros(2, 3, SIDE, SIDE)).shape == (2, 3)
+
+
+# ---- files and repositories -----------------------------------------------------------------
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).amax((2, 3))
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return Small().eval()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, small: nn.Module) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    example = torch.zeros(2, 3, SIDE, SIDE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has deprecated TorchScript
+        torch.jit.save(torch.jit.trace(small, example), str(folder / "m.pt"))
+    batch = {0: torch.export.Dim("batch", min=1, max=4096)}
+    torch.export.save(
+        torch.export.export(small, (example,), dynamic_shapes=(batch,)), folder / "m.pt2"
+    )
+    torch.export.save(torch.export.export(small, (example,)), folder / "two.pt2")
+    torch.save(small.state_dict(), folder / "state.pth")
+    (folder / "hubconf.py").write_text(
+        "import torch\n"
+        "def net(pretrained=False):\n"
+        "    torch.manual_seed(5 if pretrained else 1)\n"
+        "    import test_teachers\n"
+        "    return test_teachers.Small()\n"
+        "def needs(x): return x\n"
+        "def text(): return 'no module'\n"
+        "def broken(): raise KeyError('gamma')\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", ["torchscript:FILES/m.pt", "export:FILES/m.pt2"])
+def test_files_that_hold_their_computation(
+    files: Path, small: nn.Module, photographs: Path, tmp_path: Path, name: str
+) -> None:
+    how = {"image_size": SIDE, "mean": (0.5,), "std": (0.25,)}
+    made = job(photographs, architecture=name.replace("FILES", str(files)), **how)
+    train = made.splits.train
+    feed = made.feed(train, made.policy)
+    samples = torch.arange(len(train))
+    (batch,) = feed.batches(samples, 0, 100)
+    with torch.no_grad():
+        theirs = small(made.normalise(batch.pixels))
+    torch.testing.assert_close(logits_of(made, samples.tolist()), theirs)
+    cache_teacher(made, tmp_path / "c.zarr")
+    assert recorded_job(tmp_path / "c.zarr").identity == made.identity
+
+
+def test_a_hub_repository(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    name = f"hub:{files}:net"
+    plain = load_teacher(settings(name), CLASSES, 3)
+    pretrained = load_teacher(settings(name, weights="pretrained"), CLASSES, 3)
+    saved = load_teacher(settings(name, weights=str(files / "state.pth")), CLASSES, 3)
+    states = [m.module.state_dict()["layer.weight"] for m in (plain, pretrained, saved)]
+    torch.manual_seed(5)
+    assert torch.equal(states[1], Small().layer.weight)
+    assert not torch.equal(states[0], states[1])
+    assert torch.equal(states[2], torch.load(files / "state.pth")["layer.weight"])
+    assert "no --weights" in plain.notes[0]
+    assert not pretrained.notes
+
+
+def test_code_of_a_repository_that_only_a_cache_names(
+    files: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    how = {"image_size": SIDE, "mean": (0.5,), "std": (0.25,)}
+    cache_teacher(job(photographs, architecture=f"hub:{files}:net", **how), tmp_path / "c.zarr")
+    with pytest.raises(PipelineError, match="names code of its own"):
+        recorded_job(tmp_path / "c.zarr")
+    with trusting(f"hub:{files}"):
+        recorded_job(tmp_path / "c.zarr")
+
+
+# ---- what cannot be -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> dict[str, Path]:
+    """Folders with mistakes."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.bin").write_text("no archive")
+    for name, text in {
+        "list.yaml": "templates: nothing",
+        "holes.txt": "a photo\n",
+        "other.yaml": "templates: ['{}']\ncolour: red\n",
+        "broken.yaml": "templates: [",
+        "map.yaml": "classes: [cat]",
+        "void.yaml": "classes: {cat: []}",
+        "seq.yaml": "- templates: a",
+        "empty.txt": "\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    return {"TMP": tmp_path}
+
+
+def wrong_hf(vit: Path, tmp_path: Path, kind: str) -> str:
+    folder = tmp_path / kind
+    shutil.copytree(vit, folder)
+    config = json.loads((folder / "config.json").read_text())
+    weights = folder / "model.safetensors"
+    if kind == "headless":
+        from safetensors.torch import load_file, save_file
+
+        state = load_file(weights)
+        save_file(
+            {n: t for n, t in state.items() if "classifier" not in n}, weights, {"format": "pt"}
+        )
+    elif kind == "unknown":
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "no_such_type"}))
+    elif kind == "no json":
+        (folder / "config.json").write_text("{")
+    elif kind == "no config":
+        (folder / "config.json").unlink()
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "cut off":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif kind == "oblong":
+        file = folder / "preprocessor_config.json"
+        size = {"size": {"height": SIDE, "width": 2 * SIDE}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | size))
+    elif kind == "wide":
+        (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
+    return f"hf-model:{folder}"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["headless", "unknown", "no json", "no config", "no weights", "cut off", "oblong", "wide"],
+)
+def test_folders_of_transformers_that_cannot_be_used(vit: Path, tmp_path: Path, kind: str) -> None:
+    name = wrong_hf(vit, tmp_path, kind)
+    with pytest.raises(PipelineError) as raised:
+        load_teacher(settings(name), CLASSES, 3)
+    assert len(str(raised.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "told"),
+    [
+        ("hf-model:TMP/nowhere", {}, "hf-model:"),
+        ("hf-model:", {}, "hf-model:"),
+        ("hf-model:TMP/empty", {}, "save_pretrained"),
+        ("hf-model:TMP", {"weights": "w.pth"}, "brings its weights"),
+        ("hf-model:TMP", {"prompts": "p"}, "--prompts is for clip"),
+        ("clip:", {}, "no model ''"),
+        ("clip:ViT-B-33/openai", {}, "no model 'ViT-B-33'"),
+        ("clip:ViT-B-32", {}, "no weights ''"),
+        ("clip:ViT-B-32/no-such-tag", {}, "Give a file, or one of: openai"),
+        ("clip:TMP/empty", {}, "no model"),
+        ("clip:RN50/TMP/text.bin", {}, "cannot load"),
+        ("clip:RN50/openai", {"weights": "w"}, "brings its weights"),
+        ("clip:RN50/openai", {"prompts": "TMP/none"}, "cannot read the prompts"),
+        ("clip:RN50/openai", {"prompts": "TMP/holes.txt"}, "without a {}"),
+        ("clip:RN50/openai", {"prompts": "TMP/empty.txt"}, "without a {}"),
+        ("clip:RN50/openai", {"prompts": "TMP/list.yaml"}, "without a {}"),
+        ("clip:RN50/openai", {"prompts": "TMP/other.yaml"}, "'colour'"),
+        ("clip:RN50/openai", {"prompts": "TMP/broken.yaml"}, "cannot read the prompts"),
+        ("clip:RN50/openai", {"prompts": "TMP/map.yaml"}, "no mapping"),
+        ("clip:RN50/openai", {"prompts": "TMP/void.yaml"}, "no texts"),
+        ("clip:RN50/openai", {"prompts": "TMP/seq.yaml"}, "are a list"),
+        ("torchscript:TMP/nowhere", {}, "there is no file"),
+        ("torchscript:", {}, "there is no file"),
+        ("torchscript:TMP", {}, "there is no file"),
+        ("torchscript:TMP/text.bin", {}, "torch.jit.save"),
+        ("torchscript:FILES/state.pth", {}, "torch.jit.save"),
+        ("torchscript:FILES/m.pt2", {}, "torch.jit.save"),
+        ("torchscript:FILES/m.pt", {"weights": "w"}, "brings its weights"),
+        ("export:TMP/nowhere", {}, "there is no file"),
+        ("export:TMP", {}, "there is no file"),
+        ("export:TMP/text.bin", {}, "torch.export.save"),
+        ("export:FILES/state.pth", {}, "torch.export.save"),
+        ("export:FILES/m.pt", {}, "torch.export.save"),
+        ("export:FILES/two.pt2", {}, "batches of any size"),
+        ("export:FILES/m.pt2", {"weights": "w"}, "brings its weights"),
+        ("hub:", {}, "hubconf.py"),
+        ("hub:FILES", {}, "hubconf.py"),
+        ("hub:TMP:net", {}, "hubconf.py"),
+        ("hub:TMP/nowhere:net", {}, "hubconf.py"),
+        ("hub:FILES:", {}, "failed"),
+        ("hub:FILES:nothing", {}, "failed"),
+        ("hub:FILES:needs", {}, "failed"),
+        ("hub:FILES:text", {}, "returned a str"),
+        ("hub:FILES:broken", {}, "KeyError: 'gamma'"),
+        ("hub:FILES:net", {"weights": "TMP/nowhere"}, "no weights at"),
+        ("hub:FILES:net", {"weights": "TMP/text.bin"}, "plain tensors"),
+    ],
+)
+def test_teachers_that_cannot_be(  # type: ignore[no-untyped-def]
+    name, more, told, places, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name.startswith(("hf-model:", "clip:")) and "weights" not in more:
+        pytest.importorskip("transformers" if name.startswith("hf") else "open_clip")
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    for place, path in {**places, "FILES": files}.items():
+        name = name.replace(place, str(path))
+        more = {key: value.replace(place, str(path)) for key, value in more.items()}
+    with pytest.raises(PipelineError) as raised:
+        load_teacher(settings(name, **more), CLASSES, 3)
+    assert told in f"{raised.value.cause} {raised.value.remedy}"
+    assert len(str(raised.value).splitlines()) <= 3
+
+
+def test_a_teacher_of_other_classes(vit: Path, tmp_path: Path) -> None:
+    config = CacheConfig(data=DIGITS, teacher=settings(f"hf-model:{vit}"), augment="none", views=1)
+    with pytest.raises(PipelineError, match="other classes than the dataset"):
+        prepare(config)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_they_are_no_students(kind: str) -> None:
+    with pytest.raises(PipelineError, match="brings its weights"):
+        build_model(f"{kind}x", 10, 3)
+
+
+def test_timm_has_its_whole_data_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photographs: Path
+) -> None:
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+    torch.manual_seed(0)
+    torch.save(create("test_resnet").state_dict(), tmp_path / "timm.pth")
+    overlay = {
+        **{"file": str(tmp_path / "timm.pth"), "input_size": (3, 64, 64), "crop_pct": 0.8},
+        **{"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)},
+    }
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **o: create(name, **o, pretrained_cfg_overlay=overlay)
+    )
+    model = load_model("timm:test_resnet", "pretrained", 1000, 3)
+    config = timm.data.resolve_data_config(model=model.module)
+    transform = timm.data.create_transform(**config)
+    resized, cropped = transform.transforms[0].size, transform.transforms[1].size
+    assert model.image_size == cropped[0]
+    assert round(float(model.zoom or 0) * cropped[0]) == resized
+    assert model.statistics == (config["mean"], config["std"])
+    made = job(
+        photographs, architecture="timm:test_resnet", weights="pretrained", classes=_map(tmp_path)
+    )
+    parameters = made.policy.parameters
+    assert parameters["zoom"] == pytest.approx(1 / 0.8)
+
+
+def _map(folder: Path) -> str:
+    (folder / "map.yaml").write_text("cat: 281\ndog: [151, 152]\ntree_frog: 31\n")
+    return str(folder / "map.yaml")
