@@ -8,9 +8,9 @@
 With --cache a cache of your own is measured, which is only read: what reading and rectifying it
 costs; with a dataset and students also their epochs, and with weights distillation online.
 Without arguments nothing is downloaded: the embedded digits, and synthetic images of CIFAR's shape
-with a cheap and an expensive teacher, trained for an epoch. Writes results/cpu.json, or
-results/gpu.json on a GPU, and from both the table in README.md. Every figure is a ratio of things
-done in turns in one process; nothing fails by being slow.
+with a cheap and an expensive teacher, trained for an epoch. Writes results/cpu.json, and the table
+in README.md from all results; a GPU has larger models and `benchmarks.gpu`. Every figure is a ratio
+of things done in turns in one process; nothing fails by being slow.
 """
 
 import tempfile
@@ -26,11 +26,10 @@ import msgspec
 import torch
 
 from benchmarks import cases, worlds
-from benchmarks.accelerator import ROWS, accelerator_figures
 from benchmarks.measure import Report, new_report
 from benchmarks.own_cache import bench_cache, named
 from benchmarks.synthetic_cache import written_cache
-from benchmarks.table import RESULTS, show_report, write_table
+from benchmarks.table import CPU, RESULTS, show_report, write_table
 from benchmarks.teacher import teacher_figures
 from benchmarks.training import Bench, student_figures
 from benchmarks.worlds import Plan
@@ -40,14 +39,14 @@ from stages.errors import CacheError, ConfigError, PipelineError, ViewError
 from stages.settings import Dtype
 from stages.user_code import modules_in, trusting
 
-PARTS = ("students", "teacher", "reading", "rectify", "views", "sweep", "gpu", "help")
+PARTS = ("students", "teacher", "reading", "rectify", "views", "sweep", "help")
 
 
 @dataclass(frozen=True)
 class Suite:
     """What is measured. turns: of students; of the rest fewer. seconds: longer epochs are cut short
     and scaled. quick: a smoke run. whole: nothing is left out, so that the results that are there
-    are replaced. accelerated: with the figures that only a GPU shows.
+    are replaced.
     """
 
     plans: Sequence[Plan]
@@ -56,7 +55,6 @@ class Suite:
     seconds: float
     quick: bool = False
     whole: bool = False
-    accelerated: bool = False
 
     @property
     def sweep(self) -> tuple[int, int]:
@@ -98,7 +96,7 @@ class Suite:
 @click.option(
     "--trust", multiple=True, help="Run this module's code where only the cache or a run names it."
 )
-@click.option("--out", help="JSON; benchmarks/results/cpu.json or gpu.json if left out.")
+@click.option("--out", help="JSON; benchmarks/results/cpu.json if left out.")
 def main(**given: object) -> None:
     """Measure every figure and write the table."""
     options = msgspec.convert(given, _Options)
@@ -123,8 +121,7 @@ def _measure(options: "_Options") -> None:
         turns=1 if options.quick else options.turns or 11,
         seconds=1.0 if options.seconds is None else options.seconds,
         quick=options.quick,
-        whole=not (options.quick or options.parts or options.dataset),
-        accelerated=device.type == "cuda",
+        whole=device.type == "cpu" and not (options.quick or options.parts or options.dataset),
     )
     run_suite(suite, options.parts or PARTS, options.out)
 
@@ -198,7 +195,8 @@ def run_suite(suite: Suite, parts: Sequence[str], out: str | None) -> Report:
             except (CacheError, ConfigError, ViewError) as error:
                 report.missing.append(f"{of}, {part}: {error.cause}")
         say("done", "")
-    report.missing += _missing(suite)
+    if device.type == "cpu":
+        report.missing.append("on a GPU: `python -m benchmarks.gpu`")
     show_report(console, "benchmarks", report)
     if out is not None:
         report.write(out)
@@ -206,7 +204,7 @@ def run_suite(suite: Suite, parts: Sequence[str], out: str | None) -> Report:
         console.say("a part of the figures does not replace the results: give --out to keep them")
     else:
         RESULTS.mkdir(exist_ok=True)
-        report.write(RESULTS / ("gpu.json" if device.type == "cuda" else "cpu.json"))
+        report.write(RESULTS / CPU)
         write_table()
     return report
 
@@ -219,8 +217,8 @@ def _cases(
     suite: Suite, parts: Sequence[str], folder: Path, say: Callable[[str, str], None]
 ) -> Iterator[_Case]:
     """Every case of these parts, world by world. Views do not depend on models and are measured on
-    the last world, as is stage two of a small cache; what only a GPU shows on the first and the
-    last; a sweep, which takes long, on the first; reading and stage two on synthetic logits.
+    the last world, as is stage two of a small cache; a sweep, which takes long, on the first;
+    reading and stage two on synthetic logits.
     """
     splits, few = worlds.load(suite.plans), suite.few
     for number, plan in enumerate(suite.plans):
@@ -239,8 +237,6 @@ def _cases(
             by_part["views"] = partial(cases.views, world, few)
         if number == 0:
             by_part["sweep"] = partial(cases.sweep, world, here, min(few, 2), *suite.sweep)
-        if suite.accelerated and number in (0, len(suite.plans) - 1):
-            by_part["gpu"] = partial(accelerator_figures, world, bench)
         if "students" in parts:
             for name in plan.students:
                 measure = partial(student_figures, bench, world.student(name), world.job)
@@ -258,13 +254,6 @@ def _cases(
             yield "rectify", of, partial(cases.rectifying, cache, folder, few)
     if "help" in parts:
         yield "help", "", partial(cases.answering, few)
-
-
-def _missing(suite: Suite) -> list[str]:
-    """What this machine cannot show."""
-    if not suite.accelerated:
-        return [f"on a GPU: {row}" for row in ("every row above", *ROWS)]
-    return []
 
 
 if __name__ == "__main__":

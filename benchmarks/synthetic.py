@@ -7,11 +7,15 @@ easier than those of photographs, so that no figure about bytes is taken from th
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from stages.data import Splits
+from stages.inputs.datasets import ImageDataset
 
 CLASSES, SIDE = 100, 32
 TRAIN, TEST = 10_000, 1_000
@@ -43,6 +47,20 @@ def images(split: str) -> Images:
     noise = generator.normal(0, _NOISE, (size, 3, SIDE, SIDE)).astype(np.float32)
     pixels = (_prototypes()[labels] + noise).clip(0, 255).astype(np.uint8)
     return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+
+
+def noise_splits(samples: int, side: int, classes: int) -> Splits:
+    """Colour images of noise, held in memory: so many to train on, an eighth of them to test."""
+
+    def split(name: Literal["train", "test"], size: int) -> ImageDataset:
+        generator = torch.Generator().manual_seed(size)
+        pixels = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
+        labels = torch.arange(size) % classes
+        names = tuple(f"class {i}" for i in range(classes))
+        digest = f"noise-{size}-{side}"
+        return ImageDataset("synthetic", name, names, labels, pixels.__getitem__, pixels, digest)
+
+    return Splits(split("train", samples), split("test", max(4, samples // 8)))
 
 
 def _prototypes() -> NDArray[np.float32]:

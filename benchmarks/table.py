@@ -10,12 +10,13 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.measure import Figure, Ratio, Report
+from benchmarks.parts import RATES, Run, read_runs
 from pipeline.console import Console
 
 HERE = Path(__file__).parent
 README, RESULTS = HERE / "README.md", HERE / "results"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-SHOWN = ("cpu.json", "gpu.json")
+CPU, GPU = "cpu.json", "gpu.json"
 RATIO_COLUMNS = ("what", "ratio", "spread", "seconds of both", "turns", "target", "of what")
 FIGURE_COLUMNS = ("what", "value", "target", "of what")
 
@@ -30,14 +31,31 @@ def write_table(readme: Path = README, results: Path = RESULTS) -> None:
 
 def tables(results: Path = RESULTS) -> str:
     """Every result that is there, as Markdown; and which is not."""
-    parts = []
-    for name in SHOWN:
-        path = results / name
-        if path.exists():
-            parts.append(of_report(name, msgspec.json.decode(path.read_bytes(), type=Report)))
-        else:
-            parts.append(f"### {name}\n\nNot measured yet.\n")
-    return "\n".join(parts)
+    reports: list[tuple[str, Report]] = []
+    if (results / CPU).exists():
+        report = msgspec.json.decode((results / CPU).read_bytes(), type=Report)
+        reports.append((CPU, report))
+    if (results / GPU).exists():
+        reports += [(GPU, of_run(run)) for run in latest(read_runs(results / GPU))]
+    parts = [of_report(name, report) for name, report in reports]
+    missing = {CPU, GPU} - {name for name, _ in reports}
+    return "\n".join([*parts, *(f"### {name}\n\nNot measured yet.\n" for name in sorted(missing))])
+
+
+def latest(runs: Sequence[Run]) -> list[Run]:
+    """Of every device the run that was added to last, without those that only smoke-test."""
+    found = {run.machine["device"]: run for run in runs if run.kind == RATES}
+    return [*found.values()]
+
+
+def of_run(run: Run) -> Report:
+    """The figures of a run as a report; missing: the parts that have none, and why."""
+    report = Report(settings={}, machine=run.machine, versions=run.versions)
+    for part in run.parts:
+        report.add(*part.ratios, *part.figures)
+        if part.state != "ok":
+            report.missing.append(f"{part.name}: {part.state}, {part.told}")
+    return report
 
 
 def of_report(name: str, report: Report) -> str:

@@ -33,11 +33,17 @@ def forward(job: CacheJob, pixels: Tensor, dtype: Dtype) -> Tensor:
 
 
 def teacher_figures(
-    config: CacheConfig, splits: Splits, folder: Path, turns: int, small: bool = False
+    config: CacheConfig,
+    splits: Splits,
+    folder: Path,
+    turns: int,
+    small: bool = False,
+    target: float = PASS_TARGET,
 ) -> list[Ratio | Figure]:
     """Stage one appending views to a cache in `folder`, against bare forwards of the same rows;
     and how long encoding and writing keep the thread busy that does them meanwhile. small: of
-    views so short that what a view costs whatever its size is most of the pass: no target.
+    views so short that what a view costs whatever its size is most of the pass: no target. target:
+    of the pass against the forwards.
 
     Raises ConfigError where the view policy has too few views to append any.
     """
@@ -77,7 +83,7 @@ def teacher_figures(
         append,
         bare,
         turns,
-        target=None if small else PASS_TARGET,
+        target=None if small else target,
         note=f"{note}; {FIXED}" if small else note,
     )
     teacher.feed.close()
@@ -88,8 +94,17 @@ def teacher_figures(
         unit="ms",
         note=f"{FIXED}, {each} views at once",
     )
+    rates = [
+        Figure(
+            name=f"{what}, training images",
+            value=each * len(order) / statistics.median(times),
+            unit="images/s",
+            note=note,
+        )
+        for what, times in (("stage one", ratio.ours), ("bare forward", ratio.yardstick))
+    ]
     busy = _busy(LogitCache.open(out, writable=True), logits.cpu(), taken)
-    return [ratio, *([fixed] if small else []), *busy]
+    return [ratio, *([fixed] if small else []), *rates, *busy]
 
 
 def _busy(cache: LogitCache, logits: Tensor, forward_seconds: float) -> list[Ratio | Figure]:

@@ -5,7 +5,7 @@ All of them in the same turns, epoch by epoch (`epochs.py`).
 
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,12 +91,12 @@ class Bench:
         """A folder that is not there yet."""
         return self.folder / f"run-{next(self._runs)}"
 
-    def hard(self, config: StudentConfig) -> TimedStudent:
+    def hard(self, config: StudentConfig, like: TimedStudent | None = None) -> TimedStudent:
         """The same run with hard labels only, on the cache's views. It says how much of an epoch
-        those that are compared with it are measured on.
+        those that are compared with it are measured on; like: what says it to this one.
         """
         config = longer(msgspec.structs.replace(config, loss=LossSettings(name="ce")))
-        return TimedStudent(self._trainer(config), self.most_seconds)
+        return TimedStudent(self._trainer(config), self.most_seconds, like)
 
     def cached(self, config: StudentConfig, hard: TimedStudent) -> TimedStudent:
         """A student of a cache. Where epochs are cut, each of them would read a whole slab for a
@@ -150,10 +150,14 @@ def longer(config: StudentConfig) -> StudentConfig:
 
 
 def student_figures(
-    bench: Bench, config: StudentConfig, job: CacheJob | None = None
+    bench: Bench,
+    config: StudentConfig,
+    job: CacheJob | None = None,
+    variants: Mapping[str, StudentConfig] | None = None,
 ) -> list[Ratio | Figure]:
     """A student from its cache against hard labels only; with the cache's teacher, also against
-    distillation online. All of them in the same turns.
+    distillation online. All of them in the same turns. variants: the same student trained in other
+    ways, by their names: against the first, and against hard labels in the same way.
 
     Raises what `student_trainer` raises where cache, dataset and student do not go together.
     """
@@ -163,6 +167,9 @@ def student_figures(
     works: dict[str, Callable[[], float]] = {"hard": hard, "cached": cached}
     if online is not None:
         works["online"] = online
+    for name, other in (variants or {}).items():
+        works[name] = bench.cached(other, hard)
+        works[f"{name} hard"] = bench.hard(other, hard)
     times = in_turns(works, bench.turns)
     note = f"{cached.shown}, {config.train.dtype}"
     found: list[Ratio | Figure] = [
@@ -174,13 +181,15 @@ def student_figures(
             note=note,
         ),
         *_added(cached, hard, times, note),
-        _speed("cached student", cached, times["cached"], note),
+        speed("cached student", cached, times["cached"], note),
     ]
+    for name in variants or {}:
+        found += _variant(name, cached, times, note)
     if job is not None and online is not None:
         times["teacher"] = tuple(online.teacher)
         note = f"teacher {job.model.architecture}, {config.train.dtype}"
         found += _against_online(times, note)
-        found.append(_speed("teacher, forward inside online", cached, times["teacher"], note))
+        found.append(speed("teacher, forward inside online", cached, times["teacher"], note))
     return found
 
 
@@ -215,7 +224,36 @@ def _added(
     ]
 
 
-def _speed(what: str, student: TimedStudent, times: tuple[float, ...], note: str) -> Figure:
+def _variant(
+    name: str, cached: TimedStudent, times: Mapping[str, tuple[float, ...]], note: str
+) -> list[Ratio | Figure]:
+    """A student trained in another way, against the first and against hard labels in its way."""
+    return [
+        Ratio(
+            name=f"{name} epoch / cached epoch",
+            ours=times[name],
+            yardstick=times["cached"],
+            note=note,
+        ),
+        Ratio(
+            name=f"{name}: cached epoch / hard-label epoch",
+            ours=times[name],
+            yardstick=times[f"{name} hard"],
+            target=CACHED_TARGET,
+            note=note,
+        ),
+        Figure(
+            name=f"{name}: epoch of {cached.samples:,} images",
+            value=statistics.median(times[name]),
+            unit="s",
+            note=note,
+        ),
+        speed(f"{name} student", cached, times[name], note),
+    ]
+
+
+def speed(what: str, student: TimedStudent, times: tuple[float, ...], note: str) -> Figure:
+    """Images that are trained on in a second, by the seconds of whole epochs."""
     value = student.samples / statistics.median(times)
     return Figure(name=f"{what}, training images", value=value, unit="images/s", note=note)
 

@@ -1,0 +1,415 @@
+"""Does everything work on a GPU? The three stages on the digits there, against this CPU's numbers.
+
+    python -m benchmarks.gpu --smoke
+    python -m benchmarks.gpu --smoke --device cpu    the same code against itself
+
+What only moves bytes must be equal. Numbers may differ by the order of sums, and by TF32, which
+convolutions use on a GPU: by no more than `CLOSE`. A student's first weights are drawn on the CPU
+for every device, so that its losses can be compared step by step.
+"""
+
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.parts import Found, Part, SkippedError, Where
+from stages.cache import LogitCache
+from stages.cache_job import prepare
+from stages.cache_teacher import cache_teacher
+from stages.data import Splits, load_data
+from stages.device import Upload
+from stages.errors import StoppedError
+from stages.inputs.feed import ViewFeed
+from stages.inputs.views import view_policy
+from stages.rectify import rectify
+from stages.reporting import Silent
+from stages.settings import (
+    BiasMode,
+    BiasSettings,
+    CacheConfig,
+    DataSettings,
+    Dtype,
+    LossSettings,
+    ModelSettings,
+    RectifyConfig,
+    SeedSettings,
+    StudentConfig,
+    TeacherConfig,
+    TeacherSettings,
+    TrainSettings,
+)
+from stages.train_student import student_trainer, train_student, train_together
+from stages.train_teacher import train_teacher
+from stages.training.run_directory import RunDirectory
+from stages.training.trainer import Trainer, use_deterministic
+
+DIGITS = DataSettings(dataset="digits", workers=0)
+VIEWS, BATCH = 2, 50
+STEPS = 20
+"""Of an epoch: the digits have 1,000 training images."""
+CLOSE: dict[Dtype, float] = {"float32": 0.01, "bfloat16": 0.05, "float16": 0.05}
+"""How far logits (their root mean square) and losses may be from the CPU's, relative to them."""
+POLICIES = (
+    "pad-crop:pad=2",
+    "pad-crop-flip",
+    "pad-crop-flip+erasing:p=0.5",
+    "pad-crop-flip+mixup:alpha=0.8",
+    "pad-crop-flip+cutmix:alpha=1",
+)
+LOSSES: tuple[tuple[str, BiasMode], ...] = (
+    ("ce", "none"),
+    ("kd", "none"),
+    ("kd", "eliminate"),
+    ("kd", "rectify"),
+    ("dkd", "none"),
+    ("dist", "none"),
+    ("ctkd", "none"),
+    ("rld", "none"),
+)
+
+
+# ---- what things are compared with ------------------------------------------------------------
+
+
+@cache
+def digits(feeding: str = "auto", workers: int = 0) -> Splits:
+    data = msgspec.structs.replace(DIGITS, workers=workers)
+    return load_data(
+        msgspec.convert({**msgspec.to_builtins(data), "feeding": feeding}, DataSettings)
+    )
+
+
+def teacher_run(where: Where) -> Path:
+    """A resnet8 after two epochs on the CPU: right on some rows, wrong on many."""
+    run = where.folder / "teacher"
+    if not (run / "summary.json").exists():
+        config = TeacherConfig(
+            data=DIGITS,
+            model=ModelSettings(architecture="resnet8"),
+            augment="pad-crop:pad=2",
+            train=TrainSettings(epochs=2),
+            device="cpu",
+        )
+        train_teacher(config, run, overwrite=True, splits=digits())
+    return run
+
+
+def cached(where: Where, device: str, dtype: Dtype = "float32") -> LogitCache:
+    """Stage one and two on a device, in float32 rows."""
+    path = where.folder / f"{device.partition(':')[0]}-{dtype}.zarr"
+    config = CacheConfig(
+        data=DIGITS,
+        teacher=TeacherSettings(weights=str(teacher_run(where))),
+        views=VIEWS,
+        augment="pad-crop:pad=2",
+        encoding="float32",
+        dtype=dtype,
+        device=device,
+    )
+    if not LogitCache.exists(path) or not LogitCache.open(path).rectifications:
+        cache_teacher(prepare(config, digits()), path)
+        rectify(path, RectifyConfig())
+    return LogitCache.open(path)
+
+
+def student(where: Where, device: str, **changes: Any) -> StudentConfig:
+    """A run on the CPU's cache. changes: sections or fields of `TrainSettings`."""
+    fields = {key: changes.pop(key) for key in [*changes] if key in TrainSettings.__struct_fields__}
+    train = TrainSettings(**{"epochs": 2, "batch_size": BATCH, "lr": 0.02, **fields})
+    return StudentConfig(
+        cache=str(cached(where, "cpu").path),
+        data=DIGITS,
+        model=ModelSettings(architecture="resnet8"),
+        train=train,
+        device=device,
+        **changes,
+    )
+
+
+def fresh(where: Where) -> Path:
+    """A folder of a run that is not there yet."""
+    return next(path for n in itertools.count() if not (path := where.folder / f"run-{n}").exists())
+
+
+def losses_of(trainer: Trainer) -> list[float]:
+    """The loss of each of the first steps of a student."""
+    learner, sums = trainer.learner, [0.0]
+    try:
+        views = learner.start_epoch()
+        batches = trainer.stream.batches(trainer.stream.epoch_order(0), views, 0)
+        for batch in itertools.islice(batches, STEPS):
+            learner.step(batch)
+            sums.append(float(learner.position.totals["loss"]))
+    finally:
+        trainer.close()
+    return [(after - before) / BATCH for before, after in itertools.pairwise(sums)]
+
+
+def trainer_of(where: Where, config: StudentConfig) -> Trainer:
+    return student_trainer([config], [RunDirectory(fresh(where))], digits())
+
+
+def trained(where: Where, config: StudentConfig, stop_after: int | None = None) -> Path:
+    """The directory of a whole run. stop_after: batches after which it is stopped by a signal, and
+    gone on with.
+    """
+    out = fresh(where)
+    try:
+        if stop_after is None:
+            train_student(config, out, splits=digits())
+            return out
+        try:
+            train_student(config, out, splits=digits(), reporter=StopAfter(stop_after))
+        except StoppedError:
+            train_student(config, out, resume=True, splits=digits())
+            return out
+        raise AssertionError("the signal did not stop the run")
+    finally:
+        use_deterministic(False)
+
+
+class StopAfter(Silent):
+    """Stops a run by SIGTERM, after so many batches."""
+
+    def __init__(self, batches: int) -> None:
+        self._left = batches
+
+    def progress(self, task: str, done: float, total: float, unit: str) -> None:
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def check(holds: bool, told: str) -> None:
+    """Raise AssertionError with what was found unless it is as it must be."""
+    if not holds:
+        raise AssertionError(told)
+
+
+def close(ours: list[float], cpus: list[float], dtype: Dtype, of: str) -> float:
+    """The largest relative difference of some losses. Raises AssertionError where it is too large,
+    or where losses are missing.
+    """
+    check(len(ours) == len(cpus) > 0, f"{of}: {len(ours)} losses, not {len(cpus)}")
+    off = [abs(a - b) / abs(b) for a, b in zip(ours, cpus, strict=True)]
+    most = max(off)
+    check(all(each <= CLOSE[dtype] for each in off), f"{of}: losses differ by {most:.2%}")
+    return most
+
+
+def same_weights(one: Path, other: Path) -> float:
+    """The largest difference of two runs' weights."""
+    left, right = (load_file(run / "model.safetensors") for run in (one, other))
+    return max(float((left[n].double() - right[n].double()).abs().max()) for n in left)
+
+
+# ---- stage one ----------------------------------------------------------------------------------
+
+
+def reference(where: Where) -> Found:
+    """What the other parts compare with."""
+    cpu = cached(where, "cpu")
+    wrong = sum(int(cpu.read_view(v).wrong(cpu.dataset_index).sum()) for v in range(VIEWS))
+    return f"teacher and cache of the CPU; {wrong / VIEWS / len(cpu.labels):.0%} wrong", []
+
+
+def views(where: Where) -> Found:
+    """Images in memory, cropped on the device: the same bytes."""
+    train, compared = digits().train, 0
+    for spec in POLICIES:
+        policy, order = view_policy(spec), torch.randperm(len(train))
+        feeds = [ViewFeed(train, policy, torch.device(d)) for d in ("cpu", where.device)]
+        for view in (0, 5):
+            for one, other in zip(*(f.batches(order, view, 128) for f in feeds), strict=True):
+                check(
+                    other.pixels.device.type == where.device.partition(":")[0], "not on the device"
+                )
+                if "mixup" in spec:  # grey levels are blended in float32
+                    off = int((one.pixels.int() - other.pixels.cpu().int()).abs().max())
+                    check(off <= 1, f"{spec}: off by {off} grey levels")
+                else:
+                    check(torch.equal(one.pixels, other.pixels.cpu()), f"{spec}: bytes differ")
+                compared += len(one.pixels)
+    return f"{compared:,} images of {len(POLICIES)} policies", []
+
+
+def stage_one(where: Where, dtype: Dtype) -> Found:
+    """The teacher's rows, and which of them are wrong, but for near-ties."""
+    cpu, ours = cached(where, "cpu"), cached(where, where.device, dtype)
+    samples, worst, flips = cpu.dataset_index, 0.0, 0
+    for view in range(VIEWS):
+        theirs, own = cpu.read_view(view), ours.read_view(view)
+        exact, rows = theirs.rows(samples), own.rows(samples)
+        off = (rows - exact).double()
+        worst = max(
+            worst, float(off.square().mean().sqrt() / exact.double().square().mean().sqrt())
+        )
+        check(worst <= CLOSE[dtype], f"logits differ by {worst:.2%}")
+        best = exact.topk(2).values
+        tie = (best[:, 0] - best[:, 1]) <= 2 * off.abs().amax(1)
+        differ = theirs.wrong(samples) != own.wrong(samples)
+        check(not bool((differ & ~tie).any()), "rows are wrong that are no near-ties")
+        flips += int(differ.sum())
+        both = theirs.wrong(samples) & own.wrong(samples) & ~tie
+        raised = ours.read_view(view, "pairwise-T4").rectified_rows(samples)[both]
+        labels = ours.read_view(view).labels[ours.row_of[samples]][both]
+        changed = (raised - rows[both]).gather(1, labels[:, None])
+        check(bool((changed > 0).all()), "the label of a rectified row was not raised")
+    return f"logits within {worst:.2g}, {flips} of {VIEWS * len(samples):,} masks flip", []
+
+
+# ---- stage three --------------------------------------------------------------------------------
+
+
+def student_steps(where: Where, dtype: Dtype, cases: tuple[tuple[str, BiasMode], ...]) -> Found:
+    """Losses of a student's first steps."""
+    worst = 0.0
+    for loss, bias in cases:
+        settings = {"loss": LossSettings(name=loss), "bias": BiasSettings(mode=bias)}
+        runs = [
+            losses_of(trainer_of(where, student(where, device, dtype=dtype, **settings)))
+            for device in ("cpu", where.device)
+        ]
+        worst = max(worst, close(runs[1], runs[0], dtype, f"{loss}, {bias}"))
+    return f"{len(cases)} losses, {STEPS} steps, within {worst:.2g}", []
+
+
+def faster_steps(where: Where, setting: str) -> Found:
+    """A student whose steps are compiled or captured, against one whose steps are not."""
+    if setting not in TrainSettings.__struct_fields__:
+        raise SkippedError(f"there is no train.{setting}")
+    if setting == "capture" and not where.on_gpu:
+        raise SkippedError("needs CUDA")
+    told = []
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16") if setting == "capture" else ("float32",)
+    for dtype in dtypes:
+        plain, fast = (
+            losses_of(trainer_of(where, student(where, where.device, dtype=dtype, **changes)))
+            for changes in ({}, {setting: True})
+        )
+        told.append(f"{dtype} within {close(fast, plain, dtype, setting):.2g}")
+    trained(where, student(where, where.device, **{setting: True}))  # evaluates and saves as well
+    return ", ".join(told), []
+
+
+def resumed(where: Where) -> Found:
+    """A run that was stopped by a signal in its second epoch ends with the same bits."""
+    config = student(where, where.device, deterministic=True)
+    off = same_weights(trained(where, config), trained(where, config, stop_after=STEPS + 7))
+    check(off == 0, f"weights differ by {off:.2g}")
+    return "the same bits", []
+
+
+def together(where: Where) -> Found:
+    """Three students of one stream have the weights that each has alone."""
+    configs = [
+        student(where, where.device, deterministic=True, loss=loss, seed=SeedSettings(init=init))
+        for init, loss in enumerate([LossSettings("ce"), LossSettings("kd"), LossSettings("dkd")])
+    ]
+    outs = [where.folder / f"together-{fresh(where).name}-{n}" for n in range(len(configs))]
+    train_together(configs, outs, splits=digits())
+    off = max(same_weights(trained(where, c), o) for c, o in zip(configs, outs, strict=True))
+    check(off == 0, f"weights differ by {off:.2g}")
+    return "the same bits as alone", []
+
+
+# ---- moving bytes, several processes ----------------------------------------------------------
+
+
+def streamed(where: Where) -> Found:
+    """Images that processes render, sent from pinned memory while the device has other work."""
+    policy, device = view_policy("pad-crop-flip"), torch.device(where.device)
+    order = torch.randperm(len(digits().train))
+    held = ViewFeed(digits().train, policy, torch.device("cpu")).batches(order, 3, 64)
+    feed = ViewFeed(digits("stream", 2).train, policy, device, workers=2)
+    busy = torch.randn(2048, 2048, device=device) if where.on_gpu else None
+    try:
+        for one, other in zip(held, feed.batches(order, 3, 64), strict=True):
+            if busy is not None:
+                busy = busy @ busy / 100
+            check(torch.equal(one.pixels, other.pixels.cpu()), "bytes differ")
+            check(torch.equal(one.samples, other.samples.cpu()), "samples differ")
+    finally:
+        feed.close()
+    pinned = "from pinned memory" if where.on_gpu else "not pinned: no CUDA here"
+    return f"{len(order):,} images by 2 processes, {pinned}", []
+
+
+def uploads(where: Where) -> Found:
+    """A thread's copies on a stream of its own, while the device has other work, are whole."""
+    if not where.on_gpu:
+        raise SkippedError("needs CUDA")
+    from concurrent.futures import ThreadPoolExecutor
+
+    device = torch.device(where.device)
+    upload, busy = Upload(device), torch.randn(4096, 4096, device=device)
+    sent = [torch.randint(0, 256, (1_000_000 + n,), dtype=torch.uint8) for n in range(12)]
+    with ThreadPoolExecutor(1) as pool:
+        arriving = [pool.submit(upload, tensor) for tensor in sent]
+        for tensor, future in zip(sent, arriving, strict=True):
+            for _ in range(8):
+                busy = busy @ busy / 100
+            moved = future.result()
+            check(torch.equal(moved.cpu(), tensor), "bytes differ")
+            del moved  # its memory is given out again
+    return f"{len(sent)} tensors of a megabyte", []
+
+
+def ddp(where: Where) -> Found:
+    """One rank with the collectives of several: DDP's steps are those of the plain model."""
+    device = torch.device(where.device)
+    if where.on_gpu:
+        device = torch.device("cuda", torch.cuda.current_device())
+    backend = "cpu:gloo,cuda:nccl" if where.on_gpu else "gloo"
+    plain = losses_of(trainer_of(where, student(where, where.device)))
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for place in {"cpu", str(device)}:
+            value = torch.arange(5.0, device=place)
+            dist.all_reduce(value)
+            dist.broadcast(value, src=0)
+            check(torch.equal(value.cpu(), torch.arange(5.0)), f"a sum of one rank on {place}")
+        trainer = trainer_of(where, student(where, where.device))
+        learner = trainer.learner
+        learner._forward = DistributedDataParallel(
+            learner.module, device_ids=[device] if where.on_gpu else None
+        )
+        worst = close(losses_of(trainer), plain, "float32", "DDP")
+    finally:
+        dist.destroy_process_group()
+    return f"{backend}, one rank, {STEPS} steps within {worst:.2g}", []
+
+
+def _part(name: str, limit: float, run: Callable[[Where], Found]) -> Part:
+    return Part(f"smoke: {name}", limit, run)
+
+
+KD: tuple[tuple[str, BiasMode], ...] = (("kd", "none"), ("kd", "rectify"))
+SMOKE = (
+    _part("reference", 60, reference),
+    _part("views", 20, views),
+    _part("stage one, float32", 20, partial(stage_one, dtype="float32")),
+    _part("student, float32", 40, partial(student_steps, dtype="float32", cases=LOSSES)),
+    _part("stage one, bfloat16", 20, partial(stage_one, dtype="bfloat16")),
+    _part("student, bfloat16", 20, partial(student_steps, dtype="bfloat16", cases=KD)),
+    _part("stage one, float16", 20, partial(stage_one, dtype="float16")),
+    _part("student, float16", 20, partial(student_steps, dtype="float16", cases=KD)),
+    _part("capture", 30, partial(faster_steps, setting="capture")),
+    _part("resume", 20, resumed),
+    _part("together", 30, together),
+    _part("uploads", 15, uploads),
+    _part("streamed images", 30, streamed),
+    _part("DDP", 30, ddp),
+    _part("compile", 60, partial(faster_steps, setting="compile")),
+)
+"""In the order of how much depends on them; compiling takes longest and comes last."""
