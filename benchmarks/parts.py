@@ -272,6 +272,7 @@ class Worker:
 
 def _serve(pipe: Connection, parents: Connection, parts: Sequence[Part], where: Where) -> None:
     """Run the parts that are asked for until nobody asks any more."""
+    gc.freeze()  # what was there before is not looked at after every part
     parents.close()  # or the end of the other process would not be seen
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to answer
