@@ -1,5 +1,6 @@
 """Tables about caches and runs: what is planned, what is there, what came of it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from stages.cache_job import normalisation_text
 from stages.cache_plan import CachePlan
 from stages.cache_teacher import CacheSummary
 from stages.settings import TeacherConfig
+from stages.sizes import KL_TEMPERATURES
 from stages.verify import Fault, Verified
 
 MOST_FAULTS = 50
@@ -178,20 +180,21 @@ def show_encodings(console: Console, plan: CachePlan) -> None:
     rows = []
     for measured in plan.encodings:
         fidelity = measured.fidelity
-        kls = [kl for pair in zip(fidelity.mean_kl, fidelity.high_kl, strict=True) for kl in pair]
+        kls = {t: fidelity.known_kl(t) for t in KL_TEMPERATURES}
         rows.append(
             (
-                ("* " if measured.coding.name == plan.encoding else "  ") + measured.coding.name,
+                ("* " if measured.coding.name == plan.encoding else "  ")
+                + encoding_text(measured.coding),
                 f"{measured.row_bytes:.1f}",
-                *(f"{kl:.1e}" for kl in kls),
-                f"{fidelity.top1_agreement:.2%}",
+                *("-" if kl is None else f"{kl:.1e}" for kl in kls.values()),
+                *(f"{share:.1%}" for share in _agreements(fidelity)),
                 f"{measured.decoded_per_second / 1e6:.2f} M",
             )
         )
-    columns = [text for t in (1, 2, 4) for text in (f"KL T={t}", "99.9 %")]
+    columns = [f"KL T={t:g}" for t in KL_TEMPERATURES]
     console.table(
         f"encodings, on {plan.encodings[0].fidelity.rows:,} rows (* is used)",
-        ("encoding", "bytes a row", *columns, "same top-1", "rows decoded/s"),
+        ("encoding", "bytes a row", *columns, "same top-1", "same top-5", "rows decoded/s"),
         rows,
     )
 
@@ -205,14 +208,21 @@ def show_fidelity(console: Console, fidelity: Fidelity) -> None:
         )
     ]
     title = f"fidelity, {fidelity.rows:,} rows: top-1 agrees on {fidelity.top1_agreement:.2%}"
+    if fidelity.top5_agreement is not None:
+        title += f", all of the top 5 on {fidelity.top5_agreement:.2%}"
     if fidelity.saturated:
         title += f", {fidelity.saturated:,} saturated"
     console.table(title, ("T", "mean KL", "99.9 %"), rows)
 
 
+def _agreements(fidelity: Fidelity) -> list[float]:
+    top5 = fidelity.top5_agreement
+    return [fidelity.top1_agreement, math.nan if top5 is None else top5]
+
+
 def encoding_text(coding: Encoding) -> str:
     """An encoding by name and parameters."""
-    told = ", ".join(f"{key}={value}" for key, value in coding.parameters.items())
+    told = ", ".join(f"{key}={value}" for key, value in coding.shown.items())
     return f"{coding.name} ({told})" if told else coding.name
 
 

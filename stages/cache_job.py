@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stages.cache import LogitCache
 from stages.cache.arrays import open_group
-from stages.cache.encoding import FIT_ROWS, Encoding, check_encoding, fit_encoding
+from stages.cache.encoding import Encoding, check_encoding, fit_encoding, fit_rows
 from stages.cache.identity import (
     Identity,
     TeacherIdentity,
@@ -298,15 +298,14 @@ class TeacherPass:
         """
         job, order = self.job, self.job.row_order
         grid = block_grid(len(order), job.num_classes, job.config.block_rows)
-        needed = -(-min(FIT_ROWS, len(order)) // grid.block_rows)
+        most = fit_rows(job.num_classes)
+        needed = -(-min(most, len(order)) // grid.block_rows)
         blocks = {
             BlockId(0, block): self.finite_logits(order[grid.rows(block)], 0)
             for block in range(needed)
         }
-        rows, labels = job.seen_rows(
-            torch.cat([block[:FIT_ROWS] for block in blocks.values()])[:FIT_ROWS]
-        )
-        return blocks, fit_encoding(job.config.encoding, rows, labels, job.config.max_kl)
+        rows, labels = job.seen_rows(torch.cat([block[:most] for block in blocks.values()])[:most])
+        return blocks, fit_encoding(job.config.encoding, rows, labels, job.config.budget)
 
 
 def check_finite(logits: Tensor, samples: Tensor, where: str) -> None:

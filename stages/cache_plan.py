@@ -12,12 +12,12 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.encoding import (
-    FIT_ROWS,
     Encoding,
     Measured,
     checked_rows,
     compare,
     fit_encoding,
+    fit_rows,
     measure_all,
 )
 from stages.cache.layout import BlockGrid, block_grid
@@ -113,10 +113,10 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
     if cache is not None:
         coding = cache.encoding
     else:
-        coding = fit_encoding(config.encoding, logits, labels, config.max_kl)
+        coding = fit_encoding(config.encoding, logits, labels, config.budget)
     fitted = time.perf_counter() - started
     coding.encode(logits, labels)  # raises where a logit is out of its range
-    encodings = measure_all(logits, labels, config.max_kl, more=coding)
+    encodings = measure_all(logits, labels, config.budget, more=coding)
     chosen = next(m for m in encodings if m.coding is coding)
 
     # 3) what a whole run is then
@@ -144,7 +144,7 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
         ranks=job.ranks.world,
         fixed_bytes=made_bytes
         + len(job.splits.test) * _half_row_bytes(encodings, job.num_classes)
-        + blocks * (_RECORD_BYTES + _OBJECT_BYTES * (len(coding.arrays()) + 1)),
+        + blocks * (_RECORD_BYTES + _OBJECT_BYTES * _arrays_of_a_block(coding)),
         normalisation=job.normalisation,
         doubts=tuple(teacher_doubts(logits, labels, train.class_names)),
         fixed_seconds=(0 if cache else made_seconds + fitted) + (0 if eval_there else tested),
@@ -160,7 +160,8 @@ def measured_teacher(job: CacheJob) -> tuple[Tensor, float]:
     Runs of batches grow: what workers feed shows its pace once several batches are under way.
     """
     order = job.row_order
-    batch, wanted = min(job.config.batch_size, len(order)), min(FIT_ROWS, len(order))
+    most = fit_rows(job.num_classes)
+    batch, wanted = min(job.config.batch_size, len(order)), min(most, len(order))
     teacher = job.teacher()
     teacher.logits(order[:batch], 0)  # warms up: allocations, kernels, workers
     kept: list[Tensor] = []
@@ -175,7 +176,7 @@ def measured_teacher(job: CacheJob) -> tuple[Tensor, float]:
         timed.append((run, time.perf_counter() - started))
         if done < wanted:
             kept.append(logits)
-        done, run = done + run, max(batch, min(2 * run, FIT_ROWS // batch * batch))
+        done, run = done + run, max(batch, min(2 * run, most // batch * batch))
     teacher.feed.close()
     settled = timed[len(timed) // 2 :]
     pace = sum(rows for rows, _ in settled) / sum(seconds for _, seconds in settled)
@@ -239,11 +240,15 @@ def _half_row_bytes(encodings: list[Measured], num_classes: int) -> float:
 
 def count_files(coding: Encoding, views: int, blocks_per_view: int) -> int:
     """How many files or objects a finished cache has."""
-    arrays = len(coding.arrays()) + 1  # and `prediction`
+    arrays = _arrays_of_a_block(coding)
     whole = len(coding.calibration_arrays()) + 5  # one chunk each
     # documents of groups and arrays, whole arrays, the copy of the attributes, the test's record
     metadata = 3 + (arrays + whole) + whole + 1 + 1
     return views * (blocks_per_view * arrays + 1) + metadata
+
+
+def _arrays_of_a_block(coding: Encoding) -> int:
+    return len({"prediction", *coding.arrays()})
 
 
 def _free_bytes(out: str | Path) -> int | None:

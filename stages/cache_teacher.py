@@ -11,6 +11,7 @@ Running the same command again computes what is missing.
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache.blocks import BackgroundWriter
 from stages.cache.commits import Record
-from stages.cache.encoding import FIT_ROWS, Encoding, is_encoding
+from stages.cache.encoding import Encoding, fit_rows, in_words, is_encoding
 from stages.cache.identity import differences
 from stages.cache.layout import BlockId
 from stages.cache.lock import exclusive, joined
@@ -144,16 +145,17 @@ def open_existing(job: CacheJob, out: str | Path) -> LogitCache | None:
             "Use the settings it was made with, or another --out.",
         )
     if not is_encoding(job.config.encoding, cache.encoding):
-        known = ", ".join(f"{k}={v}" for k, v in cache.encoding.parameters.items())
+        known = ", ".join(f"{k}={v}" for k, v in cache.encoding.shown.items())
         raise IdentityError(
             f"{out} is encoded as {cache.encoding.name}{f' ({known})' if known else ''}, "
             f"not {job.config.encoding}",
             "Leave --encoding out, or choose another --out.",
         )
-    budget, fidelity = job.config.max_kl, cache.fidelity
+    budget, fidelity = job.config.budget, cache.fidelity
     if budget is not None and fidelity is not None and not fidelity.holds(budget):
+        known = in_words({t: float(f"{fidelity.known_kl(t) or math.nan:.2g}") for t in budget})
         raise IdentityError(
-            f"{out} holds a mean KL of {fidelity.mean_kl[0]:.2g} at T=1, not {budget:g}",
+            f"{out} holds a mean KL of {known}, not {in_words(budget)}",
             "Leave --max-kl out, or choose another --out.",
         )
     return cache
@@ -221,7 +223,8 @@ def _doubts(job: CacheJob, fitted: Blocks) -> list[str]:
     """Whether the teacher knows the dataset, by the rows that the encoding was fitted to."""
     if not fitted:
         return []
-    rows, labels = job.seen_rows(torch.cat([*fitted.values()])[:FIT_ROWS])
+    most = fit_rows(job.num_classes)
+    rows, labels = job.seen_rows(torch.cat([block[:most] for block in fitted.values()])[:most])
     return teacher_doubts(rows, labels, job.splits.train.class_names)
 
 

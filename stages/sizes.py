@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them: 2GB, 1.5GiB, 800M."""
+"""Sizes of memory and budgets as people write them: 2GB, 1.5GiB, 800M; 0.03@1,0.008@4."""
 
 import math
 import re
@@ -23,3 +23,29 @@ def in_words(count: float) -> str:
     """A size that `parse_bytes` takes, rounded up: 25MB, 1.63GB."""
     prefix, factor = next(((p, f) for p, f in reversed(_UNITS.items()) if count >= f), ("", 1))
     return f"{math.ceil(count / factor * 100) / 100:g}{prefix.replace('K', 'k')}B"
+
+
+KL_TEMPERATURES = (1.0, 2.0, 4.0, 10.0)
+"""At which the KL of an encoding is measured."""
+
+
+def parse_budget(given: str | float, name: str) -> dict[float, float]:
+    """Mean KL at each temperature: 0.005 (at T=1), `0.008@4`, `0.03@1,0.008@4`. Raises ConfigError,
+    naming `name`.
+    """
+    budget: dict[float, float] = {}
+    for part in str(given).split(","):
+        kl, _, temperature = part.partition("@")
+        try:
+            at, most = float(temperature or 1), float(kl)
+        except ValueError:
+            raise ConfigError(
+                f"{name} is '{given}', not a KL", "Write 0.005, 0.008@4 or 0.03@1,0.008@4."
+            ) from None
+        if at not in KL_TEMPERATURES:
+            known = ", ".join(f"{t:g}" for t in KL_TEMPERATURES)
+            raise ConfigError(f"{name} is for T = {known}, not {at:g}")
+        if not 0 < most < math.inf:
+            raise ConfigError(f"{name} must be positive, was {part}")
+        budget[at] = most
+    return budget

@@ -534,7 +534,7 @@ def test_logits_that_are_not_finite_leave_what_was_committed_before(
 ) -> None:
     teacher, out = save("Poisoned", 10, teachers, float("nan")), teachers / "c.zarr"
     splits = blackened(digits, "train", 123)
-    monkeypatch.setattr("stages.cache_job.FIT_ROWS", 334)
+    monkeypatch.setattr("stages.cache.encoding.choose.FIT_ROWS", 334)
     row = prepare_order(cache_config, splits, teacher).index(123)
     assert row >= 334  # in a block after the first, or nothing is committed
 

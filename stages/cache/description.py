@@ -31,7 +31,7 @@ class CacheDescription:
             raise CacheError(f"{path}: the identity does not match its digest")
         self.provenance = attributes.provenance
         self.pixel_probes = attributes.pixel_probes
-        self.fidelity: Fidelity | None = attributes.fidelity
+        self.fidelity: Fidelity | None = attributes.whole_fidelity
         self.skips: tuple[SkippedSample, ...] = attributes.skipped
         self.encoding: Encoding = restored(
             attributes.encoding, self.num_classes, lambda name: arrays.read_array(group, name)

@@ -18,7 +18,9 @@ MAX_VIEWS = 1_000_000
 ARRAYS = (
     *("dataset_index", "label", "prediction", "eval_label", "eval_logits", "eval_prediction"),
     *("logits", "logits_code", "logits_scale", "logits_offset"),
-    *("klt_basis", "klt_mean", "klt_step", "topk_index", "topk_value", "topk_tail"),
+    *("logits_pair", "logits_three", "logits_five", "logits_top"),
+    *("klt_basis", "klt_mean", "klt_step", "klt_center"),
+    *("topk_index", "topk_value", "topk_tail"),
 )
 """Every array that the root of some cache has."""
 FOLDERS = (*ARRAYS, "commits", "rectified")

@@ -54,6 +54,14 @@ class RootAttributes(msgspec.Struct, frozen=True):
     pixel_probes: list[int]
     fidelity: Fidelity | None = None
     skipped: tuple[SkippedSample, ...] = ()
+    top5_agreement: float | None = None
+
+    @property
+    def whole_fidelity(self) -> Fidelity | None:
+        """`fidelity`, with what stands beside it."""
+        if self.fidelity is None:
+            return None
+        return msgspec.structs.replace(self.fidelity, top5_agreement=self.top5_agreement)
 
 
 def exists(where: Location) -> bool:

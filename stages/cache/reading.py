@@ -125,8 +125,8 @@ class CacheReader(CacheDescription):
         read = self.blocks.read(self.blocks.specs, view, runs)
         return ViewTargets(
             encoding=self.encoding,
-            predictions=read.pop("prediction"),
-            arrays=read,
+            predictions=read["prediction"],
+            arrays={name: read[name] for name in self.encoding.arrays()},
             labels=labels,
             row_of=row_of,
             rectified=values,
@@ -213,8 +213,9 @@ class CacheReader(CacheDescription):
             )
         rows = self.grid.rows(block)
         read = self.blocks.read(self.blocks.specs, view, [rows], block)
-        predictions = read.pop("prediction").long()
-        return EncodedBlock(self.encoding, read, self.row_labels[rows], predictions)
+        encoded = {name: read[name] for name in self.encoding.arrays()}
+        predictions = read["prediction"].long()
+        return EncodedBlock(self.encoding, encoded, self.row_labels[rows], predictions)
 
     # ---- fidelity ---------------------------------------------------------------------------
 

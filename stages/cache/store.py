@@ -10,6 +10,7 @@ touches a block without a record: Zarr itself would silently return zeros for it
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -98,7 +99,7 @@ class LogitCache(CacheReader):
         more = [skip for skip in skips if (skip.split, skip.sample) not in known]
         if more:
             self.skips = tuple(sorted([*self.skips, *more]))
-            self._write_attribute("skipped", self.skips)
+            self._write_attributes({"skipped": msgspec.to_builtins(self.skips)})
 
     # ---- blocks -----------------------------------------------------------------------------
 
@@ -118,7 +119,7 @@ class LogitCache(CacheReader):
         if self.labelled:
             predictions = torch.where(unseen, labels, predictions)
             right = {"right": int((predictions == labels)[~unseen].sum())}
-        encoded = self.encoding.encode(logits, labels)
+        encoded = self.encoding.encode(logits, labels, predictions)
         # Of a block that nobody has seen, anything: fidelity has to be of something.
         some = (unseen if bool(unseen.all()) else ~unseen).nonzero().squeeze(1)
         some = some[: checked_rows(self.num_classes)]
@@ -128,7 +129,7 @@ class LogitCache(CacheReader):
         record = {
             **record,
             **right,
-            "fidelity": msgspec.to_builtins(fidelity),
+            **fidelity.to_json(),
         }
         if bool(unseen.any()):
             record["skipped"] = samples[unseen].sort().values.tolist()
@@ -140,13 +141,13 @@ class LogitCache(CacheReader):
     def write_fidelity(self) -> None:
         """Put the fidelity of all committed blocks together among the root attributes."""
         parts = [
-            msgspec.convert(records[block]["fidelity"], Fidelity)
+            Fidelity.from_json(records[block])
             for _, records in self.commits.each_view()
             for block in sorted(records)
         ]
         if (fidelity := combined(parts)) != self.fidelity:
             self.fidelity = fidelity
-            self._write_attribute("fidelity", fidelity)
+            self._write_attributes(fidelity.to_json())
 
     def _check_calibration(self, fidelity: Fidelity) -> None:
         if fidelity.saturated > _MAX_SATURATED * fidelity.rows:
@@ -156,9 +157,8 @@ class LogitCache(CacheReader):
                 "Choose another --out and --encoding uint8 or float16.",
             )
 
-    def _write_attribute(self, name: str, value: object) -> None:
-        attributes = {**self.group.attrs.asdict(), name: msgspec.to_builtins(value)}
-        metadata.write_attributes(self.group, attributes)
+    def _write_attributes(self, some: dict[str, Any]) -> None:
+        metadata.write_attributes(self.group, {**self.group.attrs.asdict(), **some})
 
     # ---- the test split ---------------------------------------------------------------------
 

@@ -129,11 +129,13 @@ class ViewTargets(Targets):
         values = self.rectified and RectifiedValues(
             move(self.rectified.label_logit), move(self.rectified.predicted_logit)
         )
+        arrays = {name: move(array) for name, array in self.arrays.items()}
+        predictions = arrays.get("prediction")  # where the encoding reads it, once for both
         return dataclasses.replace(
             self,
             encoding=shared.encoding,
-            arrays={name: move(array) for name, array in self.arrays.items()},
-            predictions=move(self.predictions),
+            arrays=arrays,
+            predictions=move(self.predictions) if predictions is None else predictions,
             labels=shared.labels,
             row_of=shared.row_of,
             rectified=values,

@@ -29,7 +29,7 @@ from stages.settings.sections import (
     TeacherSettings,
     TrainSettings,
 )
-from stages.sizes import parse_bytes
+from stages.sizes import parse_budget, parse_bytes
 
 _NAME = re.compile(r"(?!zarr\.json)[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}(?<!\.partial)", re.IGNORECASE)
 """What can name a group of the store: on any disk, and apart from what the store itself uses."""
@@ -48,14 +48,24 @@ class CacheConfig(Settings, frozen=True):
     encoding: Annotated[str, about(
         "How logits are stored; auto chooses by the number of classes, or the smallest that holds "
         "--max-kl. topk:k=10 sets a parameter.", "--encoding", takes="encoding")] = "auto"
-    max_kl: Annotated[float | None, about(
-        "Mean KL that the encoding must hold, in nats at T=1.", "--max-kl", above=0)] = None
+    max_kl: Annotated[str | float | None, about(
+        "Mean KL that the encoding must hold, in nats: 0.005 at T=1, or at temperatures of its own,"
+        " 0.03@1,0.008@4.", "--max-kl", metavar="KL@T,...")] = None
     dtype: Precision = "float32"
     batch_size: BatchSize = 512
     block_rows: Annotated[int, about(
         "The most rows of a view that are committed at once.", above=0)] = MAX_BLOCK_ROWS
     channels_last: ChannelsLast = True
     device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.budget
+
+    @property
+    def budget(self) -> dict[float, float] | None:
+        """What `max_kl` says: the KL at each temperature."""
+        return None if self.max_kl is None else parse_budget(self.max_kl, "max_kl")
 
 
 class RectifyConfig(Settings, frozen=True):

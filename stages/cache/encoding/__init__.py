@@ -1,20 +1,23 @@
 """Logits <-> stored arrays: one frozen class an encoding, registered by its own file.
 
-| name    | for                                                                    |
-|---------|------------------------------------------------------------------------|
-| float32 | exactness; the default up to 10 classes                                |
-| float16 | exactness enough for anything, 2 bytes a logit                         |
-| uint8   | one byte a logit, simple                                               |
-| klt     | whole rows in under half a byte a logit; the default above 10 classes  |
-| topk    | thousands of classes: the largest logits and the weight of the rest    |
+| name    | for                                                                     |
+|---------|-------------------------------------------------------------------------|
+| float32 | exactness; the default up to 10 classes                                 |
+| float16 | exactness enough for anything, 2 bytes a logit                          |
+| uint8   | one byte a logit, simple                                                |
+| klt     | whole rows in under half a byte a logit                                 |
+| klt-top | whole rows, coarse but for the leading classes; the default above 10     |
+| topk    | the largest logits and the weight of the rest; the default above 4,096  |
 """
 
 from stages.cache.encoding.base import (
-    DEFAULT_MAX_KL,
+    DEFAULT_BUDGET,
     ENCODINGS,
+    Budget,
     Encoding,
     check_offset,
     check_temperature,
+    in_words,
 )
 from stages.cache.encoding.choose import (
     FIT_ROWS,
@@ -23,6 +26,7 @@ from stages.cache.encoding.choose import (
     check_encoding,
     encoding_attributes,
     fit_encoding,
+    fit_rows,
     is_encoding,
     measure_all,
     restored,
@@ -43,9 +47,10 @@ from stages.registry import import_all
 import_all(__name__)
 
 __all__ = [
-    "DEFAULT_MAX_KL",
+    "DEFAULT_BUDGET",
     "ENCODINGS",
     "FIT_ROWS",
+    "Budget",
     "Encoding",
     "EncodingAttributes",
     "Fidelity",
@@ -58,6 +63,8 @@ __all__ = [
     "compare",
     "encoding_attributes",
     "fit_encoding",
+    "fit_rows",
+    "in_words",
     "is_encoding",
     "mean_kl",
     "measure",

@@ -14,8 +14,20 @@ from stages.errors import CacheError, ConfigError
 
 A_ROW = ("view", "sample")
 ALONG_CLASSES = (*A_ROW, "class")
-DEFAULT_MAX_KL = 5e-3
-"""Mean KL at T=1, in nats: what `klt` aims at where nothing is asked for."""
+Budget = Mapping[float, float]
+"""The mean KL that an encoding may have, in nats, at each of some temperatures."""
+DEFAULT_BUDGET: Budget = {1.0: 3e-2, 4.0: 8e-3}
+"""What `klt-top`, the default above 10 classes, aims at where nothing is asked for.
+
+A student at T = 4 loses what the KL at T = 4 says, not what that at T = 1 says.
+"""
+PLAIN_BUDGET: Budget = {1.0: 5e-3}
+"""What `klt` without `top` aims at where nothing is asked for."""
+
+
+def in_words(budget: Budget) -> str:
+    """0.03 at T=1, 0.008 at T=4."""
+    return ", ".join(f"{kl:g} at T={t:g}" for t, kl in sorted(budget.items()))
 
 
 ENCODINGS: dict[str, type["Encoding"]] = {}
@@ -67,11 +79,17 @@ class Encoding(ABC):
         return given
 
     @classmethod
-    def fit(cls, logits: Tensor, max_kl: float = DEFAULT_MAX_KL, **given: Any) -> "Encoding":
+    def stored_name(cls, given: Mapping[str, Any]) -> str:
+        """The name in a store of what `fit` makes with these parameters."""
+        return cls.name
+
+    @classmethod
+    def fit(cls, logits: Tensor, budget: Budget | None = None, **given: Any) -> "Encoding":
         """The encoding for rows like these.
 
-        logits: float32 (n, C), a fair draw of rows. max_kl: mean KL to the exact rows at T=1, in
-        nats. given: as `parse` gives it. Raises CacheError if there is none.
+        logits: float32 (n, C), a fair draw of rows. budget: mean KL to the exact rows at some
+        temperatures; its own default if None. given: as `parse` gives it. Raises CacheError if
+        there is none.
         """
         return cls()
 
@@ -93,13 +111,20 @@ class Encoding(ABC):
         return {}
 
     @property
+    def shown(self) -> dict[str, Any]:
+        """The parameters that say something to a person."""
+        return self.parameters
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The dimensions of its arrays beside view, sample and class."""
         return {}
 
     @abstractmethod
     def arrays(self) -> dict[str, ArraySpec]:
-        """The arrays that are written block by block."""
+        """The arrays that are written block by block. `prediction`, which every cache has, is among
+        them where `decode` needs it.
+        """
 
     def calibration_arrays(self) -> dict[str, ArraySpec]:
         """The arrays that are written once."""
@@ -112,11 +137,14 @@ class Encoding(ABC):
     # ---- encoding and decoding --------------------------------------------------------------
 
     @abstractmethod
-    def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, logits: Tensor, labels: Tensor | None = None, predictions: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """float32 (n, C) -> arrays, each (n, ...).
 
         labels: int64 (n,), for encodings that keep part of a row and always the label's logit.
-        Raises CacheError where a row cannot be represented.
+        predictions: int64 (n,), as they are stored; the argmax of each row if None. Raises
+        CacheError where a row cannot be represented.
         """
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ import msgspec
 from torch import Tensor
 
 from stages.cache.arrays import encode_shard
-from stages.cache.encoding.base import DEFAULT_MAX_KL, ENCODINGS, Encoding
+from stages.cache.encoding.base import ENCODINGS, Budget, Encoding, in_words
 from stages.cache.encoding.fidelity import Fidelity, compare
 from stages.cache.layout import base_arrays, block_grid
 from stages.errors import CacheError, PipelineError
 
 FIT_ROWS = 8192
 """How many rows an encoding is fitted to."""
+_FITTED = 2**26
 _MEASURED = 2**22
 """Logits that an encoding is measured on: all 8,192 rows of up to 512 classes, fewer of more."""
 
@@ -48,8 +50,18 @@ def is_encoding(spec: str, coding: Encoding) -> bool:
     """Whether an encoding is what a spec asks for, as far as it asks."""
     name, _, text = spec.partition(":")
     asked = json.loads(json.dumps(_class(name).parse(text)))  # as attributes have them
-    known = coding.parameters
-    return name == "auto" or (name == coding.name and {**known, **asked} == known)
+    stored = _class(name).stored_name(asked)
+    return name == "auto" or (stored == coding.name and _among(asked, coding.parameters))
+
+
+def _among(asked: dict[str, Any], known: dict[str, Any]) -> bool:
+    """Whether all parameters that were asked for are so; a step may be kept in single precision."""
+    return all(
+        math.isclose(value, known[name], rel_tol=1e-6)
+        if isinstance(value, float) and isinstance(known.get(name), float)
+        else known.get(name) == value
+        for name, value in asked.items()
+    )
 
 
 def _class(name: str) -> type[Encoding]:
@@ -57,28 +69,32 @@ def _class(name: str) -> type[Encoding]:
     return ENCODINGS.get(name, Encoding)
 
 
+def fit_rows(num_classes: int) -> int:
+    """How many rows an encoding is fitted to: 8,192, fewer of more than 8,192 classes."""
+    return max(1, min(FIT_ROWS, _FITTED // num_classes))
+
+
 def fit_encoding(
-    spec: str, logits: Tensor, labels: Tensor, max_kl: float | None = None
+    spec: str, logits: Tensor, labels: Tensor, budget: Budget | None = None
 ) -> Encoding:
     """The encoding of a spec, fitted to real rows.
 
     logits: float32 (n, C), a fair draw. labels: int64 (n,). `auto`: with a budget, the smallest
-    that holds it; without, float32 up to 10 classes, then klt, and topk above 4,096 classes.
-    max_kl: mean KL to the exact rows at T=1, in nats. Raises CacheError if it is not held.
+    that holds it; without, float32 up to 10 classes, then klt-top, and topk above 4,096 classes.
+    budget: mean KL to the exact rows, in nats, at some temperatures. Raises CacheError if it is not
+    held.
     """
     name = check_encoding(spec)
-    if max_kl is None:
-        if name != "auto":
-            return _fitted(spec, logits, DEFAULT_MAX_KL)
-        return _fitted(_by_classes(logits.shape[1]), logits, DEFAULT_MAX_KL)
+    if budget is None:
+        return _default(logits) if name == "auto" else _fitted(spec, logits, None)
     if name != "auto":
-        chosen = _measured(_fitted(spec, logits, max_kl), logits, labels)
-        return _holding([chosen], max_kl).coding
-    return _holding(measure_all(logits, labels, max_kl), max_kl).coding
+        chosen = _measured(_fitted(spec, logits, budget), logits, labels)
+        return _holding([chosen], budget).coding
+    return _holding(measure_all(logits, labels, budget), budget).coding
 
 
 def measure_all(
-    logits: Tensor, labels: Tensor, max_kl: float | None = None, more: Encoding | None = None
+    logits: Tensor, labels: Tensor, budget: Budget | None = None, more: Encoding | None = None
 ) -> list[Measured]:
     """Every encoding on real rows, as `fit_encoding` takes them; and one more, where given."""
     fitted = {more.name: more} if more else {}
@@ -86,7 +102,7 @@ def measure_all(
         if name not in fitted:
             # klt has too many classes, or a budget that only whole floats hold.
             with contextlib.suppress(CacheError):
-                fitted[name] = _fitted(name, logits, max_kl or DEFAULT_MAX_KL)
+                fitted[name] = _fitted(name, logits, budget)
     measured = []
     for name in filter(fitted.__contains__, ENCODINGS):
         with contextlib.suppress(CacheError):  # logits beyond its range
@@ -94,22 +110,31 @@ def measure_all(
     return measured
 
 
-def _by_classes(num_classes: int) -> str:
-    able = [coding for coding in ENCODINGS.values() if coding.default_up_to >= num_classes]
-    return min(able, key=lambda coding: coding.default_up_to).name
+def _default(logits: Tensor) -> Encoding:
+    able = [c for c in ENCODINGS.values() if c.default_up_to >= logits.shape[1]]
+    chosen = min(able, key=lambda coding: coding.default_up_to)
+    try:
+        return chosen.fit(logits)
+    except CacheError:
+        if chosen.name != "klt-top":
+            raise
+        return ENCODINGS["klt"].fit(logits)  # which has codes of two bytes as well
 
 
-def _holding(measured: list[Measured], max_kl: float) -> Measured:
-    able = [m for m in measured if m.fidelity.holds(max_kl)]
+def _holding(measured: list[Measured], budget: Budget) -> Measured:
+    able = [m for m in measured if m.fidelity.holds(budget)]
     if able:
         return min(able, key=lambda m: m.row_bytes)
-    told = "; ".join(
-        f"{m.coding.name} has {m.fidelity.mean_kl[0]:.2g}" for m in measured if m.fidelity.mean_kl
-    )
+    told = "; ".join(f"{m.coding.name} has {_known(m.fidelity, budget)}" for m in measured)
     raise CacheError(
-        f"no encoding that was asked for holds a mean KL of {max_kl:g} at T=1: {told}",
+        f"no encoding that was asked for holds a mean KL of {in_words(budget)}: {told}",
         "Give a larger --max-kl, or --encoding float32 without one.",
     )
+
+
+def _known(fidelity: Fidelity, budget: Budget) -> str:
+    known = {t: fidelity.known_kl(t) for t in budget}
+    return ", ".join("?" if kl is None else f"{kl:.2g}" for _, kl in sorted(known.items()))
 
 
 def _measured(coding: Encoding, logits: Tensor, labels: Tensor) -> Measured:
@@ -126,10 +151,10 @@ def _measured(coding: Encoding, logits: Tensor, labels: Tensor) -> Measured:
     )
 
 
-def _fitted(spec: str, logits: Tensor, max_kl: float) -> Encoding:
+def _fitted(spec: str, logits: Tensor, budget: Budget | None) -> Encoding:
     name, _, text = spec.partition(":")
     chosen = ENCODINGS[name]
-    return chosen.fit(logits, max_kl, **chosen.parse(text))
+    return chosen.fit(logits, budget, **chosen.parse(text))
 
 
 def row_bytes_on_disk(coding: Encoding, logits: Tensor, labels: Tensor) -> float:

@@ -2,15 +2,18 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
-from stages.cache.encoding.base import Encoding
+from stages.cache.encoding.base import Budget, Encoding
 from stages.cache.layout import BlockGrid
+from stages.sizes import KL_TEMPERATURES
 
-TEMPERATURES = (1.0, 2.0, 4.0)
+TEMPERATURES = KL_TEMPERATURES
+_LEADING = 5
 _CHECKED, _LEAST_ROWS, _MOST_ROWS = 2**22, 256, 4096
 
 
@@ -36,7 +39,8 @@ def rows_of_a_view(grid: BlockGrid, num_classes: int, skipped: Tensor) -> int:
 class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Measured on `rows` rows. KL(exact || decoded) of softmax(z / T), in nats, for each
     temperature: its mean and its 99.9 % quantile. top1_agreement: share of rows whose argmax
-    survives. saturated: rows with a code at the end of its range.
+    survives. saturated: rows with a code at the end of its range. top5_agreement: share of rows
+    whose five leading classes are the same set; None where it was not measured.
     """
 
     rows: int
@@ -45,16 +49,31 @@ class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     high_kl: tuple[float, ...]
     top1_agreement: float
     saturated: int
+    top5_agreement: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As attributes and records have it: `top5_agreement` stands beside `fidelity`, whose
+        fields are those of the first version of the format.
+        """
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        agreement = plain.pop("top5_agreement")
+        return {"fidelity": plain} | ({} if agreement is None else {"top5_agreement": agreement})
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "Fidelity":
+        """Of a record. Raises ValueError."""
+        known = {"top5_agreement": values.get("top5_agreement")}
+        return msgspec.convert({**values["fidelity"], **known}, Fidelity)
 
     def known_kl(self, temperature: float) -> float | None:
         """The mean KL at a temperature, None where it was not measured."""
         known = dict(zip(self.temperatures, self.mean_kl, strict=True))
         return known.get(temperature)
 
-    def holds(self, max_kl: float) -> bool:
-        """Whether the mean KL at T=1 is known and within a budget."""
-        known = self.known_kl(1.0)
-        return known is not None and known <= max_kl
+    def holds(self, budget: Budget) -> bool:
+        """Whether the mean KL is known and within a budget, at each of its temperatures."""
+        known = {t: self.known_kl(t) for t in budget}
+        return all(kl is not None and kl <= budget[t] for t, kl in known.items())
 
 
 def row_kl(exact: Tensor, decoded: Tensor, temperature: float) -> Tensor:
@@ -81,7 +100,8 @@ def compare(coding: Encoding, logits: Tensor, arrays: Mapping[str, Tensor]) -> F
     """As `measure`, of rows that are encoded already."""
     held = [t for t in TEMPERATURES if coding.holds(t)]
     kls = [row_kl(logits, coding.decode(arrays, t), t) for t in held]
-    same = coding.decode(arrays, held[0] if held else 1.0).argmax(1) == logits.argmax(1)
+    decoded = coding.decode(arrays, held[0] if held else 1.0)
+    same = decoded.argmax(1) == logits.argmax(1)
     return Fidelity(
         rows=len(logits),
         temperatures=tuple(held),
@@ -89,7 +109,13 @@ def compare(coding: Encoding, logits: Tensor, arrays: Mapping[str, Tensor]) -> F
         high_kl=tuple(float(kl.quantile(0.999)) for kl in kls),
         top1_agreement=float(same.double().mean()),
         saturated=coding.saturated(arrays),
+        top5_agreement=float((_leading(decoded) == _leading(logits)).all(1).double().mean()),
     )
+
+
+def _leading(logits: Tensor) -> Tensor:
+    """The leading classes of each row, ascending: int64 (n, 5), fewer of fewer classes."""
+    return logits.topk(min(_LEADING, logits.shape[1]), dim=1).indices.sort(dim=1).values
 
 
 def combined(parts: list[Fidelity]) -> Fidelity:
@@ -99,12 +125,17 @@ def combined(parts: list[Fidelity]) -> Fidelity:
     def weighted(values: list[float]) -> float:
         return sum(p.rows * v for p, v in zip(parts, values, strict=True)) / rows
 
-    several = range(len(parts[0].temperatures))
+    # Views that were added by a later version are measured at more temperatures.
+    shared = [t for t in parts[0].temperatures if all(t in p.temperatures for p in parts)]
+    top5 = [p.top5_agreement for p in parts]
     return Fidelity(
         rows=rows,
-        temperatures=parts[0].temperatures,
-        mean_kl=tuple(weighted([p.mean_kl[t] for p in parts]) for t in several),
-        high_kl=tuple(max(p.high_kl[t] for p in parts) for t in several),
+        temperatures=tuple(shared),
+        mean_kl=tuple(
+            weighted([p.mean_kl[p.temperatures.index(t)] for p in parts]) for t in shared
+        ),
+        high_kl=tuple(max(p.high_kl[p.temperatures.index(t)] for p in parts) for t in shared),
         top1_agreement=weighted([p.top1_agreement for p in parts]),
         saturated=sum(p.saturated for p in parts),
+        top5_agreement=None if None in top5 else weighted([kl for kl in top5 if kl is not None]),
     )

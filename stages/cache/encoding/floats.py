@@ -27,7 +27,9 @@ class Float32(Encoding):
     def arrays(self) -> dict[str, ArraySpec]:
         return {"logits": ArraySpec(ALONG_CLASSES, "float32")}
 
-    def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, logits: Tensor, labels: Tensor | None = None, predictions: Tensor | None = None
+    ) -> dict[str, Tensor]:
         check_range(logits, torch.finfo(torch.float32).max, self.name)
         return {"logits": logits.float()}
 
@@ -49,7 +51,9 @@ class Float16(Encoding):
             "logits_offset": ArraySpec(A_ROW, "float32"),
         }
 
-    def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, logits: Tensor, labels: Tensor | None = None, predictions: Tensor | None = None
+    ) -> dict[str, Tensor]:
         check_span(logits, torch.finfo(torch.float16).max, self.name)
         largest = logits.float().amax(1)
         return {"logits": (logits - largest[:, None]).half(), "logits_offset": largest}

@@ -18,8 +18,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stages.cache.encoding.base import DEFAULT_MAX_KL, Encoding, check_range, encoding
+from stages.cache.encoding.base import (
+    PLAIN_BUDGET,
+    Budget,
+    Encoding,
+    check_range,
+    encoding,
+    in_words,
+)
 from stages.cache.encoding.fidelity import mean_kl
+from stages.cache.encoding.klt_basis import eigenbasis
+from stages.cache.encoding.klt_top import KltTop, check_step
 from stages.cache.layout import ArraySpec
 from stages.errors import CacheError
 
@@ -30,6 +39,8 @@ _MARGIN = 0.9
 _SEARCHED = 2**21
 """Logits that the step is searched on: 8,192 rows of up to 256 classes, 2,097 of 1,000."""
 _COARSEST, _STEPS_PER_OCTAVE, _OCTAVES = 8.0, 8, 16
+_MOST_CLASSES = 4096
+"""Above, a whole eigenbasis costs more than it saves: C^2 numbers, as large a product a row."""
 
 
 @encoding("klt")
@@ -48,47 +59,66 @@ class Klt(Encoding):
     mean: Tensor
     step: Tensor
     dtype: str = "int8"
-    default_up_to: ClassVar[float] = 4096
-    """Above, an eigenbasis costs more than it saves: C^2 numbers, as large a product a row."""
+    takes: ClassVar[Mapping[str, Callable[[str], Any]]] = {"step": float, "top": int}
 
     @classmethod
-    def fit(cls, logits: Tensor, max_kl: float = DEFAULT_MAX_KL, **given: Any) -> "Klt":
-        """Basis and mean of these rows, and the coarsest step that holds the budget on them.
+    def parse(cls, text: str) -> dict[str, Any]:
+        given = super().parse(text)
+        if given.get("top") == 0:
+            del given["top"]
+        return given
 
-        logits: float32 (n, C), a fair draw of rows. max_kl: mean KL to the exact rows at T=1, in
-        nats. Raises CacheError if no step holds it, or there are too many classes.
+    @classmethod
+    def stored_name(cls, given: Mapping[str, Any]) -> str:
+        return KltTop.name if "top" in given else cls.name
+
+    @classmethod
+    def fit(cls, logits: Tensor, budget: Budget | None = None, **given: Any) -> "Encoding":
+        """Basis and mean of these rows, and the coarsest step that holds the budget on them; with
+        `top` what `KltTop.fit` makes.
+
+        logits: float32 (n, C), a fair draw of rows. budget: as of `Encoding.fit`; not looked at
+        where `step` is given. Raises CacheError if no step holds it, for a step that cannot be, or
+        if there are too many classes.
         """
-        if logits.shape[1] > cls.default_up_to:
+        if "top" in given:
+            return KltTop.fit(logits, budget, **given)
+        if logits.shape[1] > _MOST_CLASSES:
             raise CacheError(
-                f"klt is for up to {cls.default_up_to:,} classes, not {logits.shape[1]:,}",
-                "Use --encoding topk.",
+                f"klt is for up to {_MOST_CLASSES:,} classes, not {logits.shape[1]:,}",
+                "Use --encoding klt-top or topk.",
             )
+        check_step(step := given.get("step"))
+        check_range(logits, torch.finfo(torch.float32).max, cls.name)
         mean = logits.double().mean(0)
-        basis = _eigenbasis(logits.double() - mean).float().contiguous()
+        basis = eigenbasis(logits.double() - mean).float().contiguous()
         mean = mean.float()
         peaks = _rotated(logits, mean, basis).abs().amax(0) * _HEADROOM
-
+        if step is not None:
+            dtype = "int8" if bool((peaks[:-1] <= 127 * step).all()) else "int16"
+            return Klt(basis, mean, _steps(peaks, dtype, step), dtype)
         searched = logits[: max(1, _SEARCHED // logits.shape[1])]
+        budget = PLAIN_BUDGET if budget is None else budget
         # int8 first: where it holds the budget, it takes half the bytes.
         for dtype in ("int8", "int16"):
-            finest_that_fits = peaks / torch.iinfo(getattr(torch, dtype)).max
 
             def with_step(exponent: int) -> Klt:
                 step = _COARSEST * 2 ** (-exponent / _STEPS_PER_OCTAVE)
-                return Klt(basis, mean, finest_that_fits.clamp(min=step), dtype)  # noqa: B023
+                return Klt(basis, mean, _steps(peaks, dtype, step), dtype)  # noqa: B023
 
             low, high = 0, _STEPS_PER_OCTAVE * _OCTAVES  # KL falls with the exponent
-            if _kl(with_step(high), searched) > _MARGIN * max_kl:
+            if not _holds(with_step(high), searched, budget):
                 continue
             while low < high:
                 middle = (low + high) // 2
-                if _kl(with_step(middle), searched) <= _MARGIN * max_kl:
+                if _holds(with_step(middle), searched, budget):
                     high = middle
                 else:
                     low = middle + 1
             return with_step(high)
         raise CacheError(
-            f"no step of the encoding klt holds a KL of {max_kl:g}", "Use --encoding float32."
+            f"no step of the encoding klt holds a KL of {in_words(budget)}",
+            "Use --encoding float32.",
         )
 
     @classmethod
@@ -125,7 +155,9 @@ class Klt(Encoding):
     def calibration(self) -> dict[str, Tensor]:
         return {"klt_basis": self.basis, "klt_mean": self.mean, "klt_step": self.step}
 
-    def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, logits: Tensor, labels: Tensor | None = None, predictions: Tensor | None = None
+    ) -> dict[str, Tensor]:
         check_range(logits, torch.finfo(torch.float32).max, self.name)
         basis, mean, step = (t.to(logits.device) for t in (self.basis, self.mean, self.step))
         codes = (_rotated(logits, mean, basis) / step).round()
@@ -146,18 +178,6 @@ class Klt(Encoding):
         return dataclasses.replace(self, **moved)
 
 
-def _eigenbasis(rows: Tensor) -> Tensor:
-    """Orthonormal (C, C) of float64 rows (n, C): largest variance first, the constant row last."""
-    rows = rows - rows.mean(1, keepdim=True)
-    covariance = rows.T @ rows
-    # The constant direction has no variance here; this makes it the first of all.
-    first = 1 + 2 * covariance.diagonal().sum()
-    _, vectors = torch.linalg.eigh(covariance + first / len(covariance))
-    basis: Tensor = vectors.T.flip(0).roll(-1, 0)
-    basis[-1] = len(basis) ** -0.5  # exactly, so that no offset leaks into the others
-    return basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
-
-
 def _rotated(logits: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
     """(logits - mean) @ basis.T, float32 (n, C). The mean of a row comes off first: beside a large
     one float32 would keep less of the rest.
@@ -168,5 +188,11 @@ def _rotated(logits: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
     return rotated
 
 
-def _kl(coding: Klt, logits: Tensor) -> float:
-    return float(mean_kl(logits, coding.decode(coding.encode(logits)), 1.0))
+def _steps(peaks: Tensor, dtype: str, step: float) -> Tensor:
+    """The step of each component: coarser where a code would not fit."""
+    return (peaks / torch.iinfo(getattr(torch, dtype)).max).clamp(min=step)
+
+
+def _holds(coding: Klt, logits: Tensor, budget: Budget) -> bool:
+    decoded = coding.decode(coding.encode(logits))
+    return all(float(mean_kl(logits, decoded, t)) <= _MARGIN * kl for t, kl in budget.items())

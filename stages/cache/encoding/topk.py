@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stages.cache.encoding.base import (
     A_ROW,
-    DEFAULT_MAX_KL,
+    Budget,
     Encoding,
     check_span,
     check_temperature,
@@ -59,7 +59,7 @@ class TopK(Encoding):
             )
 
     @classmethod
-    def fit(cls, logits: Tensor, max_kl: float = DEFAULT_MAX_KL, **given: Any) -> "TopK":
+    def fit(cls, logits: Tensor, budget: Budget | None = None, **given: Any) -> "TopK":
         classes = logits.shape[1]
         return TopK(classes, **{"k": min(TopK.k, classes), **given})
 
@@ -86,7 +86,9 @@ class TopK(Encoding):
             "topk_tail": ArraySpec((*A_ROW, "temperature"), "float32"),
         }
 
-    def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, logits: Tensor, labels: Tensor | None = None, predictions: Tensor | None = None
+    ) -> dict[str, Tensor]:
         check_span(logits, torch.finfo(torch.float16).max, self.name)
         rows = max(1, _ENCODED // self.num_classes)
         runs = [slice(start, start + rows) for start in range(0, max(1, len(logits)), rows)]

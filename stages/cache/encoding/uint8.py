@@ -29,7 +29,9 @@ class Uint8(Encoding):
             "logits_offset": ArraySpec(A_ROW, "float32"),
         }
 
-    def encode(self, logits: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, logits: Tensor, labels: Tensor | None = None, predictions: Tensor | None = None
+    ) -> dict[str, Tensor]:
         half = torch.finfo(torch.float16)
         check_span(logits, half.max * _LEVELS / 2, self.name)
         offset = logits.float().amin(1)
