@@ -1,14 +1,16 @@
-"""Make the golden caches: one for each encoding and one of mixed views, and what they must say.
+"""Make golden caches: one for each encoding and one of mixed views, and what they must say.
 
-    python tests/golden/make.py
+    python tests/golden/make.py NAME...
 
-Run once for each version of the format; what is committed stays. `truth.npz` is the teacher's own
-float32 logits, taken before any encoding: `<cache>-<view>` (N, C) in dataset order, `test` (M, C).
+Run once for each name of `CACHES`; what is committed stays. `truth.npz` is the teacher's own
+float32 logits, taken before any encoding: `<cache>-<view>` (N, C) in dataset order, and of the test
+split `<cache>-test` (M, C), for the first caches, which had one teacher, `test`.
 """
 
 import dataclasses
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -36,6 +38,7 @@ CACHES = {
     "float16": ("float16", "pad-crop:pad=1"),
     "uint8": ("uint8", "pad-crop:pad=1"),
     "klt": ("klt", "pad-crop:pad=1"),
+    "klt-top": ("klt:top=3", "pad-crop:pad=1"),
     "topk": ("topk:k=3,temperatures=1/4", "pad-crop:pad=1"),
     "mixed": ("float16", "pad-crop:pad=1+mixup"),
 }
@@ -66,8 +69,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # so that provenance has no path of this machine
         train_teacher(teacher, Path("teacher"), splits=whole)
-        truth = {}
-        for name, (encoding, augment) in CACHES.items():
+        with np.load(HERE / "truth.npz") as known:
+            truth = dict(known)
+        for name in sys.argv[1:]:
+            encoding, augment = CACHES[name]
             config = CacheConfig(
                 data=data,
                 teacher=TeacherSettings(weights="teacher"),
@@ -86,7 +91,7 @@ def main() -> None:
             for view in range(VIEWS):
                 samples = torch.arange(SAMPLES)
                 truth[f"{name}-{view}"] = teacher.logits(samples, view).numpy()
-            truth["test"] = job.teacher_on_test().logits(torch.arange(TEST), 0).numpy()
+            truth[f"{name}-test"] = job.teacher_on_test().logits(torch.arange(TEST), 0).numpy()
             shutil.rmtree(HERE / f"{name}.zarr", ignore_errors=True)
             shutil.copytree(f"{name}.zarr", HERE / f"{name}.zarr")
         truth["train_labels"] = first(whole).train.labels.numpy()
