@@ -717,7 +717,8 @@ def test_fidelity_is_what_numpy_measures(coding: Encoding) -> None:
     leading = np.argsort(coding.decode(arrays, 1.0).numpy(), axis=1)[:, -5:]
     exact = np.argsort(rows.numpy(), axis=1)[:, -5:]
     same = [{*one} == {*two} for one, two in zip(leading.tolist(), exact.tolist(), strict=True)]
-    assert found.top5_agreement == pytest.approx(np.mean(same), abs=0.01)  # ties of topk's rest
+    if coding.keeps_all or coding.sizes["k"] >= 5:  # the rest of `topk` are equals
+        assert found.top5_agreement == pytest.approx(np.mean(same))
     assert found.saturated == coding.saturated(arrays)
     assert Fidelity.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert msgspec.json.decode(msgspec.json.encode(found), type=Fidelity) == found
