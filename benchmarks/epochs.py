@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Laps
 from stages.inputs.feed import Batch, ViewFeed
-from stages.training.learner import Task
+from stages.training.task import Task
 from stages.training.trainer import Trainer
 
 _TRIED_BATCHES, _EVALUATED = 4, 32

@@ -41,6 +41,7 @@ from stages.order import ViewSchedule
 from stages.reporting import Reporter, Silent
 from stages.settings import StudentConfig
 from stages.student_checks import check_students, complete, made_from, slab_plan
+from stages.targets.in_place import kept_in_place, take
 from stages.targets.reader import TargetReader
 from stages.training.learner import Learner
 from stages.training.models import build, check_models
@@ -161,21 +162,46 @@ class CachedTask:
         self._labelled = bool((labels >= 0).all())
         self._objective = None if config.loss.name == "ce" else Objective(config.loss)
         self.learned = None if self._objective is None else self._objective.learned
-        self._weights = BiasWeights(1.0, 1.0)
         self._reader, self._epoch = reader, 0
+        # Weights of the epoch at hand: of the loss, of right rows and of wrong ones.
+        self._weights = torch.ones(3, device=labels.device)
+        self._weight, right, wrong = self._weights.unbind()
+        self._bias = BiasWeights(right, wrong, config.bias.reduction)
+        self._told: dict[str, float] = {}
         self.targets: Targets | None = None
+        self._kept: Targets | None = None
 
     def start_epoch(self, epoch: int) -> tuple[int, ...]:
         """The views that an epoch shows, whose targets are read now."""
-        self._epoch, bias = epoch, self._config.bias
-        self._weights = bias_weights(
-            bias.mode, bias.chosen_schedule, bias.reduction, epoch, self._config.train.epochs
-        )
+        self._epoch, bias, weight = epoch, self._config.bias, 0.0
         self.targets = None  # let go before more is read
         if self._objective is not None:
             self._objective.start_epoch(epoch)
-            self.targets = self._reader.of_epoch(epoch)
+            weight, self.targets = self._objective.weight, self._reader.of_epoch(epoch)
+        if self._kept is not None and self.targets is not None:
+            take(self._kept, self.targets)
+            self.targets = self._kept
+        of_rows = bias_weights(
+            bias.mode, bias.chosen_schedule, bias.reduction, epoch, self._config.train.epochs
+        )
+        right, wrong = float(of_rows.right), float(of_rows.wrong)
+        self._weights.copy_(torch.tensor([weight, right, wrong]))
+        self._told = {"weight_right": right, "weight_wrong": wrong}
         return self._schedule.of_epoch(epoch)
+
+    def keep_in_place(self) -> str | None:
+        """From the epoch at hand on, targets and weights of every epoch lie in the same memory.
+        Returns why they cannot, as a sentence without its end.
+        """
+        if self._objective is None or self.targets is None:
+            return None
+        if self._objective.on_host:
+            return f"the loss '{self._config.loss.name}' takes steps on the host, or may"
+        self._kept = kept_in_place(self.targets)
+        if self._kept is None:
+            return "targets are read in groups, or are of several views"
+        self.targets = self._kept
+        return None
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The loss of a batch, and the means that metrics have of it: () each."""
@@ -187,12 +213,12 @@ class CachedTask:
             return {"loss": hard}
         rows = self.targets.of(batch.samples, self._config.bias.rectified is not None)
         wrong = rows.wrong()
-        weights = self._weights.rows(wrong) if self._config.bias.weighs else None
+        weights = self._bias.rows(wrong) if self._config.bias.weighs else None
         teacher = rows if rows.tempered else rows.at()
         value = self._value(logits, teacher, labels, weights)  # (B,), or () of coupled rows
         mean, ce_weight = value.mean(), self._config.loss.ce_weight or 0.0
         parts = {
-            "loss": ce_weight * hard + self._objective.weight * mean,
+            "loss": ce_weight * hard + self._weight * mean,
             "loss_ce": hard,
             "loss_kd": mean,
         }
@@ -230,7 +256,6 @@ class CachedTask:
     def epoch_metrics(self) -> dict[str, float]:
         """What else metrics have of the epoch at hand."""
         return {
-            "weight_right": self._weights.right,
-            "weight_wrong": self._weights.wrong,
+            **self._told,
             "wait_seconds": self._reader.waited(self._epoch),
         }

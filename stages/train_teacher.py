@@ -47,6 +47,9 @@ class LabelTask:
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         return {"loss": mixed_ce(logits, *batch.hard_labels(self._labels))}
 
+    def keep_in_place(self) -> None:
+        """Labels are where they are."""
+
     def epoch_metrics(self) -> dict[str, float]:
         return {}
 

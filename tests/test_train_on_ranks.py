@@ -28,8 +28,9 @@ from stages.settings import (
 )
 from stages.targets.chunks import groups_of_ranks
 from stages.train_student import student_trainer
-from stages.training.learner import Learner, Position
+from stages.training.learner import Learner
 from stages.training.run_directory import RunDirectory
+from stages.training.task import Position
 
 EPOCHS, BATCH = 3, 100
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

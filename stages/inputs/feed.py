@@ -85,6 +85,13 @@ class ViewFeed:
         if dataset.images is not None and policy.batched and self._at_own_size(dataset.images):
             self._images = _on_device(dataset.images, device)
 
+    @property
+    def images(self) -> Tensor | None:
+        """uint8 (N, C, H, W), those that whole batches are cut out of; None where each is rendered
+        for itself.
+        """
+        return self._images
+
     def another(self) -> "ViewFeed":
         """A feed of the same views that is read at the same time; images in memory are shared."""
         feed = copy.copy(self)

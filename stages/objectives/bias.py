@@ -24,10 +24,10 @@ from stages.settings import BiasMode, Reduction, Schedule
 
 @dataclass(frozen=True)
 class BiasWeights:
-    """The weights of right and of wrong rows in one epoch."""
+    """The weights of right and of wrong rows in one epoch: numbers, or float32 () on the device."""
 
-    right: float
-    wrong: float
+    right: float | Tensor
+    wrong: float | Tensor
     reduction: Reduction = "batch"
 
     def rows(self, wrong: Tensor) -> Tensor:

@@ -195,6 +195,10 @@ class TrainSettings(Settings, frozen=True):
     compile: Annotated[bool, about(
         "Compile the forward pass: faster steps of small models, after a minute. Weights differ in"
         " their last bits.", "--compile/--no-compile", decides="nothing")] = False
+    capture: Annotated[bool, about(
+        "Record a step as one CUDA graph and replay it: faster steps of small models on a GPU. "
+        "Weights differ in their last bits.",
+        "--capture/--no-capture", decides="nothing", shared=True)] = False
     checkpoint_seconds: Annotated[float, about(
         "last.pt is replaced after an epoch once it is so old, and at the end: what a kill can lose"
         " beside the epoch at hand. 0: after every epoch.", least=0, decides="nothing")] = 10.0

@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import torch
@@ -18,48 +18,24 @@ from stages.distributed import summed, take_from_first
 from stages.errors import PipelineError, RunError
 from stages.inputs.feed import Batch
 from stages.settings import RunConfig
+from stages.training.captured import Capture, CapturedStep
 from stages.training.compiled import CompiledForward
+from stages.training.graphs import WaitError, all_tensors
 from stages.training.history import said, selected_epoch, summarise
-from stages.training.models import InitialModel, RandomState
-from stages.training.optimise import make_optimizer, restore_optimizer
+from stages.training.models import InitialModel
+from stages.training.optimise import (
+    make_optimizer,
+    read_rate_from,
+    restore_optimizer,
+    state_of,
+    states_of,
+)
+from stages.training.random_state import RandomState
 from stages.training.rates import Schedule
 from stages.training.run_directory import RunDirectory
 from stages.training.run_folder import MADE_FROM
 from stages.training.stream import BatchStream, Evaluation
-
-
-class Task(Protocol):
-    """What an epoch shows and what its loss is."""
-
-    @property
-    def learned(self) -> nn.Module | None:
-        """What the loss learns itself, trained and saved with the model."""
-
-    def start_epoch(self, epoch: int) -> tuple[int, ...]:
-        """Get ready; return the view that this epoch shows, or those of a sample seen at once."""
-
-    def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """float32 logits (B, C) and the batch they are of -> named scalars.
-
-        `loss` is what is minimised; the others are reported.
-        """
-
-    def epoch_metrics(self) -> dict[str, float]:
-        """Numbers about the epoch that has just ended, for metrics.jsonl."""
-
-
-@dataclass
-class Position:
-    """How far a run is: `step` batches into `epoch`, with the sums of its losses so far."""
-
-    epoch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    lr: float = 0.0
-    totals: dict[str, Tensor] = field(default_factory=dict)
-
-    def next_epoch(self) -> None:
-        self.epoch, self.step, self.seconds, self.totals = self.epoch + 1, 0, 0.0, {}
+from stages.training.task import Position, Task
 
 
 @dataclass
@@ -94,6 +70,11 @@ class Learner:
             ids = None if device.type == "cpu" else [device]
             self._forward = DistributedDataParallel(self.module, device_ids=ids)
         self._compiled: CompiledForward | None = None
+        step = CapturedStep(
+            self._learn, self._optimizer, self._changed, self.stream, not self.settings.compile
+        )
+        self._capture = Capture(step, self.task, self.stream) if self.settings.capture else None
+        self.say: Callable[[str], None] = lambda _: None
         self._views = 1
         self.random_state: RandomState | None = None
         self.position = Position()
@@ -125,35 +106,84 @@ class Learner:
             self._compiled = self._compile()
         if self.position.step == 0:
             self.position.lr = self._schedule.rate
+        if self._capture is not None:
+            rates = self._schedule.upcoming(self.steps)
+            if reason := self._capture.start_epoch(rates, self._views, self._obstacle):
+                self._tell(f"--capture: steps are not recorded: {reason}")
         self.module.train()
         return views
 
     def _compile(self) -> CompiledForward:
-        alone = self.ranks.world == 1 and self._views == 1
+        alone = self.ranks.world == 1 and self._views == 1 and not self.settings.capture
         size = self.settings.batch_size // self.ranks.world
         return CompiledForward(self._forward, size, self.stream.device, graphs=alone)
 
     def step(self, batch: Batch) -> None:
         """Learn from a batch: of several views, one after the other."""
+        if not self._captured(batch):
+            with self._drawing():
+                self._learn(batch)
+        self._schedule.step()
+        self.position.step += 1
+
+    def join(self) -> None:
+        """What is queued on the device from now on comes after the step."""
+        if self._capture is not None:
+            self._capture.join()
+
+    def _captured(self, batch: Batch) -> bool:
+        """Whether the step was done as a recorded one."""
+        if self._capture is None:
+            return False
+        try:
+            return self._capture.step(batch, beside=self.random_state is not None)
+        except WaitError as error:
+            read_rate_from(self._optimizer, self._schedule.rate)
+            self._tell(f"--capture: steps are not recorded: {error.operation} waits for a value")
+            return False
+
+    @property
+    def _obstacle(self) -> str | None:
+        """Why steps cannot be recorded, whatever the batches are."""
+        if self.ranks.world > 1:
+            return "several processes add up their gradients"
+        if self._scaler.is_enabled():
+            return "float16 scales its gradients on the host; use bfloat16"
+        return None
+
+    def _tell(self, text: str) -> None:
+        self.say(text)
+        if self.ranks.first:
+            self.run.log(text)
+
+    def _learn(self, batch: Batch) -> None:
+        """All of a step but for what the host counts."""
         model: Callable[[Tensor], Any] = self._compiled or self._forward
         if self._compiled is not None:
             self._compiled.start_step()
-        with self._drawing():
-            outputs = [
-                forward(model, self.normalise(pixels), self.settings.dtype, self.settings.tf32)
-                for pixels in batch.pixels.chunk(self._views)
-            ]
-            logits = torch.cat(outputs) if self._views > 1 else outputs[0]
-            parts = self.task.loss_parts(logits, batch)
-            self._scaler.scale(parts["loss"]).backward()
-            self._average_learned()
-            self._scaler.step(self._optimizer)
-            # Now, so that gradients take no memory while another learner steps.
-            self._optimizer.zero_grad(set_to_none=True)
+        outputs = [
+            forward(model, self.normalise(pixels), self.settings.dtype, self.settings.tf32)
+            for pixels in batch.pixels.chunk(self._views)
+        ]
+        logits = torch.cat(outputs) if self._views > 1 else outputs[0]
+        parts = self.task.loss_parts(logits, batch)
+        self._scaler.scale(parts["loss"]).backward()
+        self._average_learned()
+        self._scaler.step(self._optimizer)
+        # Now, so that gradients take no memory while another learner steps.
+        self._optimizer.zero_grad(set_to_none=True)
         self._scaler.update()
-        self._schedule.step()
         self._add_totals(parts, len(batch.samples))
-        self.position.step += 1
+
+    def _changed(self) -> dict[Hashable, Tensor]:
+        """Every tensor that a step changes."""
+        found: dict[Hashable, Tensor] = {}
+        for of, module in (("model", self.module), ("loss", self.task.learned)):
+            for name, tensor in () if module is None else all_tensors(module):
+                found[of, name] = tensor
+        states = states_of(self._optimizer)
+        totals = {("total", name): total for name, total in self.position.totals.items()}
+        return found | states | totals
 
     def _add_totals(self, parts: dict[str, Tensor], shown: int) -> None:
         """Add the scalars of a batch of so many images to the sums of the epoch."""
@@ -280,7 +310,7 @@ class Learner:
         random = self.random_state or RandomState.now(self.stream.device)
         states = {
             "model": self.module.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": state_of(self._optimizer, self._schedule.rate),
             "schedule": self._schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
             "position": dataclasses.asdict(dataclasses.replace(self.position, totals=totals)),
@@ -318,7 +348,7 @@ class Learner:
         if self.task.learned is not None:
             self.task.learned.load_state_dict(states["learned"])
         random = RandomState(states["cpu_generator"].cpu(), states["cuda_generator"])
-        self.position = Position(**states["position"])
+        self.position = self.position.moved_to(Position(**states["position"]))
         self.history = [dict(line) for line in states["history"]]
         if len(self.history) != self.position.epoch:
             raise ValueError(f"{len(self.history)} epochs are told of {self.position.epoch}")
@@ -327,8 +357,8 @@ class Learner:
         else:
             random.restore()
         if not self.ranks.first:  # the first rank goes on from the losses of all
-            totals = self.position.totals
-            self.position.totals = {n: torch.zeros_like(t) for n, t in totals.items()}
+            for total in self.position.totals.values():
+                total.zero_()
 
     def begin(self) -> None:
         """Write the run's configuration, and what is kept of it; the first rank does."""

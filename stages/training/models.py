@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from stages.cache.identity import weights_digest
 from stages.data import check_output, normalisation, small_image_notes
@@ -17,26 +16,10 @@ from stages.inputs.feed import Normalise, ViewFeed
 from stages.inputs.models import Model, build_model, load_model
 from stages.reporting import Reporter
 from stages.settings import ModelSettings, RunConfig, SeedSettings
+from stages.training.captured import check_capture
 from stages.training.compiled import prepare_compiler
+from stages.training.random_state import RandomState
 from stages.training.stream import BatchStream
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """What torch's generators will draw next: uint8 tensors."""
-
-    cpu_generator: Tensor
-    cuda_generator: Tensor | None
-
-    @staticmethod
-    def now(device: torch.device) -> "RandomState":
-        on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return RandomState(torch.get_rng_state(), on_gpu)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu_generator)
-        if self.cuda_generator is not None:
-            torch.cuda.set_rng_state(self.cuda_generator.cpu())
 
 
 @dataclass(frozen=True)
@@ -79,6 +62,8 @@ def build(
     device = device_of_rank(ranks, configs[0].device)
     for config in configs:
         check_precision(device, config.train.tf32)
+        if config.train.capture:
+            check_capture(device)
     if any(config.train.compile for config in configs):
         prepare_compiler(device, len(configs))
     size = configs[0].data.image_size or image_size

@@ -65,6 +65,7 @@ def _value(key: str, text: str, default: Any) -> Any:
 class Objective:
     """What is minimised against teacher rows, of resolved settings.
 
+    on_host: the loss takes steps on the host, or may.
     couples_rows: the value is no mean of row losses. views: how many views of a sample it sees at
     once. learned: what it learns itself, else None.
     """
@@ -76,6 +77,7 @@ class Objective:
             parameters["standardise"] = settings.standardise
         self._standardises = settings.standardise and not definition.standardises
         self._loss: Callable[..., Tensor] = definition.make(parameters)
+        self.on_host = definition.on_host
         self.couples_rows, self.views = definition.couples_rows, definition.views
         learned: object = self._loss
         self.learned = learned if isinstance(learned, LearningLoss) else None

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from stages.settings import TrainSettings
@@ -59,7 +60,8 @@ class Schedule:
     def _moved(self, step: int, rate: float) -> None:
         self._step, self._rate = step, rate
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            if not isinstance(group["lr"], Tensor):  # or it is read where it lies on the device
+                group["lr"] = rate
 
     def _after(self, before: float, step: int) -> float:
         """The rate of a step, from that of the step before; at step 0 from the peak."""

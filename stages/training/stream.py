@@ -11,9 +11,11 @@ from stages.data import Splits, held_out
 from stages.distributed import ALONE, Ranks, device_of_rank
 from stages.errors import ConfigError
 from stages.inputs.feed import Batch, ViewFeed, joined, num_batches, plain_view
+from stages.inputs.planned import PlannedBatches, planned_batches
 from stages.inputs.views import ViewPolicy
 from stages.order import SampleOrder, sample_order
 from stages.settings import RunConfig
+from stages.training.graphs import Graph
 
 _LEAST_EVALUATED = 256
 """Samples of a batch of an evaluation, at the least."""
@@ -61,6 +63,9 @@ class BatchStream:
 
     def __post_init__(self) -> None:
         self._feeds = [self.feed]
+        self._planned: PlannedBatches | None = None
+        self._next: Graph | None = None
+        self._shown = 0
 
     @property
     def device(self) -> torch.device:
@@ -88,6 +93,8 @@ class BatchStream:
         """Views of the samples in `order`, joined view after view in each batch, without the first
         `skip` batches.
         """
+        if self._planned is not None and len(views) == 1:
+            return self._batches_in_place(self._planned, order, views[0], skip)
         while len(self._feeds) < len(views):
             self._feeds.append(self.feed.another())
         shown = [
@@ -95,6 +102,40 @@ class BatchStream:
             for feed, view in zip(self._feeds[: len(views)], views, strict=True)
         ]
         return map(joined, zip(*shown, strict=True))
+
+    def keep_in_place(self, views: int) -> str | None:
+        """From now on whole batches are made in one place, each where the one before was. Returns
+        why they cannot be, as a sentence without its end. views: of a sample at once.
+        """
+        if self._planned is None:
+            if views > 1:
+                return "several views of a sample are seen at once"
+            planned = planned_batches(self.feed, self._own_size)
+            if isinstance(planned, str):
+                return planned
+            self._planned = planned
+        return None
+
+    @property
+    def batch_in_place(self) -> Batch | None:
+        """The batch at hand, where it is whole and made in one place."""
+        return None if self._planned is None else self._planned.batch
+
+    def _batches_in_place(
+        self, planned: PlannedBatches, order: Tensor, view: int, skip: int
+    ) -> Iterator[Batch]:
+        size, steps = self._own_size, num_batches(len(order), self._own_size)
+        planned.start(order, view, skip * size)
+        whole = steps - (len(order) != steps * size)
+        if self._next is None or self._shown != len(order):
+            self._next = Graph(planned.next, planned.changed, self.device)
+            self._shown = len(order)
+        for _ in range(skip, whole):
+            self._next()
+            assert planned.batch is not None
+            yield planned.batch
+        if skip < steps and whole < steps:
+            yield planned.last(whole * size)
 
     def close(self) -> None:
         """Let the processes go that decode images."""

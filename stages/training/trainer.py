@@ -7,6 +7,7 @@ the stream: images are cropped once, and each has the weights that it would have
 """
 
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -52,6 +53,7 @@ class Trainer:
         with contextlib.ExitStack() as held:  # where one cannot be had, the others are let go
             for learner in self.learners:
                 learner.prepare()
+                learner.say = functools.partial(self._say, learner)
                 held.callback(learner.run.release)
                 learner.random_state = learner.model.random_state if several else None
                 self.reporter.say(yaml.safe_dump(learner.resolved(), sort_keys=False))
@@ -117,6 +119,8 @@ class Trainer:
             waiting = [learner for learner in active if learner.position.step == step]
             for learner in waiting:
                 learner.step(batch)
+            for learner in waiting:
+                learner.join()
             if step % CHECKED_EVERY == CHECKED_EVERY - 1:
                 active = self._still_finite(active)
                 if not active:

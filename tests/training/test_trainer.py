@@ -25,10 +25,11 @@ from stages.order import sample_order
 from stages.reporting import Silent
 from stages.settings import ModelSettings, TeacherConfig, TrainSettings
 from stages.training.history import selected_epoch, summarise
-from stages.training.learner import Learner, Task
+from stages.training.learner import Learner
 from stages.training.models import build
 from stages.training.run_directory import RunDirectory
 from stages.training.stream import Evaluation, open_stream
+from stages.training.task import Task
 from stages.training.trainer import Trainer, stop_on_signals
 
 CPU = torch.device("cpu")

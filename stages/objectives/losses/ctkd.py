@@ -15,7 +15,7 @@ LEAST, RANGE, DECAY = 1.0, 20.0, 10.0
 """t_start, t_end and decay where nothing is said: the released command for CIFAR-100."""
 
 
-@loss("ctkd", reads_labels=False, ce_weight=0.1, weight=0.9, lskd={"weight": 9.0})
+@loss("ctkd", reads_labels=False, ce_weight=0.1, weight=0.9, on_host=True, lskd={"weight": 9.0})
 class CTKD(LearningLoss):
     """KD at T = t_start + t_end sigmoid(theta): Li et al. 2023, arXiv 2211.16231, the global
     temperature; t_start 1 and t_end 20 unless given, as released.

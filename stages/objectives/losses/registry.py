@@ -44,9 +44,9 @@ class Definition:
     passed over); None for a loss that needs whole rows. couples_rows: it takes the weights of rows,
     as it is no mean of row losses. views: how many views of a sample it sees at once. standardises:
     it standardises logits itself, only where it should. reads_offset: a constant that is added to
-    a teacher's row changes it. weighs_rows: rows can be given
-    weights. reads_labels: it needs the labels of samples. lskd: what standardised logits change in
-    its defaults, see `LSKD`.
+    a teacher's row changes it. weighs_rows: rows can be given weights. reads_labels: it needs the
+    labels of samples. on_host: it takes steps on the host, or may, so that steps are not recorded.
+    lskd: what standardised logits change in its defaults, see `LSKD`.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Definition:
     reads_offset: bool = False
     weighs_rows: bool = True
     reads_labels: bool = True
+    on_host: bool = False
     lskd: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -51,6 +51,7 @@ def user_loss(spec: str) -> Definition:
         couples_rows="reduction" not in takes,
         weighs_rows=bool(takes),
         reads_labels=bool(getattr(function, "reads_labels", True)),
+        on_host=True,  # that is not known of it either
     )
 
 

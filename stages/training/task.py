@@ -1,0 +1,61 @@
+"""What a model is trained for, and how far it is."""
+
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from stages.inputs.feed import Batch
+
+
+class Task(Protocol):
+    """What an epoch shows and what its loss is."""
+
+    @property
+    def learned(self) -> nn.Module | None:
+        """What the loss learns itself, trained and saved with the model."""
+
+    def start_epoch(self, epoch: int) -> tuple[int, ...]:
+        """Get ready; return the view that this epoch shows, or those of a sample seen at once."""
+
+    def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """float32 logits (B, C) and the batch they are of -> named scalars.
+
+        `loss` is what is minimised; the others are reported.
+        """
+
+    def epoch_metrics(self) -> dict[str, float]:
+        """Numbers about the epoch that has just ended, for metrics.jsonl."""
+
+
+@runtime_checkable
+class TaskInPlace(Protocol):
+    """A task whose steps can be recorded: what its loss reads can lie in the same memory in every
+    epoch, and it does nothing on the host.
+    """
+
+    def keep_in_place(self) -> str | None:
+        """From the epoch at hand on it does. Returns why it cannot: a sentence without its end."""
+
+
+@dataclass
+class Position:
+    """How far a run is: `step` batches into `epoch`, with the sums of its losses so far."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    lr: float = 0.0
+    totals: dict[str, Tensor] = field(default_factory=dict)
+
+    def next_epoch(self) -> None:
+        """Begin the next epoch; the sums stay where they are, and are 0."""
+        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+        for total in self.totals.values():
+            total.zero_()
+
+    def moved_to(self, other: "Position") -> "Position":
+        """The other one, with its sums where these are; others of these are 0."""
+        for name, total in self.totals.items():
+            total.copy_(other.totals[name]) if name in other.totals else total.zero_()
+        return replace(other, totals=other.totals | self.totals)

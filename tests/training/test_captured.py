@@ -1,0 +1,269 @@
+"""Recorded steps: the same training as one operation at a time, and nothing asked of the host."""
+
+import dataclasses
+import inspect
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from helpers import DIGITS, first, metrics, weights
+from simulated_graphs import simulated_graphs
+from torch import Tensor, nn
+
+from stages.cache import LogitCache
+from stages.data import Splits
+from stages.errors import ConfigError, StoppedError
+from stages.objectives.losses import DEFINITIONS, Definition
+from stages.reporting import Silent
+from stages.settings import (
+    BiasSettings,
+    LossSettings,
+    ModelSettings,
+    StudentConfig,
+    TrainSettings,
+)
+from stages.student_checks import complete
+from stages.train_student import CachedTask, student_trainer, train_student, train_together
+from stages.training.graphs import NoWaits
+from stages.training.run_directory import RunDirectory
+from stages.training.trainer import Trainer
+
+BATCH, EPOCHS = 32, 3  # 300 samples: nine whole batches and one of 12
+
+
+def tiny(num_classes: int) -> nn.Module:
+    """A model with batch norm, whose statistics a step changes."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 36, num_classes),
+    )
+
+
+@pytest.fixture(scope="module")
+def my_splits(digits: Splits) -> Splits:
+    return Splits(first(digits.train, 300), first(digits.test, 100))
+
+
+def config(
+    cache: Path, loss: str = "kd", bias: Any = "none", model: str = "tiny", **train: Any
+) -> StudentConfig:
+    given = {"epochs": EPOCHS, "batch_size": BATCH, "lr": 0.02} | train
+    return StudentConfig(
+        cache=str(cache),
+        data=DIGITS,
+        model=ModelSettings(architecture=f"test_captured:{model}"),
+        train=TrainSettings(**given),
+        loss=LossSettings(name=loss),
+        bias=BiasSettings(mode=bias),
+        device="cpu",
+    )
+
+
+def captured(config: StudentConfig) -> StudentConfig:
+    return msgspec.structs.replace(
+        config, train=msgspec.structs.replace(config.train, capture=True)
+    )
+
+
+def assert_same_runs(one: Path, other: Path) -> None:
+    """To rounding: on the device the rate is float32."""
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(other)[name], tensor, rtol=1e-4, atol=1e-6)
+    for mine, theirs in zip(metrics(one), metrics(other), strict=True):
+        for key in mine.keys() - {"seconds", "images_per_second", "wait_seconds"}:
+            assert theirs[key] == pytest.approx(mine[key], rel=1e-4, abs=1e-6), key
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "hard labels": {"loss": "ce"},
+    "kd": {},
+    "kd, eliminated": {"bias": "eliminate"},
+    "dkd, rectified, the dynamic loss": {"loss": "dkd", "bias": "rectify"},
+    "kd, corrected": {"bias": "correct"},
+    "rld": {"loss": "rld"},
+    "adam, onecycle": {"optimizer": "adam", "lr": 1e-3, "schedule": "onecycle"},
+    "sgd without momentum": {"momentum": 0.0, "schedule": "multistep", "milestones": (1,)},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_launches_of_a_recorded_step_train_as_steps_do(
+    name: str, small_cache: Path, my_splits: Splits, tmp_path: Path
+) -> None:
+    """30 steps of three epochs: other batches, views, targets, rates and weights in each."""
+    plain = config(small_cache, **CASES[name])
+    train_student(plain, tmp_path / "plain", splits=my_splits)
+    with simulated_graphs() as launches:
+        train_student(captured(plain), tmp_path / "captured", splits=my_splits)
+        assert launches() == 2 * 9 * EPOCHS  # the batch, the step; the last batch is smaller
+    assert_same_runs(tmp_path / "plain", tmp_path / "captured")
+
+
+def recordable(definition: Definition) -> bool:
+    return not definition.on_host and definition.views == 1
+
+
+@pytest.fixture(scope="module")
+def my_trainer(
+    small_cache: Path, my_splits: Splits, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Trainer]:
+    """Of a student whose steps are recorded, with the targets of a rectification."""
+    run = RunDirectory(tmp_path_factory.mktemp("captured") / "run")
+    with simulated_graphs():
+        trainer = student_trainer([captured(config(small_cache, bias="rectify"))], [run], my_splits)
+        trainer.learner.start_epoch()
+    yield trainer
+    trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("loss", "bias"),
+    [
+        *((name, "none") for name, d in DEFINITIONS.items() if recordable(d)),
+        *(("dkd", bias) for bias in ("eliminate", "rectify", "correct")),
+    ],
+)
+def test_no_step_asks_the_host(
+    loss: str, bias: str, small_cache: Path, my_trainer: Trainer
+) -> None:
+    """No value, no shape that depends on values; and every step calls the same operations, with
+    results of the same shapes.
+    """
+    cache, learner = LogitCache.open(small_cache), my_trainer.learner
+    before: Any = learner.task
+    student = complete(config(small_cache, loss, bias), cache)
+    task = CachedTask(student, before._schedule, before._reader, my_trainer.stream.labels)
+    assert learner._capture is not None
+    learner.task, step = task, learner._capture._step
+    views = learner.start_epoch()
+    assert task.keep_in_place() is None
+    batches, steps = my_trainer.stream.batches(torch.arange(300), views, 0), []
+    step.learn(next(batches))  # an optimiser begins with states
+    for _ in range(3):
+        batch = next(batches)
+        with NoWaits() as called:
+            step.learn(batch)
+        steps.append(called.operations)
+    learner.position.totals.clear()
+    assert steps[0] == steps[1] == steps[2]
+    assert any("_fused_sgd" in name for name, _ in steps[0])
+
+
+PLANTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "item": lambda rows: rows * (1.0 if rows.max().item() > 0 else 0.5),
+    "masked": lambda rows: rows + 0 * rows[rows > 0].sum(),
+    "nonzero": lambda rows: rows + 0 * rows.nonzero().sum(),
+    "bool": lambda rows: rows if (rows > 1e9).any() else rows * 1.0,
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_loss_that_asks_the_host_is_found_and_trained_as_ever(
+    name: str,
+    small_cache: Path,
+    my_splits: Splits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kd = DEFINITIONS["kd"]
+
+    def planted(*arguments: Any, reduction: str = "mean", **more: Any) -> Tensor:
+        rows = PLANTED[name](kd.loss(*arguments, reduction="none", **more))
+        return rows.mean() if reduction == "mean" else rows
+
+    planted.__signature__ = inspect.signature(kd.loss)  # type: ignore[attr-defined]
+    monkeypatch.setitem(DEFINITIONS, "kd", dataclasses.replace(kd, loss=planted))
+    plain = config(small_cache)
+    train_student(plain, tmp_path / "plain", splits=my_splits)
+    with simulated_graphs() as launches:
+        train_student(captured(plain), tmp_path / "captured", splits=my_splits)
+        assert launches() == 9 * EPOCHS  # the batches alone
+    assert_same_runs(tmp_path / "plain", tmp_path / "captured")
+    assert "steps are not recorded" in (tmp_path / "captured" / "log.txt").read_text()
+
+
+def test_without_a_gpu_it_is_refused(small_cache: Path, my_splits: Splits, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="CUDA graphs, the device is cpu") as caught:
+        train_student(captured(config(small_cache)), tmp_path / "run", splits=my_splits)
+    assert caught.value.remedy == "Leave --capture out."
+    assert not (tmp_path / "run").exists()
+
+
+NOT_RECORDED: dict[str, tuple[dict[str, Any], str]] = {
+    "float16": ({"dtype": "float16"}, "float16 scales its gradients"),
+    "ctkd": ({"loss": "ctkd"}, "the loss 'ctkd' takes steps on the host"),
+    "dropout": ({"model": "dropping"}, "a random number of the host waits"),
+}
+
+
+def dropping(num_classes: int) -> nn.Module:
+    """On the CPU its random numbers are the host's."""
+    return nn.Sequential(tiny(num_classes), nn.Dropout(0.1))
+
+
+@pytest.mark.parametrize("name", NOT_RECORDED)
+def test_what_cannot_be_recorded_is_said_and_trained_as_ever(
+    name: str, small_cache: Path, my_splits: Splits, tmp_path: Path
+) -> None:
+    given, reason = NOT_RECORDED[name]
+    plain = config(small_cache, **{"epochs": 1} | given)
+    train_student(plain, tmp_path / "plain", splits=my_splits)
+    with simulated_graphs():
+        train_student(captured(plain), tmp_path / "captured", splits=my_splits)
+    assert_same_runs(tmp_path / "plain", tmp_path / "captured")
+    assert reason in (tmp_path / "captured" / "log.txt").read_text()
+
+
+class Stopper(Silent):
+    """SIGTERM after a batch."""
+
+    def __init__(self, batch: int) -> None:
+        self._left = batch
+
+    def progress(self, *_: object) -> None:
+        self._left -= 1
+        if not self._left:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("first_captured", [True, False])
+def test_a_run_goes_on_with_and_without(
+    small_cache: Path, my_splits: Splits, tmp_path: Path, optimizer: str, first_captured: bool
+) -> None:
+    """Stopped in the middle of its second epoch."""
+    plain = config(small_cache, epochs=2, optimizer=optimizer, lr=1e-3)
+    ways = [captured(plain), plain] if first_captured else [plain, captured(plain)]
+    run = tmp_path / "run"
+    train_student(plain, tmp_path / "plain", splits=my_splits)
+    with simulated_graphs():
+        with pytest.raises(StoppedError):
+            train_student(ways[0], run, splits=my_splits, reporter=Stopper(14))
+        train_student(ways[1], run, splits=my_splits, resume=True)
+    assert_same_runs(tmp_path / "plain", run)
+
+
+def test_students_together(small_cache: Path, my_splits: Splits, tmp_path: Path) -> None:
+    """Each is a graph of its own on the batch that they share; one of them cannot be recorded."""
+    students = [
+        config(small_cache, epochs=2),
+        config(small_cache, "dkd", "rectify", epochs=2, lr=0.05),
+        config(small_cache, "ctkd", epochs=2),
+    ]
+    for number, student in enumerate(students):
+        train_student(student, tmp_path / f"alone{number}", splits=my_splits)
+    outs = [tmp_path / f"together{number}" for number in range(3)]
+    with simulated_graphs() as launches:
+        train_together([captured(s) for s in students], outs, splits=my_splits)
+        assert launches() == (1 + 2) * 9 * 2
+    for number, out in enumerate(outs):
+        assert_same_runs(tmp_path / f"alone{number}", out)
