@@ -11,7 +11,6 @@ import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 
 from stages.device import forward, place
 from stages.distributed import summed, take_from_first
@@ -20,22 +19,15 @@ from stages.inputs.feed import Batch
 from stages.settings import RunConfig
 from stages.training.captured import Capture, CapturedStep
 from stages.training.compiled import CompiledForward
-from stages.training.graphs import WaitError, all_tensors
+from stages.training.graphs import WaitError
 from stages.training.history import said, selected_epoch, summarise
 from stages.training.models import InitialModel
-from stages.training.optimise import (
-    make_optimizer,
-    read_rate_from,
-    restore_optimizer,
-    state_of,
-    states_of,
-)
 from stages.training.random_state import RandomState
-from stages.training.rates import Schedule
 from stages.training.run_directory import RunDirectory
 from stages.training.run_folder import MADE_FROM
 from stages.training.stream import BatchStream, Evaluation
 from stages.training.task import Position, Task
+from stages.training.trained import Trained
 
 
 @dataclass
@@ -62,16 +54,18 @@ class Learner:
         if learned is not None:
             learned.to(device)
         self.steps = self.stream.steps
-        self._optimizer = make_optimizer(self.module, self.settings, learned)
-        self._schedule = Schedule(self._optimizer, self.settings, self.steps)
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self.settings.dtype == "float16")
+        self._trained = Trained(self.module, learned, self.settings, self.steps)
         self._forward: nn.Module = self.module
         if self.ranks.world > 1:
             ids = None if device.type == "cpu" else [device]
             self._forward = DistributedDataParallel(self.module, device_ids=ids)
         self._compiled: CompiledForward | None = None
         step = CapturedStep(
-            self._learn, self._optimizer, self._changed, self.stream, not self.settings.compile
+            self._learn,
+            self._trained.optimizer,
+            self._changed,
+            self.stream,
+            not self.settings.compile,
         )
         self._capture = Capture(step, self.task, self.stream) if self.settings.capture else None
         self.say: Callable[[str], None] = lambda _: None
@@ -105,9 +99,9 @@ class Learner:
         if self.settings.compile and self._compiled is None:
             self._compiled = self._compile()
         if self.position.step == 0:
-            self.position.lr = self._schedule.rate
+            self.position.lr = self._trained.schedule.rate
         if self._capture is not None:
-            rates = self._schedule.upcoming(self.steps)
+            rates = self._trained.schedule.upcoming(self.steps)
             if reason := self._capture.start_epoch(rates, self._views, self._obstacle):
                 self._tell(f"--capture: steps are not recorded: {reason}")
         self.module.train()
@@ -123,7 +117,7 @@ class Learner:
         if not self._captured(batch):
             with self._drawing():
                 self._learn(batch)
-        self._schedule.step()
+        self._trained.schedule.step()
         self.position.step += 1
 
     def join(self) -> None:
@@ -138,7 +132,7 @@ class Learner:
         try:
             return self._capture.step(batch, beside=self.random_state is not None)
         except WaitError as error:
-            read_rate_from(self._optimizer, self._schedule.rate)
+            self._trained.rate_from_host()
             self._tell(f"--capture: steps are not recorded: {error.operation} waits for a value")
             return False
 
@@ -147,7 +141,7 @@ class Learner:
         """Why steps cannot be recorded, whatever the batches are."""
         if self.ranks.world > 1:
             return "several processes add up their gradients"
-        if self._scaler.is_enabled():
+        if self._trained.scaler.is_enabled():
             return "float16 scales its gradients on the host; use bfloat16"
         return None
 
@@ -167,23 +161,15 @@ class Learner:
         ]
         logits = torch.cat(outputs) if self._views > 1 else outputs[0]
         parts = self.task.loss_parts(logits, batch)
-        self._scaler.scale(parts["loss"]).backward()
-        self._average_learned()
-        self._scaler.step(self._optimizer)
-        # Now, so that gradients take no memory while another learner steps.
-        self._optimizer.zero_grad(set_to_none=True)
-        self._scaler.update()
+        self._trained.descend(parts["loss"], self.ranks)
         self._add_totals(parts, len(batch.samples))
 
     def _changed(self) -> dict[Hashable, Tensor]:
         """Every tensor that a step changes."""
-        found: dict[Hashable, Tensor] = {}
-        for of, module in (("model", self.module), ("loss", self.task.learned)):
-            for name, tensor in () if module is None else all_tensors(module):
-                found[of, name] = tensor
-        states = states_of(self._optimizer)
-        totals = {("total", name): total for name, total in self.position.totals.items()}
-        return found | states | totals
+        found = self._trained.changed()
+        for name, total in self.position.totals.items():
+            found["total", name] = total
+        return found
 
     def _add_totals(self, parts: dict[str, Tensor], shown: int) -> None:
         """Add the scalars of a batch of so many images to the sums of the epoch."""
@@ -201,13 +187,6 @@ class Learner:
             infinite = [name for name, total in totals.items() if not math.isfinite(float(total))]
             epoch, step = self.position.epoch + 1, self.position.step
             raise _not_finite(f"in epoch {epoch}, by batch {step}", infinite)
-
-    def _average_learned(self) -> None:
-        """The gradients of what the loss learns, as those of the model, over all ranks."""
-        if self.ranks.world > 1 and self.task.learned is not None:
-            for parameter in self.task.learned.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = summed(self.ranks, parameter.grad) / self.ranks.world
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
@@ -253,9 +232,7 @@ class Learner:
         Raises RunError if one of them is not finite, or a weight is not.
         """
         totals = self.position.totals
-        weights = [p for p in self.module.parameters() if p.is_floating_point()]
-        # NaN and infinities stay what they are in a largest magnitude.
-        asked = [*totals.values(), get_total_norm(weights, math.inf)]
+        asked = [*totals.values(), self._trained.largest()]
         found = torch.stack([value.double() for value in asked])
         *sums, largest = summed(self.ranks, found).tolist()
         every = int(summed(self.ranks, torch.tensor(shown)))
@@ -309,16 +286,11 @@ class Learner:
             self._selected = None
         random = self.random_state or RandomState.now(self.stream.device)
         states = {
-            "model": self.module.state_dict(),
-            "optimizer": state_of(self._optimizer, self._schedule.rate),
-            "schedule": self._schedule.state_dict(),
-            "scaler": self._scaler.state_dict(),
+            **self._trained.states(),
             "position": dataclasses.asdict(dataclasses.replace(self.position, totals=totals)),
             "history": self.history,
             **dataclasses.asdict(random),
         }
-        if self.task.learned is not None:
-            states["learned"] = self.task.learned.state_dict()
         self.run.save_checkpoint(states)
         self.run.kept_epochs = self.position.epoch
 
@@ -341,12 +313,7 @@ class Learner:
         self.run.kept_epochs = done
 
     def _load(self, states: dict[str, Any]) -> None:
-        self.module.load_state_dict(states["model"])
-        restore_optimizer(self._optimizer, states["optimizer"])
-        self._schedule.load_state_dict(states["schedule"])
-        self._scaler.load_state_dict(states["scaler"])
-        if self.task.learned is not None:
-            self.task.learned.load_state_dict(states["learned"])
+        self._trained.load(states)
         random = RandomState(states["cpu_generator"].cpu(), states["cuda_generator"])
         self.position = self.position.moved_to(Position(**states["position"]))
         self.history = [dict(line) for line in states["history"]]
