@@ -133,9 +133,10 @@ def student_trainer(
         name: TargetReader(caches, name, schedule, plan, stream.labels, len(configs))
         for name in dict.fromkeys(names)
     }
+    labelled = bool((splits.train.labels >= 0).all())
     # What is read with a rectification has the teacher's own rows as well.
     tasks = [
-        CachedTask(c, schedule, readers[c.bias.rectified or names[0]], stream.labels)
+        CachedTask(c, schedule, readers[c.bias.rectified or names[0]], stream.labels, labelled)
         for c in configs
     ]
 
@@ -155,11 +156,16 @@ class CachedTask:
     """
 
     def __init__(
-        self, config: StudentConfig, schedule: ViewSchedule, reader: TargetReader, labels: Tensor
+        self,
+        config: StudentConfig,
+        schedule: ViewSchedule,
+        reader: TargetReader,
+        labels: Tensor,
+        labelled: bool = True,
     ) -> None:
-        """config: complete. labels: int64 (N,), on the device; -1 where there are none."""
+        """config: complete. labels: int64 (N,), on the device. labelled: whether they are known."""
         self._config, self._schedule, self._labels = config, schedule, labels
-        self._labelled = bool((labels >= 0).all())
+        self._labelled = labelled
         self._objective = None if config.loss.name == "ce" else Objective(config.loss)
         self.learned = None if self._objective is None else self._objective.learned
         self._reader, self._epoch = reader, 0
@@ -235,7 +241,7 @@ class CachedTask:
         assert self.targets is not None
         rows = self.targets.of(batch.samples)
         mean = self._value(logits, rows if rows.tempered else rows.at(), labels, None).mean()
-        return {"loss": self._objective.weight * mean, "loss_kd": mean}
+        return {"loss": self._weight * mean, "loss_kd": mean}
 
     def _value(
         self, logits: Tensor, teacher: TeacherRows, labels: Tensor, weights: Tensor | None
