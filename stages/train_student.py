@@ -231,8 +231,9 @@ class CachedTask:
         # What is only reported takes few operations: small students wait for each of them.
         told = {"wrong_rate": wrong.float()}
         if value.dim():
-            of_wrong = value.detach() * told["wrong_rate"]
-            told |= {"loss_right": value.detach() - of_wrong, "loss_wrong": of_wrong}
+            seen = value.detach()
+            of_wrong = seen * told["wrong_rate"]
+            told |= {"loss_right": seen - of_wrong, "loss_wrong": of_wrong}
         return parts | dict(zip(told, torch.stack([*told.values()]).mean(1), strict=True))
 
     def _taught(self, logits: Tensor, batch: Batch, labels: Tensor) -> dict[str, Tensor]:
