@@ -167,12 +167,24 @@ def show_plan(console: Console, out: str, plan: CachePlan) -> None:
                 f"{duration(plan.hours * 3600)} ({plan.hours:.2f} hours)"
                 + (f", if {plan.ranks} ranks are as fast each" if plan.ranks > 1 else ""),
             ),
+            *_decoding(plan),
             ("free disk", "?" if plan.free_bytes is None else size(plan.free_bytes)),
         ],
     )
     show_encodings(console, plan)
     for doubt in plan.doubts:
         console.say(f"\nWARNING: {doubt}")
+
+
+def _decoding(plan: CachePlan) -> list[tuple[str, str]]:
+    """How many images are decoded, and what making several views of each saves."""
+    if not plan.decodes:
+        return []
+    rows = [("decodes", f"{plan.decodes:,}, {plan.views_at_once} views at once")]
+    if plan.views_at_once > 1:
+        seconds = duration(plan.singly_hours * 3600)
+        rows.append(("one view at once", f"{plan.singly_decodes:,} decodes, {seconds}"))
+    return rows
 
 
 def show_encodings(console: Console, plan: CachePlan) -> None:

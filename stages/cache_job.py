@@ -21,7 +21,7 @@ from stages.cache.identity import (
     ViewsIdentity,
     identity_from_json,
 )
-from stages.cache.layout import MAX_BLOCK_BYTES, BlockId, block_grid
+from stages.cache.layout import MAX_BLOCK_BYTES, BlockGrid, BlockId, block_grid
 from stages.cache.metadata import RootAttributes, read_attributes
 from stages.cache.storage import location
 from stages.data import (
@@ -245,23 +245,30 @@ class TeacherPass:
     split: str | None = None
     progress: Callable[[int], None] = lambda rows: None
 
-    @torch.inference_mode()
     def logits(self, samples: Tensor, view: int) -> Tensor:
         """The teacher's float32 logits (n, C) for one view of some samples, on the CPU; of several
         each for the samples of its fold, or of the test split their mean.
         """
+        return self.of_views(samples, (view,))[0]
+
+    @torch.inference_mode()
+    def of_views(self, samples: Tensor, views: Sequence[int]) -> list[Tensor]:
+        """As `logits`, for each of several views; an image is decoded once for all of them."""
         folds = self.job.folds
         if folds is None:
-            return self._rows(self.job.model.module, samples, view)
+            return self._rows(self.job.model.module, samples, views)
         if self.split is not None:
-            return mean_logits([self._rows(module, samples, view) for module in folds.modules])
-        logits = torch.empty(len(samples), self.job.num_classes)
+            each = [self._rows(module, samples, views) for module in folds.modules]
+            return [mean_logits(of_view) for of_view in zip(*each, strict=True)]
+        logits = [torch.empty(len(samples), self.job.num_classes) for _ in views]
         for module, places in folds.parts(samples):
-            logits[places] = self._rows(module, samples[places], view)
+            found = self._rows(module, samples[places], views)
+            for whole, part in zip(logits, found, strict=True):
+                whole[places] = part
         return logits
 
-    def _rows(self, module: nn.Module, samples: Tensor, view: int) -> Tensor:
-        """As `logits`, of one network. From a GPU they are copied batch by batch while it goes on
+    def _rows(self, module: nn.Module, samples: Tensor, views: Sequence[int]) -> list[Tensor]:
+        """As `of_views`, of one network. From a GPU they are copied batch by batch while it goes on
         computing.
         """
         job, classes = self.job, self.job.num_classes
@@ -269,28 +276,35 @@ class TeacherPass:
         torch.backends.cudnn.benchmark = False
         on_gpu = job.device.type == "cuda"
         pinned = on_gpu and 4 * len(samples) * classes <= MAX_BLOCK_BYTES  # torch keeps it
-        logits = torch.empty((len(samples), classes), pin_memory=pinned)
+        logits = [torch.empty((len(samples), classes), pin_memory=pinned) for _ in views]
         start = 0
-        for batch in self.feed.batches(samples, view, job.config.batch_size):
-            output = forward(module, job.normalise(batch.pixels), job.config.dtype)
-            if output.shape != (len(batch.samples), classes):
-                raise ModelError(
-                    f"the teacher gives logits of shape {tuple(output.shape)} for "
-                    f"{len(batch.samples)} images and {classes} classes",
-                    "Let the model return a row of logits for each image.",
-                )
-            logits[start : start + len(output)].copy_(output, non_blocking=True)
-            start += len(output)
-            self.progress(len(output))
+        for batches in self.feed.views(samples, views, job.config.batch_size):
+            size = len(batches[0].samples)
+            for batch, whole in zip(batches, logits, strict=True):
+                output = forward(module, job.normalise(batch.pixels), job.config.dtype)
+                if output.shape != (size, classes):
+                    raise ModelError(
+                        f"the teacher gives logits of shape {tuple(output.shape)} for "
+                        f"{size} images and {classes} classes",
+                        "Let the model return a row of logits for each image.",
+                    )
+                whole[start : start + size].copy_(output, non_blocking=True)
+                self.progress(size)
+            start += size
         if on_gpu:
             torch.cuda.current_stream(job.device).synchronize()
         return logits
 
     def finite_logits(self, samples: Tensor, view: int) -> Tensor:
         """As `logits`. Raises ModelError unless all are finite."""
-        logits = self.logits(samples, view)
-        check_finite(logits, samples, self.split or f"view {view}")
-        return logits
+        return self.finite_of_views(samples, (view,))[0]
+
+    def finite_of_views(self, samples: Tensor, views: Sequence[int]) -> list[Tensor]:
+        """As `of_views`. Raises ModelError unless all are finite."""
+        found = self.of_views(samples, views)
+        for view, logits in zip(views, found, strict=True):
+            check_finite(logits, samples, self.split or f"view {view}")
+        return found
 
     def fitted_encoding(self) -> tuple[dict[BlockId, Tensor], Encoding]:
         """The encoding asked for, fitted to the first rows of view 0; and the blocks that these
@@ -299,13 +313,17 @@ class TeacherPass:
         job, order = self.job, self.job.row_order
         grid = block_grid(len(order), job.num_classes, job.config.block_rows)
         most = fit_rows(job.num_classes)
-        needed = -(-min(most, len(order)) // grid.block_rows)
         blocks = {
             BlockId(0, block): self.finite_logits(order[grid.rows(block)], 0)
-            for block in range(needed)
+            for block in range(blocks_to_fit(grid, job.num_classes))
         }
         rows, labels = job.seen_rows(torch.cat([block[:most] for block in blocks.values()])[:most])
         return blocks, fit_encoding(job.config.encoding, rows, labels, job.config.budget)
+
+
+def blocks_to_fit(grid: BlockGrid, num_classes: int) -> int:
+    """How many blocks of view 0 an encoding is fitted to."""
+    return -(-min(fit_rows(num_classes), grid.num_rows) // grid.block_rows)
 
 
 def check_finite(logits: Tensor, samples: Tensor, where: str) -> None:

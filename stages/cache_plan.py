@@ -1,8 +1,10 @@
 """How large and how long stage one would be, measured before anything is written."""
 
+import operator
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +22,11 @@ from stages.cache.encoding import (
     fit_rows,
     measure_all,
 )
-from stages.cache.layout import BlockGrid, block_grid
+from stages.cache.layout import BlockGrid, BlockId, block_grid
 from stages.cache.metadata import NewCache
 from stages.cache.storage import location
-from stages.cache_job import CacheJob, check_finite
+from stages.cache_job import CacheJob, blocks_to_fit, check_finite
+from stages.cache_runs import runs_of, views_at_once
 from stages.cache_teacher import open_existing
 from stages.device import versions
 from stages.errors import CacheError
@@ -48,6 +51,9 @@ class CachePlan:
     and written; hours: of all together. fixed_*: of what does not grow with the views: documents,
     labels, the test split; their seconds are those that are still to come. doubts: whether the
     teacher knows the dataset, see `teacher_doubts`. normalisation: in words, with its source.
+
+    views_at_once: made of an image while it is decoded, see `stages.cache_runs`. decodes: images
+    that the missing blocks decode, 0 where they are in memory; singly_*: with one view at once.
     """
 
     samples: int
@@ -66,6 +72,10 @@ class CachePlan:
     fixed_seconds: float = 0.0
     doubts: tuple[str, ...] = ()
     normalisation: str = ""
+    views_at_once: int = 1
+    decodes: int = 0
+    singly_decodes: int = 0
+    singly_samples_per_second: float | None = None
 
     @property
     def missing_share(self) -> float:
@@ -80,8 +90,16 @@ class CachePlan:
     @property
     def hours(self) -> float:
         """How long the missing blocks take; of several ranks, the one with the most."""
+        return self._hours(self.samples_per_second)
+
+    @property
+    def singly_hours(self) -> float:
+        """As `hours`, with one view at once."""
+        return self._hours(self.singly_samples_per_second or self.samples_per_second)
+
+    def _hours(self, samples_per_second: float) -> float:
         longest_share = -(-self.missing_blocks // self.ranks) / self.blocks
-        seconds = self.samples * self.views * longest_share / self.samples_per_second
+        seconds = self.samples * self.views * longest_share / samples_per_second
         return (seconds + self.fixed_seconds) / 3600
 
     def check_fits(self, out: str | Path) -> None:
@@ -103,8 +121,10 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
     """
     config, train, order = job.config, job.splits.train, job.row_order
     # 1) the teacher, on the rows that encodings are fitted to
-    logits, computed_per_second = measured_teacher(job)
+    logits, singly = measured_teacher(job)
     check_finite(logits, order, "view 0")
+    at_once = views_at_once(job)
+    computed_per_second = measured_teacher(job, at_once)[1] if at_once > 1 else singly
     logits, labels = job.seen_rows(logits)
 
     # 2) the encodings, on its rows
@@ -123,21 +143,24 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
     grid = cache.grid if cache else block_grid(len(train), job.num_classes, config.block_rows)
     write = _write_seconds(job, coding, logits, labels, grid)
     # On a GPU blocks are written while others are computed; on CPUs both want the same cores.
-    compute = 1 / computed_per_second
-    per_row = compute + write if job.device.type == "cpu" else max(compute, write)
+    whole = operator.add if job.device.type == "cpu" else max
     blocks = config.views * grid.num_blocks
+    if cache is None:
+        missing = [BlockId(v, b) for v in range(config.views) for b in range(grid.num_blocks)]
+    else:
+        missing = cache.commits.missing(range(config.views))
     made_bytes, made_seconds = _made_empty(job, coding, order)
-    tested = len(job.splits.test) / computed_per_second
+    tested = len(job.splits.test) / singly
     eval_there = cache is not None and cache.eval_commits.is_complete(0)  # or empty: no seconds
     return CachePlan(
         samples=len(train),
         views=config.views,
         blocks=blocks,
-        missing_blocks=len(cache.commits.missing(range(config.views))) if cache else blocks,
+        missing_blocks=len(missing),
         encoding=coding.name,
         bytes_per_view=chosen.row_bytes,
         files=count_files(coding, config.views, grid.num_blocks),
-        samples_per_second=1 / per_row,
+        samples_per_second=1 / whole(1 / computed_per_second, write),
         device=str(job.device),
         free_bytes=_free_bytes(out),
         encodings=encodings,
@@ -148,14 +171,35 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
         normalisation=job.normalisation,
         doubts=tuple(teacher_doubts(logits, labels, train.class_names)),
         fixed_seconds=(0 if cache else made_seconds + fitted) + (0 if eval_there else tested),
+        views_at_once=at_once,
+        decodes=_decodes(job, grid, missing, cache is None, at_once),
+        singly_decodes=_decodes(job, grid, missing, cache is None, 1),
+        singly_samples_per_second=1 / whole(1 / singly, write),
     )
 
 
 # ---- details --------------------------------------------------------------------------------
 
 
-def measured_teacher(job: CacheJob) -> tuple[Tensor, float]:
+def _decodes(
+    job: CacheJob, grid: BlockGrid, missing: Sequence[BlockId], new: bool, at_once: int
+) -> int:
+    """How many images are decoded for these blocks; in mixed views the partner of each as well.
+    new: of a new cache the blocks that the encoding is fitted to are computed first.
+    """
+    if job.splits.train.images is not None:
+        return 0
+    fitted = blocks_to_fit(grid, job.num_classes) if new else 0
+    first = {BlockId(0, block) for block in range(fitted)}
+    rest = [at for at in missing if at not in first]
+    runs = [*runs_of([*first], 1), *runs_of(rest, at_once)]
+    partners = 1 if job.policy.mixes else 0
+    return sum(grid.length(run.block) * (1 + partners * len(run.views)) for run in runs)
+
+
+def measured_teacher(job: CacheJob, at_once: int = 1) -> tuple[Tensor, float]:
     """Logits of the first rows of view 0, float32 (n, C), and how many rows a second there are.
+    at_once: views that are made of an image while it is decoded; a row is one view of a sample.
 
     Runs of batches grow: what workers feed shows its pace once several batches are under way.
     """
@@ -163,19 +207,20 @@ def measured_teacher(job: CacheJob) -> tuple[Tensor, float]:
     most = fit_rows(job.num_classes)
     batch, wanted = min(job.config.batch_size, len(order)), min(most, len(order))
     teacher = job.teacher()
-    teacher.logits(order[:batch], 0)  # warms up: allocations, kernels, workers
+    views = range(at_once)
+    teacher.of_views(order[: -(-batch // at_once)], views)  # warms up: allocations, workers
     kept: list[Tensor] = []
     timed: list[tuple[int, float]] = []
     done, run, began = 0, batch, time.perf_counter()
     while (spent := time.perf_counter() - began) < MOST_SECONDS:
         if done >= wanted and spent > MEASURED_SECONDS:
             break
-        samples = order[torch.arange(done, done + run) % len(order)]
+        samples = order[torch.arange(done, done + -(-run // at_once)) % len(order)]
         started = time.perf_counter()
-        logits = teacher.logits(samples, 0)  # waits for the device
-        timed.append((run, time.perf_counter() - started))
+        logits = teacher.of_views(samples, views)  # waits for the device
+        timed.append((at_once * len(samples), time.perf_counter() - started))
         if done < wanted:
-            kept.append(logits)
+            kept.append(logits[0])
         done, run = done + run, max(batch, min(2 * run, most // batch * batch))
     teacher.feed.close()
     settled = timed[len(timed) // 2 :]

@@ -4,8 +4,10 @@ r"""Stage one: run the teacher once, keep its logits for every view of every sam
         --augment pad-crop:pad=2 --out digits.zarr
     torchrun --nproc-per-node=8 -m pipeline cache-teacher ...
 
-Blocks are computed one after another, each in the same batches whatever was done before, and
-written by another thread meanwhile; of several ranks each has its own, and the bytes are the same.
+Blocks are computed one after another, or several views of the same rows at once, so that an image
+is decoded once for them (`cache_runs.py`): each in the same batches whatever was done before. They
+are written by another thread meanwhile; of several ranks each has its own, and the bytes are the
+same.
 Running the same command again computes what is missing.
 """
 
@@ -31,6 +33,7 @@ from stages.cache.lock import exclusive, joined
 from stages.cache.metadata import NewCache
 from stages.cache.storage import Location, check_place, location, remove_half_written
 from stages.cache_job import CacheJob, TeacherPass, prepare
+from stages.cache_runs import in_runs, runs_of, views_at_once, waiting
 from stages.data import skipped_samples
 from stages.device import device_name, versions
 from stages.distributed import (
@@ -85,24 +88,28 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         for doubt in [] if job.told else _doubts(job, fitted):
             reporter.say(f"WARNING: {doubt}")
 
-        def look() -> tuple[list[BlockId], list[BlockId]]:
+        def look() -> tuple[list[BlockId], list[BlockId], int]:
             cache.commits.extent()  # reads all records: damage is told before hours of work
-            return cache.commits.missing(range(views)), [*fitted]
+            return cache.commits.missing(range(views)), [*fitted], views_at_once(job)
 
-        missing, there = first_rank_does(ranks, look)
+        missing, there, at_once = first_rank_does(ranks, look)
         progress.total = sum(cache.grid.length(block) for _, block in missing)
         if done := views * cache.grid.num_blocks - len(missing):
             reporter.say(f"{done} blocks are there already, {len(missing)} are missing")
 
         # 2) the training views, block by block
         record: Record = {"device": device_name(job.device), "versions": versions()}
-        with BackgroundWriter(functools.partial(_write_block, cache, record)).running() as writer:
-            for at in share(missing, there, ranks):
-                logits = fitted.pop(at, None)
-                if logits is None:
-                    samples = cache.dataset_index[cache.grid.rows(at.block)]
-                    logits = teacher.finite_logits(samples, at.view)
-                writer.put((at, logits))
+        mine = share(in_runs(missing, at_once), there, ranks)
+        write = functools.partial(_write_block, cache, record)
+        with BackgroundWriter(write, waiting(job, at_once)).running() as writer:
+            for at in mine:
+                if at in fitted:
+                    writer.put((at, fitted.pop(at)))
+            for run in runs_of([at for at in mine if at not in there], at_once):
+                samples = cache.dataset_index[cache.grid.rows(run.block)]
+                computed = teacher.finite_of_views(samples, run.views)
+                for view in run.views:
+                    writer.put((BlockId(view, run.block), computed.pop(0)))
         teacher.feed.close()
         wait_for_all(ranks, progress.look)
 
@@ -210,7 +217,9 @@ def _new_cache(job: CacheJob, coding: Encoding) -> NewCache:
         eval_labels=job.splits.test.labels,
         pixel_probes=pixel_probes(job.splits.train, job.policy, job.image_size),
         provenance={  # what was used and does not decide which numbers are right
-            "config": msgspec.to_builtins(job.config),
+            "config": msgspec.to_builtins(
+                msgspec.structs.replace(job.config, views_at_once=None)  # shows in no byte
+            ),
             "device": device_name(job.device),
             "versions": versions(),
             "normalisation": job.normalised,

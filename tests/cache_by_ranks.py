@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import torch
 from helpers import DIGITS, first
 from launch import Launch, Launcher
@@ -97,11 +98,16 @@ def main(run: str, out: Path, encoding: str) -> None:
     digits, launcher, found = load_data(DIGITS), Launcher(), {}
     job = prepare(config, Splits(first(digits.train, 200), first(digits.test, 20)))
 
-    def start(world: int, store: str, disturb: Disturbance = nothing) -> Launch:
-        return launcher.start(world, functools.partial(make, job, out / store, disturb))
+    def start(world: int, store: str, disturb: Disturbance = nothing, at_once: int = 1) -> Launch:
+        own = dataclasses.replace(
+            job, config=msgspec.structs.replace(config, views_at_once=at_once)
+        )
+        return launcher.start(world, functools.partial(make, own, out / store, disturb))
 
-    def play(scenario: str, world: int, store: str, disturb: Disturbance = nothing) -> None:
-        ranks = start(world, store, disturb).outcomes()
+    def play(
+        scenario: str, world: int, store: str, disturb: Disturbance = nothing, at_once: int = 1
+    ) -> None:
+        ranks = start(world, store, disturb, at_once).outcomes()
         found[scenario] = {"ranks": ranks, "committed": committed(out / store)}
 
     play("one", 1, "whole")
@@ -111,6 +117,8 @@ def main(run: str, out: Path, encoding: str) -> None:
         play(f"killed-{rank}", 2, f"killed-{rank}", functools.partial(killed, rank))
     play("killed-0, then three", 3, "killed-0")
     play("killed-1, then one", 1, "killed-1")
+    play("killed at two views at once", 2, "at-once", functools.partial(killed, 0), at_once=2)
+    play("killed, then three views at once", 3, "at-once", at_once=3)
     play("failing", 2, "failed", failing)
     play("failing, then two", 2, "failed")
 

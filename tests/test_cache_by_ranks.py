@@ -50,7 +50,9 @@ def content(store: Path) -> dict[str, bytes]:
     return {str(path.relative_to(store)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("store", ["two", "three", "killed-0", "killed-1", "failed", "contested"])
+@pytest.mark.parametrize(
+    "store", ["two", "three", "killed-0", "killed-1", "at-once", "failed", "contested"]
+)
 def test_every_file_is_that_of_one_process(played: Played, store: str) -> None:
     whole, ours = content(played.folder / "whole"), content(played.folder / store)
 

@@ -1,4 +1,5 @@
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,13 +238,13 @@ def test_the_teacher_is_measured_on_the_rows_encodings_are_fitted_to(
 ) -> None:
     """In runs that grow, each in whole batches; the rows that come back are the first ones."""
     job = prepare(msgspec.structs.replace(cache_config, batch_size=64), digits)
-    order, runs, logits_of = job.row_order, [], TeacherPass.logits
+    order, runs, of_views = job.row_order, [], TeacherPass.of_views
 
-    def spy(teacher: TeacherPass, samples: Tensor, view: int) -> Tensor:
+    def spy(teacher: TeacherPass, samples: Tensor, views: Sequence[int]) -> list[Tensor]:
         runs.append(samples.tolist())
-        return logits_of(teacher, samples, view)
+        return of_views(teacher, samples, views)
 
-    monkeypatch.setattr(TeacherPass, "logits", spy)
+    monkeypatch.setattr(TeacherPass, "of_views", spy)
     logits, pace = cache_plan.measured_teacher(job)
 
     assert pace > 0
@@ -253,7 +254,7 @@ def test_the_teacher_is_measured_on_the_rows_encodings_are_fitted_to(
     asked = [sample for run in timed for sample in run]
     assert asked[:1000] == order.tolist()
     assert asked[1000:1984] == order.tolist()[:984]  # and round again
-    torch.testing.assert_close(logits, logits_of(job.teacher(), order, 0))
+    torch.testing.assert_close(logits, of_views(job.teacher(), order, [0])[0])
 
 
 @pytest.mark.parametrize(

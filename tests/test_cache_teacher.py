@@ -243,7 +243,7 @@ def test_a_damaged_record_is_told_before_the_teacher_works(
     cache_copy: Path, cache_config: CacheConfig, digits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (cache_copy / "commits/logits/v00001.json").write_bytes(b"{}")
-    monkeypatch.setattr(TeacherPass, "logits", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(TeacherPass, "of_views", lambda *_: pytest.fail("worked"))
     with pytest.raises(CacheError, match=r"v00001.json is not readable"):
         run(cache_config, cache_copy, digits, views=5)
 

@@ -108,19 +108,19 @@ Item = TypeVar("Item")
 
 
 class BackgroundWriter(Generic[Item]):
-    """Calls `write` for every item, in order, in another thread. At most two items wait.
+    """Calls `write` for every item, in order, in another thread. waiting: how many items may wait.
 
     A failure is raised by the next `put`, or at the end of `running`.
     """
 
-    def __init__(self, write: Callable[[Item], None]) -> None:
+    def __init__(self, write: Callable[[Item], None], waiting: int = 2) -> None:
         self._write = write
-        self._queue: queue.Queue[Item | None] = queue.Queue(maxsize=2)
+        self._queue: queue.Queue[Item | None] = queue.Queue(maxsize=waiting)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="cache-writer", daemon=True)
 
     def put(self, item: Item) -> None:
-        """Hand over an item; waits while two others do."""
+        """Hand over an item; waits while as many others do as may."""
         self._raise()
         self._queue.put(item)
 

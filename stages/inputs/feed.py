@@ -50,9 +50,23 @@ class Batch:
         partners = None if self.partners is None else labels[self.partners]
         return labels[self.samples], partners, self.shares
 
+    def chunk(self, count: int) -> list["Batch"]:
+        """Cut into so many batches of one size."""
+        size = len(self.samples) // count
+        cuts = [slice(start, start + size) for start in range(0, len(self.samples), size)]
+        return [
+            Batch(
+                self.samples[cut],
+                self.pixels[cut],
+                None if self.partners is None else self.partners[cut],
+                None if self.shares is None else self.shares[cut],
+            )
+            for cut in cuts
+        ]
+
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """Several views of the same samples as one batch, view after view."""
+    """Several batches as one, one after another."""
     if len(batches) == 1:
         return batches[0]
     mixed = all(batch.partners is not None for batch in batches)
@@ -107,22 +121,37 @@ class ViewFeed:
 
         A last batch of one sample joins the one before it: batch norm cannot train on it alone.
         """
-        check_view(self.policy, view)
+        for (batch,) in self.views(order, (view,), batch_size, skip):
+            yield batch
+
+    def views(
+        self, order: Tensor, views: Sequence[int], batch_size: int, skip: int = 0
+    ) -> Iterator[tuple[Batch, ...]]:
+        """As `batches`, of several different views: the samples of a batch in each of them. What
+        workers decode is decoded once for all views.
+        """
+        for view in views:
+            check_view(self.policy, view)
         if not len(order):
             return
         last = (num_batches(len(order), batch_size) - 1) * batch_size
         parts = [*(order[:last].split(batch_size) if last else ()), order[last:]][skip:]
         if not parts:
             return
-        policy, own_view = self.policy.at(view)
-        if self._images is not None and policy.batched:
-            yield from self._from_memory(self._images, policy, parts, own_view)
-        else:
-            yield from self._from_workers(parts, view)
+        policies = {view: self.policy.at(view) for view in views}
+        held = {v: at for v, at in policies.items() if self._images is not None and at[0].batched}
+        shown = {view: self._from_memory(*at, parts) for view, at in held.items()}
+        others = [view for view in views if view not in held]
+        if not others:
+            yield from zip(*(shown[view] for view in views), strict=True)
+            return
+        for batches in self._from_workers(parts, others):
+            found = dict(zip(others, batches, strict=True))
+            yield tuple(found[v] if v in found else next(shown[v]) for v in views)
 
-    def _from_memory(
-        self, images: Tensor, policy: ViewPolicy, parts: list[Tensor], view: int
-    ) -> Iterator[Batch]:
+    def _from_memory(self, policy: ViewPolicy, view: int, parts: list[Tensor]) -> Iterator[Batch]:
+        images = self._images
+        assert images is not None
         order = torch.cat(parts).to(images.device)
         plan = policy.plan(order, view, len(self.dataset), images.shape[-2:])
         start = 0
@@ -130,8 +159,9 @@ class ViewFeed:
             here = slice(start, start := start + len(part))
             yield self._batch(order[here], policy.show_planned(images, plan[here]))
 
-    def _from_workers(self, parts: list[Tensor], view: int) -> Iterator[Batch]:
-        self._plan.parts, self._plan.view = parts, view
+    def _from_workers(self, parts: list[Tensor], views: Sequence[int]) -> Iterator[list[Batch]]:
+        pieces = [part.split(-(-len(part) // len(views))) for part in parts]
+        self._plan.pieces, self._plan.views = [p for some in pieces for p in some], views
         if self._loader is None:
             self._loader = DataLoader(
                 self._rendered,
@@ -144,16 +174,25 @@ class ViewFeed:
             )
         self._passes += 1
         this_pass = self._passes
-        shown_by_workers = self._in_order(self._loader)
-        for part, shown in zip(parts, shown_by_workers, strict=True):
-            if isinstance(shown, PipelineError):
-                try:
-                    raise shown
-                finally:
-                    del shown  # a cycle through this frame would keep the workers alive
-            yield self._batch(part, shown)
+        answers = self._in_order(self._loader)
+        for some in pieces:
+            shown = [self._answer(piece, len(views), answers) for piece in some]
+            yield [joined(of_view) for of_view in zip(*shown, strict=True)]
             if this_pass != self._passes:
                 raise RuntimeError("another pass over this feed began; its workers serve one")
+
+    def _answer(
+        self, piece: Tensor, views: int, answers: Iterator[Shown | PipelineError]
+    ) -> list[Batch]:
+        """What workers show next: each view of some samples. Raises the workers' own errors."""
+        shown = next(answers)
+        if isinstance(shown, PipelineError):
+            try:
+                raise shown
+            finally:
+                del shown  # a cycle through this frame would keep the workers alive
+        whole = self._batch(piece.repeat(views), shown)
+        return whole.chunk(views)
 
     def _in_order(
         self, loader: "DataLoader[Shown | PipelineError]"

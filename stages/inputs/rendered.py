@@ -1,7 +1,8 @@
 """Views rendered image by image, in DataLoader workers: what they show, and what their errors mean.
 
 A batch is one request to a worker, by (sample, view), so that a mixed view's partners are loaded
-with it.
+with it. Several views of a batch are several requests, each all views of some of its samples: an
+image is decoded once for a request.
 """
 
 import errno
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 from stages.errors import DatasetError, PipelineError
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.views import Shown, ViewPolicy
+from stages.inputs.views.policy import Load
 
 _FEW_FILES = re.compile(r"[Tt]oo many open files|ancdata")
 _SHARED_MEMORY = re.compile(r"shared memory|Bus error|/torch_\d|No space left on device")
@@ -35,13 +37,21 @@ class RenderedViews(Dataset[Shown]):
         """View v of sample i for every pair (i, v); the images may differ in size."""
         samples, views = torch.tensor(pairs).T
         size = None if self.image_size is None else (self.image_size,) * 2
-        return self.policy.show(self._load, len(self.dataset), samples, views, size)
+        return self.policy.show(self._load_once(), len(self.dataset), samples, views, size)
 
-    def _load(self, samples: Tensor) -> list[Tensor]:
-        held = self.dataset.images
-        if held is not None:  # decoded already
-            return list(held[samples])
-        return [self.dataset.load(sample) for sample in samples.tolist()]
+    def _load_once(self) -> Load:
+        """Loads images, each of them once. No view writes into the image that it is made of."""
+        held, loaded = self.dataset.images, dict[int, Tensor]()
+
+        def load(samples: Tensor) -> list[Tensor]:
+            if held is not None:  # decoded already
+                return list(held[samples])
+            for sample in samples.tolist():
+                if sample not in loaded:
+                    loaded[sample] = self.dataset.load(sample)
+            return [loaded[sample] for sample in samples.tolist()]
+
+        return load
 
     def __getitems__(self, pairs: list[tuple[int, int]]) -> Shown | PipelineError:
         # An error is returned and not raised: DataLoader would wrap it in a worker's traceback.
@@ -63,16 +73,22 @@ class RenderedViews(Dataset[Shown]):
 
 @dataclass
 class BatchPlan:
-    """The batches of the next pass; set before each one, read by the loader in this process."""
+    """The requests of the next pass; set before each one, read by the loader in this process.
 
-    parts: Sequence[Tensor] = ()
-    view: int = 0
+    pieces: int64 (n,) each, samples that are shown in every one of the views, view after view.
+    """
+
+    pieces: Sequence[Tensor] = ()
+    views: Sequence[int] = (0,)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return ([(sample, self.view) for sample in part.tolist()] for part in self.parts)
+        return (
+            [(sample, view) for view in self.views for sample in piece.tolist()]
+            for piece in self.pieces
+        )
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.pieces)
 
 
 def worker_error(error: BaseException, workers: int) -> DatasetError:

@@ -56,6 +56,10 @@ class CacheConfig(Settings, frozen=True):
     block_rows: Annotated[int, about(
         "The most rows of a view that are committed at once.", above=0)] = MAX_BLOCK_ROWS
     channels_last: ChannelsLast = True
+    views_at_once: Annotated[int | None, about(
+        "Views that are made of an image while it is decoded, in memory together; chosen from "
+        "memory if left out, 1 where images are in memory anyway. Decides speed alone.",
+        "--views-at-once", above=0, most=10**6, decides="nothing")] = None
     device: Device = "auto"
 
     def __post_init__(self) -> None:
