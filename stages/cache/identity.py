@@ -6,7 +6,7 @@ library versions are provenance: they are recorded beside the identity and never
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -61,7 +61,7 @@ class DatasetIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     name: str
     split: str
     num_samples: int
-    class_names: tuple[str, ...]
+    class_names: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     labels: str
     images: str
     exif: bool = False

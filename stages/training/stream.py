@@ -162,10 +162,10 @@ def open_stream(
     absent = train.skipped if left_out is None else torch.cat([train.skipped, left_out]).unique()
     samples, validation = held_out(len(train), data.val_fraction, config.seed.data, absent)
     if policy.mixes and (len(validation) or left_out is not None):
-        holder = "data.val_fraction" if left_out is None else "--folds"
+        holder = "--val-fraction" if left_out is None else "--folds"
         raise ConfigError(
             f"{holder} holds samples out, and '{policy.name}' shows them as partners",
-            "Train on all samples, or without mixup and cutmix.",
+            f"Leave {holder} out, or train without mixup and cutmix.",
         )
     plain = plain_view(image_size, data.resize)
     test = ViewFeed(splits.test, plain, device, image_size, data.workers)

@@ -295,6 +295,13 @@ def test_attributes_that_make_no_sense_are_refused_though_sealed(
     refuses(small_copy)
 
 
+def test_a_cache_of_no_classes_is_refused(tiny_copy: Path) -> None:
+    """Of float32 rows, where the class dimension is that of the arrays."""
+    edit_attributes(tiny_copy, SEALED["no-classes"])
+
+    refuses(tiny_copy)
+
+
 @pytest.mark.parametrize(
     "parameters",
     [

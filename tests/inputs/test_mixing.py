@@ -383,5 +383,5 @@ def test_held_out_samples_would_be_partners(tmp_path: Any) -> None:
         augment="pad-crop:pad=1+mixup",
         device="cpu",
     )
-    with pytest.raises(ConfigError, match=r"shows them as partners(.|\n)*--val-fraction 0"):
+    with pytest.raises(ConfigError, match="--val-fraction"):
         train_teacher(config, tmp_path / "run")
