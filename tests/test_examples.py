@@ -10,6 +10,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {"plain_pytorch": "torch", "lightning_module": "lightning", "timm_loop": "timm"}
+TEACHER = "efficientnet_lite0"
+"""No loop, but a teacher: test_pretrained_network.py has it."""
 RUN = {
     "plain_pytorch": "example.train(sys.argv[1], 2)",
     "lightning_module": "example.train(sys.argv[1], 4)",
@@ -46,9 +48,10 @@ def needed(name: str) -> None:
 
 
 def test_every_example_is_run_and_described() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == NEEDS.keys()
+    examples = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert examples == {*NEEDS, TEACHER}
     described = (EXAMPLES / "README.md").read_text()
-    assert all(f"({name}.py)" in described for name in NEEDS)
+    assert all(f"({name}.py)" in described for name in examples)
 
 
 @pytest.mark.parametrize(
