@@ -29,6 +29,7 @@ from stages.data import (
     chosen_policy,
     clean_view,
     dataset_identity,
+    filter_notes,
     load_data,
     normalisation,
     normalisation_source,
@@ -180,6 +181,7 @@ def prepare(
     if folds is not None:
         check_unmixed_folds(policy)
     notes = small_image_notes(model.architecture, train, image_size)
+    notes += filter_notes(model, policy, image_size)
     rows = sample_outputs(model, (mean, std), train, policy, image_size)
     names = train.class_names or output_names(model, teacher, rows.shape[1])
     splits = splits.with_classes(names)

@@ -189,10 +189,15 @@ def chosen_policy(augment: str, seed: int, clean: Plain) -> ViewPolicy:
 
 
 def clean_view(model: Model, image_size: int | None, resize: int | None) -> Plain:
-    """The view that a teacher is evaluated on: as `resize` says, else as the model was."""
-    if resize is None and image_size is not None and model.zoom is not None:
-        return Plain(zoom=model.zoom)
-    return plain_view(image_size, resize)
+    """The view that a teacher is evaluated on: as `resize` says, else as the model was; resized
+    with the filter that it was trained with.
+    """
+    view = plain_view(image_size, resize)
+    if image_size is None:
+        return view
+    if resize is None and model.zoom is not None:
+        view = Plain(zoom=model.zoom)
+    return replace(view, interpolation=model.interpolation or view.interpolation)
 
 
 def cached_policy(cache: LogitCache) -> ViewPolicy:
@@ -263,6 +268,19 @@ def normalisation_source(model: Model, given: bool) -> str:
     if model.statistics is not None:
         return f"of {model.source}"
     return "of the dataset's images: the weights do not say theirs"
+
+
+def filter_notes(model: Model, policy: ViewPolicy, image_size: int | None) -> tuple[str, ...]:
+    """A hint where a teacher was trained on images resized with another filter than its views."""
+    if image_size is None or model.interpolation in ("", "bilinear"):
+        return ()
+    if any(str(value) == model.interpolation for value in policy.parameters.values()):
+        return ()
+    return (
+        f"{model.architecture} was trained on images resized with a {model.interpolation} filter, "
+        f"these views are resized with a bilinear one: BASE:interpolation={model.interpolation} in "
+        "--augment takes the same",
+    )
 
 
 def small_image_notes(

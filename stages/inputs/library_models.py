@@ -9,6 +9,7 @@ from torch import nn
 from stages.errors import ModelError
 from stages.inputs.cifar_models import cifar_model_names
 from stages.inputs.datasets import Statistics
+from stages.inputs.views.crops import FILTERS
 
 _INITIALISED = ("googlenet", "inception_v3")
 """torchvision warns where these are not told that they shall be; their published weights take
@@ -20,7 +21,8 @@ class Pretrained:
     """A model with published weights, and how its images were normalised.
 
     fresh: the parameters that are new, where it was given another number of classes. aliases: the
-    names of its outputs, None where they are not known. zoom: as `Model` has it.
+    names of its outputs, None where they are not known. zoom, interpolation: as `Model`
+    has them.
     """
 
     module: nn.Module
@@ -30,6 +32,7 @@ class Pretrained:
     classes: int
     aliases: tuple[tuple[str, ...], ...] | None = None
     zoom: float | None = None
+    interpolation: str = ""
 
 
 def torchvision_model(name: str, num_classes: int, **options: Any) -> nn.Module:
@@ -118,6 +121,7 @@ def _of_timm(name: str, num_classes: int | None, new_head: bool) -> Pretrained:
         theirs,
         _timm_aliases(config, theirs),
         _timm_zoom(config),
+        _filter(str(config.get("interpolation", ""))),
     )
 
 
@@ -166,7 +170,13 @@ def _of_torchvision(name: str, num_classes: int | None, new_head: bool) -> Pretr
     aliases = tuple((str(category),) for category in chosen.meta["categories"])
     side = transform.crop_size[0]
     zoom = max(1.0, transform.resize_size[0] / side)
-    return Pretrained(module, statistics, side, tuple(fresh), theirs, aliases, zoom)
+    filter_ = _filter(str(transform.interpolation.value))
+    return Pretrained(module, statistics, side, tuple(fresh), theirs, aliases, zoom, filter_)
+
+
+def _filter(name: str) -> str:
+    """A filter that views know; empty for another."""
+    return name if name in FILTERS else ""
 
 
 def _check_classes(name: str, theirs: int, ours: int | None, new_head: bool) -> None:

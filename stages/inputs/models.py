@@ -39,8 +39,9 @@ class Model:
     outputs in order, which must be the dataset's; None where they are unknown. aliases: all names
     that each output goes by, for `class_groups`. zoom: how its clean images are cropped: the
     shorter side is brought to zoom times image_size and the centre is cut out; 0 for the whole
-    image, None where that is unknown. digest: of the weights, where the state dict is not all there
-    is.
+    image, None where that is unknown. interpolation: the filter that they were resized
+    with, bilinear or bicubic; empty where that is unknown, or another. digest: of the weights,
+    where the state dict is not all there is.
     """
 
     module: nn.Module
@@ -53,6 +54,7 @@ class Model:
     classes: tuple[str, ...] | None = None
     aliases: tuple[tuple[str, ...], ...] | None = None
     zoom: float | None = None
+    interpolation: str = ""
     digest: str = ""
 
     @property
@@ -220,6 +222,7 @@ def _published(name: str, num_classes: int | None, new_head: bool) -> Model:
         notes=notes,
         aliases=found.aliases,
         zoom=found.zoom,
+        interpolation=found.interpolation,
     )
 
 

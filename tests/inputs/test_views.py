@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from noise import noise
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as tv
 
 from stages.errors import ViewError
 from stages.inputs.views import (
@@ -393,3 +394,27 @@ def test_an_identity_that_this_program_cannot_draw(change: dict[str, Any], messa
     identity = {"name": "pad-crop", "parameters": {"pad": 4}, "version": 1, "seed": 0}
     with pytest.raises(ViewError, match=message):
         known_policy(**{**identity, **change})
+
+
+@pytest.mark.parametrize("name", ["pad-crop", "pad-crop-flip", "resized-crop-flip", "none"])
+def test_the_filter_of_resized_crops(name: str) -> None:
+    images, samples = [noise(1, 3, 40, 60)[0]], torch.arange(1)
+    plain = view_policy(name, 3)
+    assert "interpolation" not in plain.parameters  # so that older identities stay what they are
+    sharp = view_policy(f"{name}:interpolation=bicubic", 3)
+    assert known_policy(sharp.name, sharp.parameters, sharp.version, sharp.seed) == sharp
+    for policy, filter_ in (
+        (plain, InterpolationMode.BILINEAR),
+        (sharp, InterpolationMode.BICUBIC),
+    ):
+        (seen,) = policy.render_each(images, samples, 0, (16, 16))
+        box = policy.draw(samples, 0, torch.tensor([40]), torch.tensor([60]))
+        assert isinstance(box, Boxes)
+        top, left, height, width = (int(t) for t in (box.top, box.left, box.height, box.width))
+        cut = tv.crop(images[0], top, left, height, width)
+        theirs = tv.resize(
+            cut.flip(-1) if int(box.mirrored) else cut, [16, 16], filter_, antialias=True
+        )
+        assert torch.equal(seen, theirs)
+    with pytest.raises(ViewError, match="bilinear or bicubic"):
+        view_policy(f"{name}:interpolation=lanczos", 3)

@@ -81,6 +81,7 @@ def clip(asked: Asked) -> Model:
         notes=(f"{len(texts):,} classes, {len(templates)} prompt(s) each: {templates[0]!r}, ...",),
         classes=tuple(texts),
         zoom=0.0 if done.get("resize_mode") == "squash" else 1.0,
+        interpolation=str(done.get("interpolation", "bicubic")),
     )
 
 

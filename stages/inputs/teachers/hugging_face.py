@@ -18,19 +18,20 @@ from stages.inputs.models import Model
 from stages.inputs.teachers.registry import Asked, first_line, needed, teacher
 
 _UNNAMED = re.compile(r"LABEL_\d+")
+_FILTERS = {2: "bilinear", 3: "bicubic"}
+"""Of Pillow's numbers, which processors keep as `resample`."""
 _SQUASHED_FROM = 384
 """From this side on processors with a `crop_pct` resize the whole image: transformers' ConvNext."""
 
 
 @dataclass(frozen=True)
 class Processing:
-    """What is done to images. image_size, zoom: as `Model` has them. statistics: None where images
-    are not normalised by the processor.
-    """
+    """What is done to images: fields as `Model` has them."""
 
     image_size: int | None
     zoom: float | None
-    statistics: Statistics | None
+    statistics: Statistics
+    interpolation: str = ""
 
 
 @teacher("hf-model:")
@@ -74,6 +75,7 @@ def hf_model(asked: Asked) -> Model:
         notes=(f"{asked.name} has no processor: give --mean and --std",) if done is None else (),
         classes=names if named else None,
         zoom=None if done is None else done.zoom,
+        interpolation="" if done is None else done.interpolation,
     )
 
 
@@ -88,6 +90,7 @@ def _processing(transformers: Any, place: str, name: str) -> Processing | None:
 
 def processing_of(config: Mapping[str, Any], name: str) -> Processing:
     """What a processor does, by its settings. Raises ModelError for images that are not square."""
+    rest = _statistics(config), _FILTERS.get(int(config.get("resample") or 0), "")
     resized = dict(config.get("size") or {}) if config.get("do_resize", True) else {}
     crops = config.get("do_center_crop", False)
     side = _square(config.get("crop_size"), name) if crops else None
@@ -95,12 +98,12 @@ def processing_of(config: Mapping[str, Any], name: str) -> Processing:
     whole = None if edge is not None else _square(resized, name)
     if (share := config.get("crop_pct")) is not None and edge is not None and side is None:
         zoom = 1 / share if edge < _SQUASHED_FROM else 0.0
-        return Processing(int(edge), zoom, _statistics(config))
+        return Processing(int(edge), zoom, *rest)
     if side is None:  # the whole image, or the square at its centre
         size = edge if edge is not None else whole
         zoom = None if size is None else float(edge is not None)
-        return Processing(size, zoom, _statistics(config))
-    return Processing(side, max(1.0, (edge or whole or side) / side), _statistics(config))
+        return Processing(size, zoom, *rest)
+    return Processing(side, max(1.0, (edge or whole or side) / side), *rest)
 
 
 def _square(size: Any, name: str) -> int | None:
@@ -117,7 +120,7 @@ def _square(size: Any, name: str) -> int | None:
     return int(height)
 
 
-def _statistics(config: Mapping[str, Any]) -> Statistics | None:
+def _statistics(config: Mapping[str, Any]) -> Statistics:
     """Mean and standard deviation on the scale of 0 to 1, of what is rescaled, moved by 1 where
     `rescale_offset` says so, and then normalised; for EfficientNet (`include_top`) once more by the
     deviation alone.

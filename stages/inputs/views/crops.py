@@ -9,17 +9,18 @@ indexing, on CPU or GPU, with the same bytes as `render` gives for one image.
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from stages.errors import ViewError
 from stages.inputs.counter_hash import bounded, counter_hash, permute
 from stages.inputs.views.distributions import GRID, log_uniform
-from stages.inputs.views.named import Named, base
+from stages.inputs.views.named import ADDED, Named, base
 from stages.inputs.views.policy import Drawn, Images, Size, View, ViewPolicy, views_of
 
 
@@ -38,8 +39,23 @@ class Boxes(Drawn):
     mirrored: Tensor
 
 
+FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+
+
+@dataclass(frozen=True)
 class CropPolicy(Named, ViewPolicy):
-    """A policy that cuts one box out of each image."""
+    """A policy that cuts one box out of each image.
+
+    interpolation: the filter, always antialiased, of a box that is brought to another size.
+    """
+
+    interpolation: str = field(default="bilinear", kw_only=True, metadata=ADDED)
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in FILTERS:
+            raise ViewError(
+                f"interpolation must be {' or '.join(FILTERS)}, was '{self.interpolation}'"
+            )
 
     @property
     def moves_pixels_only(self) -> bool:
@@ -52,7 +68,8 @@ class CropPolicy(Named, ViewPolicy):
     def render_each(self, images: Images, samples: Tensor, view: View, size: Size) -> list[Tensor]:
         height, width = torch.tensor([image.shape[-2:] for image in images]).T
         boxes = self.draw(samples, view, height, width)
-        return [render(x, boxes, i, size or x.shape[-2:]) for i, x in enumerate(images)]
+        chosen = FILTERS[self.interpolation]
+        return [render(x, boxes, i, size or x.shape[-2:], chosen) for i, x in enumerate(images)]
 
 
 @base("pad-crop")
@@ -69,6 +86,7 @@ class PadCrop(CropPolicy):
     mirrors: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.pad <= 64:
             raise ViewError(f"pad must be in [0, 64], was {self.pad}")
 
@@ -120,6 +138,7 @@ class ResizedCropFlip(CropPolicy):
     tries: ClassVar[int] = 10
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.min_area <= 1:
             raise ViewError(f"min_area must be in (0, 1], was {self.min_area}")
 
@@ -182,6 +201,7 @@ class Plain(CropPolicy):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.zoom != 0 and not 1 <= self.zoom < math.inf:
             raise ViewError(f"zoom must be 0 or at least 1, was {self.zoom}")
 
@@ -205,11 +225,17 @@ class Plain(CropPolicy):
         return images
 
 
-def render(image: Tensor, boxes: Boxes, i: int, size: Sequence[int]) -> Tensor:
+def render(
+    image: Tensor,
+    boxes: Boxes,
+    i: int,
+    size: Sequence[int],
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
+) -> Tensor:
     """Cut box i out of one image (uint8 (C, H, W)), mirror it, resize it to `size` if it differs.
 
-    Zeros outside the image. Resampling is torchvision's antialiased bilinear on the CPU, for
-    teacher and student alike. Returns uint8 (C, *size).
+    Zeros outside the image. Resampling is torchvision's, antialiased, on the CPU, for teacher and
+    student alike. Returns uint8 (C, *size).
     """
     top, left, height, width, mirrored = (
         int(t[i]) for t in (boxes.top, boxes.left, boxes.height, boxes.width, boxes.mirrored)
@@ -218,5 +244,5 @@ def render(image: Tensor, boxes: Boxes, i: int, size: Sequence[int]) -> Tensor:
     if mirrored:
         crop = crop.flip(-1)
     if (height, width) != tuple(size):
-        crop = tv.resize(crop, list(size), antialias=True)
+        crop = tv.resize(crop, list(size), interpolation=interpolation, antialias=True)
     return crop.contiguous()

@@ -27,7 +27,7 @@ class Named:
         Raises ViewError for what is no parameter of this stage.
         """
         name, _, arguments = text.partition(":")
-        known, parameters = parameters_of(cls()), Parameters()
+        known, parameters = parameters_of(cls(), whole=True), Parameters()
         for argument in filter(None, arguments.split(",")):
             key, _, value = argument.partition("=")
             try:
@@ -70,6 +70,18 @@ def base(name: str) -> Callable[[Class], Class]:
     return register(BASES, name)
 
 
-def parameters_of(part: Any) -> Parameters:
-    """The fields of a dataclass, but for its seed."""
-    return {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name != "seed"}
+ADDED = {"added": True}
+"""Metadata of a field that came after caches had been made: an identity has it where it is not the
+default, so that theirs stay what they are.
+"""
+
+
+def parameters_of(part: Any, whole: bool = False) -> Parameters:
+    """The fields of a dataclass, but for its seed; whole: also those added that are the default."""
+    own = [f for f in dataclasses.fields(part) if f.name != "seed"]
+    own.sort(key=lambda f: "added" in f.metadata)
+    return {
+        f.name: value
+        for f in own
+        if (value := getattr(part, f.name)) != f.default or whole or "added" not in f.metadata
+    }
