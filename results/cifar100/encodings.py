@@ -1,4 +1,4 @@
-"""One teacher pass, five encodings: bytes and truth of each, and what its students reach.
+"""One teacher pass, every encoding: bytes and truth of each, and what its students reach.
 
     python results/cifar100/encodings.py --cache exact.zarr --data DIR --out runs/encodings
 
@@ -15,20 +15,19 @@ from typing import Any
 
 import click
 import torch
+from recode import recoded
 from torch import Tensor
 
 from pipeline.config import read_config
 from pipeline.console import Console
 from stages.cache import LogitCache
-from stages.cache.encoding import FIT_ROWS, fit_encoding, row_kl
-from stages.cache.layout import BlockId
-from stages.cache.metadata import NewCache
+from stages.cache.encoding import row_kl
 from stages.data import load_data
 from stages.settings import DataSettings, StudentConfig
 from stages.train_student import train_student
 
 HERE = Path(__file__).parent
-STUDENTS = ("float32", "uint8", "klt", "topk")
+STUDENTS = ("float32", "uint8", "klt", "klt-top", "topk")
 
 
 @click.command()
@@ -42,45 +41,15 @@ def main(cache: str, data: str, out: str, seeds: int, threads: int) -> None:
     if threads:
         torch.set_num_threads(threads)
     exact, folder = LogitCache.open(cache), Path(out)
-    rows = [measured(exact, recoded(exact, name, folder)) for name in NAMES]
+    paths = {name: folder / f"{name.replace(':', '-').replace('=', '')}.zarr" for name in NAMES}
+    rows = [measured(exact, recoded(exact, path, name)) for name, path in paths.items()]
     rows += peers(exact)
     write_table(rows, folder)
     train(cache, data, folder, seeds)
     write_table(rows, folder)
 
 
-NAMES = ("float32", "float16", "uint8", "klt", "topk", "topk:k=25")
-
-
-def recoded(exact: LogitCache, name: str, folder: Path) -> LogitCache:
-    """The cache with its rows in another encoding, fitted to its first rows."""
-    path = folder / f"{name.replace(':', '-').replace('=', '')}.zarr"
-    if not LogitCache.exists(path):
-        logits = exact.read_block(0, 0).logits[:FIT_ROWS]
-        labels = exact.row_labels[: len(logits)]
-        LogitCache.create(
-            path,
-            NewCache(
-                identity=exact.identity,
-                coding=fit_encoding(name, logits, labels),
-                num_views=exact.num_views,
-                dataset_index=exact.dataset_index,
-                labels=exact.labels,
-                eval_labels=exact.eval_logits()[1],
-                pixel_probes=exact.pixel_probes,
-                provenance=exact.provenance,
-            ),
-        )
-    cache = LogitCache.open(path, writable=True)
-    for view in range(exact.num_views):
-        for block in range(exact.grid.num_blocks):
-            if not cache.commits.has(BlockId(view, block)):
-                rows = exact.read_block(view, block)
-                cache.write_block(view, block, rows.logits, rows.predictions, {})
-    if not cache.eval_commits.is_complete(0):
-        cache.write_eval_logits(exact.eval_logits()[0], {})
-        cache.write_fidelity()
-    return cache
+NAMES = ("float32", "float16", "uint8", "klt", "klt-top", "topk", "topk:k=25")
 
 
 def measured(exact: LogitCache, cache: LogitCache) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 from typing import Any
 
 import msgspec
@@ -430,3 +432,38 @@ def test_it_takes_fewer_bytes_than_klt_at_the_same_kl() -> None:
     plain = fit_encoding("klt", rows, labels, {1.0: at.mean_kl[0], 4.0: at.mean_kl[2]})
 
     assert row_bytes_on_disk(refined, rows, labels) < 0.8 * row_bytes_on_disk(plain, rows, labels)
+
+
+OF_MANY_CLASSES = """
+import resource
+import torch
+from stages.cache.encoding import fit_encoding, measure
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+
+draw = torch.Generator().manual_seed(0)
+head = torch.randn(64, 21_841, generator=draw)
+rows = torch.randn(600, 64, generator=draw) @ head * 0.5
+labels, before = rows.argmax(1), peak()
+coding = fit_encoding("klt-top", rows, labels)
+found = measure(coding, rows, labels)
+arrays = {name: array[:64] for name, array in coding.encode(rows, labels).items()}
+student = torch.zeros(64, 21_841, requires_grad=True)
+target = torch.softmax(coding.decode(arrays) / 4, 1)
+(-target * torch.log_softmax(student / 4, 1)).sum().backward()
+assert student.grad.isfinite().all()
+print(peak() - before, found.mean_kl[2], found.top1_agreement)
+"""
+
+
+@pytest.mark.slow
+def test_rows_of_21_841_classes_take_bounded_memory() -> None:
+    """Calibrated, encoded, decoded and learned from, in a process of its own."""
+    command = [sys.executable, "-c", OF_MANY_CLASSES]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    grown, kl, top1 = map(float, said.split())
+
+    assert grown < 20 * 600 * 21_841 * 4  # a square basis would take 1.9 GB
+    assert kl <= DEFAULT_BUDGET[4.0]
+    assert top1 == 1

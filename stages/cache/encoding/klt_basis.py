@@ -8,8 +8,10 @@ from torch import Tensor
 
 _EXACT = 2048
 """Classes up to which the basis is that of the whole covariance; above, the leading part of it."""
-_MOST_COMPONENTS = 2048
-"""Above: more than the features of most heads, and rows of a head have no other components."""
+_MOST_COMPONENTS = 1024
+"""Above: as many as the heads of most such models have features, and rows of a head have no other
+components.
+"""
 _OVERSAMPLED, _AT_ONCE = 16, 2**22
 _EXCEEDED = 1000
 _ROWS_PER_CLASS = 4

@@ -1,0 +1,124 @@
+r"""What students lose to an encoding, paired by seed with those of the exact rows.
+
+    pipeline train-teacher --config results/cifar100/teacher.yaml \
+        --set data.dataset=folder:cifar100 --set model.architecture=resnet9_w16 \
+        --set train.epochs=5 --out runs/teacher-w16
+    pipeline cache-teacher --dataset folder:cifar100 --weights runs/teacher-w16 --views 4 \
+        --dtype bfloat16 --encoding float32 --out runs/encodings-study/float32.zarr
+    python results/cifar100/encodings_study.py caches
+    pipeline sweep results/cifar100/encodings_study.yaml
+    python results/cifar100/encodings_study.py summary
+
+Every command may be stopped and given again. `summary` writes encodings_study.md and .jsonl beside
+this file, of the runs that have finished.
+"""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+from recode import recoded
+
+from stages.cache import LogitCache
+
+HERE, FOLDER = Path(__file__).parent, Path("runs/encodings-study")
+CACHES = {
+    "klt": ("klt", None),
+    "klt-top-fine": ("klt-top", "0.015@1,0.004@4"),
+    "klt-top": ("klt-top", None),
+    "klt-top-coarse": ("klt-top", "0.06@1,0.016@4"),
+    "topk-10": ("topk:k=10,temperatures=1/4", None),
+}
+EXACT = "float32"
+STUDENTS_T = {  # two-sided 95 % of Student's t, by degrees of freedom
+    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262,
+    10: 2.228, 11: 2.201, 12: 2.179, 13: 2.160, 14: 2.145, 15: 2.131,
+}  # fmt: skip
+
+
+@click.group()
+def main() -> None:
+    """The caches of the study, and what came of it."""
+
+
+@main.command()
+def caches() -> None:
+    """Write the rows of the float32 cache in every other encoding."""
+    exact = LogitCache.open(FOLDER / f"{EXACT}.zarr")
+    for name, (spec, max_kl) in CACHES.items():
+        cache = recoded(exact, FOLDER / f"{name}.zarr", spec, max_kl)
+        print(name, f"{bytes_a_row(cache):.1f} bytes a row", cache.fidelity)
+
+
+@main.command()
+@click.option("--students", default=str(FOLDER / "students"), show_default=True)
+def summary(students: str) -> None:
+    """Mean differences to the exact rows, with 95 % intervals."""
+    top1 = finished(Path(students))
+    rows = [row for name in (EXACT, *CACHES) for row in compared(name, top1)]
+    lines = [
+        "| cache | bytes a row | KL T=1 | KL T=4 | student's T | top-1 | to exact rows | n |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        kls = " | ".join(f"{row[f'kl_{t}']:.1e}" for t in (1, 4))
+        lines.append(
+            f"| {row['cache']} | {row['bytes']:.1f} | {kls} | {row['temperature']:g} | "
+            f"{row['top1']:.2f} | {row['difference']:+.2f} ± {row['interval']:.2f} | {row['n']} |"
+        )
+    (HERE / "encodings_study.md").write_text("\n".join(lines) + "\n")
+    (HERE / "encodings_study.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print("\n".join(lines))
+
+
+def finished(students: Path) -> dict[tuple[str, float], dict[int, float]]:
+    """Test top-1 of the last epoch in percent, by cache and temperature, and then by seed."""
+    found: dict[tuple[str, float], dict[int, float]] = {}
+    for line in (students / "results.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        if run["status"] == "done":
+            key = Path(run["cache"]).stem, float(run["keys"]["loss.temperature"])
+            found.setdefault(key, {})[run["seed"]] = 100 * run["summary"]["last"]["test_top1"]
+    return found
+
+
+def compared(name: str, top1: dict[tuple[str, float], dict[int, float]]) -> list[dict[str, Any]]:
+    """A row for each temperature: differences to the students of the exact rows, seed by seed."""
+    cache, rows = LogitCache.open(FOLDER / f"{name}.zarr"), []
+    assert cache.fidelity is not None
+    for temperature in sorted(t for known, t in top1 if known == name):
+        ours, theirs = top1[name, temperature], top1.get((EXACT, temperature), {})
+        differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+        count = len(differences)
+        interval = math.nan
+        if count > 1:
+            deviation = statistics.stdev(differences)
+            interval = STUDENTS_T[count - 1] * deviation / math.sqrt(count)
+        rows.append(
+            {
+                "cache": name,
+                "bytes": bytes_a_row(cache),
+                "kl_1": cache.fidelity.known_kl(1.0),
+                "kl_4": cache.fidelity.known_kl(4.0),
+                "temperature": temperature,
+                "top1": statistics.mean(ours.values()),
+                "difference": statistics.mean(differences) if differences else math.nan,
+                "interval": interval,
+                "n": count,
+                "differences": differences,
+            }
+        )
+    return rows
+
+
+def bytes_a_row(cache: LogitCache) -> float:
+    """On disk, of the blocks alone."""
+    there = cache.commits.extent()
+    return there.bytes / there.rows
+
+
+if __name__ == "__main__":
+    main()
