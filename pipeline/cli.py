@@ -164,6 +164,10 @@ def rectify_command(config: RectifyConfig, at: CacheAt) -> None:
     console = Console()
     statistics = rectify(at.cache, config, console)
     show_rectification(console, config.chosen_name, statistics)
+    if config.trusted_above is not None:
+        from pipeline.suspects import show_suspects
+
+        show_suspects(console, at.cache, config)
 
 
 @cli.command("train-student")

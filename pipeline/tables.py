@@ -134,7 +134,12 @@ def show_rectification(console: Console, name: str, statistics: dict[str, Any]) 
                 f"{sum(top1) / len(top1):.2%} ({min(top1):.2%} to {max(top1):.2%})",
             ),
             ("wrong rows", f"{statistics['wrong_rows']:,} ({statistics['wrong_rate']:.2%})"),
-            ("label is now the argmax", f"{statistics['label_is_argmax']:.2%} of them"),
+            *(
+                [("left as they are", f"{statistics['trusted_rows']:,}: the teacher is sure")]
+                if "trusted_rows" in statistics
+                else []
+            ),
+            ("label is now the argmax", f"{statistics['label_is_argmax']:.2%} of those rectified"),
             *(
                 (f"confused: {pair['label']} taken for {pair['predicted']}", f"{pair['count']:,}")
                 for pair in statistics["most_confused"][:5]

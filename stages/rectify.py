@@ -49,7 +49,9 @@ def config_of(settings: RectificationSettings, **more: Any) -> RectifyConfig:
     """What makes a rectification of these settings. Raises CacheError if nothing can."""
     asked = {n: getattr(settings, n) for n in ("method", "space", "temperature")}
     try:
-        made = {**asked, "materialise": settings.materialised, **more}
+        sure = settings.trusted_above
+        rule = {} if sure is None else {"wrong": f"confidence:{sure!r}"}
+        made = {**asked, "materialise": settings.materialised, **rule, **more}
         return msgspec.convert(made, RectifyConfig)
     except ValueError as error:  # of msgspec, or a ConfigError
         raise CacheError(
@@ -67,6 +69,7 @@ def settings_of(config: RectifyConfig) -> RectificationSettings:
         temperature=config.temperature,
         temperature_free=free,
         materialised=config.materialise,
+        trusted_above=config.trusted_above,
     )
 
 
@@ -84,6 +87,8 @@ def rectify(
     check_unmixed(cache.identity.views.policy, "rectification")
     settings = settings_of(config)
     check_temperature(cache.encoding, 1.0 if settings.temperature_free else settings.temperature)
+    if settings.trusted_above is not None:
+        check_temperature(cache.encoding, 1.0)
     if settings.space == "logit" and settings.method != "swap":  # swapping ignores the offset
         check_offset(cache.encoding, "the space 'logit'")
     name, views = config.chosen_name, _views(cache, config.views)
@@ -117,7 +122,7 @@ def rectify(
 def rectify_block(cache: LogitCache, rectification: Rectification, at: BlockId) -> None:
     """Rectify and commit one block."""
     arrays, statistics = rectified_block(cache, rectification.settings, at)
-    record = {"settings": msgspec.to_builtins(rectification.settings), "statistics": statistics}
+    record = {"settings": rectification.settings.to_json(), "statistics": statistics}
     rectification.blocks.write(at, arrays, record)
 
 
@@ -138,11 +143,22 @@ def rectified_block(
     new_label, new_predicted = replaced_logits(
         logits, labels, predictions, config.method, config.space, config.temperature
     )
+    trusted = torch.zeros_like(some, dtype=torch.bool)
+    if settings.trusted_above is not None:
+        sharp = logits if temperature == 1 else rows.logits(1.0, some)
+        trusted = _confidence(sharp, predictions) >= settings.trusted_above
+        new_label[trusted] = new_predicted[trusted] = torch.nan  # no reader takes them for logits
     label_logit, predicted_logit = torch.zeros(2, len(wrong))
     label_logit[some], predicted_logit[some] = new_label, new_predicted
-    arrays = {"wrong": wrong, "label_logit": label_logit, "predicted_logit": predicted_logit}
+    arrays = {
+        "wrong": wrong.index_fill(0, some[trusted], False),
+        "label_logit": label_logit,
+        "predicted_logit": predicted_logit,
+    }
+    untouched = logits[trusted]
     rectified = logits.scatter_(1, labels[:, None], new_label[:, None])
     rectified.scatter_(1, predictions[:, None], new_predicted[:, None])
+    rectified[trusted] = untouched
     if whole is not None:
         whole.index_copy_(0, some, rectified)
         arrays["log_distribution"] = torch.log_softmax(whole / temperature, dim=1)
@@ -151,10 +167,17 @@ def rectified_block(
     statistics = {
         "rows": len(wrong) - int(cache.skipped_rows(at.block, record).sum()),
         "wrong": len(some),
-        "label_is_argmax": int((rectified.argmax(1) == labels).sum()),
+        "label_is_argmax": int(((rectified.argmax(1) == labels) & ~trusted).sum()),
         "confused": confused.tolist(),
     }
+    if settings.trusted_above is not None:
+        statistics["trusted"] = int(trusted.sum())
     return arrays, statistics
+
+
+def _confidence(logits: Tensor, predictions: Tensor) -> Tensor:
+    """The probability that rows give the predicted class: float32 (n,)."""
+    return torch.softmax(logits, dim=1).gather(1, predictions[:, None]).squeeze(1)
 
 
 @functools.lru_cache(maxsize=1)

@@ -275,7 +275,5 @@ def made_from(config: StudentConfig, caches: Sequence[LogitCache]) -> dict[str, 
             for cache in caches
         ],
         "views": config.views or caches[0].num_views,
-        "rectified": None
-        if name is None
-        else msgspec.to_builtins(caches[0].rectification(name).settings),
+        "rectified": None if name is None else caches[0].rectification(name).settings.to_json(),
     }

@@ -20,7 +20,7 @@ class Tally:
         self._num_classes = num_classes
         self._rows: Counter[int] = Counter()
         self._wrong: Counter[int] = Counter()
-        self._repaired = 0
+        self._repaired = self._trusted = 0
         self._pairs = np.empty((2, 0), dtype=np.int64)  # label * C + predicted, and how often
         self._to_merge: list[NDArray[np.int64]] = []
         self._waiting = 0
@@ -32,6 +32,7 @@ class Tally:
             self._rows[record["view"]] += block["rows"]
             self._wrong[record["view"]] += block["wrong"]
             self._repaired += block["label_is_argmax"]
+            self._trusted += block.get("trusted", 0)
             label, predicted, count = np.array(block["confused"], np.int64).reshape(-1, 3).T
             self._to_merge.append(np.stack([label * self._num_classes + predicted, count]))
             self._waiting += len(label)
@@ -49,15 +50,19 @@ class Tally:
         self._to_merge, self._waiting = [], 0
 
     def summary(self, class_names: Sequence[str]) -> dict[str, Any]:
-        """Accuracy per view, share repaired, the 20 most confused pairs (the first seen first)."""
+        """Accuracy per view, share repaired of what was rectified, the 20 most confused pairs (the
+        first seen first).
+        """
         self._merge()
         total = sum(self._wrong.values())
+        rectified = total - self._trusted
         most = (-self._pairs[1]).argsort(kind="stable")[:20]
         return {
             "wrong_rows": total,
             "wrong_rate": total / sum(self._rows.values()),
             "top1_per_view": [1 - self._wrong[v] / self._rows[v] for v in sorted(self._rows)],
-            "label_is_argmax": self._repaired / total if total else 1.0,
+            "label_is_argmax": self._repaired / rectified if rectified else 1.0,
+            **({"trusted_rows": self._trusted} if self._trusted else {}),
             "most_confused": [
                 {
                     "label": class_names[pair // self._num_classes],

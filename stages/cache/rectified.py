@@ -20,7 +20,9 @@ from stages.errors import CacheError
 class RectificationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What decides the numbers of a rectification, beside its cache.
 
-    temperature: the one its values belong to, unless it is `temperature_free`.
+    temperature: the one its values belong to, unless it is `temperature_free`. trusted_above: rows
+    that give another class than the label at least this probability at T=1 are left as they are;
+    None for none of them.
     """
 
     method: str
@@ -28,6 +30,12 @@ class RectificationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     temperature: float
     temperature_free: bool
     materialised: bool = False
+    trusted_above: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, without what is None."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return {name: value for name, value in plain.items() if value is not None}
 
     @staticmethod
     def of_attributes(attributes: Mapping[str, Any]) -> "RectificationSettings":
@@ -65,7 +73,8 @@ class Rectification:
 
     def read_values(self, view: int, runs: Sequence[slice]) -> RectifiedValues:
         """The replaced logits of some runs of rows of a complete view."""
-        return RectifiedValues(**self.blocks.read(["label_logit", "predicted_logit"], view, runs))
+        values = self.blocks.read(["label_logit", "predicted_logit"], view, runs)
+        return RectifiedValues(**values, some_trusted=self.settings.trusted_above is not None)
 
     def check_temperature(self, temperature: float) -> None:
         """Raise CacheError unless the rectification can be used at this temperature."""
@@ -138,7 +147,7 @@ def create_rectification(
         _log(cache, name).clear()
         for array, spec in layout.rectified_arrays(settings.materialised).items():
             arrays.create_array(group, array, spec, cache.sizes, cache.grid)
-        known = msgspec.to_builtins(settings)
+        known = settings.to_json()
         # The attributes come last and make it one.
         group.attrs.put(sealed({**known, "identity_digest": cache.identity_digest}))
     rectification = open_rectification(cache, name)
@@ -146,7 +155,8 @@ def create_rectification(
         there = rectification.settings
         raise CacheError(
             f"rectification '{name}' exists with other settings: {there.method}, "
-            f"{there.space}, T={there.temperature:g}",
+            f"{there.space}, T={there.temperature:g}"
+            + (f", trusted from {there.trusted_above:g}" if there.trusted_above else ""),
             "Choose another --name.",
         )
     return rectification

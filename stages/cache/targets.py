@@ -37,8 +37,9 @@ class TargetRows(Protocol):
         """The classes whose logits are known, int64 (n, k); None if all are."""
 
     def wrong(self) -> Tensor:
-        """bool (n,): whether the teacher's argmax on this view differs from the label. Raises
-        CacheError where samples have no labels.
+        """bool (n,): whether the teacher's argmax on this view differs from the label; of rectified
+        rows, without those that the rectification trusts. Raises CacheError where samples have no
+        labels.
         """
 
 
@@ -77,10 +78,14 @@ class Targets(ABC):
 
 @dataclass(frozen=True)
 class RectifiedValues:
-    """The two entries of each wrong row that rectification replaces; float32 (N,), row order."""
+    """The two entries of each wrong row that rectification replaces; float32 (N,), row order.
+
+    some_trusted: NaN stands where a row that answers another class than the label is left as it is.
+    """
 
     label_logit: Tensor
     predicted_logit: Tensor
+    some_trusted: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,9 @@ class ViewTargets(Targets):
     def moved(self, move: Callable[[Tensor], Tensor], shared: SharedTargets) -> "ViewTargets":
         """The same targets where `move` puts a tensor. shared: what is there already."""
         values = self.rectified and RectifiedValues(
-            move(self.rectified.label_logit), move(self.rectified.predicted_logit)
+            move(self.rectified.label_logit),
+            move(self.rectified.predicted_logit),
+            self.rectified.some_trusted,
         )
         arrays = {name: move(array) for name, array in self.arrays.items()}
         predictions = arrays.get("prediction")  # where the encoding reads it, once for both
@@ -189,7 +196,10 @@ class ViewRows:
         if not self.view.labelled:
             raise CacheError("the samples have no labels: none of their rows is right or wrong")
         labels, predictions = self._classes
-        return predictions != labels
+        wrong = predictions != labels
+        if self.rectified is not None and self.rectified.some_trusted:
+            return wrong & ~self.rectified.label_logit[self.index].isnan()
+        return wrong
 
     def at(self, temperature: float = 1.0) -> Tensor:
         """See `TargetRows.at`."""

@@ -2,6 +2,7 @@
 
 # fmt: off
 
+import contextlib
 import re
 from typing import Annotated, ClassVar
 
@@ -81,12 +82,19 @@ class RectifyConfig(Settings, frozen=True):
         "--space")] = "probability-T"
     temperature: Annotated[float, about(
         "Of the loss that will use it.", "--temperature", **TEMPERATURES)] = 4.0
+    wrong: Annotated[str | None, about(
+        "Which rows that answer another class are wrong. label: all, as if left out; confidence:X: "
+        "those that give it less than X at T=1. The others stay as they are: their label may be "
+        "what is wrong.", "--wrong", metavar="RULE")] = None
     name: Annotated[str | None, about(
-        "<method>-T<temperature> and the space if left out.", "--name")] = None
+        "<method>-T<temperature>, the space and the rule if left out.", "--name")] = None
     views: Annotated[FirstViews, about("", above=0)] = None
     scheduler: Scheduler = None
     materialise: Annotated[bool, about(
         "Also store whole rectified rows, for other programs.", "--materialise")] = False
+    suspects: Annotated[str | None, about(
+        "With --wrong confidence:X: write the samples whose labels may be wrong there, as CSV.",
+        "--suspects", metavar="FILE", takes="file")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,11 +110,32 @@ class RectifyConfig(Settings, frozen=True):
                 "Use --method pairwise (as released), or --space probability-T.",
             )
 
+        if self.trusted_above is None and self.suspects is not None:
+            raise ConfigError(
+                "no label is suspected where no teacher is trusted against it",
+                "Add --wrong confidence:X, or leave --suspects out.",
+            )
+
+    @property
+    def trusted_above(self) -> float | None:
+        """From which probability on a teacher is trusted against the label; None for never."""
+        if self.wrong in (None, "label"):
+            return None
+        rule, _, number = self.wrong.partition(":")
+        with contextlib.suppress(ValueError):
+            if rule == "confidence" and 0 < float(number) <= 1:
+                return float(number)
+        raise ConfigError(
+            f"there is no rule '{self.wrong[:100]}' for what is wrong",
+            "Use --wrong label, or --wrong confidence:X with X above 0, up to 1.",
+        )
+
     @property
     def chosen_name(self) -> str:
-        """The name, or the default one: method, temperature and space."""
+        """The name, or the default one: method, temperature, space and rule."""
         space = "" if self.space == "probability-T" else f"-{self.space}"
-        return self.name or f"{self.method}-T{self.temperature:g}{space}"
+        sure = "" if self.trusted_above is None else f"-confidence{self.trusted_above:g}"
+        return self.name or f"{self.method}-T{self.temperature:g}{space}{sure}"
 
 
 class RunConfig(Settings, frozen=True, kw_only=True):

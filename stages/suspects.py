@@ -1,0 +1,55 @@
+"""Samples whose labels may be wrong: where a teacher that has not seen them is sure of another one.
+
+Confident learning (Northcutt, Jiang, Chuang 2021, arXiv 1911.00068) counts confident disagreement
+of out-of-fold predictions and labels. Here a threshold is given (`rectify --wrong confidence:X`),
+and a sample is suspected where the teacher is as sure on at least half of the sample's views.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from stages.cache import LogitCache
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A sample that may have the wrong label. label, predicted: class indices; predicted is what
+    the teacher is sure of on the most views. views: on how many it is sure of another class.
+    """
+
+    sample: int
+    label: int
+    predicted: int
+    views: int
+
+
+def suspected_labels(cache: LogitCache, rectified: str) -> list[Suspect]:
+    """The suspects by a rectification with the rule `confidence`, those of the most views first,
+    then in dataset order. Raises CacheError where there is no such rectification.
+    """
+    rectification = cache.rectification(rectified)
+    views = [v for v in cache.complete_views if rectification.commits.is_complete(v)]
+    samples, classes = torch.arange(cache.num_samples), cache.num_classes
+    found = []
+    for view in views:
+        targets = cache.read_view(view, rectified)
+        answers = targets.predictions[targets.row_of[samples]].long()
+        differs = targets.of(samples).wrong()
+        trusted = differs & ~targets.of(samples, rectified=True).wrong()
+        found.append((samples * classes + answers)[trusted])
+    pairs, counts = torch.cat([*found, samples[:0]]).unique(return_counts=True)
+    whose = pairs // classes
+    total = torch.zeros_like(samples).index_add_(0, whose, counts)
+    most = torch.zeros_like(samples).scatter_reduce_(0, whose, counts, "amax")
+    best = {
+        int(sample): int(pair % classes)
+        for pair, sample, count in zip(pairs, whose, counts, strict=True)
+        if count == most[sample]
+    }
+    suspects = [
+        Suspect(sample, int(cache.labels[sample]), answer, int(total[sample]))
+        for sample, answer in best.items()
+        if 2 * int(total[sample]) >= len(views)
+    ]
+    return sorted(suspects, key=lambda suspect: (-suspect.views, suspect.sample))
