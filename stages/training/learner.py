@@ -60,14 +60,7 @@ class Learner:
             ids = None if device.type == "cpu" else [device]
             self._forward = DistributedDataParallel(self.module, device_ids=ids)
         self._compiled: CompiledForward | None = None
-        step = CapturedStep(
-            self._learn,
-            self._trained.optimizer,
-            self._changed,
-            self.stream,
-            not self.settings.compile,
-        )
-        self._capture = Capture(step, self.task, self.stream) if self.settings.capture else None
+        self._capture = self._make_capture() if self.settings.capture else None
         self.say: Callable[[str], None] = lambda _: None
         self._views = 1
         self.random_state: RandomState | None = None
@@ -106,6 +99,11 @@ class Learner:
                 self._tell(f"--capture: steps are not recorded: {reason}")
         self.module.train()
         return views
+
+    def _make_capture(self) -> Capture:
+        compiled, optimizer = self.settings.compile, self._trained.optimizer
+        step = CapturedStep(self._learn, optimizer, self._changed, self.stream, not compiled)
+        return Capture(step, self.task, self.stream)
 
     def _compile(self) -> CompiledForward:
         alone = self.ranks.world == 1 and self._views == 1 and not self.settings.capture

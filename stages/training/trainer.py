@@ -53,7 +53,8 @@ class Trainer:
         with contextlib.ExitStack() as held:  # where one cannot be had, the others are let go
             for learner in self.learners:
                 learner.prepare()
-                learner.say = functools.partial(self._say, learner)
+                name = learner.run.path.name if several else None
+                learner.say = functools.partial(_say, self.reporter, name)
                 held.callback(learner.run.release)
                 learner.random_state = learner.model.random_state if several else None
                 self.reporter.say(yaml.safe_dump(learner.resolved(), sort_keys=False))
@@ -192,8 +193,11 @@ class Trainer:
         return bool(summed(ranks, torch.tensor(int(answer and ranks.first))))
 
     def _say(self, learner: Learner, text: str) -> None:
-        several = len(self.learners) > 1
-        self.reporter.say(f"{learner.run.path.name}: {text}" if several else text)
+        _say(self.reporter, learner.run.path.name if len(self.learners) > 1 else None, text)
+
+
+def _say(reporter: Reporter, name: str | None, text: str) -> None:
+    reporter.say(text if name is None else f"{name}: {text}")
 
 
 def use_deterministic(wanted: bool) -> None:
