@@ -239,7 +239,10 @@ def _agreements(fidelity: Fidelity) -> list[float]:
 
 def encoding_text(coding: Encoding) -> str:
     """An encoding by name and parameters."""
-    told = ", ".join(f"{key}={value}" for key, value in coding.shown.items())
+    told = ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in coding.shown.items()
+    )
     return f"{coding.name} ({told})" if told else coding.name
 
 
