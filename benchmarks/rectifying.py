@@ -77,6 +77,8 @@ def plainly_decoded(group: zarr.Group, view: int) -> NDArray[np.float32]:
         return logits if kind == "float32" else logits + read(group, "logits_offset", view)[:, None]
     if kind == "topk":
         return _topk(group, view)
+    if kind == "klt-top":
+        return _klt_top(group, view)
     codes = read(group, "logits_code", view).astype(np.float32)
     if kind == "uint8":
         scale, offset = (
@@ -87,6 +89,35 @@ def plainly_decoded(group: zarr.Group, view: int) -> NDArray[np.float32]:
     basis, mean, step = (read(group, f"klt_{name}") for name in ("basis", "mean", "step"))
     rows: NDArray[np.float32] = (codes * step) @ basis + mean
     return rows
+
+
+def _klt_top(group: zarr.Group, view: int) -> NDArray[np.float32]:
+    """In whole numbers, but for the last line."""
+    encoding: dict[str, Any] = group.attrs.asdict()["encoding"]  # type: ignore[assignment]
+    known = encoding["parameters"]
+
+    def whole(name: str, at: int | None = view) -> NDArray[np.int64]:
+        return read(group, name, at).astype(np.int64)
+
+    def digits(name: str, count: int, base: int) -> NDArray[np.int64]:
+        packed = whole(f"logits_{name}")[:, :, None]
+        each: NDArray[np.int64] = packed // base ** np.arange(count) % base - base // 2
+        return each.reshape(len(packed), -1)
+
+    code, predicted = whole("logits_code"), whole("prediction")
+    parts = [code[:, :-1], digits("pair", 2, 15), digits("three", 3, 5), digits("five", 5, 3)]
+    basis, mean, center = (whole(f"klt_{name}", None) for name in ("basis", "mean", "center"))
+    z = mean + (np.concatenate(parts, 1) + center[predicted]) @ basis
+    order, each = z.copy(), np.arange(len(z))
+    order[each, predicted] = 2**24
+    leading = np.argsort(-order, axis=1, kind="stable")[:, : known["top"]]
+    z[each[:, None], leading] += known["fine"] * digits("top", 2, 15)[:, : leading.shape[1]]
+    own = z[each, predicted]
+    z[each, predicted] = -(2**24)
+    z[each, predicted] = np.maximum(own, z.max(1) + max(1, known["fine"] // 8))
+    offset = np.float32(known["offset"]) + np.float32(known["offset_step"]) * code[:, -1:]
+    rows: NDArray[np.float32] = z.astype(np.float32) * np.float32(known["unit"]) + offset
+    return rows.astype(np.float32)
 
 
 def _topk(group: zarr.Group, view: int) -> NDArray[np.float32]:
