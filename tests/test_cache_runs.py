@@ -199,7 +199,7 @@ def test_what_is_held_is_bounded(job: CacheJob, monkeypatch: pytest.MonkeyPatch)
     """By hand: blocks of 30 rows of 10 classes as float32, three of them beyond the run; batches
     of 16 images of 64 pixels.
     """
-    assert held_bytes(job, 4) == (4 + 2 + 1) * 4 * 10 * 30 + 4 * 16 * 64
+    assert held_bytes(job, 4) == (4 + 2 + 1) * 4 * 10 * 30 + 2 * 4 * 16 * 64
     monkeypatch.setattr(cache_runs, "MOST_BYTES", held_bytes(job, 4) - 1)
     monkeypatch.setattr(cache_runs, "free_memory", lambda: 2**40)
     assert views_at_once(job) == 3

@@ -418,3 +418,23 @@ def test_the_filter_of_resized_crops(name: str) -> None:
         assert torch.equal(seen, theirs)
     with pytest.raises(ViewError, match="bilinear or bicubic"):
         view_policy(f"{name}:interpolation=lanczos", 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mirrored", [0, 1])
+@pytest.mark.parametrize("box", [(3, 5, 20, 31), (0, 0, 40, 50), (-2, 10, 12, 60), (1, 1, 8, 8)])
+@pytest.mark.parametrize("filtering", [v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC])
+def test_rendering_does_not_depend_on_how_pixels_lie(
+    channels: int, mirrored: int, box: tuple[int, int, int, int], filtering: v2.InterpolationMode
+) -> None:
+    """Against torchvision on planes of colours; decoders lay the colours of a pixel together."""
+    together = torch.randint(0, 256, (40, 50, channels), dtype=torch.uint8).permute(2, 0, 1)
+    crop = tv.crop(together.contiguous(), *box).contiguous()
+    crop = crop.flip(-1) if mirrored else crop
+    boxes = Boxes(*(torch.tensor([side]) for side in (*box, mirrored)))
+    for size in ((8, 8), (16, 24), (33, 9)):
+        shown = tv.resize(crop, list(size), interpolation=filtering, antialias=True)
+        for image in (together, together.contiguous()):
+            found = render(image, boxes, 0, size, filtering)
+            assert torch.equal(found, shown)
+            assert found.is_contiguous()

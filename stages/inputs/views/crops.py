@@ -241,8 +241,11 @@ def render(
         int(t[i]) for t in (boxes.top, boxes.left, boxes.height, boxes.width, boxes.mirrored)
     )
     crop = tv.crop(image, top, left, height, width)
+    if resized := (height, width) != tuple(size):
+        # Dense, as decoders lay colours out: the same pixels from torch's resampler, sooner.
+        crop = crop[None].contiguous(memory_format=torch.channels_last)[0]
     if mirrored:
         crop = crop.flip(-1)
-    if (height, width) != tuple(size):
+    if resized:
         crop = tv.resize(crop, list(size), interpolation=interpolation, antialias=True)
     return crop.contiguous()
