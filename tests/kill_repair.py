@@ -66,7 +66,6 @@ def count_faults(store: Path) -> None:
 
 
 def main(run: str, out: Path, kills: int, seed: int) -> None:
-    torch.set_num_threads(1)
     config = CacheConfig(
         data=DIGITS,
         teacher=TeacherSettings(weights=run),

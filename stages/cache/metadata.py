@@ -66,7 +66,7 @@ class RootAttributes(msgspec.Struct, frozen=True):
 
 def exists(where: Location) -> bool:
     """Whether a finished root lies there: not in an empty folder, nor in what an interrupted
-    creation left. Raises CacheError if something else lies there.
+    creation left. Raises CacheError if something else lies there, or a cache without its root.
     """
     if isinstance(where, Path):
         with readable(where):
@@ -79,6 +79,11 @@ def exists(where: Location) -> bool:
                 )
     store = open_store(where, read_only=True)
     if read_object(store, "zarr.json") is None:
+        if read_object(store, COPY) is not None:
+            raise CacheError(
+                f"{where} is a cache without its root document zarr.json",
+                f"Run `pipeline verify {where} --repair`.",
+            )
         if there := first_entry(store):
             raise CacheError(
                 f"{where} is not a teacher-logit cache: it holds {there}",

@@ -106,9 +106,9 @@ def retry_seconds() -> float:
 
 
 def told(error: Exception) -> str:
-    """The first line of an error: obstore's go on for a page."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+    """The first line of an error, or its two ends: obstore's are long, and the status comes last."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def fork(work: Callable[[], object]) -> int:
         try:
             work()
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)  # no clean-up of what belongs to the parent
     return child
@@ -93,8 +96,7 @@ def kill_again_and_again(
         fresh, started = not store.exists(), time.monotonic()
         child = fork(start(store))
         if len(at_kill) < kills:
-            # a run that goes on where another was killed reaches what this leaves out
-            status = kill_after(child, moments.uniform(0, 0.6 * seconds))
+            status = kill_after(child, moments.uniform(0, 1.1 * seconds))
         else:
             status = ended(child)
         if status == 0 and fresh:  # too slow a guess lets most runs come through
