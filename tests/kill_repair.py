@@ -18,8 +18,6 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).with_name("cache")))
 from damage import flip
 from helpers import DIGITS, first

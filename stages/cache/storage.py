@@ -106,7 +106,7 @@ def retry_seconds() -> float:
 
 
 def told(error: Exception) -> str:
-    """The first line of an error, or its two ends: obstore's are long, and the status comes last."""
+    """The first line of an error, or both ends of it: the status may come last."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"
 
