@@ -66,16 +66,22 @@ class Batch:
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """Several batches as one, one after another."""
+    """Several batches as one, one after another.
+
+    Where some are mixed and others not, an unmixed sample is its own partner with a share of 1.
+    """
     if len(batches) == 1:
         return batches[0]
-    mixed = all(batch.partners is not None for batch in batches)
-    return Batch(
-        torch.cat([batch.samples for batch in batches]),
-        torch.cat([batch.pixels for batch in batches]),
-        torch.cat([b.partners for b in batches if b.partners is not None]) if mixed else None,
-        torch.cat([b.shares for b in batches if b.shares is not None]) if mixed else None,
-    )
+    samples = torch.cat([batch.samples for batch in batches])
+    pixels = torch.cat([batch.pixels for batch in batches])
+    if all(batch.partners is None for batch in batches):
+        return Batch(samples, pixels)
+    partners = [b.samples if b.partners is None else b.partners for b in batches]
+    shares = [
+        torch.ones(len(b.samples), device=b.samples.device) if b.shares is None else b.shares
+        for b in batches
+    ]
+    return Batch(samples, pixels, torch.cat(partners), torch.cat(shares))
 
 
 class ViewFeed:

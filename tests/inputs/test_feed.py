@@ -12,6 +12,7 @@ from torch import Tensor
 from stages.errors import DatasetError, ViewError
 from stages.inputs.datasets import ImageDataset, load_dataset
 from stages.inputs.feed import Batch, Normalise, ViewFeed, num_batches, plain_view
+from stages.inputs.feed import joined as one_batch
 from stages.inputs.probes import PROBES, pixel_probes
 from stages.inputs.views import Plain, view_policy
 from stages.settings import Feeding
@@ -318,3 +319,17 @@ def test_two_feeds_of_the_same_views_are_read_side_by_side(streamed: bool) -> No
         for left, right in zip(mine, alone.batches(order, view, 5), strict=True):
             assert torch.equal(left.samples, right.samples)
             assert torch.equal(left.pixels, right.pixels)
+
+
+def test_a_mixed_batch_beside_an_unmixed_one_keeps_its_partners() -> None:
+    samples, pixels = torch.tensor([3, 1]), torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    plain = Batch(samples, pixels)
+    mixed = Batch(samples, pixels, torch.tensor([2, 0]), torch.tensor([0.75, 0.5]))
+
+    both = one_batch([plain, mixed])
+
+    assert both.partners is not None
+    assert both.shares is not None
+    assert both.partners.tolist() == [3, 1, 2, 0]
+    assert both.shares.tolist() == [1, 1, 0.75, 0.5]
+    assert one_batch([plain, plain]).partners is None
