@@ -360,6 +360,7 @@ def test_the_slow_way_to_augment_shows_shifted_images() -> None:
 # ---- make bench -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_suite_measures_a_world(
     teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,7 @@ def where(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path) -> Where:
     return Where("cpu", folder, quick=True)
 
 
+@pytest.mark.slow
 def test_the_smoke_test_rehearsed(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device agrees with itself; and what does not agree is noticed."""
     told, _ = smoke.stage_one(where, "float32")
@@ -179,6 +180,7 @@ def test_missing_and_infinite_losses_are_not_close(losses: list[float]) -> None:
         smoke.close(losses, [1.0, 1.0], "float32", "a student")
 
 
+@pytest.mark.slow
 def test_the_rates_rehearsed(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(epochs, "_TRIED_BATCHES", 1)
     monkeypatch.setattr(training, "_LOSS_TURNS", 1)

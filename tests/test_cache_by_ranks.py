@@ -14,6 +14,8 @@ from stages.distributed import Ranks
 VIEWS, BLOCKS = 3, 7
 EVERY = [[view, block] for view in range(VIEWS) for block in range(BLOCKS)]
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Played:
@@ -34,7 +36,7 @@ class Played:
         return [pair for rank in self.ranks(scenario) for pair in rank["returned"]["own"]]
 
 
-@pytest.fixture(scope="module", params=["klt", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["klt", "float32"])
 def played(
     request: pytest.FixtureRequest, teacher_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Played:

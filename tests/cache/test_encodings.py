@@ -1029,7 +1029,9 @@ def cifar100() -> tuple[Tensor, Tensor]:
     ("spec", "name", "most_bytes", "kls", "top1"),
     [
         pytest.param("klt", "klt", 46, {1.0: 5e-3, 4.0: 1e-3}, 0.96, id="plain"),
-        pytest.param("auto", "klt-top", 17, DEFAULT_BUDGET, 1.0, id="default"),
+        pytest.param(
+            "auto", "klt-top", 17, DEFAULT_BUDGET, 1.0, id="default", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_klt_on_cifar100(

@@ -567,7 +567,7 @@ def check_any_change(store: Path, truth: list[Tensor], data: st.DataObject, seal
         else:
             edit_json(store / key, change)
         # Provenance and fidelity say nothing that anything else in the store would repeat.
-        free = sealed and at[0] in ("provenance", "fidelity", "pixel_probes")
+        free = sealed and at[0] in ("provenance", "fidelity", "top5_agreement", "pixel_probes")
         if (store / key).read_bytes() != before[key]:
             assert (
                 found_by_verify(store)
