@@ -41,6 +41,11 @@ class CacheDescription:
         """Whether the samples have labels."""
         self.tested = "eval_label" in self._array_digests
         """Whether there is a test split."""
+        if not self.tested and arrays.member(group, "eval_label") is not None:
+            raise CacheError(
+                f"{path}: there is an array eval_label that the attributes do not name",
+                "Run `pipeline verify CACHE --repair`.",
+            )
         self.specs: dict[str, ArraySpec] = metadata.all_arrays(
             self.num_classes, self.encoding, self.labelled, self.tested
         )
