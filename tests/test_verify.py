@@ -123,14 +123,14 @@ def test_verify_writes_nothing(
 # ---- bytes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_any_flipped_byte_is_found_and_never_read(small_copy: Path) -> None:
+@pytest.mark.parametrize("flips", [10, pytest.param(500, marks=pytest.mark.slow)])
+def test_any_flipped_byte_is_found_and_never_read(small_copy: Path, flips: int) -> None:
     contents, truth = tree(small_copy), everything(small_copy)
     kinds, draw = by_kind(list(contents)), random.Random(1)
     draw.shuffle(kinds)
     missed, read = [], []
-    for number in range(500):
+    for number in range(flips):
         key = draw.choice(kinds[number % len(kinds)])
         at, mask = draw.randrange(len(contents[key])), draw.randrange(1, 256)
         with harmed(small_copy / key, flipped(contents[key], at, mask)):
