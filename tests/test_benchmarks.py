@@ -70,6 +70,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- suite --cache --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cache_is_measured_and_left_as_it_is(
     finished_cache: Path, teacher_run: Path, tmp_path: Path
 ) -> None:

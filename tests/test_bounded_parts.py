@@ -43,6 +43,7 @@ class Measured:
 # ---- bounds ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_hangs_or_dies_costs_only_itself(tmp_path: Path) -> None:
     measured = Measured(tmp_path)
     names = ["well-1", "well-2", "fails", "well-3", "hangs", "dies", "cannot", "well-4"]

@@ -477,7 +477,14 @@ def offset_sensitive(path: Path, splits: Splits, run: Path) -> None:
     rectify(path, RectifyConfig(space="logit"))
 
 
-@pytest.mark.parametrize("spec", [spec for spec in ENCODINGS if spec != "auto"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(spec, marks=[] if spec in ("klt", "topk:k=4") else pytest.mark.slow)
+        for spec in ENCODINGS
+        if spec != "auto"
+    ],
+)
 def test_what_reads_the_offset_of_rows_has_it_or_is_refused(
     my_cache: Callable[[str], Path],
     exact_offset: Path,

@@ -598,7 +598,7 @@ def same_meaning(before: bytes, document: bytes) -> bool:
     return bool(whole[0] == whole[1])
 
 
-@settings(max_examples=10, deadline=None, database=None, derandomize=True)
+@settings(max_examples=5, deadline=None, database=None, derandomize=True)
 @given(data=st.data())
 def test_any_change_of_a_document_is_found(
     my_copy: Path, truth: list[Tensor], data: st.DataObject
@@ -606,7 +606,7 @@ def test_any_change_of_a_document_is_found(
     check_any_change(my_copy, truth, data, sealed=False)
 
 
-@settings(max_examples=10, deadline=None, database=None, derandomize=True)
+@settings(max_examples=5, deadline=None, database=None, derandomize=True)
 @given(data=st.data())
 def test_any_change_of_the_attributes_is_refused_or_harmless_though_sealed(
     my_copy: Path, truth: list[Tensor], data: st.DataObject

@@ -187,7 +187,7 @@ def maps(model: nn.Module, image: Tensor, names: list[str]) -> dict[str, Tensor]
     return seen
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     "name", [*FAMILIES, "resnet20", "ResNet18", "vgg13", "wrn_10_3", "resnet9_w1", "resnet9_w8"]
 )
