@@ -20,7 +20,7 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-# CI runs SLOW=slow: all but what takes tens of minutes.
+# SLOW=slow leaves out what takes tens of minutes.
 slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "$(SLOW)"
 
