@@ -3,8 +3,8 @@
     python -m benchmarks.gpu --smoke
     python -m benchmarks.gpu --smoke --device cpu    the same code against itself
 
-What only moves bytes must be equal. Numbers may differ by the order of sums, and by TF32, which
-convolutions use on a GPU: by no more than `CLOSE`. A student's first weights are drawn on the CPU
+What only moves bytes must be equal. Numbers may differ by the order of sums: by no more than
+`CLOSE`. A student's first weights are drawn on the CPU
 for every device, so that its losses can be compared step by step.
 """
 

@@ -45,7 +45,6 @@ from stages.fold_teachers import (
     check_unmixed_folds,
     load_teachers,
     mean_logits,
-    with_modules,
 )
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Skip, Statistics
@@ -223,7 +222,7 @@ def prepare(
         identity=identity,
         device=device,
         ranks=ranks,
-        folds=folds and with_modules(folds, modules),
+        folds=folds and replace(folds, modules=tuple(modules)),
     )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache.blocks import BackgroundWriter
 from stages.cache.commits import Record
-from stages.cache.encoding import Encoding, fit_rows, in_words, is_encoding
+from stages.cache.encoding import Encoding, fit_rows, is_encoding
 from stages.cache.identity import differences
 from stages.cache.layout import BlockId
 from stages.cache.lock import exclusive, joined
@@ -46,6 +46,7 @@ from stages.distributed import (
 from stages.errors import CacheError, IdentityError
 from stages.inputs.probes import pixel_probes
 from stages.reporting import Reporter, Silent
+from stages.sizes import budget_in_words
 from stages.teacher_checks import teacher_doubts
 
 __all__ = ["CacheJob", "CacheSummary", "cache_teacher", "open_existing", "prepare"]
@@ -160,9 +161,11 @@ def open_existing(job: CacheJob, out: str | Path) -> LogitCache | None:
         )
     budget, fidelity = job.config.budget, cache.fidelity
     if budget is not None and fidelity is not None and not fidelity.holds(budget):
-        known = in_words({t: float(f"{fidelity.known_kl(t) or math.nan:.2g}") for t in budget})
+        known = budget_in_words(
+            {t: float(f"{fidelity.known_kl(t) or math.nan:.2g}") for t in budget}
+        )
         raise IdentityError(
-            f"{out} holds a mean KL of {known}, not {in_words(budget)}",
+            f"{out} holds a mean KL of {known}, not {budget_in_words(budget)}",
             "Leave --max-kl out, or choose another --out.",
         )
     return cache

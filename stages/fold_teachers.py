@@ -7,7 +7,7 @@ All of them are held in memory.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +111,6 @@ def load_folds(
     )
     modules = tuple(m.module for m in models)
     return models, FoldTeachers(modules, fold_of, identity)
-
-
-def with_modules(folds: FoldTeachers, modules: Sequence[nn.Module]) -> FoldTeachers:
-    """The same folds, answered for by these modules."""
-    return replace(folds, modules=tuple(modules))
 
 
 def check_unmixed_folds(policy: ViewPolicy) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache.identity import FoldsIdentity
 from stages.errors import ConfigError
-from stages.inputs.counter_hash import permute
+from stages.inputs.counter_hash import class_by_class
 from stages.order import Stream
 
 
@@ -30,9 +30,7 @@ def fold_map(labels: Tensor, folds: int, seed: int) -> Tensor:
             f"{samples} samples cannot be divided into {folds} folds",
             "Give --folds 2 or more, and no more than there are samples.",
         )
-    shuffled = torch.empty(samples, dtype=torch.int64)
-    shuffled[permute(torch.arange(samples), samples, seed, Stream.FOLDS)] = torch.arange(samples)
-    dealt = shuffled[labels[shuffled].argsort(stable=True)]
+    dealt = class_by_class(labels, seed, Stream.FOLDS)
     found = torch.empty_like(dealt)
     found[dealt] = torch.arange(samples) % folds
     return found

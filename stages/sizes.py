@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 
 from stages.errors import ConfigError
 
@@ -49,3 +50,8 @@ def parse_budget(given: str | float, name: str) -> dict[float, float]:
             raise ConfigError(f"{name} must be positive, was {part}")
         budget[at] = most
     return budget
+
+
+def budget_in_words(budget: Mapping[float, float]) -> str:
+    """0.03 at T=1, 0.008 at T=4."""
+    return ", ".join(f"{kl:g} at T={t:g}" for t, kl in sorted(budget.items()))

@@ -133,7 +133,7 @@ def student_trainer(
         name: TargetReader(caches, name, schedule, plan, stream.labels, len(configs))
         for name in dict.fromkeys(names)
     }
-    labelled = bool((splits.train.labels >= 0).all())
+    labelled = splits.train.labelled
     # What is read with a rectification has the teacher's own rows as well.
     tasks = [
         CachedTask(c, schedule, readers[c.bias.rectified or names[0]], stream.labels, labelled)

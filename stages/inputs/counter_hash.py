@@ -71,3 +71,12 @@ def permute(positions: Tensor, n: int, *key: int | Tensor) -> Tensor:
     while bool((outside := x >= n).any()):
         x = torch.where(outside, feistel(x), x)
     return x
+
+
+def class_by_class(labels: Tensor, *key: int) -> Tensor:
+    """All samples, those of one class after another, each in a keyed random order: int64 (N,).
+
+    labels: int64 (N,).
+    """
+    size = len(labels)
+    return (labels * size + permute(torch.arange(size), size, *key)).argsort()

@@ -103,9 +103,9 @@ class Trainer:
             learner.begin()
             at = learner.position
             if at.epoch == self.settings.epochs:
-                self._say(learner, f"is finished already: {at.epoch} epochs")
+                learner.say(f"is finished already: {at.epoch} epochs")
             elif at.epoch or at.step:
-                self._say(learner, f"going on in epoch {at.epoch + 1}, after batch {at.step}")
+                learner.say(f"going on in epoch {at.epoch + 1}, after batch {at.step}")
 
     def _train_epoch(self, epoch: int, stop: "StopSignal") -> None:
         # A kill may have come between two learners' checkpoints: each goes on where it was.
@@ -148,7 +148,7 @@ class Trainer:
             except RunError as error:
                 learner.error = error
             else:
-                self._say(learner, said(metrics, self.settings.epochs))
+                learner.say(said(metrics, self.settings.epochs))
 
     def _keeps(self, epoch: int) -> bool:
         """Whether checkpoints are written after this epoch: after the first and the last one, and
@@ -191,9 +191,6 @@ class Trainer:
         """The first rank's answer, on every rank."""
         ranks = self.stream.ranks
         return bool(summed(ranks, torch.tensor(int(answer and ranks.first))))
-
-    def _say(self, learner: Learner, text: str) -> None:
-        _say(self.reporter, learner.run.path.name if len(self.learners) > 1 else None, text)
 
 
 def _say(reporter: Reporter, name: str | None, text: str) -> None:

@@ -17,7 +17,6 @@ from stages.cache.encoding.base import (
     Encoding,
     check_offset,
     check_temperature,
-    in_words,
 )
 from stages.cache.encoding.choose import (
     FIT_ROWS,
@@ -64,7 +63,6 @@ __all__ = [
     "encoding_attributes",
     "fit_encoding",
     "fit_rows",
-    "in_words",
     "is_encoding",
     "mean_kl",
     "measure",

@@ -25,11 +25,6 @@ PLAIN_BUDGET: Budget = {1.0: 5e-3}
 """What `klt` without `top` aims at where nothing is asked for."""
 
 
-def in_words(budget: Budget) -> str:
-    """0.03 at T=1, 0.008 at T=4."""
-    return ", ".join(f"{kl:g} at T={t:g}" for t, kl in sorted(budget.items()))
-
-
 ENCODINGS: dict[str, type["Encoding"]] = {}
 """Every encoding by its name on the command line."""
 Class = TypeVar("Class", bound=type["Encoding"])
@@ -58,6 +53,8 @@ class Encoding(ABC):
     name: ClassVar[str] = "auto"
     default_up_to: ClassVar[float] = 0
     """Classes up to which `auto` takes it, where no KL is asked for; of several the smallest."""
+    otherwise: ClassVar[str | None] = None
+    """The encoding that `auto` takes where it would take this one, and no step holds its budget."""
     takes: ClassVar[Mapping[str, Callable[[str], Any]]] = {}
     """What can be set after a colon (`topk:k=20`), and how each is read. Raises ValueError."""
 

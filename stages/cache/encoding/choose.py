@@ -12,10 +12,11 @@ import msgspec
 from torch import Tensor
 
 from stages.cache.arrays import encode_shard
-from stages.cache.encoding.base import ENCODINGS, Budget, Encoding, in_words
+from stages.cache.encoding.base import ENCODINGS, Budget, Encoding
 from stages.cache.encoding.fidelity import Fidelity, compare
 from stages.cache.layout import base_arrays, block_grid
 from stages.errors import CacheError, PipelineError
+from stages.sizes import budget_in_words
 
 FIT_ROWS = 8192
 """How many rows an encoding is fitted to."""
@@ -116,9 +117,9 @@ def _default(logits: Tensor) -> Encoding:
     try:
         return chosen.fit(logits)
     except CacheError:
-        if chosen.name != "klt-top":
+        if chosen.otherwise is None:
             raise
-        return ENCODINGS["klt"].fit(logits)  # which has codes of two bytes as well
+        return ENCODINGS[chosen.otherwise].fit(logits)
 
 
 def _holding(measured: list[Measured], budget: Budget) -> Measured:
@@ -127,7 +128,7 @@ def _holding(measured: list[Measured], budget: Budget) -> Measured:
         return min(able, key=lambda m: m.row_bytes)
     told = "; ".join(f"{m.coding.name} has {_known(m.fidelity, budget)}" for m in measured)
     raise CacheError(
-        f"no encoding that was asked for holds a mean KL of {in_words(budget)}: {told}",
+        f"no encoding that was asked for holds a mean KL of {budget_in_words(budget)}: {told}",
         "Give a larger --max-kl, or --encoding float32 without one.",
     )
 

@@ -91,6 +91,12 @@ def mean_kl(exact: Tensor, decoded: Tensor, temperature: float) -> Tensor:
     return row_kl(exact, decoded, temperature).mean()
 
 
+def holds_kl(coding: Encoding, logits: Tensor, budget: Budget) -> bool:
+    """Whether rows that are encoded and decoded have at most the mean KL of a budget."""
+    decoded = coding.decode(coding.encode(logits))
+    return all(float(mean_kl(logits, decoded, t)) <= kl for t, kl in budget.items())
+
+
 def measure(coding: Encoding, logits: Tensor, labels: Tensor) -> Fidelity:
     """Encode rows, decode them and compare. logits: float32 (n, C); labels: int64 (n,)."""
     return compare(coding, logits, coding.encode(logits, labels))
@@ -99,8 +105,10 @@ def measure(coding: Encoding, logits: Tensor, labels: Tensor) -> Fidelity:
 def compare(coding: Encoding, logits: Tensor, arrays: Mapping[str, Tensor]) -> Fidelity:
     """As `measure`, of rows that are encoded already."""
     held = [t for t in TEMPERATURES if coding.holds(t)]
-    kls = [row_kl(logits, coding.decode(arrays, t), t) for t in held]
     decoded = coding.decode(arrays, held[0] if held else 1.0)
+    kls = [
+        row_kl(logits, decoded if coding.keeps_all else coding.decode(arrays, t), t) for t in held
+    ]
     same = decoded.argmax(1) == logits.argmax(1)
     return Fidelity(
         rows=len(logits),

@@ -11,6 +11,7 @@ it is, it changes nothing of what the others say.
 """
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,13 +25,13 @@ from stages.cache.encoding.base import (
     Encoding,
     check_range,
     encoding,
-    in_words,
 )
-from stages.cache.encoding.fidelity import mean_kl
+from stages.cache.encoding.fidelity import holds_kl
 from stages.cache.encoding.klt_basis import eigenbasis
 from stages.cache.encoding.klt_top import KltTop, check_step
 from stages.cache.layout import ArraySpec
 from stages.errors import CacheError
+from stages.sizes import budget_in_words
 
 _HEADROOM = 1.5
 """How much larger than the calibration's largest code a code may be."""
@@ -99,6 +100,7 @@ class Klt(Encoding):
             return Klt(basis, mean, _steps(peaks, dtype, step), dtype)
         searched = logits[: max(1, _SEARCHED // logits.shape[1])]
         budget = PLAIN_BUDGET if budget is None else budget
+        aimed = {t: _MARGIN * kl for t, kl in budget.items()}
         # int8 first: where it holds the budget, it takes half the bytes.
         for dtype in ("int8", "int16"):
 
@@ -106,18 +108,14 @@ class Klt(Encoding):
                 step = _COARSEST * 2 ** (-exponent / _STEPS_PER_OCTAVE)
                 return Klt(basis, mean, _steps(peaks, dtype, step), dtype)  # noqa: B023
 
-            low, high = 0, _STEPS_PER_OCTAVE * _OCTAVES  # KL falls with the exponent
-            if not _holds(with_step(high), searched, budget):
-                continue
-            while low < high:
-                middle = (low + high) // 2
-                if _holds(with_step(middle), searched, budget):
-                    high = middle
-                else:
-                    low = middle + 1
-            return with_step(high)
+            def holds(exponent: int) -> bool:
+                return holds_kl(with_step(exponent), searched, aimed)
+
+            finest = _STEPS_PER_OCTAVE * _OCTAVES
+            if holds(finest):  # KL falls with the exponent
+                return with_step(bisect_left(range(finest), True, key=holds))
         raise CacheError(
-            f"no step of the encoding klt holds a KL of {in_words(budget)}",
+            f"no step of the encoding klt holds a KL of {budget_in_words(budget)}",
             "Use --encoding float32.",
         )
 
@@ -191,8 +189,3 @@ def _rotated(logits: Tensor, mean: Tensor, basis: Tensor) -> Tensor:
 def _steps(peaks: Tensor, dtype: str, step: float) -> Tensor:
     """The step of each component: coarser where a code would not fit."""
     return (peaks / torch.iinfo(getattr(torch, dtype)).max).clamp(min=step)
-
-
-def _holds(coding: Klt, logits: Tensor, budget: Budget) -> bool:
-    decoded = coding.decode(coding.encode(logits))
-    return all(float(mean_kl(logits, decoded, t)) <= _MARGIN * kl for t, kl in budget.items())

@@ -16,6 +16,7 @@ array of its own (`packing.py`).
 
 import dataclasses
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,14 +32,14 @@ from stages.cache.encoding.base import (
     Encoding,
     check_range,
     encoding,
-    in_words,
 )
-from stages.cache.encoding.fidelity import mean_kl
+from stages.cache.encoding.fidelity import holds_kl
 from stages.cache.encoding.klt_basis import Rows
 from stages.cache.encoding.klt_integers import DEAD_ZONE, KINDS, SHARED, WIDEST, integers
 from stages.cache.encoding.packing import PAIRS
 from stages.cache.layout import ArraySpec, prediction_dtype
 from stages.errors import CacheError
+from stages.sizes import budget_in_words
 
 COARSEST_STEP = 64.0
 _MARGIN = 0.97
@@ -82,6 +83,7 @@ class KltTop(Encoding):
     offset: float
     offset_step: float
     default_up_to: ClassVar[float] = 4096
+    otherwise: ClassVar[str | None] = "klt"  # which has codes of two bytes as well
     takes: ClassVar[Mapping[str, Callable[[str], Any]]] = {"step": float, "top": int}
 
     # ---- making one -------------------------------------------------------------------------
@@ -107,28 +109,22 @@ class KltTop(Encoding):
         if step is not None:
             return cls(top=top, **integers(rows, step))
         budget = DEFAULT_BUDGET if budget is None else budget
+        aimed = {t: _MARGIN * kl for t, kl in budget.items()}
         searched = logits[: max(1, _SEARCHED // classes)]
 
-        def holds(exponent: int) -> bool:
-            coding = cls(top=top, **integers(rows, _step(exponent)))
-            decoded = coding.decode(coding.encode(searched))
-            return all(
-                float(mean_kl(searched, decoded, t)) <= _MARGIN * kl for t, kl in budget.items()
-            )
+        def with_step(exponent: int) -> KltTop:
+            return cls(top=top, **integers(rows, _step(exponent)))
 
-        low, high = 0, _STEPS_PER_OCTAVE * _OCTAVES  # KL falls with the exponent
-        if not holds(high):
+        def holds(exponent: int) -> bool:
+            return holds_kl(with_step(exponent), searched, aimed)
+
+        finest = _STEPS_PER_OCTAVE * _OCTAVES
+        if not holds(finest):  # KL falls with the exponent
             raise CacheError(
-                f"no step of the encoding {cls.name} holds a KL of {in_words(budget)}",
+                f"no step of the encoding {cls.name} holds a KL of {budget_in_words(budget)}",
                 "Use --encoding float32.",
             )
-        while low < high:
-            middle = (low + high) // 2
-            if holds(middle):
-                high = middle
-            else:
-                low = middle + 1
-        return cls(top=top, **integers(rows, _step(high)))
+        return with_step(bisect_left(range(finest), True, key=holds))
 
     @classmethod
     def restore(

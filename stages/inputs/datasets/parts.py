@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import DatasetError
-from stages.inputs.counter_hash import permute
+from stages.inputs.counter_hash import class_by_class
 from stages.inputs.datasets.dataset import ImageDataset, Skip, Split, unlabelled
 
 _SHARE_ORDER = 0x7E57
@@ -58,12 +58,10 @@ def share_mask(labels: Tensor, share: float) -> Tensor:
     Of n images of a class round(n * share), but at least one, and not all. Which of them is drawn
     by a fixed key: it depends on the labels and the share alone.
     """
-    size = len(labels)
-    place = permute(torch.arange(size), size, _SHARE_ORDER)
-    order = (labels * size + place).argsort()  # class by class, each in the drawn order
+    order = class_by_class(labels, _SHARE_ORDER)
     counts = labels.bincount()
     rank = torch.empty_like(labels)
-    rank[order] = torch.arange(size) - (counts.cumsum(0) - counts)[labels[order]]
+    rank[order] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
     wanted = (counts * share).round().long().clamp(min=1)
     return rank < torch.minimum(wanted, (counts - 1).clamp(min=0))[labels]
 

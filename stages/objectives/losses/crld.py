@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from stages.errors import ConfigError
 from stages.objectives.losses.registry import loss
-from stages.objectives.losses.rows import TeacherRows, centred, kl, whole
+from stages.objectives.losses.rows import TeacherRows, centred, check_two_views, kl, whole
 from stages.objectives.losses.standardise import standardised
 
 
@@ -46,12 +45,7 @@ def crld(
     there. Returns float32, (). Raises ConfigError for rows of one view. Needs whole rows.
     """
     sure = whole(teacher_logits, "crld", 1.0)
-    if student_logits.dim() != 3 or len(student_logits) != 2:
-        raise ConfigError(
-            "the loss 'crld' takes the rows of a weak and of a strong view, (2, B, C), not those "
-            f"of one: {tuple(student_logits.shape)}",
-            "Stack the two, or use train-student, which reads both from a cache of paired views.",
-        )
+    check_two_views(student_logits, "crld")
     student, t = centred(student_logits.flatten(0, 1)), temperature
     teacher = centred(whole(teacher_logits, "crld", t).reshape(student.shape))
     confident = sure.reshape(student.shape).softmax(1).amax(1).chunk(2)

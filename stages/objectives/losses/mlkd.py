@@ -3,9 +3,8 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.errors import ConfigError
 from stages.objectives.losses.registry import loss
-from stages.objectives.losses.rows import TeacherRows, centred, kl, whole
+from stages.objectives.losses.rows import TeacherRows, centred, check_two_views, kl, whole
 from stages.objectives.losses.standardise import standardised
 
 FURTHER_TEMPERATURES = (3.0, 5.0, 2.0, 6.0)
@@ -52,12 +51,7 @@ def mlkd(
     equal weights scale the loss.
     """
     surest = whole(teacher_logits, "mlkd", 1.0)
-    if student_logits.dim() != 3 or len(student_logits) != 2:
-        raise ConfigError(
-            "the loss 'mlkd' takes the rows of a weak and of a strong view, (2, B, C), not those "
-            f"of one: {tuple(student_logits.shape)}",
-            "Stack the two, or use train-student, which reads both from a cache of paired views.",
-        )
+    check_two_views(student_logits, "mlkd")
     student = centred(student_logits.flatten(0, 1))
     ones = student.new_ones(len(student))
     weak_w, strong_w = (ones if weights is None else weights).chunk(2)

@@ -111,6 +111,16 @@ def whole(teacher: TeacherRows, loss: str, temperature: float) -> Tensor:
     return known(teacher, temperature)
 
 
+def check_two_views(student_logits: Tensor, loss: str) -> None:
+    """Raise ConfigError unless logits are those of a weak and of a strong view, (2, B, C)."""
+    if student_logits.dim() != 3 or len(student_logits) != 2:
+        raise ConfigError(
+            f"the loss '{loss}' takes the rows of a weak and of a strong view, (2, B, C), not "
+            f"those of one: {tuple(student_logits.shape)}",
+            "Stack the two, or use train-student, which reads both from a cache of paired views.",
+        )
+
+
 def needs_whole_rows(loss: str) -> ConfigError:
     """The error of a loss that cannot do with rows that are known in part."""
     return ConfigError(
