@@ -120,13 +120,17 @@ def small_job(teacher_run: Path, digits: Splits) -> CacheJob:
     return prepare(config, Splits(first(digits.train, 300), first(digits.test, 100)))
 
 
+def finished(job: CacheJob, path: Path) -> Path:
+    """A complete cache with the rectification pairwise-T4."""
+    cache_teacher(job, path)
+    rectify(path, RectifyConfig())
+    return path
+
+
 @pytest.fixture(scope="session")
 def small_cache(tmp_path_factory: pytest.TempPathFactory, small_job: CacheJob) -> Path:
     """A complete cache with the rectification pairwise-T4. Read only: many tests share it."""
-    path = tmp_path_factory.mktemp("small") / "small.zarr"
-    cache_teacher(small_job, path)
-    rectify(path, RectifyConfig())
-    return path
+    return finished(small_job, tmp_path_factory.mktemp("small") / "small.zarr")
 
 
 @pytest.fixture
@@ -144,10 +148,7 @@ def tiny_job(small_job: CacheJob) -> CacheJob:
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_job: CacheJob) -> Path:
     """A complete cache with the rectification pairwise-T4. Read only: many tests share it."""
-    path = tmp_path_factory.mktemp("tiny") / "tiny.zarr"
-    cache_teacher(tiny_job, path)
-    rectify(path, RectifyConfig())
-    return path
+    return finished(tiny_job, tmp_path_factory.mktemp("tiny") / "tiny.zarr")
 
 
 @pytest.fixture
