@@ -12,6 +12,7 @@ import pytest
 import torch
 from row_losses import Formula, Row, by_formula, draw, part_of
 from test_abkd import abkd_formula
+from test_adaptconf import adaptconf_formula
 from test_corrections import ka_lsr_formula, la_formula, lr_formula, rc_formula
 from test_crld import transcribed as crld_formula
 from test_ctkd import START
@@ -33,6 +34,7 @@ ROWS = {
     "ce": ce_formula,
     "kd": kd_formula,
     "abkd": abkd_formula,
+    "adaptconf": adaptconf_formula,
     "dkd": dkd_formula,
     "nkd": nkd_formula,
     "ctkd": lambda *row: kd_formula(*row, START),
