@@ -30,6 +30,7 @@ from stages.training.objective import (
     teacher_temperatures,
     views_seen,
 )
+from stages.training.until import check_until
 
 
 def check_students(
@@ -68,6 +69,7 @@ def complete(config: StudentConfig, cache: LogitCache) -> StudentConfig:
             )
         loss = msgspec.structs.replace(loss, average="batch")
     config = msgspec.structs.replace(config, loss=loss)
+    check_until(config)
     if loss.name == "ce" and bias.mode != "none":
         raise ConfigError(
             f"bias '{bias.mode}' needs a loss that uses the teacher, not 'ce'",

@@ -15,7 +15,7 @@ views are shown and no targets are read: the fair baseline. Where the cached vie
 the mixed image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from stages.training.objective import Objective
 from stages.training.run_directory import RunDirectory
 from stages.training.stream import open_stream
 from stages.training.trainer import Outcome, Trainer
+from stages.training.until import Until, untils
 
 
 def train_student(
@@ -136,8 +137,8 @@ def student_trainer(
     labelled = splits.train.labelled
     # What is read with a rectification has the teacher's own rows as well.
     tasks = [
-        CachedTask(c, schedule, readers[c.bias.rectified or names[0]], stream.labels, labelled)
-        for c in configs
+        CachedTask(c, schedule, readers[c.bias.rectified or names[0]], stream.labels, labelled, end)
+        for c, end in zip(configs, untils(configs, cache, choices, stream, reporter), strict=True)
     ]
 
     # 5) all of it together: `fit` trains
@@ -162,13 +163,16 @@ class CachedTask:
         reader: TargetReader,
         labels: Tensor,
         labelled: bool = True,
+        until: Until | None = None,
     ) -> None:
-        """config: complete. labels: int64 (N,), on the device. labelled: whether they are known."""
+        """config: complete. labels: int64 (N,), on the device. labelled: whether they are known.
+        until: when the loss is switched off, None for never; it is reported afterwards too.
+        """
         self._config, self._schedule, self._labels = config, schedule, labels
         self._labelled = labelled
         self._objective = None if config.loss.name == "ce" else Objective(config.loss)
         self.learned = None if self._objective is None else self._objective.learned
-        self._reader, self._epoch = reader, 0
+        self._reader, self._epoch, self._until, self._off = reader, 0, until, False
         # Weights of the epoch at hand: of the loss, of right rows and of wrong ones.
         self._weights = torch.ones(3, device=labels.device)
         self._weight, right, wrong = self._weights.unbind()
@@ -177,13 +181,20 @@ class CachedTask:
         self.targets: Targets | None = None
         self._kept: Targets | None = None
 
+    def look_back(self, history: Sequence[Mapping[str, Any]]) -> str | None:
+        """Whether the loss is switched off after these epochs; says so once."""
+        told = None if self._until is None or self._off else self._until.told(history)
+        self._off |= told is not None
+        return told
+
     def start_epoch(self, epoch: int) -> tuple[int, ...]:
         """The views that an epoch shows, whose targets are read now."""
         self._epoch, bias, weight = epoch, self._config.bias, 0.0
         self.targets = None  # let go before more is read
         if self._objective is not None:
             self._objective.start_epoch(epoch)
-            weight, self.targets = self._objective.weight, self._reader.of_epoch(epoch)
+            weight = 0.0 if self._off else self._objective.weight
+            self.targets = self._reader.of_epoch(epoch)
         if self._kept is not None and self.targets is not None:
             take(self._kept, self.targets)
             self.targets = self._kept
@@ -193,6 +204,8 @@ class CachedTask:
         right, wrong = float(of_rows.right), float(of_rows.wrong)
         self._weights.copy_(torch.tensor([weight, right, wrong]))
         self._told = {"weight_right": right, "weight_wrong": wrong}
+        if self._until is not None:
+            self._told |= self._until.metrics(weight)
         return self._schedule.of_epoch(epoch)
 
     def keep_in_place(self) -> str | None:

@@ -12,19 +12,18 @@ from stages.settings.commands import (
     TeacherConfig,
     keys_deciding,
 )
+from stages.settings.learning import BiasSettings, LossSettings
 from stages.settings.sections import (
     MAX_BLOCK_ROWS,
     MOST_IN_A_BATCH,
     MOST_WORKERS,
     BiasMode,
-    BiasSettings,
     Cache,
     DataSettings,
     Device,
     Download,
     Dtype,
     Feeding,
-    LossSettings,
     Method,
     ModelSettings,
     Outputs,

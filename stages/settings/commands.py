@@ -8,19 +8,18 @@ from typing import Annotated, ClassVar
 
 from stages.errors import ConfigError
 from stages.schema import Decides, Settings, about, settings_of
+from stages.settings.learning import BiasSettings, LossSettings
 from stages.settings.sections import (
     MAX_BLOCK_ROWS,
     SEEDS,
     TEMPERATURES,
     Augment,
     BatchSize,
-    BiasSettings,
     Cache,
     ChannelsLast,
     DataSettings,
     Device,
     FirstViews,
-    LossSettings,
     Method,
     ModelSettings,
     Precision,

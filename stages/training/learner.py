@@ -26,7 +26,7 @@ from stages.training.random_state import RandomState
 from stages.training.run_directory import RunDirectory
 from stages.training.run_folder import MADE_FROM
 from stages.training.stream import BatchStream, Evaluation
-from stages.training.task import Position, Task
+from stages.training.task import Position, Task, TaskLookingBack
 from stages.training.trained import Trained
 
 
@@ -87,6 +87,8 @@ class Learner:
 
     def start_epoch(self) -> tuple[int, ...]:
         """The views that the epoch at hand shows."""
+        if isinstance(self.task, TaskLookingBack) and (told := self.task.look_back(self.history)):
+            self._tell(told)
         views = self.task.start_epoch(self.position.epoch)
         self._views = len(views)
         if self.settings.compile and self._compiled is None:

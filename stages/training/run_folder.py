@@ -202,6 +202,9 @@ def _bound_to_epochs(settings: Mapping[str, Any]) -> str | None:
     schedule = settings["train"].get("schedule") if "train" in settings else None
     if schedule in ("cosine", "onecycle"):
         return f"the learning rate of train.schedule={schedule} is spread over all of them"
+    until = (settings.get("loss") or {}).get("until")
+    if isinstance(until, float) and until < 1:
+        return f"loss.until={until:g} is a share of all of them"
     bias = settings.get("bias") or {}
     mode = bias.get("mode", "none")
     chosen = bias.get("schedule") or ("cosine" if mode == "rectify" else "constant")

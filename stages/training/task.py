@@ -1,7 +1,8 @@
 """What a model is trained for, and how far it is."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -36,6 +37,16 @@ class TaskInPlace(Protocol):
 
     def keep_in_place(self) -> str | None:
         """From the epoch at hand on it does. Returns why it cannot: a sentence without its end."""
+
+
+@runtime_checkable
+class TaskLookingBack(Protocol):
+    """A task that depends on how good the model was in the epochs before."""
+
+    def look_back(self, history: Sequence[Mapping[str, Any]]) -> str | None:
+        """Called before every epoch. history: the lines of metrics.jsonl of those before. Returns
+        what is different from now on, in words, once.
+        """
 
 
 @dataclass

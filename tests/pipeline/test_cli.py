@@ -150,6 +150,8 @@ WRONG = {
     "loss-unknown": (f"{STUDY} --loss kl", "kl"),
     "bias-unknown": (f"{STUDY} --bias fix", "bias.mode"),
     "bias-with-ce": (f"{STUDY} --bias rectify --loss ce", "'ce'"),
+    "until-nothing-held-out": (f"{STUDY} --until beats-teacher", "--val-fraction"),
+    "until-later": (f"{STUDY} --until later", "'later'"),
     "rectification-missing": (f"{STUDY} --bias rectify", "pipeline rectify"),
     "rectification-unknown": (f"{CORRECTED} --bias rectify --rectified swap-T4", "pairwise-T4"),
     "rectification-of-several": (
