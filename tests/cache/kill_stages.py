@@ -40,6 +40,8 @@ def fork(work: Callable[[], object]) -> int:
     if child == 0:
         status = 1
         try:
+            # Makes the pool of threads that a fork loses. Two threads that do it at once fail.
+            torch.set_num_threads(1)
             work()
             status = 0
         except BaseException:

@@ -617,7 +617,7 @@ def test_an_object_that_is_listed_is_not_taken_for_missing(
     before, faults = objects(url), verify(url).faults
     with through(server, denied(key)):
         for work in (lambda: verify(url), lambda: repair(url, one_job, faults)):
-            with pytest.raises(UnansweredError, match="404"):
+            with pytest.raises(UnansweredError):
                 work()
     kept = before.keys() - {"prediction/c/0/0", "commits/logits/v00000.json"}
     assert {k: c for k, c in objects(url).items() if k in kept} == {k: before[k] for k in kept}
