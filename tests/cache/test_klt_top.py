@@ -22,6 +22,7 @@ from stages.cache.encoding import (
     fit_rows,
     is_encoding,
     measure,
+    ranking,
     restored,
     row_bytes_on_disk,
 )
@@ -29,6 +30,7 @@ from stages.cache.encoding.klt_basis import Rows
 from stages.cache.encoding.klt_top import KltTop
 from stages.cache.encoding.packing import FIVES, PAIRS, THREES, Packing
 from stages.errors import CacheError
+from stages.training.graphs import NoWaits
 
 DIGITS = {"pair": (2, 15), "three": (3, 5), "five": (5, 3)}
 """How many codes a byte has, and in which base."""
@@ -142,6 +144,21 @@ def test_low_precision_of_products_is_kept_out(coding: KltTop, rows: Tensor) -> 
         torch.set_float32_matmul_precision(before)
 
 
+def test_as_on_a_device_it_decodes_the_same_and_asks_nothing_of_the_host(
+    coding: KltTop, rows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = coding.encode(rows)
+    plain = coding.decode(arrays)
+    monkeypatch.setattr(ranking, "largest_on_host", ranking.largest)
+    moved = coding.to(torch.device("cpu"))
+
+    with NoWaits() as called:
+        found = moved.decode(arrays)
+
+    assert torch.equal(found, plain)
+    assert "topk.default" in {name for name, _ in called.operations}
+
+
 def test_any_codes_are_exact(coding: KltTop) -> None:
     """What no teacher gives, and a damaged store may."""
     generator = torch.Generator().manual_seed(2)
@@ -177,7 +194,7 @@ def test_equal_entries_are_ranked_by_class(rows: Tensor) -> None:
 
     for prediction, classes in zip(arrays["prediction"].tolist(), refined, strict=True):
         assert classes == [prediction, *(c for c in range(12, 24) if c != prediction)][:6]
-    errors = PAIRS.unpack(arrays["logits_top"])[:, :6]
+    errors = PAIRS.unpack(arrays["logits_top"], PAIRS.table())[:, :6]
     leading = torch.tensor(refined)
     relative = (rows - rows.mean(1, keepdim=True)) / coding.unit - coding.mean
     wanted = (relative.gather(1, leading) / coding.fine).round().clamp(-7, 7)
@@ -354,11 +371,12 @@ def test_codes_come_back_from_their_bytes(packing: Packing, count: int) -> None:
 
     assert packed.dtype == torch.uint8
     assert packed.shape == (50, -(-count // packing.digits))
-    found = packing.unpack(packed)
+    found = packing.unpack(packed, packing.table())
     assert torch.equal(found[:, :count].long(), codes)
     assert not found[:, count:].any()
     assert torch.equal(
-        packing.unpack(packing.pack(codes * 99))[:, :count].long(), codes.sign() * packing.limit
+        packing.unpack(packing.pack(codes * 99), packing.table())[:, :count].long(),
+        codes.sign() * packing.limit,
     )
 
 

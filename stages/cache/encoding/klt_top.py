@@ -37,6 +37,7 @@ from stages.cache.encoding.fidelity import holds_kl
 from stages.cache.encoding.klt_basis import Rows
 from stages.cache.encoding.klt_integers import DEAD_ZONE, KINDS, SHARED, WIDEST, integers
 from stages.cache.encoding.packing import PAIRS
+from stages.cache.encoding.ranking import leading
 from stages.cache.layout import ArraySpec, prediction_dtype
 from stages.errors import CacheError
 from stages.sizes import budget_in_words
@@ -229,9 +230,8 @@ class KltTop(Encoding):
             f"logits_{name}": KINDS[name].pack(codes)
             for name, codes in zip(SHARED, shared, strict=True)
         }
-        coarse = self._coarse(arrays, predictions)
-        leading = self._leading(coarse, predictions)
-        errors = (exact.gather(1, leading) - coarse.gather(1, leading)) / self.fine
+        classes, entries = leading(self._coarse(arrays, predictions), predictions, self.top)
+        errors = (exact.gather(1, classes) - entries) / self.fine
         return {**arrays, "logits_top": PAIRS.pack(errors.round())}
 
     def decode(self, arrays: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
@@ -247,12 +247,13 @@ class KltTop(Encoding):
     def _decoded(self, arrays: Mapping[str, Tensor]) -> Tensor:
         predictions = arrays["prediction"].long()
         rows = self._coarse(arrays, predictions)
-        leading = self._leading(rows, predictions)
-        fine = PAIRS.unpack(arrays["logits_top"])[:, : self.top] * self.fine
-        refined = rows.gather(1, leading) + fine
-        others = rows.scatter_(1, leading, refined).scatter(1, leading[:, :1], -math.inf)
-        highest = others.amax(1, keepdim=True) + self.margin
-        rows.scatter_(1, leading[:, :1], torch.maximum(refined[:, :1], highest))
+        known = min(self.top + 1, rows.shape[1])  # of those that are not refined the largest too
+        classes, entries = leading(rows, predictions, known)
+        fine = PAIRS.unpack(arrays["logits_top"], self._tables["top"])[:, : self.top]
+        entries[:, : self.top].add_(fine, alpha=self.fine)
+        highest = entries[:, 1:].amax(1) + self.margin
+        entries[:, 0] = torch.maximum(entries[:, 0], highest)
+        rows.scatter_(1, classes, entries)
         offset = arrays["logits_code"][:, -1:].float() * self.offset_step + self.offset
         return rows.mul_(self.unit).add_(offset)
 
@@ -263,23 +264,14 @@ class KltTop(Encoding):
         of bfloat16 for all products is met with double precision.
         """
         parts = [arrays["logits_code"][:, : self.wide].float()]
-        parts += [KINDS[name].unpack(arrays[f"logits_{name}"]) for name in SHARED]
-        codes = torch.cat(parts, 1) + self.center[predictions]
+        parts += [
+            KINDS[name].unpack(arrays[f"logits_{name}"], self._tables[name]) for name in SHARED
+        ]
+        codes = torch.cat(parts, 1).add_(self.center.index_select(0, predictions))
         with torch.autocast(codes.device.type, enabled=False):
             if torch.get_float32_matmul_precision() == "medium":
                 return (self._mean.double() + codes.double() @ self._matrix.double()).float()
             return torch.addmm(self._mean, codes, self._matrix)
-
-    def _leading(self, rows: Tensor, predictions: Tensor) -> Tensor:
-        """The prediction, then the classes of the largest entries: int64 (n, top).
-
-        Of equal entries the lower class comes first; no two keys are equal, so that no library has
-        a choice.
-        """
-        classes = torch.arange(len(self.mean), device=rows.device)
-        keys = rows.to(torch.int64).mul_(len(classes)).sub_(classes)
-        keys.scatter_(1, predictions[:, None], torch.iinfo(torch.int64).max)
-        return keys.topk(self.top, dim=1).indices
 
     def _runs(self, rows: int) -> list[slice]:
         size = max(1, _AT_ONCE // len(self.mean))
@@ -291,7 +283,11 @@ class KltTop(Encoding):
     def to(self, device: torch.device) -> "KltTop":
         moved = {n: getattr(self, n).to(device) for n in ("basis", "mean", "center")}
         made = dataclasses.replace(self, **moved)
-        _ = made._matrix, made._mean  # made now: nothing is, while a CUDA graph is captured
+        _ = (
+            made._matrix,
+            made._mean,
+            made._tables,
+        )  # made now: nothing is, while a CUDA graph is captured
         return made
 
     @cached_property
@@ -301,6 +297,12 @@ class KltTop(Encoding):
     @cached_property
     def _mean(self) -> Tensor:
         return self.mean.float()
+
+    @cached_property
+    def _tables(self) -> dict[str, Tensor]:
+        """The codes of every byte, of each kind."""
+        kinds = {name: KINDS[name] for name in SHARED} | {"top": PAIRS}
+        return {name: kind.table(self.mean.device) for name, kind in kinds.items()}
 
 
 _SCALARS = [

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,15 @@ class Packing:
         weighted = [whole[..., i] * (2 * self.limit + 1) ** i for i in range(self.digits)]
         return torch.stack(weighted).sum(0).to(torch.uint8)
 
-    def unpack(self, packed: Tensor) -> Tensor:
-        """uint8 (n, b) -> float32 (n, b digits). Without any tensor but these: nothing has to be on
-        a device before a CUDA graph is captured.
-        """
-        base, found = 2 * self.limit + 1, []
-        for _ in range(self.digits):
-            found.append(packed % base)
-            packed = packed // base
-        return torch.stack(found, dim=2).flatten(1).float() - self.limit
+    def table(self, device: torch.device | None = None) -> Tensor:
+        """The codes of every byte: float32 (256, digits)."""
+        byte, base = torch.arange(256, device=device), 2 * self.limit + 1
+        codes = [byte // base**i % base - self.limit for i in range(self.digits)]
+        return torch.stack(codes, dim=1).float()
+
+    def unpack(self, packed: Tensor, table: Tensor) -> Tensor:
+        """uint8 (n, b) -> float32 (n, b digits). table: as `table` gives it, on the same device."""
+        return embedding(packed.int(), table).flatten(1)
 
 
 PAIRS, THREES, FIVES = Packing(2, 7), Packing(3, 2), Packing(5, 1)
