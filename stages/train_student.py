@@ -237,17 +237,18 @@ class CachedTask:
         value = self._value(logits, teacher, labels, weights)  # (B,), or () of coupled rows
         mean, ce_weight = value.mean(), self._config.loss.ce_weight or 0.0
         parts = {
-            "loss": ce_weight * hard + self._weight * mean,
+            "loss": torch.add(self._weight * mean, hard, alpha=ce_weight),
             "loss_ce": hard,
             "loss_kd": mean,
         }
         # What is only reported takes few operations: small students wait for each of them.
-        told = {"wrong_rate": wrong.float()}
+        told = {"wrong_rate": wrong}
         if value.dim():
             seen = value.detach()
-            of_wrong = seen * told["wrong_rate"]
+            of_wrong = seen * wrong
             told |= {"loss_right": seen - of_wrong, "loss_wrong": of_wrong}
-        return parts | dict(zip(told, torch.stack([*told.values()]).mean(1), strict=True))
+        means = torch.stack([*told.values()]).mean(1, dtype=torch.float32)
+        return parts | dict(zip(told, means, strict=True))
 
     def _taught(self, logits: Tensor, batch: Batch, labels: Tensor) -> dict[str, Tensor]:
         """As `loss_parts`, of the teacher alone: nothing is known to be right or wrong."""

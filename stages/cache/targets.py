@@ -125,6 +125,13 @@ class ViewTargets(Targets):
         """What all views of the cache have in common."""
         return SharedTargets(self.encoding, self.labels, self.row_of)
 
+    @cached_property
+    def mistakes(self) -> Tensor:
+        """bool (n,), row order: whether the teacher's answer differs from the label. Made once, as
+        every batch asks for it.
+        """
+        return self.predictions != self.labels
+
     def to(self, device: torch.device) -> "ViewTargets":
         """The same targets on another device."""
         return self.moved(lambda tensor: tensor.to(device), self.shared.to(device))
@@ -195,8 +202,11 @@ class ViewRows:
         """See `TargetRows.wrong`."""
         if not self.view.labelled:
             raise CacheError("the samples have no labels: none of their rows is right or wrong")
-        labels, predictions = self._classes
-        wrong = predictions != labels
+        return self._wrong
+
+    @cached_property
+    def _wrong(self) -> Tensor:
+        wrong = self.view.mistakes[self.index]
         if self.rectified is not None and self.rectified.some_trusted:
             return wrong & ~self.rectified.label_logit[self.index].isnan()
         return wrong

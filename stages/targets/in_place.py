@@ -32,4 +32,4 @@ def _of_a_view(targets: Targets) -> list[Tensor]:
     assert isinstance(targets, ViewTargets)
     values = targets.rectified
     pair = [] if values is None else [values.label_logit, values.predicted_logit]
-    return [*targets.arrays.values(), targets.predictions, *pair]
+    return [*targets.arrays.values(), targets.predictions, targets.mistakes, *pair]
