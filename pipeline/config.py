@@ -17,7 +17,7 @@ import yaml
 from pipeline.console import visible
 from pipeline.home import expanded_values
 from stages.errors import ConfigError, PipelineError
-from stages.inputs.run_files import ShallowLoader
+from stages.inputs.run_files import FastLoader, check_depth
 from stages.schema import alternatives, settings_of
 from stages.user_code import modules_in, trust
 
@@ -143,7 +143,7 @@ def load_yaml(path: Path) -> Any:
         raise ConfigError(f"{path} is not a text file in UTF-8") from error
 
 
-class _Loader(ShallowLoader):
+class _Loader(FastLoader):
     """Keys that are given once; 1e-2 is a number, as in YAML 1.2 and everywhere else."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -169,6 +169,7 @@ _Loader.add_implicit_resolver(
 def _yaml(text: str, where: str) -> Any:
     where = _cut(where)
     try:
+        check_depth(text)
         loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:

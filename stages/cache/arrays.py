@@ -53,7 +53,7 @@ def get_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     child = member(group, name)
     if not isinstance(child, zarr.Array):
         raise CacheError(f"{group.store_path}: array '{name}' is missing")
-    return child.with_config({"write_empty_chunks": True})  # not kept in its document
+    return child
 
 
 def member(group: zarr.Group, name: str) -> zarr.Array[Any] | zarr.Group | None:

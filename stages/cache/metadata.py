@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -222,11 +223,9 @@ def create_store(where: Location, new: NewCache) -> None:
     whole = {name: values for name, values in whole.items() if name in specs}
     grid = layout.block_grid(samples, classes, new.block_rows)
     group = unfinished_group(where)
-    for name, spec in specs.items():
-        create_array(group, name, spec, sizes, grid)
+    created = {name: create_array(group, name, spec, sizes, grid) for name, spec in specs.items()}
     for name, values in (whole | new.coding.calibration()).items():
-        array = get_array(group, name)
-        array[...] = values.numpy().astype(array.dtype)
+        created[name][...] = values.numpy().astype(created[name].dtype)
     group.create_group("commits")
     group.create_group("rectified")
     write_attributes(
@@ -282,21 +281,35 @@ def _array_fault(
         found = get_array(group, name).metadata.to_dict()
     except CacheError as error:
         return error.cause
-    scratch = zarr.create_group(MemoryStore())
+    shape = spec.shape(sizes)
     try:
-        expected = create_array(scratch, name, spec, sizes, grid).metadata.to_dict()
+        expected = _written(spec, shape, grid)
     except (TypeError, ValueError) as error:  # attributes that speak of an array that cannot be
         return f"there can be no array '{name}' as the attributes have it: {error}"
     room: Any = found["shape"]
     if spec.by_block and room and room[0] > MAX_VIEWS:
         return f"array '{name}' claims {room[0]} views, more than any cache has"
-    if spec.by_block and len(room) == len(spec.dimensions) and room[0] > sizes["view"]:
-        expected["shape"] = (room[0], *spec.shape(sizes)[1:])
-    differing = [k for k in {*found, *expected} if _plain(found, k) != _plain(expected, k)]
+    if spec.by_block and len(room) == len(shape) and room[0] > sizes["view"]:
+        expected = expected | _plain({"shape": (room[0], *shape[1:])})
+    plain = _plain(found)
+    differing = [key for key in {*plain, *expected} if plain.get(key) != expected.get(key)]
     if differing:
         return f"the metadata of array '{name}' is not what was written: {sorted(differing)[0]}"
     return None
 
 
-def _plain(document: Mapping[str, Any], key: str) -> str:
-    return json.dumps(document.get(key), sort_keys=True, default=str)
+@lru_cache(maxsize=256)
+def _written(spec: ArraySpec, shape: tuple[int, ...], grid: BlockGrid) -> dict[str, str]:
+    """The document of an array of this shape, as it was created."""
+    sizes = dict(zip(spec.dimensions, shape, strict=True))
+    array = create_array(zarr.create_group(MemoryStore()), "a", spec, sizes, grid)
+    return _plain(array.metadata.to_dict())
+
+
+def _plain(document: Mapping[str, Any]) -> dict[str, str]:
+    """The fields that say something, each as text: with 0, 0.0 and false apart."""
+    return {
+        key: json.dumps(value, sort_keys=True, default=str)
+        for key, value in document.items()
+        if value is not None
+    }

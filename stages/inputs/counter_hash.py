@@ -60,11 +60,12 @@ def permute(positions: Tensor, n: int, *key: int | Tensor) -> Tensor:
         return torch.zeros_like(positions ^ key_hash)
     half = ((n - 1).bit_length() + 1) // 2
     mask = (1 << half) - 1
+    round_keys = [_splitmix(key_hash ^ r) for r in range(_FEISTEL_ROUNDS)]
 
     def feistel(x: Tensor) -> Tensor:
         left, right = x >> half, x & mask
-        for r in range(_FEISTEL_ROUNDS):
-            left, right = right, left ^ (_splitmix(_splitmix(key_hash ^ r) ^ right) & mask)
+        for key in round_keys:
+            left, right = right, left ^ (_splitmix(key ^ right) & mask)
         return (left << half) | right
 
     x = feistel(positions)

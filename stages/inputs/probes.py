@@ -3,11 +3,12 @@
 import zlib
 
 import torch
+from torch import Tensor
 
 from stages.inputs.counter_hash import bounded, counter_hash
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.rendered import RenderedViews
-from stages.inputs.views import ViewPolicy
+from stages.inputs.views import Paired, Shown, ViewPolicy
 
 PROBES = 256
 NO_PROBE = 0
@@ -24,12 +25,10 @@ def pixel_probes(
 
     The pairs depend on the policy and the number of samples, not on how many views are cached.
     """
-    rendered = RenderedViews(dataset, policy, image_size)
     probe = torch.arange(PROBES)
     views = bounded(counter_hash(seed, probe, 0), min(policy.count or PROBED_VIEWS, PROBED_VIEWS))
     samples = bounded(counter_hash(seed, probe, 1), len(dataset))
-    pairs = list(zip(samples.tolist(), views.tolist(), strict=True))
-    shown = rendered.shown(pairs)
+    shown = _shown(dataset, policy, image_size, samples, views)
     unseen = torch.isin(samples, dataset.skipped)
     if shown.partners is not None:
         unseen |= torch.isin(shown.partners, dataset.skipped)
@@ -37,3 +36,20 @@ def pixel_probes(
         NO_PROBE if skipped else zlib.crc32(image.numpy().tobytes())
         for image, skipped in zip(shown.images, unseen.tolist(), strict=True)
     ]
+
+
+def _shown(
+    dataset: ImageDataset,
+    policy: ViewPolicy,
+    image_size: int | None,
+    samples: Tensor,
+    views: Tensor,
+) -> Shown:
+    """View `views[i]` of `samples[i]`, in one batch where there is no need to resample."""
+    held = dataset.images
+    alike = policy.moves_pixels_only and not policy.mixes and not isinstance(policy, Paired)
+    if held is not None and alike and (not image_size or {*held.shape[-2:]} == {image_size}):
+        sides = (torch.full_like(samples, side) for side in held.shape[-2:])
+        return Shown(policy.crop(held[samples], policy.draw(samples, views, *sides)))
+    pairs = list(zip(samples.tolist(), views.tolist(), strict=True))
+    return RenderedViews(dataset, policy, image_size).shown(pairs)

@@ -14,6 +14,12 @@ import yaml
 
 from stages.errors import RunError
 
+try:  # a tenth of the time, where PyYAML was built with libyaml
+    from yaml import CSafeDumper, CSafeLoader
+except ImportError:
+    from yaml import SafeDumper as CSafeDumper  # type: ignore[assignment]
+    from yaml import SafeLoader as CSafeLoader  # type: ignore[assignment]
+
 MOST_DEEP = 50
 """Of collections in one another in a YAML file: no configuration has as many."""
 _SEAL = "# sha256 of what follows: "
@@ -25,33 +31,31 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-class ShallowLoader(yaml.SafeLoader):
-    """Raises RecursionError at once for what is nested deeper than MOST_DEEP.
+class FastLoader(CSafeLoader):
+    """As PyYAML's SafeLoader."""
 
-    PyYAML itself would take seconds: at each bracket it looks at all that are open.
+
+def check_depth(text: str) -> None:
+    """Raise RecursionError for YAML that is nested deeper than MOST_DEEP: to load it would take
+    seconds, or the whole stack.
     """
-
-    _depth = 0
-
-    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803
-        """As PyYAML has it, for a bracket that may still be opened."""
-        if self.flow_level >= MOST_DEEP:
+    depth = 0
+    for event in yaml.parse(text, FastLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_DEEP:
             raise RecursionError
-        super().fetch_flow_collection_start(TokenClass)
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """As PyYAML has it, for a node that may still lie in its parent."""
-        if self._depth >= MOST_DEEP:
-            raise RecursionError
-        self._depth += 1
-        node: yaml.Node | None = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
+
+def yaml_text(values: Mapping[str, Any]) -> str:
+    """These values as YAML, in their order."""
+    text: str = yaml.dump(dict(values), Dumper=CSafeDumper, sort_keys=False)
+    return text
 
 
 def config_text(config: Mapping[str, Any]) -> str:
     """config.yaml of these settings, sealed."""
-    text = yaml.safe_dump(dict(config), sort_keys=False)
+    text = yaml_text(config)
     return f"{_SEAL}{sha256(text.encode())}\n{text}"
 
 
@@ -63,7 +67,8 @@ def read_config(run: Path) -> dict[str, Any]:
         first, _, rest = text.partition("\n")
         if first.startswith(_SEAL) and first != _SEAL + sha256(rest.encode()):
             raise damaged(file)
-        config = yaml.load(text, ShallowLoader)
+        check_depth(text)
+        config = yaml.load(text, FastLoader)
     except FileNotFoundError:
         raise RunError(
             f"{run} is not a run directory: it has no config.yaml",

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 
 from stages.distributed import summed
 from stages.errors import PipelineError, RunError, StoppedError
+from stages.inputs.run_files import yaml_text
 from stages.reporting import Reporter
 from stages.training.history import said
 from stages.training.learner import Learner
@@ -57,7 +57,7 @@ class Trainer:
                 learner.say = functools.partial(_say, self.reporter, name)
                 held.callback(learner.run.release)
                 learner.random_state = learner.model.random_state if several else None
-                self.reporter.say(yaml.safe_dump(learner.resolved(), sort_keys=False))
+                self.reporter.say(yaml_text(learner.resolved()))
             held.pop_all()
 
     @property
