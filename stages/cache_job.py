@@ -278,7 +278,9 @@ class TeacherPass:
         on_gpu = job.device.type == "cuda"
         pinned = on_gpu and 4 * len(samples) * classes <= MAX_BLOCK_BYTES  # torch keeps it
         logits = [torch.empty((len(samples), classes), pin_memory=pinned) for _ in views]
-        start = 0
+        in_order, start = self.feed.dataset.in_order, 0
+        if in_order:  # their place in the block is given back at the end
+            samples, places = samples.sort()
         for batches in self.feed.views(samples, views, job.config.batch_size):
             size = len(batches[0].samples)
             for batch, whole in zip(batches, logits, strict=True):
@@ -294,6 +296,9 @@ class TeacherPass:
             start += size
         if on_gpu:
             torch.cuda.current_stream(job.device).synchronize()
+        if in_order:
+            for rows in logits:
+                rows[places] = rows.clone()
         return logits
 
     def finite_logits(self, samples: Tensor, view: int) -> Tensor:

@@ -52,8 +52,8 @@ def waiting(job: CacheJob, at_once: int) -> int:
 
 def held_bytes(job: CacheJob, at_once: int) -> int:
     """Bytes that runs of so many views hold at most: float32 rows of the run, of the blocks that
-    wait and of the one that is written; and twice the pixels of a batch in every view, as workers
-    sent them and put together.
+    wait and of the one that is written, and one more where images are read in another order; and
+    twice the pixels of a batch in every view, as workers sent them and put together.
     """
     rows = len(job.splits.train)
     grid = block_grid(rows, job.num_classes, job.config.block_rows)
@@ -61,7 +61,8 @@ def held_bytes(job: CacheJob, at_once: int) -> int:
     channels, *sides = job.splits.train.shape
     height, width = (job.image_size or side for side in sides)
     batch = channels * height * width * min(job.config.batch_size, rows)
-    return block * (at_once + waiting(job, at_once) + 1) + 2 * batch * at_once
+    blocks = at_once + waiting(job, at_once) + 1 + job.splits.train.in_order
+    return block * blocks + 2 * batch * at_once
 
 
 def views_at_once(job: CacheJob) -> int:

@@ -20,6 +20,7 @@ from stages.errors import (
     PipelineError,
 )
 from stages.inputs.checkpoints import weights_file
+from stages.inputs.datasets.shards import fixed_folder
 from stages.settings import CacheConfig
 from stages.user_code import FOLDERS, check_trusted
 
@@ -83,7 +84,8 @@ def _check_places(where: Location, config: CacheConfig) -> None:
         places.append((ModelError, "the weights", weights_file(weights)[0], "--weights"))
     if dataset.startswith(FOLDERS):
         kind, _, folder = dataset.partition(":")
-        places.append((DatasetError, "the dataset", Path(folder), f"--dataset {kind}:DIR"))
+        place = Path(fixed_folder(folder) if kind == "wds" else folder)
+        places.append((DatasetError, "the dataset", place, f"--dataset {kind}:DIR"))
     if root is not None:
         places.append((DatasetError, "the dataset's root", Path(root), "--root"))
     for error, what, place, option in places:

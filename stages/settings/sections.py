@@ -64,7 +64,7 @@ class DataSettings(Settings, frozen=True):
     section: ClassVar[str] = "data"
 
     dataset: Annotated[str, about(
-        "A name, folder:DIR, hf:DIR or module:callable.",
+        "A name, folder:DIR, hf:DIR, wds:PATTERN or module:callable.",
         "--dataset", takes="dataset", decides="contents")]
     root: Annotated[Root, about("", decides="place")] = None
     download: Annotated[Download, about("", decides="nothing")] = False
@@ -76,7 +76,8 @@ class DataSettings(Settings, frozen=True):
         "a cache leaves out.", "--skip", metavar="FILE", takes="file")] = None
     test: Annotated[str | None, about(
         "What is tested on, if not the dataset's own test split: 'none', a folder DIR of "
-        "DIR/CLASS/IMAGE, or a share of the training images, 0.1 for example.",
+        "DIR/CLASS/IMAGE, a pattern of wds: shards, or a share of the training images, such as "
+        "0.1.",
         "--test", metavar="none|DIR|SHARE", decides="result")] = None
     eval_dataset: Annotated[str | None, about(
         "A dataset whose test split is tested on instead.",

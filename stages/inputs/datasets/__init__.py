@@ -13,6 +13,7 @@ from stages.inputs.datasets.callables import from_callable
 from stages.inputs.datasets.dataset import (
     PUBLISHED_STATISTICS,
     SOURCES,
+    TESTED_ELSEWHERE,
     WALKED,
     ImageDataset,
     PassedOver,
@@ -66,7 +67,8 @@ class Reading(TypedDict, total=False):
 
 def load_dataset(spec: str, split: Split, **reading: Unpack[Reading]) -> ImageDataset:
     """One split of `digits`, `cifar10`, `cifar100`, `fashion-mnist`, `imagenet`, `folder:DIR`,
-    `hf:DIR` or `module:callable`. Without labels, training images have no class names.
+    `hf:DIR`, `wds:PATTERN` or `module:callable`. Without labels, training images have no class
+    names.
 
     Raises DatasetError if it is missing, unreadable, or has fewer than two classes.
     """
@@ -90,10 +92,10 @@ def _read(source: Source) -> ImageDataset:
         raise DatasetError(
             f"unknown dataset '{spec}'", f"Known: {', '.join(known)}, module:callable."
         )
-    if split == "test" and source.test is not None and kind != "folder":
+    if split == "test" and source.test is not None and f"{kind}:" not in TESTED_ELSEWHERE:
         raise DatasetError(
             f"--test {source.test} is a folder, and '{spec}' is none",
-            "--test takes none, a share such as 0.1, or, with folder:DIR, a folder.",
+            "--test takes none, a share such as 0.1, or, with folder:DIR or wds:PATTERN, another.",
         )
     dataset = read(source)
     if source.exif and not dataset.exif:

@@ -55,7 +55,8 @@ class ImageDataset:
     samples that are neither trained on nor measured; their pixels are black. exif: images are
     turned as their EXIF orientation says. tested_share: what share of the training images is the
     test split, 0 where that is another. Where it is not labelled, labels are
-    all -1.
+    all -1. in_order: samples that follow one another lie one after another in few files, and are
+    read best so.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ImageDataset:
     exif: bool = False
     tested_share: float = 0.0
     labelled: bool = True
+    in_order: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -159,6 +161,10 @@ DIGESTED_WHOLE: set[str] = set()
 """Datasets whose `images_digest` is taken of the pixels of all images."""
 
 
+TESTED_ELSEWHERE: set[str] = set()
+"""Datasets for which `Source.test` may say where other images lie."""
+
+
 WALKED: dict[str, Callable[[Source], list[PassedOver]]] = {}
 """What lists the files that a dataset does not take, by the names that know."""
 
@@ -168,14 +174,17 @@ def dataset(
     statistics: Statistics | None = None,
     whole: bool = False,
     passed_over: Callable[[Source], list[PassedOver]] | None = None,
+    tested_elsewhere: bool = False,
 ) -> Callable[[Read], Read]:
     """Register what reads the datasets of this name. statistics: published ones. whole: its digest
     is taken of the pixels of all images. passed_over: lists the files that are not taken.
+    tested_elsewhere: its `test` may name a place.
     """
 
     def register(read: Read) -> Read:
         SOURCES[name] = read
         DIGESTED_WHOLE.update({name} if whole else ())
+        TESTED_ELSEWHERE.update({name} if tested_elsewhere else ())
         if passed_over is not None:
             WALKED[name] = passed_over
         if statistics is not None:

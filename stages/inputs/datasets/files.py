@@ -70,7 +70,7 @@ def _passed_over(source: Source) -> list[PassedOver]:
     return [PassedOver(f"{folder}/{path}", kind) for path, kind in found]
 
 
-@dataset("folder:", passed_over=_passed_over)
+@dataset("folder:", passed_over=_passed_over, tested_elsewhere=True)
 def folder(source: Source) -> ImageDataset:
     """DIR/train/CLASS/IMAGE and DIR/test, or DIR/val; DIR/CLASS/IMAGE, or images alone, where
     `test` says what is tested on. Raises DatasetError.
@@ -140,7 +140,7 @@ def _from_files(
     name: str, source: Source, base: Path, listing: FolderListing, command: str
 ) -> ImageDataset:
     """command: what `pipeline check-data` has to be given for this dataset."""
-    notes = not_taken(base, listing, f"pipeline check-data {command}")
+    notes = not_taken(base, listing.passed_over, f"pipeline check-data {command}")
     listing, found = skipped_files(listing, source.skips, str(base))
     paths, left_out = tuple(listing.paths), {skip.sample for skip in found}
     lines = (

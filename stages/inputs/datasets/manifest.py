@@ -1,9 +1,10 @@
-"""What lies in a folder of images, remembered between runs: a million files are not listed again.
+"""What lies in a folder or in shards, remembered: a million images are not listed again.
 
 The manifest lies in the user's cache directory (XDG_CACHE_HOME or ~/.cache, teacher-cache/folders),
 never in the dataset. It is believed while every folder of the dataset has the times it had when it
 was listed, and some files, drawn at random, their sizes: adding, removing or renaming a file
-changes its folder. A manifest that is damaged, or that cannot be written, is one that is not there.
+changes its folder. Of tar shards each has to have its times. A manifest that is damaged, or that
+cannot be written, is one that is not there.
 
 Fails when: a file is overwritten in place with other bytes, its folder keeps its times and the file
 is not among those looked at. `data.rescan` lists again.
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -31,6 +33,25 @@ DANGLING = "dangling link"
 such a listing is not remembered."""
 
 
+class Listing(Protocol):
+    """What can be remembered; a msgspec struct."""
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """How many files of which kind were not taken."""
+
+    @property
+    def watched(self) -> list[str]:
+        """Relative paths whose times change with the listing."""
+
+    @property
+    def sized(self) -> tuple[list[str], list[int]]:
+        """Files, relative, and their bytes."""
+
+
+Found = TypeVar("Found", bound=Listing)
+
+
 class FolderListing(msgspec.Struct, frozen=True, array_like=True):
     """The images of a folder, in the order that labels and digests have.
 
@@ -46,12 +67,22 @@ class FolderListing(msgspec.Struct, frozen=True, array_like=True):
     folders: list[str] = []
     passed_over: dict[str, int] = {}
 
+    @property
+    def watched(self) -> list[str]:
+        """Its folders."""
+        return self.folders or _folders(self)
+
+    @property
+    def sized(self) -> tuple[list[str], list[int]]:
+        """Its images."""
+        return self.paths, self.sizes
+
 
 class _Manifest(msgspec.Struct, frozen=True, array_like=True):
-    """times: of every folder, by its path relative to the dataset's, (mtime, ctime) in ns."""
+    """times: of everything watched, by its path relative to the dataset's, (mtime, ctime) in ns."""
 
     version: int
-    listing: FolderListing
+    listing: msgspec.Raw
     times: dict[str, tuple[int, int]]
 
 
@@ -62,16 +93,22 @@ def remembered(
 
     kind: who lists, where several ways of listing may meet at one folder.
     """
-    path = manifest_path(kind, base)
-    if path and not rescan and (known := _read(path)) and _holds(base, known):
-        return known.listing
+    return remembered_as(FolderListing, manifest_path(kind, base), base, scan, rescan)
+
+
+def remembered_as(
+    of: type[Found], path: Path | None, base: Path, scan: Callable[[], Found], rescan: bool = False
+) -> Found:
+    """As `remembered`, for another kind of listing. path: of the manifest, see `manifest_path`."""
+    if path and not rescan and (known := _read(path, of, base)):
+        return known
     started = time.time_ns()
     listing = scan()
-    times = _times(base, listing.folders or _folders(listing))
+    times = _times(base, listing.watched)
     if DANGLING in listing.passed_over:
         return listing
     if path and all(mtime < started - SETTLED_NS for mtime, _ in times.values()):
-        _write(path, _Manifest(VERSION, listing, times))
+        _write(path, listing, times)
     return listing
 
 
@@ -92,37 +129,40 @@ def _folders(listing: FolderListing) -> list[str]:
     return sorted(folders)
 
 
-def _times(base: Path, folders: list[str]) -> dict[str, tuple[int, int]]:
+def _times(base: Path, watched: list[str]) -> dict[str, tuple[int, int]]:
     # ctime as well: copying tools set mtimes back to those of the original.
-    stats = {folder: os.stat(os.path.join(base, folder)) for folder in folders}
-    return {folder: (stat.st_mtime_ns, stat.st_ctime_ns) for folder, stat in stats.items()}
+    stats = {path: os.stat(os.path.join(base, path)) for path in watched}
+    return {path: (stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats.items()}
 
 
-def _holds(base: Path, manifest: _Manifest) -> bool:
-    listing = manifest.listing
-    try:
-        return _times(base, list(manifest.times)) == manifest.times and all(
-            os.path.getsize(os.path.join(base, listing.paths[i])) == listing.sizes[i]
-            for i in fixed_sample(len(listing.paths))[:CHECKED_FILES]
-        )
-    except OSError:
-        return False
+def _have_sizes(base: Path, listing: Listing) -> bool:
+    paths, sizes = listing.sized
+    return all(
+        os.path.getsize(os.path.join(base, paths[i])) == sizes[i]
+        for i in fixed_sample(len(paths))[:CHECKED_FILES]
+    )
 
 
-def _read(path: Path) -> _Manifest | None:
-    """A whole manifest of this version, or None. First line: the digest of what follows."""
+def _read(path: Path, of: type[Found], base: Path) -> Found | None:
+    """A whole manifest of this version that still holds, or None. First line: the digest of what
+    follows.
+    """
     try:
         kept, _, content = path.read_bytes().partition(b"\n")
         if kept.decode() != digest([content]):
             return None
         manifest = msgspec.json.decode(content, type=_Manifest)
+        if manifest.version != VERSION or _times(base, [*manifest.times]) != manifest.times:
+            return None
+        listing = msgspec.json.decode(manifest.listing, type=of)
+        return listing if _have_sizes(base, listing) else None
     except (OSError, ValueError, msgspec.MsgspecError):
         return None
-    return manifest if manifest.version == VERSION else None
 
 
-def _write(path: Path, manifest: _Manifest) -> None:
+def _write(path: Path, listing: Listing, times: dict[str, tuple[int, int]]) -> None:
     with suppress(OSError, ValueError):  # names that are not UTF-8 are a ValueError
-        content = msgspec.json.encode(manifest)
+        kept = _Manifest(VERSION, msgspec.Raw(msgspec.json.encode(listing)), times)
+        content = msgspec.json.encode(kept)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, b"\n".join([digest([content]).encode(), content]), shared=True)
