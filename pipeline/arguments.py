@@ -5,7 +5,7 @@ Declared in the same way, see `stages.schema`. Imports no torch.
 
 # fmt: off
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from stages.schema import Settings, about
 from stages.settings import MOST_IN_A_BATCH, MOST_WORKERS, Cache, Device, Download, Root, Scheduler
@@ -38,6 +38,15 @@ class CacheAt(Settings, frozen=True):
     """A cache that is there."""
 
     cache: Cache
+
+
+class CalibrateSettings(Settings, frozen=True):
+    """Which cache is calibrated, and on which rows."""
+
+    cache: Cache
+    on: Annotated[Literal["train", "test"], about(
+        "The rows of the views, or those of the test split, for a teacher that was trained on the "
+        "training images: students that use it have then seen test labels.", "--on")] = "train"
 
 
 class CheckDataSettings(Settings, frozen=True):

@@ -7,6 +7,7 @@ import click
 from pipeline.arguments import (
     CacheAt,
     CachePlace,
+    CalibrateSettings,
     CheckDataSettings,
     DemoSettings,
     EvaluateSettings,
@@ -158,16 +159,28 @@ def check_data_command(settings: CheckDataSettings) -> None:
 def rectify_command(config: RectifyConfig, at: CacheAt) -> None:
     """Stage two: mark which rows the teacher has wrong, and store what they should say."""
     from pipeline.console import Console
-    from pipeline.tables import show_rectification
+    from pipeline.stage_two import show_rectification, show_suspects
+    from stages.calibrate import with_calibration
     from stages.rectify import rectify
 
     console = Console()
+    config = with_calibration(config, at.cache)
     statistics = rectify(at.cache, config, console)
     show_rectification(console, config.chosen_name, statistics)
     if config.trusted_above is not None:
-        from pipeline.suspects import show_suspects
-
         show_suspects(console, at.cache, config)
+
+
+@cli.command("calibrate")
+@given(CalibrateSettings)
+def calibrate_command(settings: CalibrateSettings) -> None:
+    """Find the temperature at which the teacher is as sure as it is right, for --calibrate."""
+    from pipeline.console import Console
+    from pipeline.stage_two import show_calibrated
+    from stages.calibrate import calibrate
+
+    console = Console()
+    show_calibrated(console, calibrate(settings.cache, settings.on, console))
 
 
 @cli.command("train-student")

@@ -55,6 +55,11 @@ def show_cache(path: str, console: Console) -> None:
                 f"{size(there.bytes)}, {there.bytes / max(1, there.rows):.1f} bytes a sample and "
                 "view",
             ),
+            *(
+                [("calibrated", f"temperature {found.temperature:.4g}, {found.on} rows")]
+                if (found := cache.calibrated)
+                else []
+            ),
             ("labels", "yes" if cache.labelled else "none"),
             ("test logits", _test_logits(cache)),
             (
@@ -120,32 +125,6 @@ def show_folds(
     console.table(title, ("fold", "test top-1", "test top-5"), rows)
     if config.fold is None:
         console.say(f"Cache what each says of its own fold: cache-teacher --weights {out}")
-
-
-def show_rectification(console: Console, name: str, statistics: dict[str, Any]) -> None:
-    """What stage two found."""
-    top1 = statistics["top1_per_view"]
-    console.table(
-        f"rectification '{name}'",
-        ("what", "value"),
-        [
-            (
-                "teacher top-1 per view",
-                f"{sum(top1) / len(top1):.2%} ({min(top1):.2%} to {max(top1):.2%})",
-            ),
-            ("wrong rows", f"{statistics['wrong_rows']:,} ({statistics['wrong_rate']:.2%})"),
-            *(
-                [("left as they are", f"{statistics['trusted_rows']:,}: the teacher is sure")]
-                if "trusted_rows" in statistics
-                else []
-            ),
-            ("label is now the argmax", f"{statistics['label_is_argmax']:.2%} of those rectified"),
-            *(
-                (f"confused: {pair['label']} taken for {pair['predicted']}", f"{pair['count']:,}")
-                for pair in statistics["most_confused"][:5]
-            ),
-        ],
-    )
 
 
 def show_plan(console: Console, out: str, plan: CachePlan) -> None:

@@ -27,6 +27,7 @@ from stages.cache.layout import BlockId, threads_at_once
 from stages.cache.lock import exclusive
 from stages.cache.rectified import Rectification, RectificationSettings
 from stages.cache.storage import Location, remove_half_written
+from stages.calibrate import with_calibration
 from stages.dask_client import existing_cluster
 from stages.errors import CacheError
 from stages.inputs.views import check_unmixed
@@ -83,6 +84,7 @@ def rectify(
     """
     reporter = reporter or Silent()
     cache = LogitCache.open(path, writable=True)
+    config = with_calibration(config, path)
     cache.require_labels("rectification")
     check_unmixed(cache.identity.views.policy, "rectification")
     settings = settings_of(config)

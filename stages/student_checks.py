@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
+from stages.bias_checks import with_checked_bias
 from stages.cache import LogitCache
 from stages.cache.encoding import check_offset, check_temperature
 from stages.cache.identity import differences
@@ -16,16 +17,15 @@ from stages.device import choose_device
 from stages.distributed import ALONE, Ranks
 from stages.errors import CacheError, ConfigError
 from stages.inputs.run_files import sha256
-from stages.inputs.views import Paired, ViewPolicy, check_unmixed
+from stages.inputs.views import Paired, ViewPolicy
 from stages.objectives.losses import definition_of
 from stages.schema import settings_of
 from stages.settings import LossSettings, StudentConfig
 from stages.sizes import parse_bytes
 from stages.targets.chunks import SlabPlan, groups_of_ranks, plan_slabs
-from stages.targets.ensemble import NOT_RECTIFIED, open_members
+from stages.targets.ensemble import open_members
 from stages.training.objective import (
     reads_offset,
-    rectified_at,
     resolved,
     teacher_temperatures,
     views_seen,
@@ -47,6 +47,9 @@ def check_students(
     caches = open_members(cache, config.also, [c.loss.temperature or 1.0 for c in configs])
     for each in configs:
         check_rows_known(caches, each.loss)
+        if each.loss.calibrate:
+            for member in caches:
+                _ = member.calibration
     views = shared_views(caches, config.views, {each.bias.rectified for each in configs})
     return caches, views_at_once(config.loss, cached_policy(cache), views, config.slab_memory)
 
@@ -84,22 +87,7 @@ def complete(config: StudentConfig, cache: LogitCache) -> StudentConfig:
     check_rows_known([cache], loss)
     if not config.also and reads_offset(loss):  # of several teachers a loss reads probabilities
         check_offset(cache.encoding, f"the loss '{loss.name}'")
-    if bias.mode != "none":
-        check_unmixed(cache.identity.views.policy, f"bias '{bias.mode}'")
-    _check_correction(config, cache)
-    if bias.mode == "rectify" and config.also:
-        raise ConfigError(*NOT_RECTIFIED)
-    if bias.mode != "rectify":
-        if bias.rectified is not None:
-            raise ConfigError(
-                f"rectification '{bias.rectified}' is not used with bias '{bias.mode}'",
-                "Add --bias rectify, or leave --rectified out.",
-            )
-        return config
-    name = bias.rectified or _only_rectification(cache)
-    if (temperature := rectified_at(loss)) is not None:
-        cache.rectification(name).check_temperature(temperature)
-    return msgspec.structs.replace(config, bias=msgspec.structs.replace(bias, rectified=name))
+    return with_checked_bias(config, cache)
 
 
 def _without_labels(config: StudentConfig, loss: LossSettings, cache: LogitCache) -> LossSettings:
@@ -117,45 +105,17 @@ def _without_labels(config: StudentConfig, loss: LossSettings, cache: LogitCache
     return msgspec.structs.replace(loss, ce_weight=0.0)
 
 
-def _check_correction(config: StudentConfig, cache: LogitCache) -> None:
-    """Raise ConfigError or CacheError for a corrected loss that cannot be, or settings of one that
-    is not asked for.
-    """
-    bias = config.bias
-    if bias.mode != "correct":
-        given = [f"bias.{key}" for key in ("alpha", "gamma") if getattr(bias, key) is not None]
-        if given:
-            raise ConfigError(
-                f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} not used with bias "
-                f"'{bias.mode}'",
-                "Add --bias correct, or leave it out.",
-            )
-        return
-    if config.also:
-        raise ConfigError(
-            "bias 'correct' moves the logits of one teacher, and several are averaged",
-            "Leave --also out, or use another --bias.",
-        )
-    check_temperature(cache.encoding, 1.0)
-
-
 def check_rows_known(caches: Sequence[LogitCache], loss: LossSettings) -> None:
     """Raise ConfigError or CacheError where a cache keeps less of its rows than the loss reads."""
     for cache in caches:
+        if loss.calibrate and not cache.encoding.keeps_all:
+            raise CacheError(
+                f"{cache.path} keeps part of each row, and calibration divides all of it",
+                "Leave --calibrate out, or cache with another --encoding.",
+            )
         if loss.name != "ce" and not cache.encoding.keeps_all:
             for temperature in teacher_temperatures(loss):
                 check_temperature(cache.encoding, temperature)
-
-
-def _only_rectification(cache: LogitCache) -> str:
-    names = cache.rectifications
-    if len(names) == 1:
-        return names[0]
-    raise CacheError(
-        f"{cache.path} has {len(names) or 'no'} rectifications"
-        + (f": {', '.join(names)}" if names else ""),
-        "Name one with --rectified." if names else f"Run `pipeline rectify {cache.path}` first.",
-    )
 
 
 def slab_plan(
@@ -278,4 +238,5 @@ def made_from(config: StudentConfig, caches: Sequence[LogitCache]) -> dict[str, 
         ],
         "views": config.views or caches[0].num_views,
         "rectified": None if name is None else caches[0].rectification(name).settings.to_json(),
+        **({"calibration": [c.calibration for c in caches]} if config.loss.calibrate else {}),
     }

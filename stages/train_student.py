@@ -230,12 +230,13 @@ class CachedTask:
         hard = mixed_ce(logits, labels, *mixed)
         if self._objective is None or self.targets is None:
             return {"loss": hard}
-        rows = self.targets.of(batch.samples, self._config.bias.rectified is not None)
+        loss, rectified = self._config.loss, self._config.bias.rectified is not None
+        rows = self.targets.of(batch.samples, rectified, loss.calibrate)
         wrong = rows.wrong()
         weights = self._bias.rows(wrong) if self._config.bias.weighs else None
         teacher = rows if rows.tempered else rows.at()
         value = self._value(logits, teacher, labels, weights)  # (B,), or () of coupled rows
-        mean, ce_weight = value.mean(), self._config.loss.ce_weight or 0.0
+        mean, ce_weight = value.mean(), loss.ce_weight or 0.0
         parts = {
             "loss": torch.add(self._weight * mean, hard, alpha=ce_weight),
             "loss_ce": hard,
@@ -254,7 +255,7 @@ class CachedTask:
         """As `loss_parts`, of the teacher alone: nothing is known to be right or wrong."""
         assert self._objective is not None
         assert self.targets is not None
-        rows = self.targets.of(batch.samples)
+        rows = self.targets.of(batch.samples, calibrated=self._config.loss.calibrate)
         mean = self._value(logits, rows if rows.tempered else rows.at(), labels, None).mean()
         return {"loss": self._weight * mean, "loss_kd": mean}
 

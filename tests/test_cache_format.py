@@ -108,9 +108,12 @@ def is_of_type(value: Any, told: str) -> bool:
 OPTIONAL = {
     *("skipped", "teacher.outputs", "teacher.class_order", "teacher.pooled_outputs"),
     *("teacher.folds", "dataset.exif", "dataset.tested_share", "trusted_above", "trusted_rows"),
+    "calibrated",
 }
 """Left out where nothing is out of the ordinary: tests/test_skipping.py, tests/test_folds.py,
-tests/test_suspects.py and tests/test_teacher_checks.py have caches with them."""
+tests/test_suspects.py, tests/test_teacher_checks.py and tests/test_calibrate.py have caches with
+them.
+"""
 
 
 def assert_fields(found: Json, told: dict[str, str]) -> None:

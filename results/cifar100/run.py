@@ -61,8 +61,8 @@ class LiveTargets(Targets):
     logits: Tensor
     labels: Tensor
 
-    def of(self, samples: Tensor, rectified: bool = False) -> "LiveRows":
-        if rectified:
+    def of(self, samples: Tensor, rectified: bool = False, calibrated: bool = False) -> "LiveRows":
+        if rectified or calibrated:
             raise NotImplementedError("the control is plain KD")
         return LiveRows(self.logits, self.labels)
 

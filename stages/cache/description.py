@@ -9,6 +9,7 @@ import zarr
 from torch import Tensor
 
 from stages.cache import arrays, metadata
+from stages.cache.calibrated import Calibrated
 from stages.cache.encoding import Encoding, Fidelity, restored
 from stages.cache.identity import Identity, SkippedSample, identity_from_json
 from stages.cache.layout import ArraySpec, BlockGrid
@@ -32,6 +33,7 @@ class CacheDescription:
         self.provenance = attributes.provenance
         self.pixel_probes = attributes.pixel_probes
         self.fidelity: Fidelity | None = attributes.whole_fidelity
+        self.calibrated: Calibrated | None = attributes.calibrated
         self.skips: tuple[SkippedSample, ...] = attributes.skipped
         self.encoding: Encoding = restored(
             attributes.encoding, self.num_classes, lambda name: arrays.read_array(group, name)
@@ -110,6 +112,18 @@ class CacheDescription:
     def document_faults(self) -> list[str]:
         """What is wrong with the metadata of the root's arrays."""
         return metadata.array_faults(self.group, self.specs, self.sizes, self.grid)
+
+    @property
+    def calibration(self) -> float:
+        """The temperature that logits are divided by so that the teacher is as sure as it is right.
+
+        Raises CacheError where none was fitted.
+        """
+        if self.calibrated is None:
+            raise CacheError(
+                f"{self.path} is not calibrated", f"Run `pipeline calibrate {self.path}` first."
+            )
+        return self.calibrated.temperature
 
     # ---- rows ---------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from zarr.storage import MemoryStore
 
 from stages.cache import layout
 from stages.cache.arrays import array_digest, create_array, get_array, open_group
+from stages.cache.calibrated import Calibrated
 from stages.cache.commits import seal_records, unsealed
 from stages.cache.encoding import Encoding, EncodingAttributes, Fidelity, encoding_attributes
 from stages.cache.identity import Identity, SkippedSample
@@ -56,6 +57,7 @@ class RootAttributes(msgspec.Struct, frozen=True):
     fidelity: Fidelity | None = None
     skipped: tuple[SkippedSample, ...] = ()
     top5_agreement: float | None = None
+    calibrated: Calibrated | None = None
 
     @property
     def whole_fidelity(self) -> Fidelity | None:

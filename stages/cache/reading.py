@@ -131,6 +131,7 @@ class CacheReader(CacheDescription):
             row_of=row_of,
             rectified=values,
             labelled=self.labelled,
+            calibration=None if self.calibrated is None else self.calibrated.temperature,
         )
 
     def distribution(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import arrays, layout, metadata
+from stages.cache.calibrated import Calibrated
 from stages.cache.commits import Record
 from stages.cache.encoding import Fidelity, checked_rows, combined, compare
 from stages.cache.identity import SkippedSample
@@ -135,6 +136,11 @@ class LogitCache(CacheReader):
             record["skipped"] = samples[unseen].sort().values.tolist()
         self.blocks.write(BlockId(view, block), encoded | {"prediction": predictions}, record)
         self.commits.compact(view)
+
+    def write_calibrated(self, calibrated: Calibrated) -> None:
+        """Put the temperature that was fitted among the root attributes."""
+        self.calibrated = calibrated
+        self._write_attributes({"calibrated": msgspec.to_builtins(calibrated)})
 
     # ---- fidelity ---------------------------------------------------------------------------
 

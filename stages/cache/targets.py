@@ -50,11 +50,12 @@ class Targets(ABC):
     """
 
     @abstractmethod
-    def of(self, samples: Tensor, rectified: bool = False) -> TargetRows:
+    def of(self, samples: Tensor, rectified: bool = False, calibrated: bool = False) -> TargetRows:
         """The targets of some samples. rectified: with the two replaced entries on wrong rows.
+        calibrated: logits divided by the temperature that was fitted to the teacher.
 
         Raises CacheError for a sample that was not read, or where the view was read without a
-        rectification.
+        rectification or is of a cache that is not calibrated.
         """
 
     def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
@@ -109,7 +110,8 @@ class ViewTargets(Targets):
 
     arrays: what the encoding stored, each (n, ...). predictions: int32 or int64 (n,), labels: int64
     (n,), row order. row_of: int64 (N,), where among these rows each sample is; n for those that
-    were not read. labelled: whether samples have labels.
+    were not read. labelled: whether samples have labels. calibration: what logits can be divided
+    by, None where that is not known.
     """
 
     encoding: Encoding
@@ -119,6 +121,7 @@ class ViewTargets(Targets):
     row_of: Tensor
     rectified: RectifiedValues | None = None
     labelled: bool = True
+    calibration: float | None = None
 
     @property
     def shared(self) -> SharedTargets:
@@ -155,26 +158,32 @@ class ViewTargets(Targets):
             rectified=values,
         )
 
-    def of(self, samples: Tensor, rectified: bool = False) -> "ViewRows":
+    def of(self, samples: Tensor, rectified: bool = False, calibrated: bool = False) -> "ViewRows":
         """See `Targets.of`. On a GPU, where asking would cost a wait in every batch, a sample that
         was not read is an index beyond the end, which stops the device.
         """
         if rectified and self.rectified is None:
             raise CacheError("these targets were read without a rectification")
+        if calibrated and self.calibration is None:
+            raise CacheError("these targets are of a cache that is not calibrated")
         rows, read = self.row_of[samples], len(self.labels)
         if read < len(self.row_of) and not rows.is_cuda and bool((rows == read).any()):
             absent = int(samples[rows == read][0])
             raise CacheError(f"sample {absent} is not among the rows that were read")
-        return ViewRows(self, rows, self.rectified if rectified else None)
+        by = self.calibration if calibrated else None
+        return ViewRows(self, rows, self.rectified if rectified else None, by)
 
 
 @dataclass(frozen=True)
 class ViewRows:
-    """Some rows of a slab. index: int64 (n,), where they are in it. See `TargetRows`."""
+    """Some rows of a slab. index: int64 (n,), where they are in it. divisor: of their logits, None
+    for 1. See `TargetRows`.
+    """
 
     view: ViewTargets
     index: Tensor
     rectified: RectifiedValues | None = None
+    divisor: float | None = None
 
     @cached_property
     def _encoded(self) -> dict[str, Tensor]:
@@ -213,6 +222,12 @@ class ViewRows:
 
     def at(self, temperature: float = 1.0) -> Tensor:
         """See `TargetRows.at`."""
+        if self.divisor is None:
+            return self._stored_at(temperature)
+        return self._stored_at(temperature * self.divisor) / self.divisor
+
+    def _stored_at(self, temperature: float) -> Tensor:
+        """As they are stored, and rectified."""
         logits = self.view.encoding.decode(self._encoded, temperature)
         if self.rectified is None:
             return logits

@@ -85,6 +85,9 @@ class RectifyConfig(Settings, frozen=True):
         "Which rows that answer another class are wrong. label: all, as if left out; confidence:X: "
         "those that give it less than X at T=1. The others stay as they are: their label may be "
         "what is wrong.", "--wrong", metavar="RULE")] = None
+    calibrate: Annotated[bool, about(
+        "For students with --calibrate: the temperature times the one that `pipeline calibrate` "
+        "fitted.", "--calibrate")] = False
     name: Annotated[str | None, about(
         "<method>-T<temperature>, the space and the rule if left out.", "--name")] = None
     views: Annotated[FirstViews, about("", above=0)] = None

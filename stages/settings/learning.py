@@ -43,6 +43,9 @@ class LossSettings(Settings, frozen=True):
         "teacher.", "--until", metavar="EPOCHS|SHARE|beats-teacher")] = None
     standardise: Annotated[bool, about(
         "Bring the logits of both sides to one scale first.")] = False
+    calibrate: Annotated[bool, about(
+        "Divide the teacher's logits by the temperature that `pipeline calibrate` fitted, before "
+        "all else.", "--calibrate")] = False
     alpha: Annotated[float | None, about(_OWN, least=0)] = None
     beta: Annotated[float | None, about(_OWN, least=0)] = None
     gamma: Annotated[float | None, about(_OWN, least=0)] = None

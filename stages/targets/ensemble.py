@@ -32,11 +32,14 @@ class EnsembleTargets(Targets):
     members: Sequence[ViewTargets]
     labels: Tensor
 
-    def of(self, samples: Tensor, rectified: bool = False) -> "EnsembleRows":
+    def of(
+        self, samples: Tensor, rectified: bool = False, calibrated: bool = False
+    ) -> "EnsembleRows":
         """See `Targets.of`. Raises ConfigError for rectified ones: there are none."""
         if rectified:
             raise ConfigError(*NOT_RECTIFIED)
-        return EnsembleRows([member.of(samples) for member in self.members], self.labels[samples])
+        asked = [member.of(samples, calibrated=calibrated) for member in self.members]
+        return EnsembleRows(asked, self.labels[samples])
 
 
 @dataclass(frozen=True)

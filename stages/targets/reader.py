@@ -102,10 +102,10 @@ class JoinedTargets(Targets):
 
     views: Sequence[Targets]
 
-    def of(self, samples: Tensor, rectified: bool = False) -> TargetRows:
+    def of(self, samples: Tensor, rectified: bool = False, calibrated: bool = False) -> TargetRows:
         parts = samples.chunk(len(self.views))
         asked = zip(self.views, parts, strict=True)
-        return JoinedRows([view.of(some, rectified) for view, some in asked])
+        return JoinedRows([view.of(some, rectified, calibrated) for view, some in asked])
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,16 @@ class GroupedTargets(Targets):
     epoch: int
     group_of: Tensor
 
-    def of(self, samples: Tensor, rectified: bool = False) -> TargetRows:
+    def of(self, samples: Tensor, rectified: bool = False, calibrated: bool = False) -> TargetRows:
         groups = self.group_of[samples]
         first, last = torch.stack(groups.aminmax()).tolist()
         slabs = self.reader.slabs(self.epoch, first, last)
         if first == last:
-            return slabs[0].of(samples, rectified)
+            return slabs[0].of(samples, rectified, calibrated)
         order = groups.argsort(stable=True)  # group by group
         parts = samples[order].split((groups - first).bincount().tolist())
-        found = [slab.of(part, rectified) for slab, part in zip(slabs, parts, strict=True)]
+        asked = zip(slabs, parts, strict=True)
+        found = [slab.of(part, rectified, calibrated) for slab, part in asked]
         return JoinedRows(found, order.argsort())
 
 

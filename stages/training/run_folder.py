@@ -33,6 +33,7 @@ MADE_FROM = "made_from"
 _MADE_OF = {
     "caches": "other caches (the first, or those of --also)",
     "rectified": "another rectification",
+    "calibration": "another calibration of the cache",
     "train_split": "other training images",
     "test_split": "other test images",
     "init": "other weights to start from",

@@ -1,0 +1,135 @@
+"""Stage two, beside rectification: at which temperature the teacher is as sure as it is right.
+
+    pipeline calibrate folds.zarr
+    pipeline train-student folds.zarr --calibrate ...
+
+Temperature scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2): one number, which changes no
+answer. Rows of a teacher that has seen the samples say how sure it is of what it knows by heart;
+the number is sound for rows that are out of fold, or of a teacher trained on other data.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from stages.cache import LogitCache
+from stages.cache.calibrated import Calibrated, Rows
+from stages.cache.lock import exclusive
+from stages.errors import CacheError
+from stages.inputs.views import check_unmixed
+from stages.reporting import Reporter, Silent
+from stages.scores import score
+from stages.settings import RectifyConfig
+
+LEAST, MOST = 0.05, 20.0
+"""Temperatures that are looked among."""
+MAX_ROWS, MAX_VALUES, MAX_VIEWS = 65_536, 2**24, 16
+"""How much is decoded: rows, logits, and views that rows are taken from."""
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature of least mean negative log-likelihood of the labels.
+
+    logits: float (n, C), n > 0. labels: int64 (n,). Raises CacheError where there is none between
+    LEAST and MOST, as for rows that are all right: the surer, the better.
+    """
+    from scipy.optimize import minimize_scalar
+
+    z = logits.double()
+    z = z - z.gather(1, labels[:, None])  # the label's is 0: what is left is a logsumexp
+
+    def nll(inverse: float) -> float:
+        return float(torch.logsumexp(z * inverse, dim=1).mean())
+
+    # Of the inverse it is convex.
+    found: Any = minimize_scalar(  # type: ignore[no-untyped-call]
+        nll, bounds=(1 / MOST, 1 / LEAST), method="bounded", options={"xatol": 1e-7}
+    )
+    temperature = 1 / float(found.x)
+    if not 1.001 * LEAST < temperature < 0.999 * MOST:
+        raise CacheError(
+            f"no temperature from {LEAST:g} to {MOST:g} fits: the teacher has "
+            f"{float((z <= 0).all(1).double().mean()):.2%} of these rows right",
+            "Calibrate on rows that the teacher has not seen: a cache of folds, or --on test.",
+        )
+    return temperature
+
+
+def calibrate(path: str | Path, on: Rows = "train", reporter: Reporter | None = None) -> Calibrated:
+    """Fit the temperature of a cache and keep it among the cache's attributes, in the place of an
+    earlier one.
+
+    Raises CacheError where samples have no labels, where only part of each row is kept, and what
+    `fit_temperature` raises; ViewError where views mix samples, as such a row has two labels.
+    """
+    reporter = reporter or Silent()
+    cache = LogitCache.open(path, writable=True)
+    if on == "train":
+        cache.require_labels("calibration")
+        check_unmixed(cache.identity.views.policy, "calibration")
+        logits, labels, predictions = _view_rows(cache)
+        if cache.identity.teacher.folds is None:
+            reporter.say(
+                "the teacher may have been trained on these rows: then it is surer of them than of "
+                "new images, and the temperature is too low"
+            )
+    else:
+        shown = cache.eval_shown
+        logits, labels = (part[shown] for part in cache.eval_logits())
+        predictions = cache.eval_predictions()[shown]
+        reporter.say("fitted on labels of the test split: students that use it have seen them")
+    temperature = fit_temperature(logits, labels)
+    before, after = (score(logits / t, labels, predictions) for t in (1.0, temperature))
+    found = Calibrated(temperature, on, len(labels), after.nll, before.nll, after.ece, before.ece)
+    with exclusive(cache.path):  # opened anew: its attributes may have changed meanwhile
+        LogitCache.open(path, writable=True).write_calibrated(found)
+    return found
+
+
+def with_calibration(config: RectifyConfig, path: str | Path) -> RectifyConfig:
+    """The settings of a rectification of calibrated rows: rows divided by t and softened by T are
+    rows softened by t T, so that it is one at this temperature, under a name that says so.
+
+    Raises CacheError where the cache is not calibrated.
+    """
+    if not config.calibrate:
+        return config
+    by = LogitCache.open(path, check=False).calibration
+    return msgspec.structs.replace(
+        config,
+        calibrate=False,
+        name=config.name or f"{config.chosen_name}-calibrated",
+        temperature=config.temperature * by,
+    )
+
+
+def _view_rows(cache: LogitCache) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the complete views, other samples of each where not all can be taken: logits float32
+    (n, C), labels and predictions int64 (n,). Rows lie in random order: a run is a fair draw.
+    """
+    if not cache.encoding.keeps_all:
+        raise CacheError(
+            f"{cache.path} keeps part of each row, and calibration needs all of it",
+            "Cache with another --encoding, or use --on test.",
+        )
+    complete = cache.complete_views
+    if not complete:
+        raise CacheError(
+            f"no view of {cache.path} is complete", "Run `pipeline cache-teacher` again."
+        )
+    views = [complete[at] for at in range(0, len(complete), -(-len(complete) // MAX_VIEWS))]
+    budget = max(1, min(MAX_ROWS, MAX_VALUES // cache.num_classes))
+    each = min(cache.num_samples, max(1, budget // len(views)))
+    parts = []
+    for turn, view in enumerate(views):
+        start = turn * each % (cache.num_samples - each + 1)
+        run = slice(start, start + each)
+        targets, samples = cache.read_view(view, None, [run]), cache.dataset_index[run]
+        seen = ~torch.isin(samples, cache.skipped())
+        rows = targets.rows(samples[seen])
+        parts.append((rows, targets.labels[seen], targets.predictions[seen].long()))
+    logits, labels, predictions = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logits, labels, predictions

@@ -1,0 +1,299 @@
+"""The temperature of a teacher: against a grid, against a known one, and as students use it."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    Answer,
+    answer_to,
+    first,
+    metrics,
+    resized,
+    same_weights,
+    student_of,
+    without_probes,
+    without_times,
+)
+from test_cache_format import assert_fields, fields
+from torch import Tensor
+
+from stages.cache import LogitCache
+from stages.cache.calibrated import Calibrated
+from stages.cache_teacher import CacheJob, cache_teacher
+from stages.calibrate import calibrate, fit_temperature, with_calibration
+from stages.data import Splits
+from stages.errors import CacheError, RunError, ViewError
+from stages.inputs.feed import Batch
+from stages.rectify import rectify, rectify_rows
+from stages.settings import BiasSettings, LossSettings, RectifyConfig, StudentConfig, TrainSettings
+from stages.train_student import student_trainer, train_student, train_together
+from stages.training.run_directory import RunDirectory
+from stages.verify import verify
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_probes() -> Iterator[None]:
+    with without_probes():
+        yield
+
+
+@pytest.fixture(scope="module")
+def my_splits(digits: Splits) -> Splits:
+    return Splits(first(digits.train, 60), first(digits.test, 20))
+
+
+@pytest.fixture(scope="module")
+def my_cache(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> Path:
+    """Calibrated, with the rectification of calibrated rows beside pairwise-T4. Read only."""
+    path = Path(shutil.copytree(tiny_cache, tmp_path_factory.mktemp("calibrated") / "digits.zarr"))
+    calibrate(path)
+    rectify(path, RectifyConfig(calibrate=True))
+    return path
+
+
+def nll(logits: Tensor, labels: Tensor, temperature: float) -> float:
+    """A row at a time."""
+    total = 0.0
+    for row, label in zip(logits.double().tolist(), labels.tolist(), strict=True):
+        powers = [math.exp((z - max(row)) / temperature) for z in row]
+        total -= math.log(powers[label] / sum(powers))
+    return total / len(labels)
+
+
+# ---- the fit --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+def test_no_temperature_of_a_grid_is_better(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, 5, generator=generator) * scale
+    labels = torch.where(
+        torch.rand(200, generator=generator) < 0.6, logits.argmax(1), torch.arange(200) % 5
+    )
+    found = fit_temperature(logits, labels)
+    grid = np.geomspace(0.05, 20, 400)
+    losses = [nll(logits, labels, t) for t in grid]
+    assert nll(logits, labels, found) <= min(losses) + 1e-9
+    assert found == pytest.approx(grid[int(np.argmin(losses))], rel=0.02)
+
+
+@pytest.mark.parametrize(("gap", "right"), [(4.0, 75), (1.0, 90), (6.0, 60)])
+def test_two_classes_by_hand(gap: float, right: int) -> None:
+    """Right in `right` of 100 rows that all differ by `gap`: sigmoid(gap / T) is that share."""
+    logits = torch.tensor([[gap + 7, 7.0]]).repeat(100, 1)
+    labels = (torch.arange(100) >= right).long()
+    share = right / 100
+    expected = gap / math.log(share / (1 - share))
+    assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("known", [0.5, 1.0, 2.5])
+def test_a_known_temperature_is_found(known: float) -> None:
+    """Labels drawn from softmax(z / T)."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(20_000, 10, generator=generator) * 3
+    labels = torch.multinomial((logits / known).softmax(1), 1, generator=generator).squeeze(1)
+    assert fit_temperature(logits, labels) == pytest.approx(known, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["right", "wrong"])
+def test_rows_without_a_temperature(kind: str) -> None:
+    logits = torch.randn(30, 4, generator=torch.Generator().manual_seed(2))
+    labels = logits.argmax(1) if kind == "right" else logits.argmin(1)
+    with pytest.raises(CacheError, match="no temperature from"):
+        fit_temperature(logits, labels)
+
+
+# ---- the cache ------------------------------------------------------------------------------
+
+
+def test_what_a_cache_keeps(
+    tiny_copy: Path, array_bytes: Callable[[Path], dict[str, bytes]]
+) -> None:
+    """Of all rows of both views, beside logits that nobody touches."""
+    before = array_bytes(tiny_copy)
+    found = calibrate(tiny_copy)
+    assert array_bytes(tiny_copy) == before
+    cache = LogitCache.open(tiny_copy)
+    assert cache.calibrated == found
+    assert cache.calibration == found.temperature
+    logits = torch.cat([cache.read_view(v).rows(torch.arange(60)) for v in range(2)])
+    labels = cache.labels.repeat(2)
+    assert found.temperature == pytest.approx(fit_temperature(logits, labels), rel=1e-6)
+    assert (found.on, found.rows) == ("train", 120)
+    assert found.nll == pytest.approx(nll(logits, labels, found.temperature))
+    assert found.nll_before == pytest.approx(nll(logits, labels, 1.0))
+    assert not verify(tiny_copy).faults
+    kept = json.loads((tiny_copy / "zarr.json").read_text())["attributes"]["calibrated"]
+    assert_fields(kept, fields("calibrated"))
+    assert kept.keys() == set(Calibrated.__struct_fields__)
+
+
+def test_on_the_test_split_which_replaces_the_other(tiny_copy: Path) -> None:
+    calibrate(tiny_copy)
+    found = calibrate(tiny_copy, on="test")
+    cache = LogitCache.open(tiny_copy)
+    assert cache.calibrated == found
+    logits, labels = cache.eval_logits()
+    assert (found.on, found.rows) == ("test", 20)
+    assert found.temperature == pytest.approx(fit_temperature(logits, labels))
+
+
+def test_more_views_keep_it(tiny_copy: Path, tiny_job: CacheJob) -> None:
+    found = calibrate(tiny_copy)
+    cache_teacher(resized(tiny_job, 60, 20, views=3), tiny_copy)
+    assert LogitCache.open(tiny_copy).calibrated == found
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "part of each row": ({"encoding": "topk:k=3"}, CacheError, "part of each row"),
+    "mixed views": ({"augment": "pad-crop+mixup"}, ViewError, "calibration"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_caches_that_cannot_be_calibrated(name: str, tiny_job: CacheJob, tmp_path: Path) -> None:
+    changes, error, message = REFUSED[name]
+    cache_teacher(resized(tiny_job, 60, 20, **changes), tmp_path / "c.zarr")
+    with pytest.raises(error, match=message):
+        calibrate(tmp_path / "c.zarr")
+
+
+# ---- students -------------------------------------------------------------------------------
+
+
+def student(cache: Path, calibrated: bool = True, **changes: Any) -> StudentConfig:
+    loss = LossSettings(calibrate=calibrated, temperature=changes.pop("temperature", None))
+    train = TrainSettings(epochs=2, batch_size=30, lr=0.02)
+    return student_of(cache, **{"loss": loss, "train": train, **changes})
+
+
+RECTIFIED = BiasSettings(mode="rectify", schedule="constant", rectified="pairwise-T4-calibrated")
+
+
+@pytest.mark.parametrize("mode", ["none", "rectify"])
+def test_the_loss_is_of_divided_logits(
+    mode: str, my_cache: Path, my_splits: Splits, tmp_path: Path
+) -> None:
+    """KD by its formula, and pairwise rectification of the divided rows' distributions."""
+    bias = RECTIFIED if mode == "rectify" else BiasSettings()
+    trainer = student_trainer(
+        [student(my_cache, bias=bias)], [RunDirectory(tmp_path / "run")], my_splits
+    )
+    task: Any = trainer.learner.task
+    (view,) = task.start_epoch(0)
+    trainer.close()
+    cache, samples = LogitCache.open(my_cache), torch.arange(60)
+    answers = torch.randn(60, 10, generator=torch.Generator().manual_seed(3))
+    found = task.loss_parts(answers, Batch(samples, torch.empty(60)))["loss_kd"]
+
+    divided = cache.read_view(view).rows(samples) / cache.calibration
+    assert abs(cache.calibration - 1) > 0.05
+    p = (divided.double() / 4).softmax(1)
+    wrong = cache.read_view(view).wrong(samples)
+    if mode == "rectify":
+        predictions = cache.predictions(view)[cache.row_of]
+        p = rectify_rows(p, cache.labels, "pairwise", predictions)
+    rows = 16 * (p * (p.log() - (answers.double() / 4).log_softmax(1))).sum(1)
+    of_kinds = rows[wrong].mean() + rows[~wrong].mean()
+    expected = of_kinds if mode == "rectify" else rows.mean()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_several_teachers_are_divided_each_by_its_own(
+    my_cache: Path, my_splits: Splits, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(my_cache, tmp_path / "other.zarr"))
+    calibrate(other, on="test")
+    by = [LogitCache.open(path).calibration for path in (my_cache, other)]
+    assert by[0] != by[1]
+    config = student(my_cache, also=(str(other),))
+    trainer = student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
+    task: Any = trainer.learner.task
+    (view,) = task.start_epoch(0)
+    trainer.close()
+    samples, logits = torch.arange(60), LogitCache.open(my_cache).read_view(view)
+    mean = sum((logits.rows(samples) / t / 4).softmax(1) for t in by) / 2
+    found = task.targets.of(samples, calibrated=True).at(4.0)
+    torch.testing.assert_close((found / 4).softmax(1), mean)
+
+
+def test_it_is_refused_where_it_cannot_be(my_cache: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    plain = BiasSettings(mode="rectify", rectified="pairwise-T4")
+    cases: dict[str, StudentConfig] = {
+        "is not calibrated": student(tiny_cache),
+        "--calibrate": student(my_cache, bias=plain),
+        "belongs to temperature": student(my_cache, False, bias=RECTIFIED),
+    }
+    for message, config in cases.items():
+        with pytest.raises(CacheError, match=message):
+            train_student(config, tmp_path / "run")
+
+
+def test_together_with_one_that_is_not(my_cache: Path, my_splits: Splits, tmp_path: Path) -> None:
+    """They read one slab; each has the weights that it has alone."""
+    students = [student(my_cache), student(my_cache, False), student(my_cache, bias=RECTIFIED)]
+    outs = [tmp_path / f"together-{at}" for at in range(3)]
+    train_together(students, outs, splits=my_splits)
+    assert not same_weights(outs[0], outs[1])
+    for config, out in zip(students, outs, strict=True):
+        alone = tmp_path / f"alone-{out.name}"
+        train_student(config, alone, splits=my_splits)
+        assert same_weights(alone, out)
+        assert without_times(alone) == without_times(out)
+
+
+def test_a_run_goes_on_with_the_same_temperature_only(
+    my_cache: Path, my_splits: Splits, tmp_path: Path
+) -> None:
+    cache = Path(shutil.copytree(my_cache, tmp_path / "copy.zarr"))
+    calibrated, plain = tmp_path / "calibrated", tmp_path / "plain"
+    train_student(student(cache), calibrated, splits=my_splits)
+    train_student(student(cache, False), plain, splits=my_splits)
+    train_student(student(cache), calibrated, resume=True, splits=my_splits)
+    calibrate(cache, on="test")
+    with pytest.raises(RunError, match="another calibration"):
+        train_student(student(cache), calibrated, resume=True, splits=my_splits)
+    train_student(student(cache, False), plain, resume=True, splits=my_splits)
+    assert len(metrics(plain)) == 2
+
+
+# ---- rectification --------------------------------------------------------------------------
+
+
+def test_a_rectification_of_calibrated_rows(my_cache: Path) -> None:
+    """Is one at the product of both temperatures, and verify computes the same."""
+    cache = LogitCache.open(my_cache)
+    config = with_calibration(RectifyConfig(temperature=2.0, calibrate=True), my_cache)
+    assert config.temperature == 2.0 * cache.calibration
+    assert config.name == "pairwise-T2-calibrated"
+    settings = cache.rectification("pairwise-T4-calibrated").settings
+    assert settings.temperature == 4.0 * cache.calibration
+    assert not verify(my_cache).faults
+    named = RectifyConfig(name="mine", calibrate=True)
+    assert with_calibration(named, my_cache).chosen_name == "mine"
+    assert with_calibration(RectifyConfig(), my_cache) == RectifyConfig()
+
+
+def test_the_commands(
+    tiny_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*words: str) -> Answer:
+        return answer_to([*words[:1], str(tiny_copy), *words[1:]], monkeypatch, capsys)
+
+    assert "pipeline calibrate" in told("rectify", "--calibrate").text
+    answer = told("calibrate")
+    found = LogitCache.open(tiny_copy).calibration
+    assert answer.code == 0
+    assert f"temperature {found:.4g}" in answer.text
+    assert "may have been trained on these rows" in answer.text
+    assert f"temperature {found:.4g}, train rows" in told("inspect").text
+    assert told("rectify", "--calibrate").code == 0
+    assert "pairwise-T4-calibrated" in LogitCache.open(tiny_copy).rectifications
