@@ -1,13 +1,12 @@
 """Plain functions that several files of tests share."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from pipeline.cli import main
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits
 from stages.inputs.datasets import ImageDataset
-from stages.inputs.probes import pixel_probes
 from stages.reporting import Silent
 from stages.settings import (
     CacheConfig,
@@ -184,29 +182,3 @@ def prepared(path: Path, config: Mapping[str, Any], **ways: bool) -> RunDirector
     run = RunDirectory(path, **ways)
     run.prepare(config)
     return run
-
-
-@contextlib.contextmanager
-def without_probes() -> Iterator[None]:
-    """Students do not compare pixels with the teacher's: a large part of short runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.data.pixel_probes", lambda *_: [])
-        patch.setattr("stages.data.zip_longest", lambda *_: ())
-        yield
-
-
-@contextlib.contextmanager
-def remembered_probes() -> Iterator[None]:
-    """Pixel probes are pure and half the time of short runs: once a dataset and size is enough."""
-    known: list[tuple[ImageDataset, int | None, list[int]]] = []
-
-    def remembered(dataset: ImageDataset, policy: Any, image_size: int | None = None) -> list[int]:
-        for before, size, probes in known:
-            if before is dataset and size == image_size:
-                return probes
-        known.append((dataset, image_size, pixel_probes(dataset, policy, image_size)))
-        return known[-1][2]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.data.pixel_probes", remembered)
-        yield

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import xarray
-from helpers import DIGITS, first, metrics, without_probes
+from helpers import DIGITS, first, metrics
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -44,8 +44,11 @@ ENCODINGS = ["auto", "float16", "uint8", "klt", "klt:top=3", "topk:k=4", "topk:k
 each_encoding = pytest.mark.parametrize("spec", ENCODINGS)
 ALIKE = ("float16", "uint8", "topk:k=10")
 """Written as others are: float16 and uint8 as float32, whole rows of topk as its first four."""
+KILLED = ("auto", "klt")
+"""Killed anywhere by tests/cache/test_kill.py."""
 each_way_of_writing = pytest.mark.parametrize(
-    "spec", [pytest.param(s, marks=pytest.mark.slow if s in ALIKE else []) for s in ENCODINGS]
+    "spec",
+    [pytest.param(s, marks=pytest.mark.slow if s in ALIKE + KILLED else []) for s in ENCODINGS],
 )
 ALL = torch.arange(SAMPLES)
 
@@ -278,7 +281,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    "spec", ["klt", "klt:top=3", pytest.param("topk:k=4", marks=pytest.mark.slow)]
+    "spec", ["klt:top=3", *(pytest.param(s, marks=pytest.mark.slow) for s in ("klt", "topk:k=4"))]
 )
 def test_views_that_are_appended_keep_the_calibration(
     my_job: Job, tmp_path: Path, array_bytes: Objects, spec: str
@@ -325,6 +328,13 @@ def test_another_encoding_is_refused(
 
     assert "--encoding" in caught.value.remedy
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("spec", ["klt:top=3", "topk:k=4"])
+def test_the_same_encoding_by_another_spelling_computes_nothing(
+    my_job: Job, my_cache: Callable[[str], Path], spec: str
+) -> None:
+    path = my_cache(spec)
     for again in (spec, LogitCache.open(path).encoding.name, "auto"):
         assert cache_teacher(my_job(encoding=again), path).computed_blocks == 0
 
@@ -400,11 +410,6 @@ def test_what_topk_rectifies_is_what_the_exact_rows_give(
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-6)
 
 
-def learn(config: StudentConfig, run: Path, splits: Splits) -> None:
-    with without_probes():
-        train_student(config, run, splits=splits)
-
-
 @pytest.fixture(scope="module")
 def exact_epoch(
     tmp_path_factory: pytest.TempPathFactory, my_cache: Callable[[str], Path], my_splits: Splits
@@ -413,7 +418,7 @@ def exact_epoch(
     found = {}
     for bias in ("none", "rectify"):
         run = tmp_path_factory.mktemp("exact") / "run"
-        learn(student(my_cache("auto"), bias), run, my_splits)
+        train_student(student(my_cache("auto"), bias), run, splits=my_splits)
         (found[bias],) = metrics(run)
     return found
 
@@ -434,7 +439,7 @@ def test_a_student_learns_from_any_encoding(
     spec: str,
     bias: Literal["none", "rectify"],
 ) -> None:
-    learn(student(my_cache(spec), bias), tmp_path / "run", my_splits)
+    train_student(student(my_cache(spec), bias), tmp_path / "run", splits=my_splits)
 
     (epoch,) = metrics(tmp_path / "run")
     assert all(math.isfinite(epoch[name]) for name in ("loss", "loss_ce"))
@@ -473,7 +478,7 @@ def exact_offset(
 def offset_sensitive(path: Path, splits: Splits, run: Path) -> None:
     """What reads logits themselves: a loss, and a space of rectification."""
     loss = LossSettings(name="lr")
-    learn(msgspec.structs.replace(student(path), loss=loss), run, splits)
+    train_student(msgspec.structs.replace(student(path), loss=loss), run, splits=splits)
     rectify(path, RectifyConfig(space="logit"))
 
 

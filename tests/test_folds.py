@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 from damage import flip, tree
-from helpers import DIGITS, first, remembered_probes, same_weights, weights
+from helpers import DIGITS, first, same_weights, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -105,24 +105,23 @@ def teacher_config(**changes: Any) -> TeacherConfig:
 
 
 @pytest.fixture(scope="module")
-def my_world(digits: Splits, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def my_world(digits: Splits, tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("folds")
     splits = Splits(first(digits.train, SAMPLES), first(digits.test, 30))
-    with remembered_probes():
-        train_folds(teacher_config(), folder / "t", splits=splits)
-        config = CacheConfig(
-            data=DIGITS,
-            teacher=TeacherSettings(weights=str(folder / "t")),
-            views=2,
-            augment=POLICY,
-            block_rows=60,
-            batch_size=16,
-            device="cpu",
-        )
-        job = prepare(config, splits)
-        cache_teacher(job, folder / "c.zarr")
-        fold_of = fold_map(splits.train.labels, FOLDS, SEED)
-        yield World(splits, folder / "t", config, job, folder / "c.zarr", fold_of)
+    train_folds(teacher_config(), folder / "t", splits=splits)
+    config = CacheConfig(
+        data=DIGITS,
+        teacher=TeacherSettings(weights=str(folder / "t")),
+        views=2,
+        augment=POLICY,
+        block_rows=60,
+        batch_size=16,
+        device="cpu",
+    )
+    job = prepare(config, splits)
+    cache_teacher(job, folder / "c.zarr")
+    fold_of = fold_map(splits.train.labels, FOLDS, SEED)
+    return World(splits, folder / "t", config, job, folder / "c.zarr", fold_of)
 
 
 def zeroed(dataset: ImageDataset, which: Tensor) -> ImageDataset:

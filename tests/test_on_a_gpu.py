@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DIGITS, first, without_probes
+from helpers import DIGITS, first
 from pretended_gpu import pretended_gpu
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 
@@ -48,7 +48,7 @@ def test_steps_of_a_student(
         device="cuda",
     )
     splits = Splits(first(digits.train, 300), first(digits.test, 100))
-    with without_probes(), pretended_gpu():
+    with pretended_gpu():
         trainer = student_trainer([config], [RunDirectory(tmp_path / "run")], splits)
         learner = trainer.learner
         views = learner.start_epoch()

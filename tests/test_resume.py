@@ -8,14 +8,14 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-from helpers import AtBatch, Words, first, metrics, same_weights, student_of, without_probes
+from helpers import AtBatch, Words, first, metrics, same_weights, student_of
 
 from pipeline.cli import main
 from stages.cache_teacher import CacheJob, cache_teacher
@@ -28,12 +28,6 @@ from stages.train_student import student_trainer, train_student, train_together
 from stages.training.run_directory import RunDirectory
 
 TRAIN = TrainSettings(epochs=2, batch_size=150, schedule="constant", lr=0.05)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_probes() -> Iterator[None]:
-    with without_probes():
-        yield
 
 
 @pytest.fixture(scope="module")

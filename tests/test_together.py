@@ -1,7 +1,6 @@
 """Several students from one stream of batches: each as it would be alone, bit for bit."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from helpers import (
     metrics,
     same_weights,
     student_of,
-    without_probes,
     without_times,
 )
 from torch import Tensor, nn
@@ -69,12 +67,6 @@ class Exploding(Dropping):
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) * torch.inf
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_probes() -> Iterator[None]:
-    with without_probes():
-        yield
 
 
 @pytest.fixture(scope="module")

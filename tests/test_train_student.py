@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from helpers import (
     Words,
     cache_of,
     first,
-    remembered_probes,
     same_weights,
     student_of,
     terminate,
@@ -83,12 +82,6 @@ class World:
         """The teacher's logits (n, C), computed now, in batches of this size."""
         parts = samples.split(batch_size)
         return torch.cat([self.teacher(self.normalise(self.pixels(s, view))) for s in parts])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def my_probes() -> Iterator[None]:
-    with remembered_probes():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -201,6 +201,11 @@ def truth(small_cache: Path) -> list[Tensor]:
     return everything(small_cache)
 
 
+@pytest.fixture(scope="module")
+def tiny_truth(tiny_cache: Path) -> list[Tensor]:
+    return everything(tiny_cache)
+
+
 # ---- sealed again: the root -----------------------------------------------------------------
 
 
@@ -410,12 +415,12 @@ RECTIFICATIONS: dict[str, Change] = {
 
 @pytest.mark.parametrize("name", RECTIFICATIONS)
 def test_a_rectification_whose_attributes_make_no_sense_is_found_though_sealed(
-    small_copy: Path, truth: list[Tensor], name: str
+    tiny_copy: Path, tiny_truth: list[Tensor], name: str
 ) -> None:
-    edit_attributes(small_copy, RECTIFICATIONS[name], "rectified/pairwise-T4")
+    edit_attributes(tiny_copy, RECTIFICATIONS[name], "rectified/pairwise-T4")
 
-    assert found_by_verify(small_copy)
-    assert refused_or_true(small_copy, truth)
+    assert found_by_verify(tiny_copy)
+    assert refused_or_true(tiny_copy, tiny_truth)
 
 
 RECORDS: dict[str, Change] = {
@@ -455,12 +460,12 @@ OF_ONE_PART: dict[str, dict[str, Change]] = {
     ],
 )
 def test_a_record_that_makes_no_sense_is_found_though_sealed(
-    small_copy: Path, truth: list[Tensor], part: str, name: str
+    tiny_copy: Path, tiny_truth: list[Tensor], part: str, name: str
 ) -> None:
-    edit_record(small_copy, 1, {**RECORDS, **OF_ONE_PART[part]}[name], 0, part)
+    edit_record(tiny_copy, 1, {**RECORDS, **OF_ONE_PART[part]}[name], 0, part)
 
-    assert found_by_verify(small_copy)
-    assert refused_or_true(small_copy, truth)
+    assert found_by_verify(tiny_copy)
+    assert refused_or_true(tiny_copy, tiny_truth)
 
 
 # ---- documents of arrays --------------------------------------------------------------------

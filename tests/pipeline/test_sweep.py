@@ -20,7 +20,7 @@ import forks
 import psutil
 import pytest
 import yaml
-from helpers import DIGITS, RUN_FILES, remembered_probes, same_weights
+from helpers import DIGITS, RUN_FILES, same_weights
 
 from pipeline.console import Console
 from pipeline.sweep import cluster
@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, rectified_cache: Path) -> I
     folder = tmp_path_factory.mktemp("sweeps")
     shutil.copytree(rectified_cache, folder / "digits.zarr")
     (folder / "models.py").write_text(MODELS)
-    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch, remembered_probes():
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)  # as the command does with its working directory
         yield folder
 

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import DIGITS, first, metrics, student_of, without_probes
+from helpers import DIGITS, first, metrics, student_of
 from torch import Tensor
 
 from stages.cache import LogitCache
@@ -37,12 +37,6 @@ from stages.train_teacher import train_teacher
 from stages.training.run_directory import RunDirectory
 
 SAMPLES, CLASSES, VIEWS, IMAGES = 60, 7, 3, 150
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_probes() -> Iterator[None]:
-    with without_probes():
-        yield
 
 
 def member(seed: int, scale: float, labels: Tensor) -> ViewTargets:

@@ -1,6 +1,5 @@
 """Distillation that is switched off: when, what the loss is then, what a resumed run does."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from helpers import (
     student_of,
     terminate,
     weights,
-    without_probes,
     without_times,
 )
 from simulated_graphs import simulated_graphs
@@ -35,12 +33,6 @@ from stages.training.until import Until, top1_on, until_of
 
 EPOCHS, HELD_OUT = 4, 0.3
 DATA = msgspec.structs.replace(DIGITS, val_fraction=HELD_OUT)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_probes() -> Iterator[None]:
-    with without_probes():
-        yield
 
 
 @pytest.fixture(scope="module")
