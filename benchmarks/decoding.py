@@ -27,11 +27,12 @@ from torchvision.transforms.v2 import functional as tv
 
 from benchmarks.measure import Figure, alternately, in_turns, new_report, peak_memory, seconds
 from pipeline.console import Console
-from stages.cache_job import CacheJob, TeacherPass, prepare
+from stages.cache_job import CacheJob, prepare
 from stages.cache_runs import held_bytes
 from stages.inputs.feed import Normalise
 from stages.inputs.views.crops import Boxes, render
 from stages.settings import CacheConfig, DataSettings, TeacherSettings
+from stages.teacher_pass import TeacherPass
 
 HEIGHT, WIDTH, SIZE, CLASSES, BATCH = 375, 500, 224, 4, 32
 SLACK = 64 * 2**20
@@ -183,7 +184,7 @@ def main(work: Path, images: int, views: int, turns: int, workers: int, out: str
         for name, found in in_turns(steps(job, work), 3 * turns).items():
             each = 1e3 * sorted(found)[len(found) // 2] / BATCH
             report.add(Figure(name=name, value=each, unit="ms"))
-        teacher = job.teacher()
+        teacher = TeacherPass.of(job)
         bare = BareViews(job, views)
         # A batch of the bare loader holds every view of its images.
         loader = DataLoader(bare, BATCH, num_workers=workers, persistent_workers=workers > 0)

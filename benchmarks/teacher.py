@@ -17,6 +17,7 @@ from stages.cache_teacher import cache_teacher
 from stages.data import Splits
 from stages.errors import ConfigError
 from stages.settings import CacheConfig, Dtype
+from stages.teacher_pass import TeacherPass
 
 PASS_TARGET = 1.05
 FIXED = "mostly fixed costs"
@@ -48,7 +49,7 @@ def teacher_figures(
     Raises ConfigError where the view policy has too few views to append any.
     """
     job, out = prepare(config, splits), folder / "passes.zarr"
-    teacher, order = job.teacher(), job.row_order
+    teacher, order = TeacherPass.of(job), job.row_order
     teacher.logits(order[: _WARM_BATCHES * config.batch_size], 0)  # warms up
     logits = torch.empty(0)
 

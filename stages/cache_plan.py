@@ -25,13 +25,14 @@ from stages.cache.encoding import (
 from stages.cache.layout import BlockGrid, BlockId, block_grid
 from stages.cache.metadata import NewCache
 from stages.cache.storage import location
-from stages.cache_job import CacheJob, blocks_to_fit, check_finite
+from stages.cache_job import CacheJob
 from stages.cache_runs import runs_of, views_at_once
 from stages.cache_teacher import open_existing
 from stages.device import versions
 from stages.errors import CacheError
 from stages.inputs.probes import PROBES
 from stages.teacher_checks import teacher_doubts
+from stages.teacher_pass import TeacherPass, blocks_to_fit, check_finite
 
 MEASURED_SECONDS = 2.0
 MOST_SECONDS = 20.0
@@ -206,7 +207,7 @@ def measured_teacher(job: CacheJob, at_once: int = 1) -> tuple[Tensor, float]:
     order = job.row_order
     most = fit_rows(job.num_classes)
     batch, wanted = min(job.config.batch_size, len(order)), min(most, len(order))
-    teacher = job.teacher()
+    teacher = TeacherPass.of(job)
     views = range(at_once)
     teacher.of_views(order[: -(-batch // at_once)], views)  # warms up: allocations, workers
     kept: list[Tensor] = []

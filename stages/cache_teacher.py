@@ -32,7 +32,7 @@ from stages.cache.layout import BlockId
 from stages.cache.lock import exclusive, joined
 from stages.cache.metadata import NewCache
 from stages.cache.storage import Location, check_place, location, remove_half_written
-from stages.cache_job import CacheJob, TeacherPass, prepare
+from stages.cache_job import CacheJob, prepare
 from stages.cache_runs import in_runs, runs_of, views_at_once, waiting
 from stages.data import skipped_samples
 from stages.device import device_name, versions
@@ -48,6 +48,7 @@ from stages.inputs.probes import pixel_probes
 from stages.reporting import Reporter, Silent
 from stages.sizes import budget_in_words
 from stages.teacher_checks import teacher_doubts
+from stages.teacher_pass import TeacherPass
 
 __all__ = ["CacheJob", "CacheSummary", "cache_teacher", "open_existing", "prepare"]
 
@@ -84,7 +85,7 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
     with _held(location(out), ranks):
         # 1) the store, its encoding fitted to the first rows; and what is missing in it
         progress = _Progress(job, reporter)
-        teacher = job.teacher(progress)
+        teacher = TeacherPass.of(job, progress)
         cache, fitted = first_rank_before_others(ranks, lambda: _ready(teacher, out))
         for doubt in [] if job.told else _doubts(job, fitted):
             reporter.say(f"WARNING: {doubt}")
@@ -123,7 +124,7 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
                 commits.check_all_objects()
             cache.write_fidelity()
             if cache.tested and not cache.eval_commits.is_complete(0):
-                test, samples = job.teacher_on_test(), torch.arange(len(job.splits.test))
+                test, samples = TeacherPass.on_test(job), torch.arange(len(job.splits.test))
                 cache.write_eval_logits(test.finite_logits(samples, 0), record)
                 test.feed.close()
             for commits in logs:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.data import check_output, skips_of
+from stages.data import skips_of
 from stages.device import choose_device, forward, place
 from stages.errors import (
     CacheError,
@@ -30,7 +30,7 @@ from stages.errors import (
 )
 from stages.inputs.datasets import ImageDataset, Skip, load_dataset, read_skip_list
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
-from stages.inputs.model_outputs import output_order
+from stages.inputs.model_outputs import check_output, output_order
 from stages.inputs.models import Model, load_model
 from stages.inputs.run_files import read_config, read_summary
 from stages.reporting import Reporter, Silent

@@ -31,6 +31,7 @@ from stages.recorded import check_teacher, recorded_job, trusted_attributes
 from stages.rectify import config_of, rectify
 from stages.reporting import Reporter, Silent
 from stages.settings import RectifyConfig
+from stages.teacher_pass import TeacherPass
 from stages.verify import Fault, Verified, verify
 from stages.verify.documents import root_faults
 from stages.verify.known_views import known_views, rectified_views
@@ -121,7 +122,7 @@ def _calibrated(where: Location, attributes: RootAttributes, job: CacheJob) -> E
         return restored(attributes.encoding, job.num_classes, lambda name: read_array(group, name))
     except CacheError as error:
         again = _with_config(job, encoding=attributes.encoding.name)
-        coding = again.teacher().fitted_encoding()[1]
+        coding = TeacherPass.of(again).fitted_encoding()[1]
         if coding.digest() != attributes.encoding.digest:
             raise CacheError(
                 f"the calibration of {where} is damaged and cannot be computed again here",

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from stages.cache.identity import weights_digest
-from stages.data import check_kind, check_width
 from stages.inputs.class_maps import Groups, class_groups, in_identity, mapped_names
-from stages.inputs.model_outputs import Adapted, output_order
+from stages.inputs.model_outputs import Adapted, check_kind, check_width, output_order
 from stages.inputs.models import Model
 from stages.settings import TeacherSettings
 

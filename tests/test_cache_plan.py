@@ -13,12 +13,12 @@ from stages import cache_plan
 from stages.cache import LogitCache
 from stages.cache.encoding import ENCODINGS
 from stages.cache.encoding.base import PLAIN_BUDGET
-from stages.cache_job import TeacherPass
 from stages.cache_plan import CachePlan, plan_cache
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, IdentityError
 from stages.settings import CacheConfig
+from stages.teacher_pass import TeacherPass
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_the_teacher_is_measured_on_the_rows_encodings_are_fitted_to(
     asked = [sample for run in timed for sample in run]
     assert asked[:1000] == order.tolist()
     assert asked[1000:1984] == order.tolist()[:984]  # and round again
-    torch.testing.assert_close(logits, of_views(job.teacher(), order, [0])[0])
+    torch.testing.assert_close(logits, of_views(TeacherPass.of(job), order, [0])[0])
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from stages.data import Splits
 from stages.errors import ConfigError
 from stages.inputs.feed import ViewFeed
 from stages.inputs.views import view_policy
+from stages.teacher_pass import TeacherPass
 
 VIEWS = 5
 
@@ -235,7 +236,7 @@ def test_probes_are_those_of_views_alone(job: CacheJob, tmp_path: Path) -> None:
     """The pixel rule: what a cache was made from at three views at once is what it says it is."""
     cache_teacher(with_views(job, 3), tmp_path / "c.zarr")
     cache = LogitCache.open(tmp_path / "c.zarr")
-    teacher = job.teacher()
+    teacher = TeacherPass.of(job)
     samples = cache.dataset_index[:16]
     for view in range(VIEWS):
         live = teacher.logits(samples, view)

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stages.cache import LogitCache
-from stages.cache_job import TeacherPass
 from stages.cache_teacher import CacheJob, CacheSummary, cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import (
@@ -34,6 +33,7 @@ from stages.inputs.cifar_models import cifar_model
 from stages.inputs.views import view_policy
 from stages.repair import repair
 from stages.settings import CacheConfig, TeacherSettings
+from stages.teacher_pass import TeacherPass
 from stages.verify import verify
 
 Objects = Callable[[Path], dict[str, bytes]]

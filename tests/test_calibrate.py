@@ -18,7 +18,6 @@ from helpers import (
     resized,
     same_weights,
     student_of,
-    without_probes,
     without_times,
 )
 from test_cache_format import assert_fields, fields
@@ -36,12 +35,6 @@ from stages.settings import BiasSettings, LossSettings, RectifyConfig, StudentCo
 from stages.train_student import student_trainer, train_student, train_together
 from stages.training.run_directory import RunDirectory
 from stages.verify import verify
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_probes() -> Iterator[None]:
-    with without_probes():
-        yield
 
 
 @pytest.fixture(scope="module")

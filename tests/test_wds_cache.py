@@ -30,6 +30,7 @@ from stages.settings import (
     TeacherSettings,
     TrainSettings,
 )
+from stages.teacher_pass import TeacherPass
 from stages.train_student import train_student
 from stages.verify import verify_live
 
@@ -129,7 +130,7 @@ def test_a_run_of_rows_reads_each_shard_once_and_onwards(
         read.append((int(self.places[index, 0]), int(self.places[index, 1])))
         return compressed(self, index)
 
-    teacher = job.teacher()
+    teacher = TeacherPass.of(job)
     monkeypatch.setattr(TarImages, "compressed", spy)
     rows = job.row_order[:12]
     found = teacher.of_views(rows, range(at_once))

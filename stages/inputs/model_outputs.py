@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import ConfigError, ModelError, PipelineError
+from stages.inputs.datasets import ImageDataset, Statistics
+from stages.inputs.feed import Normalise, ViewFeed
+from stages.inputs.models import Model
+from stages.inputs.views import ViewPolicy
 from stages.settings import Outputs
 from stages.user_code import error_line
 
@@ -168,3 +172,83 @@ def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
     both = [(more, "not in the dataset"), (fewer, "only in the dataset")]
     told = [f"{', '.join(map(repr, names[:3]))} {where}" for names, where in both if names]
     return "; ".join(told) or f"{len(theirs)}, not {len(ours)}"
+
+
+# ---- what a model gives for the images of a dataset ------------------------------------------
+
+
+def check_output(
+    model: Model,
+    statistics: Statistics,
+    dataset: ImageDataset,
+    policy: ViewPolicy,
+    image_size: int | None,
+    outputs: Outputs = "logits",
+) -> None:
+    """Run two samples through a model, on the CPU, where it is before it is placed.
+
+    Raises ModelError unless it gives a logit for each of the dataset's classes, or a probability
+    where `outputs` says so.
+    """
+    rows = sample_outputs(model, statistics, dataset, policy, image_size)
+    check_width(model, rows, len(dataset.class_names))
+    check_kind(model, rows, outputs)
+
+
+def sample_outputs(
+    model: Model,
+    statistics: Statistics,
+    dataset: ImageDataset,
+    policy: ViewPolicy,
+    image_size: int | None,
+) -> Tensor:
+    """What a model returns for two samples, on the CPU: (B, outputs). Raises ModelError unless it
+    is a row for each.
+    """
+    cpu = torch.device("cpu")
+    feed = ViewFeed(dataset, policy, cpu, image_size, workers=0)
+    normalise = Normalise(*statistics, model.channels, cpu, channels_last=False)
+    batch = next(feed.batches(torch.arange(min(2, len(dataset))), 0, 2))
+    model.module.eval()
+    try:
+        with torch.inference_mode():
+            found = model.module(normalise(batch.pixels))
+    except Exception as error:
+        pixels = tuple(batch.pixels.shape[1:])
+        raise ModelError(
+            f"{model.architecture} cannot take images of {pixels}: {error_line(error)}",
+            "Give --image-size, or another model.",
+        ) from error
+    logits = logits_of(found)
+    if logits.ndim != 2 or len(logits) != len(batch.samples):
+        raise ModelError(
+            f"{model.architecture} gives logits of shape {tuple(logits.shape)} for "
+            f"{len(batch.samples)} images",
+            "Use a model with one row of outputs per image.",
+        )
+    return logits
+
+
+def check_width(model: Model, rows: Tensor, num_classes: int) -> None:
+    """Raise ModelError unless rows have an output for each of the dataset's classes."""
+    if rows.shape[1] != num_classes:
+        raise ModelError(
+            f"{model.architecture} gives logits of shape {tuple(rows.shape)} for {len(rows)} "
+            f"images; the dataset has {num_classes} classes",
+            "Use a model with one output per class; for a teacher --classes says which of its "
+            "outputs they are.",
+        )
+
+
+def check_kind(model: Model, logits: Tensor, outputs: Outputs) -> None:
+    """Raise ModelError unless rows are logits, or probabilities where `outputs` says so."""
+    if are_probabilities(logits.float()) != (outputs == "probabilities"):
+        if outputs == "probabilities":
+            raise ModelError(
+                f"the outputs of {model.architecture} are no probabilities: rows do not sum to 1",
+                "Leave --outputs out.",
+            )
+        raise ModelError(
+            f"{model.architecture} returns probabilities (rows that sum to 1), not logits",
+            "Return what goes into the softmax; --outputs probabilities takes a teacher's log.",
+        )

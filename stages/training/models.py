@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from stages.cache.identity import weights_digest
-from stages.data import check_output, normalisation, small_image_notes
+from stages.data import normalisation, small_image_notes
 from stages.device import check_precision
 from stages.distributed import ALONE, Ranks, device_of_rank
 from stages.errors import ConfigError
 from stages.inputs.datasets import ImageDataset, Statistics
 from stages.inputs.feed import Normalise, ViewFeed
+from stages.inputs.model_outputs import check_output
 from stages.inputs.models import Model, build_model, load_model
 from stages.reporting import Reporter
 from stages.settings import ModelSettings, RunConfig, SeedSettings

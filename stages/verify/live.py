@@ -8,6 +8,7 @@ from stages.cache_job import CacheJob
 from stages.data import Splits, cached_policy, check_dataset
 from stages.errors import DatasetError, IdentityError, ViewError
 from stages.reporting import Reporter, Silent
+from stages.teacher_pass import TeacherPass
 from stages.verify.faults import Fault
 
 _NOISE = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}
@@ -30,7 +31,7 @@ def verify_live(
         return [Fault("fidelity", "nothing is declared: the cache is not finished")]
     which = torch.randint(len(views), (pairs,), generator=generator)
     samples = shown[torch.randint(len(shown), (pairs,), generator=generator)]
-    teacher = job.teacher()
+    teacher = TeacherPass.of(job)
     divergences = []
     for position in which.unique().tolist():
         asked = samples[which == position]

@@ -30,6 +30,7 @@ from stages.settings import (
     TeacherSettings,
     TrainSettings,
 )
+from stages.teacher_pass import TeacherPass
 from stages.train_teacher import train_teacher
 
 HERE = Path(__file__).parent.absolute()
@@ -87,11 +88,11 @@ def main() -> None:
             if name != "mixed":
                 rectify(f"{name}.zarr", RectifyConfig())
                 rectify(f"{name}.zarr", RectifyConfig(method="swap"))
-            teacher = job.teacher()
+            teacher = TeacherPass.of(job)
             for view in range(VIEWS):
                 samples = torch.arange(SAMPLES)
                 truth[f"{name}-{view}"] = teacher.logits(samples, view).numpy()
-            truth[f"{name}-test"] = job.teacher_on_test().logits(torch.arange(TEST), 0).numpy()
+            truth[f"{name}-test"] = TeacherPass.on_test(job).logits(torch.arange(TEST), 0).numpy()
             shutil.rmtree(HERE / f"{name}.zarr", ignore_errors=True)
             shutil.copytree(f"{name}.zarr", HERE / f"{name}.zarr")
         truth["train_labels"] = first(whole).train.labels.numpy()

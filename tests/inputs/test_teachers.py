@@ -25,6 +25,7 @@ from stages.inputs.models import build_model, load_model
 from stages.inputs.teachers import KINDS, load_teacher
 from stages.recorded import recorded_job
 from stages.settings import CacheConfig, DataSettings, TeacherSettings
+from stages.teacher_pass import TeacherPass
 from stages.user_code import trusting
 
 CLASSES = ("cat", "dog", "tree_frog")
@@ -66,7 +67,7 @@ def pillow(dataset: ImageDataset, sample: int) -> Image.Image:
 
 
 def logits_of(made: CacheJob, samples: list[int]) -> Tensor:
-    teacher = made.teacher()
+    teacher = TeacherPass.of(made)
     found = teacher.logits(torch.tensor(samples), 0)
     teacher.feed.close()
     return found
