@@ -5,7 +5,8 @@ of out-of-fold predictions and labels. Here a threshold is given (`rectify --wro
 and a sample is suspected where the teacher is as sure on at least half of the sample's views.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,21 +16,28 @@ from stages.cache import LogitCache
 @dataclass(frozen=True)
 class Suspect:
     """A sample that may have the wrong label. label, predicted: class indices; predicted is what
-    the teacher is sure of on the most views. views: on how many it is sure of another class.
+    the teacher is sure of on the most views. views: on how many it is sure of another class. view:
+    the first on which it is sure of that one.
     """
 
     sample: int
     label: int
     predicted: int
     views: int
+    view: int = field(default=0, compare=False)
 
 
-def suspected_labels(cache: LogitCache, rectified: str) -> list[Suspect]:
+def suspected_labels(
+    cache: LogitCache, rectified: str, views: Sequence[int] | None = None
+) -> list[Suspect]:
     """The suspects by a rectification with the rule `confidence`, those of the most views first,
-    then in dataset order. Raises CacheError where there is no such rectification.
+    then in dataset order. views: that are looked at; None for all that are rectified.
+
+    Raises CacheError where there is no such rectification.
     """
     rectification = cache.rectification(rectified)
-    views = [v for v in cache.complete_views if rectification.commits.is_complete(v)]
+    if views is None:
+        views = [v for v in cache.complete_views if rectification.commits.is_complete(v)]
     samples, classes = torch.arange(cache.num_samples), cache.num_classes
     found = []
     for view in views:
@@ -38,18 +46,29 @@ def suspected_labels(cache: LogitCache, rectified: str) -> list[Suspect]:
         differs = targets.of(samples).wrong()
         trusted = differs & ~targets.of(samples, rectified=True).wrong()
         found.append((samples * classes + answers)[trusted])
-    pairs, counts = torch.cat([*found, samples[:0]]).unique(return_counts=True)
+    every = torch.cat([*found, samples[:0]])
+    seen_on = torch.cat([*map(torch.full_like, found, views), samples[:0]])
+    pairs, which, counts = every.unique(return_inverse=True, return_counts=True)
+    earliest = torch.zeros_like(pairs).scatter_reduce_(
+        0, which, seen_on, "amin", include_self=False
+    )
     whose = pairs // classes
     total = torch.zeros_like(samples).index_add_(0, whose, counts)
     most = torch.zeros_like(samples).scatter_reduce_(0, whose, counts, "amax")
     best = {
-        int(sample): int(pair % classes)
-        for pair, sample, count in zip(pairs, whose, counts, strict=True)
-        if count == most[sample]
+        sample: (answer, view)
+        for sample, answer, view, tops in zip(
+            whose.tolist(),
+            (pairs % classes).tolist(),
+            earliest.tolist(),
+            (counts == most[whose]).tolist(),
+            strict=True,
+        )
+        if tops
     }
     suspects = [
-        Suspect(sample, int(cache.labels[sample]), answer, int(total[sample]))
-        for sample, answer in best.items()
+        Suspect(sample, int(cache.labels[sample]), answer, int(total[sample]), view)
+        for sample, (answer, view) in best.items()
         if 2 * int(total[sample]) >= len(views)
     ]
     return sorted(suspects, key=lambda suspect: (-suspect.views, suspect.sample))

@@ -1,5 +1,6 @@
 """The part of the page about one cache: what it is, what its teacher gets wrong, and how."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,6 +19,7 @@ from pipeline.report.measured import (
     entropy,
 )
 from pipeline.report.tables import Cell, Row, Table, Tile
+from pipeline.report.unseen import Doubts, beside_others, certainty_of, doubts_of
 from stages.cache import LogitCache
 from stages.inputs.views import mixes
 from stages.scores import BINS
@@ -66,11 +68,23 @@ def cache_part(cache: LogitCache, key: str, options: Options) -> dict[str, Any]:
     }
 
 
+def compare_unseen(parts: Sequence[dict[str, Any]]) -> None:
+    """Show the caches of folds of one dataset beside those of one teacher. parts: of all of them,
+    as `cache_part` makes them, which are added to.
+    """
+    measured = [(part["key"], part["measured"]) for part in parts if part["measured"]]
+    every = [each["certainty"] for _, each in measured]
+    for key, each in measured:
+        each["unseen"] = beside_others(key, each["certainty"], every)
+
+
 def _measured(cache: LogitCache, key: str, options: Options) -> dict[str, Any]:
     rectified = chosen_rectification(cache, cache.complete_views)
     draw, mistakes = draw_rows(cache, rectified), count_mistakes(cache)
     chosen = choose_samples(draw)
-    images = load_images(cache, chosen, options.dataset, options.root) if chosen else Images({})
+    doubts = doubts_of(cache)
+    shown = [*chosen, *(doubts.samples if doubts else ())]
+    images = load_images(cache, shown, options.dataset, options.root) if shown else Images({})
     found = calibration_of(draw.logits, ~draw.wrong)
     legend = [
         ("right", "the label", "solid"),
@@ -97,7 +111,20 @@ def _measured(cache: LogitCache, key: str, options: Options) -> dict[str, Any]:
         "images_note": images.note,
         "legend": legend,
         "cards": [(heading, shown) for heading, shown in cards.items() if shown],
+        "certainty": certainty_of(cache, draw, mistakes),
+        "unseen": None,
+        "doubts": doubts,
+        "doubted": _doubted(cache, doubts, images),
+        "folds": cache.identity.teacher.folds is not None,
     }
+
+
+def _doubted(cache: LogitCache, doubts: Doubts | None, images: Images) -> list[dict[str, Any]]:
+    """The cards of labels that may be wrong."""
+    if doubts is None:
+        return []
+    pairs = zip(doubts.samples, doubts.notes, strict=True)
+    return [card(cache, sample, images, note) for sample, note in pairs]
 
 
 def _tiles(cache: LogitCache, mistakes: Mistakes, draw: Draw) -> list[Tile]:

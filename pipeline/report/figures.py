@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import torch
@@ -24,6 +24,9 @@ from torch import Tensor
 
 from pipeline.report.measured import Draw, entropy
 from stages.scores import BINS, Calibration
+
+if TYPE_CHECKING:
+    from pipeline.report.unseen import Certainty
 
 ROLES = ("ink", "faint", "grid", "paper", "right", "wrong", "rectified", "plain")
 SERIES = 6
@@ -224,6 +227,18 @@ def _rectified_entropies(name: str, draw: Draw, rectified: Tensor) -> Figure:
     note = f"Rectification changes their mean entropy by {change:+.3f} nats."
     legend = [("wrong", "as cached", "solid"), ("rectified", "rectified", "solid")]
     return Figure("Wrong rows, before and after", [("", svg)], note, legend)
+
+
+def confidence_of_caches(name: str, shown: Sequence["Certainty"]) -> Figure:
+    """The confidence of several teachers, each in shares of its own rows."""
+    parts = {f"series-{at}": 100 * each.confidence for at, each in enumerate(shown)}
+    told = "Histogram of the confidence of teachers of folds and of one teacher, at temperature 1"
+    svg = _histograms(name, told, "confidence (largest probability), %", parts, (0.0, 100.0))
+    legend = [
+        (f"series-{at}", f"{each.name}, {'out of fold' if each.folds else 'one teacher'}", "solid")
+        for at, each in enumerate(shown)
+    ]
+    return Figure("Confidence by cache", [("", svg)], "", legend)
 
 
 def _accuracy_by_view(name: str, top1: Mapping[int, float]) -> Figure:

@@ -156,7 +156,7 @@ def png_uri(pixels: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
 
 
-def card(cache: LogitCache, sample: Sample, images: Images) -> dict[str, Any]:
+def card(cache: LogitCache, sample: Sample, images: Images, note: str = "") -> dict[str, Any]:
     """A wrong row: its image, and its largest probabilities before and after rectification."""
     names = cache.identity.dataset.class_names
     after = sample.before if sample.after is None else sample.after
@@ -179,6 +179,7 @@ def card(cache: LogitCache, sample: Sample, images: Images) -> dict[str, Any]:
         "label": names[sample.label],
         "predicted": names[sample.predicted],
         "confidence": sample.confidence,
+        "note": note,
         "uri": images.uris.get((sample.sample, sample.view)),
         "classes": classes,
     }

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from pipeline.console import counted, duration, percent, visible
-from pipeline.report.cache import Options, cache_part
+from pipeline.report.cache import Options, cache_part, compare_unseen
 from pipeline.report.figures import pattern
 from pipeline.report.groups import Group, comparable, grouped, told, unlike
 from pipeline.report.sources import KnownCaches, Sources, find_sources
@@ -110,6 +110,7 @@ def page(sources: Sources, options: Options, reporter: Reporter) -> str:
             key = f"cache-{at}-{len(links)}"
             caches.append(cache_part(cache, key, options))
             links.append((key, f"cache {str(cache.path).rstrip('/').rpartition('/')[2]}"))
+        compare_unseen(caches)
         students = None
         if section.students:
             students = student_part(grouped(section.students), known, f"students-{at}")

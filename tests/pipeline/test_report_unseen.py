@@ -1,0 +1,136 @@
+"""The report of a cache of folds beside one of one teacher, and of labels that may be wrong."""
+
+import base64
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import DIGITS, cache_of, first, without_probes
+from PIL import Image
+from reports import Element, page_of
+from test_report_numbers import naive_ece, rows_of, softmax
+
+from pipeline.report.unseen import doubts_of
+from stages.cache import LogitCache
+from stages.calibrate import calibrate
+from stages.data import Splits
+from stages.inputs.views import view_policy
+from stages.rectify import rectify
+from stages.settings import ModelSettings, RectifyConfig, TeacherConfig, TrainSettings
+from stages.suspects import suspected_labels
+from stages.train_teacher import train_folds
+
+SAMPLES, SURE = 80, 0.11
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_probes() -> Iterator[None]:
+    with without_probes():
+        yield
+
+
+@pytest.fixture(scope="module")
+def my_splits(digits: Splits) -> Splits:
+    return Splits(first(digits.train, SAMPLES), first(digits.test, 20))
+
+
+@pytest.fixture(scope="module")
+def my_caches(
+    my_splits: Splits, teacher_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """Two views of 80 digits: of two folds, with labels that may be wrong, and of one teacher."""
+    folder, splits = tmp_path_factory.mktemp("unseen"), my_splits
+    config = TeacherConfig(
+        data=DIGITS,
+        model=ModelSettings(architecture="resnet8"),
+        augment="pad-crop:pad=2",
+        train=TrainSettings(epochs=3, batch_size=20),
+        device="cpu",
+        folds=2,
+    )
+    train_folds(config, folder / "t", splits=splits)
+    folds = cache_of(folder / "t", folder / "folds.zarr", splits, encoding="float32")
+    one = cache_of(teacher_run, folder / "one.zarr", splits, encoding="float32")
+    rectify(folds, RectifyConfig(wrong=f"confidence:{SURE}"))
+    return folds, one
+
+
+@pytest.fixture(scope="module")
+def my_page(my_caches: tuple[Path, Path], my_splits: Splits) -> Element:
+    calibrate(my_caches[1])
+    with pytest.MonkeyPatch.context() as patch:  # the images of fewer samples than digits has
+        patch.setattr("pipeline.report.gallery.load_dataset", lambda *_, **__: my_splits.train)
+        return page_of(*my_caches)
+
+
+def test_both_teachers_by_loops_over_their_rows(
+    my_page: Element, my_caches: tuple[Path, Path]
+) -> None:
+    """Out of fold first."""
+    (table,) = (t for t in my_page.find("table") if t.find(data_field="unseen_nll"))
+    for at, path in enumerate(my_caches):
+        logits, labels, predictions = rows_of(LogitCache.open(path))
+        p = np.array([softmax(row) for row in logits])
+        right = labels == predictions
+        expected = {
+            "unseen_confidence": p.max(1).mean(),
+            "unseen_wrong_rate": 1 - right.mean(),
+            "unseen_overconfidence": p.max(1).mean() - right.mean(),
+            "unseen_ece": naive_ece(logits, right),
+            "unseen_nll": -np.log(p[np.arange(len(p)), labels]).mean(),
+        }
+        for field, value in expected.items():
+            assert table.values(field)[at] == pytest.approx(value, abs=1e-6), field
+    out_of_fold, one = (row.text for row in table.find("tr")[1:])
+    assert "out of fold" in out_of_fold
+    assert "one teacher" in one
+    assert f"{LogitCache.open(my_caches[1]).calibration:.3g}" in one
+
+
+def test_labels_that_may_be_wrong_are_shown_with_their_images(
+    my_page: Element, my_caches: tuple[Path, Path], my_splits: Splits
+) -> None:
+    cache, shown = LogitCache.open(my_caches[0]), my_splits.train.images
+    assert shown is not None
+    (name,) = cache.rectifications
+    found = suspected_labels(cache, name)
+    assert len(found) > 3
+    assert my_page.value("doubted_labels") == len(found)
+    (gallery,) = (g for g in my_page.find(class_="gallery") if "is perhaps" in g.text)
+    cards = gallery.find("article")
+    names = cache.identity.dataset.class_names
+    for card, suspect in zip(cards, found[:12], strict=True):
+        assert int(card.attributes["data-sample"]) == suspect.sample
+        view = int(card.attributes["data-view"])
+        targets = cache.read_view(view)
+        (row,) = targets.rows(torch.tensor([suspect.sample]))
+        p = softmax(row.double().numpy())
+        assert int(p.argmax()) == suspect.predicted
+        assert p.max() >= SURE
+        assert f"confidence {100 * p.max():.1f}%" in card.text.replace(" %", "%")
+        assert f"{names[suspect.label]} is perhaps {names[suspect.predicted]}" in card.text
+        assert f"sure on {suspect.views} of 2 views" in card.text
+        (image,) = card.find("img")
+        png = base64.b64decode(image.attributes["src"].partition(",")[2])
+        pixels = np.asarray(Image.open(io.BytesIO(png)))
+        sample = torch.tensor([suspect.sample])
+        expected = view_policy("pad-crop:pad=2", 0).apply(shown[sample], sample, view)
+        assert (pixels == expected[0, 0].numpy()).all()
+
+
+def test_a_cache_of_folds_by_itself(
+    my_caches: tuple[Path, Path], small_cache: Path, tmp_path: Path
+) -> None:
+    """Nothing is beside it, and nothing is doubted without a rule."""
+    assert doubts_of(LogitCache.open(small_cache)) is None
+    path = Path(shutil.copytree(my_caches[0], tmp_path / "folds.zarr"))
+    shutil.rmtree(path / "rectified" / f"pairwise-T4-confidence{SURE}")
+    shutil.rmtree(path / "commits" / "rectified")
+    page = page_of(path)
+    assert len(page.values("unseen_nll")) == 1
+    assert not page.find(data_field="doubted_labels")
+    assert "--wrong confidence:X" in page.text
