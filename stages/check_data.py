@@ -27,8 +27,6 @@ from stages.reporting import Reporter, Silent
 
 Kind = Literal["broken", "odd mode", "duplicate", "not taken"]
 KINDS: tuple[Kind, ...] = ("broken", "odd mode", "duplicate", "not taken")
-SAMPLED = 512
-"""Images of each split that `cache-teacher` looks at unless asked otherwise."""
 _AT_ONCE = 4096
 _SHOWN = 3
 

@@ -1,7 +1,14 @@
-"""Zarr, as this store uses it: groups, arrays by spec, reads that say what is damaged."""
+"""Zarr, as this store uses it: groups, arrays by spec, reads that say what is damaged.
 
+Zarr accepts a document whose shape, fill value or attributes have changed, and would then read
+something else. So arrays are compared with what `layout.py` says when a cache is opened and when it
+is verified.
+"""
+
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +22,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from stages.cache.identity import weights_digest
-from stages.cache.layout import ArraySpec, BlockGrid, BlockId, block_key, whole_key
+from stages.cache.layout import MAX_VIEWS, ArraySpec, BlockGrid, BlockId, block_key, whole_key
 from stages.cache.storage import Location, answered, ask, open_store
 from stages.errors import CacheError, PipelineError, UnansweredError
 
@@ -193,3 +200,59 @@ def grow(group: zarr.Group, num_views: int, last: str = "") -> None:
         dimensions = array.metadata.dimension_names  # type: ignore[union-attr]
         if dimensions and dimensions[0] == "view" and array.shape[0] < num_views:
             get_array(group, name).resize((num_views, *array.shape[1:]))
+
+
+# ---- documents ------------------------------------------------------------------------------
+
+
+def array_faults(
+    group: zarr.Group, specs: Mapping[str, ArraySpec], sizes: Mapping[str, int], grid: BlockGrid
+) -> list[str]:
+    """What is wrong with the documents of these arrays."""
+    faults = (_array_fault(group, name, spec, sizes, grid) for name, spec in specs.items())
+    return [fault for fault in faults if fault is not None]
+
+
+def _array_fault(
+    group: zarr.Group, name: str, spec: ArraySpec, sizes: Mapping[str, int], grid: BlockGrid
+) -> str | None:
+    """What is wrong with the document of an array, if anything is.
+
+    An array may have room for more views than `sizes` says: an append stopped half-way.
+    """
+    try:
+        found = get_array(group, name).metadata.to_dict()
+    except CacheError as error:
+        return error.cause
+    shape = spec.shape(sizes)
+    try:
+        expected = _written(spec, shape, grid)
+    except (TypeError, ValueError) as error:  # attributes that speak of an array that cannot be
+        return f"there can be no array '{name}' as the attributes have it: {error}"
+    room: Any = found["shape"]
+    if spec.by_block and room and room[0] > MAX_VIEWS:
+        return f"array '{name}' claims {room[0]} views, more than any cache has"
+    if spec.by_block and len(room) == len(shape) and room[0] > sizes["view"]:
+        expected = expected | _plain({"shape": (room[0], *shape[1:])})
+    plain = _plain(found)
+    differing = [key for key in {*plain, *expected} if plain.get(key) != expected.get(key)]
+    if differing:
+        return f"the metadata of array '{name}' is not what was written: {sorted(differing)[0]}"
+    return None
+
+
+@lru_cache(maxsize=256)
+def _written(spec: ArraySpec, shape: tuple[int, ...], grid: BlockGrid) -> dict[str, str]:
+    """The document of an array of this shape, as it was created."""
+    sizes = dict(zip(spec.dimensions, shape, strict=True))
+    array = create_array(zarr.create_group(MemoryStore()), "a", spec, sizes, grid)
+    return _plain(array.metadata.to_dict())
+
+
+def _plain(document: Mapping[str, Any]) -> dict[str, str]:
+    """The fields that say something, each as text: with 0, 0.0 and false apart."""
+    return {
+        key: json.dumps(value, sort_keys=True, default=str)
+        for key, value in document.items()
+        if value is not None
+    }

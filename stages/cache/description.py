@@ -111,7 +111,7 @@ class CacheDescription:
 
     def document_faults(self) -> list[str]:
         """What is wrong with the metadata of the root's arrays."""
-        return metadata.array_faults(self.group, self.specs, self.sizes, self.grid)
+        return arrays.array_faults(self.group, self.specs, self.sizes, self.grid)
 
     @property
     def calibration(self) -> float:

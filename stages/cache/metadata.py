@@ -1,8 +1,7 @@
-"""The metadata of a store: its root attributes, and the JSON documents of groups and arrays.
+"""The root attributes of a store, and how one is created.
 
-Zarr accepts a document whose shape, fill value or attributes have changed, and would then read
-something else. So attributes carry a digest of themselves, and arrays are compared with what
-`layout.py` says; both when a cache is opened and when it is verified.
+Attributes carry a digest of themselves, which is compared when a cache is opened and when it is
+verified.
 """
 
 import contextlib
@@ -10,22 +9,20 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import zarr
 from torch import Tensor
-from zarr.storage import MemoryStore
 
 from stages.cache import layout
-from stages.cache.arrays import array_digest, create_array, get_array, open_group
+from stages.cache.arrays import array_digest, create_array, open_group
 from stages.cache.calibrated import Calibrated
 from stages.cache.commits import seal_records, unsealed
 from stages.cache.encoding import Encoding, EncodingAttributes, Fidelity, encoding_attributes
 from stages.cache.identity import Identity, SkippedSample
-from stages.cache.layout import MAX_VIEWS, ArraySpec, BlockGrid
+from stages.cache.layout import ArraySpec
 from stages.cache.storage import (
     Location,
     ask,
@@ -262,56 +259,3 @@ def check_seal(attributes: Mapping[str, Any], where: str) -> None:
             f"the attributes of {where} are damaged: their digest is another",
             "Run `pipeline verify CACHE --repair`.",
         )
-
-
-def array_faults(
-    group: zarr.Group, specs: Mapping[str, ArraySpec], sizes: Mapping[str, int], grid: BlockGrid
-) -> list[str]:
-    """What is wrong with the documents of these arrays."""
-    faults = (_array_fault(group, name, spec, sizes, grid) for name, spec in specs.items())
-    return [fault for fault in faults if fault is not None]
-
-
-def _array_fault(
-    group: zarr.Group, name: str, spec: ArraySpec, sizes: Mapping[str, int], grid: BlockGrid
-) -> str | None:
-    """What is wrong with the document of an array, if anything is.
-
-    An array may have room for more views than `sizes` says: an append stopped half-way.
-    """
-    try:
-        found = get_array(group, name).metadata.to_dict()
-    except CacheError as error:
-        return error.cause
-    shape = spec.shape(sizes)
-    try:
-        expected = _written(spec, shape, grid)
-    except (TypeError, ValueError) as error:  # attributes that speak of an array that cannot be
-        return f"there can be no array '{name}' as the attributes have it: {error}"
-    room: Any = found["shape"]
-    if spec.by_block and room and room[0] > MAX_VIEWS:
-        return f"array '{name}' claims {room[0]} views, more than any cache has"
-    if spec.by_block and len(room) == len(shape) and room[0] > sizes["view"]:
-        expected = expected | _plain({"shape": (room[0], *shape[1:])})
-    plain = _plain(found)
-    differing = [key for key in {*plain, *expected} if plain.get(key) != expected.get(key)]
-    if differing:
-        return f"the metadata of array '{name}' is not what was written: {sorted(differing)[0]}"
-    return None
-
-
-@lru_cache(maxsize=256)
-def _written(spec: ArraySpec, shape: tuple[int, ...], grid: BlockGrid) -> dict[str, str]:
-    """The document of an array of this shape, as it was created."""
-    sizes = dict(zip(spec.dimensions, shape, strict=True))
-    array = create_array(zarr.create_group(MemoryStore()), "a", spec, sizes, grid)
-    return _plain(array.metadata.to_dict())
-
-
-def _plain(document: Mapping[str, Any]) -> dict[str, str]:
-    """The fields that say something, each as text: with 0, 0.0 and false apart."""
-    return {
-        key: json.dumps(value, sort_keys=True, default=str)
-        for key, value in document.items()
-        if value is not None
-    }

@@ -8,10 +8,11 @@ import msgspec
 import zarr
 
 from stages.cache import arrays, layout
+from stages.cache.arrays import array_faults
 from stages.cache.blocks import BlockGroup
 from stages.cache.commits import CommitLog
 from stages.cache.description import CacheDescription
-from stages.cache.metadata import array_faults, check_seal, sealed
+from stages.cache.metadata import check_seal, sealed
 from stages.cache.storage import entries, folders
 from stages.cache.targets import RectifiedValues
 from stages.errors import CacheError
