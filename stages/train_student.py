@@ -43,6 +43,7 @@ from stages.settings import StudentConfig
 from stages.student_checks import check_students, complete, made_from, slab_plan
 from stages.targets.in_place import kept_in_place, take
 from stages.targets.reader import TargetReader
+from stages.training.compiled import Compiled
 from stages.training.learner import Learner
 from stages.training.models import build, check_models
 from stages.training.objective import Objective
@@ -180,6 +181,7 @@ class CachedTask:
         self._told: dict[str, float] = {}
         self.targets: Targets | None = None
         self._kept: Targets | None = None
+        self._compiled: Compiled | None = None
 
     def look_back(self, history: Sequence[Mapping[str, Any]]) -> str | None:
         """Whether the loss is switched off after these epochs; says so once."""
@@ -222,21 +224,38 @@ class CachedTask:
         self.targets = self._kept
         return None
 
+    def compile(self, batch_size: int) -> None:
+        """Compile what is computed from logits, for batches of this size. Left as they are: losses
+        that work on the host, and a correction, which is differentiated twice.
+        """
+        objective = self._objective
+        if objective is not None and not objective.on_host and self._config.bias.mode != "correct":
+            self._compiled = Compiled(self._parts, batch_size, self._labels.device, what="loss")
+
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The loss of a batch, and the means that metrics have of it: () each."""
         labels, *mixed = batch.hard_labels(self._labels)
         if not self._labelled:
             return self._taught(logits, batch, labels)
-        hard = mixed_ce(logits, labels, *mixed)
         if self._objective is None or self.targets is None:
-            return {"loss": hard}
+            return {"loss": mixed_ce(logits, labels, *mixed)}
         loss, rectified = self._config.loss, self._config.bias.rectified is not None
         rows = self.targets.of(batch.samples, rectified, loss.calibrate)
         wrong = rows.wrong()
+        if rows.tempered:
+            return self._parts(logits, rows, wrong, labels, *mixed)
+        parts = self._compiled or self._parts
+        found: dict[str, Tensor] = parts(logits, rows.at(), wrong, labels, *mixed)
+        return found
+
+    def _parts(
+        self, logits: Tensor, teacher: TeacherRows, wrong: Tensor, labels: Tensor, *mixed: Any
+    ) -> dict[str, Tensor]:
+        """As `loss_parts`, of what was looked up. wrong: bool (B,)."""
+        hard = mixed_ce(logits, labels, *mixed)
         weights = self._bias.rows(wrong) if self._config.bias.weighs else None
-        teacher = rows if rows.tempered else rows.at()
         value = self._value(logits, teacher, labels, weights)  # (B,), or () of coupled rows
-        mean, ce_weight = value.mean(), loss.ce_weight or 0.0
+        mean, ce_weight = value.mean(), self._config.loss.ce_weight or 0.0
         parts = {
             "loss": torch.add(self._weight * mean, hard, alpha=ce_weight),
             "loss_ce": hard,

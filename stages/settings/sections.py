@@ -192,7 +192,7 @@ class TrainSettings(Settings, frozen=True):
         "Only algorithms that give the same bits again.",
         "--deterministic", decides="weights", shared=True)] = False
     compile: Annotated[bool, about(
-        "Compile the forward pass: faster steps of small models, after a minute. Weights differ in"
+        "Compile forward pass and loss: faster steps of small models, after a minute. Weights differ in"
         " their last bits.", "--compile/--no-compile", decides="nothing")] = False
     capture: Annotated[bool, about(
         "Record a step as one CUDA graph and replay it: faster steps of small models on a GPU. "

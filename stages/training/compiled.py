@@ -1,4 +1,5 @@
-"""A model's forward pass, compiled: fewer and larger kernels, and on a GPU one CUDA graph a pass.
+"""A model's forward pass, and a loss, compiled: fewer and larger kernels, and on a GPU one CUDA
+graph a forward pass.
 
 It pays where a model is small and a step spends its time starting kernels. The model itself stays
 as it is: what is saved, resumed and evaluated does not know that it was compiled.
@@ -7,9 +8,12 @@ as it is: what is saved, resumed and evaluated does not know that it was compile
 import os
 import shlex
 import shutil
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stages.errors import ConfigError
 
@@ -41,34 +45,53 @@ def check_compiler(device: torch.device) -> None:
         raise ConfigError(f"--compile needs a compiler: {wanted}, not found", _REMEDY)
 
 
-class CompiledForward:
-    """The forward pass for batches of one size; the last, shorter one of an epoch goes through the
-    plain model, as every further size would be compiled anew.
+class Compiled:
+    """A function for batches of one size; the last, shorter one of an epoch goes through the plain
+    function, as every further size would be compiled anew.
     """
 
     def __init__(
-        self, forward: nn.Module, batch_size: int, device: torch.device, graphs: bool
+        self,
+        plain: Callable[..., Any],
+        batch_size: int,
+        device: torch.device,
+        graphs: bool = False,
+        what: str = "model",
     ) -> None:
-        """graphs: record CUDA graphs; only where a step has one forward pass in one process."""
+        """graphs: record CUDA graphs; only where a step has one forward pass in one process. what:
+        it is, as an error names it.
+        """
         from torch._dynamo.exc import TorchDynamoException  # takes seconds to import
 
         self._failure = TorchDynamoException
-        self._plain, self._batch_size = forward, batch_size
+        self._plain, self._batch_size, self._what = plain, batch_size, what
         self._graphs = graphs and device.type == "cuda"
         mode = "reduce-overhead" if self._graphs else "default"
-        self._compiled = torch.compile(forward, mode=mode, dynamic=False)
+        self._compiled = torch.compile(plain, mode=mode, dynamic=False)
+        self._traced = False
 
     def start_step(self) -> None:
         """What the step before computed is no longer needed: graphs may use its memory again."""
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()
 
-    def __call__(self, images: Tensor) -> object:
-        """What the model returns. Raises ConfigError where it cannot be compiled."""
-        if len(images) != self._batch_size:
-            return self._plain(images)
+    def __call__(self, batch: Tensor, *others: Any) -> Any:
+        """What the function returns. batch: (B, ...). Raises ConfigError where it cannot be
+        compiled.
+        """
+        if len(batch) != self._batch_size:
+            return self._plain(batch, *others)
         try:
-            return self._compiled(images)
+            return self._compiled(batch, *others) if self._traced else self._trace(batch, *others)
         except self._failure as error:
             reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"the model cannot be compiled: {reason}", _REMEDY) from error
+            raise ConfigError(f"the {self._what} cannot be compiled: {reason}", _REMEDY) from error
+
+    def _trace(self, *given: Any) -> Any:
+        """The first call. It looks at all that an input has, also at the gradient of one that keeps
+        none.
+        """
+        self._traced = True
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+            return self._compiled(*given)

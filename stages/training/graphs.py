@@ -23,11 +23,9 @@ them is looked at.
 
 
 class WaitError(RuntimeError):
-    """An operation that the host would have to wait for. operation: its name."""
-
-    def __init__(self, operation: str) -> None:
-        super().__init__(f"{operation} asks the device for a value")
-        self.operation = operation
+    """Why work cannot be recorded, most often as the host would have to wait: a sentence without
+    its end.
+    """
 
 
 class NoWaits(TorchDispatchMode):
@@ -44,10 +42,10 @@ class NoWaits(TorchDispatchMode):
     ) -> Any:
         name = str(func).removeprefix("aten.")
         if _waits(func, args):
-            raise WaitError(name)
+            raise WaitError(f"{name} waits for a value")
         result = func(*args, **(kwargs or {}))
         if len(_devices((args, kwargs, result)) - {"meta"}) > 1 and "copy" in name:
-            raise WaitError(name)
+            raise WaitError(f"{name} waits for the other device")
         shapes = [tuple(t.shape) for t in tree_leaves(result) if isinstance(t, Tensor)]
         self.operations.append((name, shapes))
         return result
@@ -110,17 +108,23 @@ class Graph:
                     tensor.copy_(before[name]) if name in before else tensor.zero_()
             random.restore()
         if not torch.equal(random.cpu_generator, tried.cpu_generator):
-            raise WaitError("a random number of the host")
+            raise WaitError("a random number of the host waits for a value")
         if not alone and random.differs_on_gpu(tried):
-            raise WaitError("a random number, of which every student has its own,")
+            raise WaitError("students together draw random numbers, each its own")
         if self._stream is not None:
-            self._graph = torch.cuda.CUDAGraph()
-            # Another thread reads targets ahead meanwhile, and takes memory for them.
-            with torch.cuda.graph(
-                self._graph, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                self._work()
+            self._graph = self._captured()
         self._recorded = True
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Another thread reads targets ahead meanwhile, and takes memory for them.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._work()
+        except RuntimeError as error:  # what compiled code asks the host is found out here
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise WaitError(f"CUDA does not record them: {reason}") from error
+        return graph
 
     def _try(self) -> None:
         for _ in range(TRIES - 1):

@@ -18,7 +18,7 @@ from stages.errors import PipelineError, RunError
 from stages.inputs.feed import Batch
 from stages.settings import RunConfig
 from stages.training.captured import Capture, CapturedStep
-from stages.training.compiled import CompiledForward
+from stages.training.compiled import Compiled
 from stages.training.graphs import WaitError
 from stages.training.history import said, selected_epoch, summarise
 from stages.training.models import InitialModel
@@ -26,7 +26,7 @@ from stages.training.random_state import RandomState
 from stages.training.run_directory import RunDirectory
 from stages.training.run_folder import MADE_FROM
 from stages.training.stream import BatchStream, Evaluation
-from stages.training.task import Position, Task, TaskLookingBack
+from stages.training.task import Position, Task, TaskLookingBack, TaskToCompile
 from stages.training.trained import Trained
 
 
@@ -59,7 +59,7 @@ class Learner:
         if self.ranks.world > 1:
             ids = None if device.type == "cpu" else [device]
             self._forward = DistributedDataParallel(self.module, device_ids=ids)
-        self._compiled: CompiledForward | None = None
+        self._compiled: Compiled | None = None
         self._capture = self._make_capture() if self.settings.capture else None
         self.say: Callable[[str], None] = lambda _: None
         self._views = 1
@@ -107,10 +107,12 @@ class Learner:
         step = CapturedStep(self._learn, optimizer, self._changed, self.stream, not compiled)
         return Capture(step, self.task, self.stream)
 
-    def _compile(self) -> CompiledForward:
+    def _compile(self) -> Compiled:
         alone = self.ranks.world == 1 and self._views == 1 and not self.settings.capture
         size = self.settings.batch_size // self.ranks.world
-        return CompiledForward(self._forward, size, self.stream.device, graphs=alone)
+        if isinstance(self.task, TaskToCompile):
+            self.task.compile(size)
+        return Compiled(self._forward, size, self.stream.device, graphs=alone)
 
     def step(self, batch: Batch) -> None:
         """Learn from a batch: of several views, one after the other."""
@@ -133,7 +135,7 @@ class Learner:
             return self._capture.step(batch, beside=self.random_state is not None)
         except WaitError as error:
             self._trained.rate_from_host()
-            self._tell(f"--capture: steps are not recorded: {error.operation} waits for a value")
+            self._tell(f"--capture: steps are not recorded: {error}")
             return False
 
     @property

@@ -49,6 +49,14 @@ class TaskLookingBack(Protocol):
         """
 
 
+@runtime_checkable
+class TaskToCompile(Protocol):
+    """A task whose loss can be compiled."""
+
+    def compile(self, batch_size: int) -> None:
+        """From now on it is, for batches of this size, where it can be."""
+
+
 @dataclass
 class Position:
     """How far a run is: `step` batches into `epoch`, with the sums of its losses so far."""

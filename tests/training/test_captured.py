@@ -5,12 +5,14 @@ import inspect
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+import torch._dynamo as dynamo
 from helpers import DIGITS, first, metrics, weights
 from simulated_graphs import simulated_graphs
 from torch import Tensor, nn
@@ -260,6 +262,63 @@ def test_what_cannot_be_recorded_is_said_and_trained_as_ever(
         train_student(captured(plain), tmp_path / "captured", splits=my_splits)
     assert_same_runs(plain_run(plain), tmp_path / "captured")
     assert reason in (tmp_path / "captured" / "log.txt").read_text()
+
+
+def eagerly(function: Any, **_: object) -> Any:
+    """In place of torch.compile: traced as it does it, and run one operation at a time."""
+    return dynamo.optimize("eager", dynamic=False)(function)
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_recorded(
+    small_cache: Path,
+    my_splits: Splits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plain_run: PlainRun,
+) -> None:
+    """Model and loss are traced in the trial steps; the launches are those of a plain step."""
+    plain = config(small_cache, **CASES["dkd, rectified, the dynamic loss"])
+    both = captured(plain)
+    train = msgspec.structs.replace(both.train, compile=True)
+    monkeypatch.setattr(torch, "compile", eagerly)
+    with simulated_graphs() as launches:
+        train_student(
+            msgspec.structs.replace(both, train=train), tmp_path / "run", splits=my_splits
+        )
+        assert launches() == 2 * 9 * EPOCHS
+    assert_same_runs(plain_run(plain), tmp_path / "run")
+
+
+def test_what_cuda_does_not_record_is_said_and_trained_as_ever(
+    small_cache: Path,
+    my_splits: Splits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plain_run: PlainRun,
+) -> None:
+    """As where compiled code, which is not looked into, copies to the host."""
+    plain = config(small_cache, epochs=1)
+    record = torch.cuda.graph
+
+    @contextmanager
+    def refuses(graph: Any, **more: Any) -> Iterator[None]:
+        calls.append(graph)
+        with record(graph, **more):
+            yield
+        if len(calls) == 2:  # the first is that of the batches
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    calls: list[object] = []
+    with simulated_graphs():
+        record = torch.cuda.graph
+        monkeypatch.setattr(torch.cuda, "graph", refuses)
+        train_student(captured(plain), tmp_path / "run", splits=my_splits)
+        monkeypatch.undo()
+    assert_same_runs(plain_run(plain), tmp_path / "run")
+    told = (tmp_path / "run" / "log.txt").read_text()
+    assert "steps are not recorded: CUDA does not record them: operation not permitted" in told
+    assert "and more" not in told
 
 
 class Stopper(Silent):

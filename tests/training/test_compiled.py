@@ -2,21 +2,36 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 from click.testing import CliRunner
 from helpers import DIGITS, first, weights
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.cli import cli
+from stages.cache.targets import Targets
 from stages.data import Splits
 from stages.errors import ConfigError
-from stages.settings import ModelSettings, TeacherConfig, TrainSettings
+from stages.inputs.feed import Batch
+from stages.objectives.losses import DEFINITIONS
+from stages.settings import (
+    BiasMode,
+    BiasSettings,
+    LossSettings,
+    ModelSettings,
+    StudentConfig,
+    TeacherConfig,
+    TrainSettings,
+)
+from stages.train_student import CachedTask
 from stages.train_teacher import train_teacher
 from stages.training import compiled
-from stages.training.compiled import CompiledForward, check_compiler
+from stages.training.compiled import Compiled, check_compiler
+from stages.training.objective import resolved
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(
@@ -44,7 +59,7 @@ def test_every_model_of_a_process_is_compiled(monkeypatch: pytest.MonkeyPatch) -
     )
     for size in range(1, 13):
         compiled.prepare_compiler(CPU, models=1)
-        forward = CompiledForward(nn.Linear(3, size), 2, CPU, graphs=False)
+        forward = Compiled(nn.Linear(3, size), 2, CPU, graphs=False)
         forward(torch.zeros(2, 3))
     assert len(compiled_models) == 12
 
@@ -94,7 +109,7 @@ def test_only_whole_batches_are_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
         return call
 
     monkeypatch.setattr(torch, "compile", compile_)
-    forward = CompiledForward(nn.Identity(), 8, CPU, graphs=True)
+    forward = Compiled(nn.Identity(), 8, CPU, graphs=True)
     for size in (8, 8, 3, 9):
         forward.start_step()
         assert torch.equal(forward(torch.ones(size, 2)), torch.ones(size, 2))
@@ -131,4 +146,107 @@ def test_what_cannot_be_compiled_is_told_in_one_line(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch, "compile", compile_)
     with pytest.raises(ConfigError, match=r"cannot be compiled: no Triton\nLeave --compile out"):
-        CompiledForward(nn.Identity(), 1, CPU, graphs=False)(torch.ones(1))
+        Compiled(nn.Identity(), 1, CPU, graphs=False)(torch.ones(1))
+
+
+# ---- losses -----------------------------------------------------------------------------------
+
+LABELS = torch.arange(12) % 5
+
+
+class Lines(Targets):
+    """Teacher rows, and which are wrong, made from the samples' numbers."""
+
+    def of(self, samples: Tensor, rectified: bool = False) -> "Lines":
+        self.samples = samples
+        return self
+
+    tempered = False
+
+    def at(self, temperature: float = 1.0) -> Tensor:
+        return 3 * torch.sin(self.samples[:, None] * torch.arange(1.0, 6.0))
+
+    def wrong(self) -> Tensor:
+        return self.at().argmax(1) != LABELS[self.samples]
+
+    def kept(self) -> None: ...
+
+
+def task_of(loss: str, bias: BiasMode) -> CachedTask:
+    config = StudentConfig(
+        cache="",
+        data=DIGITS,
+        model=ModelSettings(architecture="resnet8"),
+        loss=resolved(LossSettings(name=loss)),
+        bias=BiasSettings(mode=bias),
+        train=TrainSettings(epochs=2),
+    )
+    reader: Any = SimpleNamespace(of_epoch=lambda _: Lines())
+    schedule: Any = SimpleNamespace(of_epoch=lambda _: (0,))
+    task = CachedTask(config, schedule, reader, LABELS)
+    task.start_epoch(0)
+    return task
+
+
+@pytest.mark.parametrize(
+    ("loss", "bias", "times"),
+    [("kd", "none", 3), ("dkd", "rectify", 3), ("kd", "correct", 0), ("ctkd", "none", 0)],
+)
+def test_whole_batches_of_losses_are_compiled(
+    loss: str, bias: BiasMode, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def compile_(function: Any, **_: object) -> Any:
+        return lambda *given: calls.append(len(given[0])) or function(*given)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    task = task_of(loss, bias)
+    task.compile(8)
+    for size in (8, 8, 4, 8):
+        logits = torch.cos(torch.arange(5.0 * size)).view(size, 5).requires_grad_()
+        task.loss_parts(logits, Batch(torch.arange(size), torch.zeros(size, 1)))["loss"].backward()
+    assert calls == [8] * times
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("loss", "bias"),
+    [
+        *(("kd", bias) for bias in ("eliminate", "rectify")),
+        *(
+            (name, "none")
+            for name, definition in DEFINITIONS.items()
+            if name != "ce" and not definition.on_host and definition.views == 1
+        ),
+    ],
+)
+def test_a_compiled_loss_is_the_loss(
+    loss: str, bias: BiasMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it is traced as one graph, and once: for both epochs."""
+    graphs, real = [], torch.compile
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def compile_(function: Any, **_: object) -> Any:
+        return real(function, backend=backend, dynamic=False, fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    compiled.torch._dynamo.reset()
+    plain, fast = task_of(loss, bias), task_of(loss, bias)
+    fast.compile(8)
+    for epoch, size in ((0, 8), (0, 8), (1, 8), (1, 4)):
+        samples, found = torch.arange(size), []
+        batch = Batch(samples, torch.zeros(size, 1))
+        for task in (plain, fast):
+            task.start_epoch(epoch)
+            given = torch.cos(torch.arange(5.0 * size)).view(size, 5).requires_grad_()
+            logits = 2 * given  # as a model's, no leaf
+            parts = task.loss_parts(logits, batch)
+            (gradient,) = torch.autograd.grad(parts["loss"], logits)
+            found.append((parts, gradient))
+        torch.testing.assert_close(found[1], found[0])
+    assert len(graphs) == 1
