@@ -192,8 +192,8 @@ class TrainSettings(Settings, frozen=True):
         "Only algorithms that give the same bits again.",
         "--deterministic", decides="weights", shared=True)] = False
     compile: Annotated[bool, about(
-        "Compile forward pass and loss: faster steps of small models, after a minute. Weights differ in"
-        " their last bits.", "--compile/--no-compile", decides="nothing")] = False
+        "Compile forward pass and loss: faster steps of small models, after a minute. Weights "
+        "differ in their last bits.", "--compile/--no-compile", decides="nothing")] = False
     capture: Annotated[bool, about(
         "Record a step as one CUDA graph and replay it: faster steps of small models on a GPU. "
         "Weights differ in their last bits.",
