@@ -157,7 +157,7 @@ LABELS = torch.arange(12) % 5
 class Lines(Targets):
     """Teacher rows, and which are wrong, made from the samples' numbers."""
 
-    def of(self, samples: Tensor, rectified: bool = False) -> "Lines":
+    def of(self, samples: Tensor, rectified: bool = False, calibrated: bool = False) -> "Lines":
         self.samples = samples
         return self
 
