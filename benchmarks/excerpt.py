@@ -6,9 +6,9 @@ import msgspec
 import torch
 
 from stages.cache import LogitCache
-from stages.cache.blocks import Block
 from stages.cache.encoding import FIT_ROWS, Encoding, fit_encoding
 from stages.cache.metadata import NewCache
+from stages.cache.targets import Block
 
 MOST_LOGITS = 2**24
 """Of one view: 64 MiB of decoded rows, 167,772 rows of 100 classes."""

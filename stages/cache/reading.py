@@ -7,15 +7,14 @@ import zarr
 from torch import Tensor
 
 from stages.cache import arrays
-from stages.cache.blocks import Block, BlockGroup, EncodedBlock
+from stages.cache.blocks import BlockGroup, checked
 from stages.cache.commits import CommitLog
 from stages.cache.description import CacheDescription
 from stages.cache.encoding import Fidelity, rows_of_a_view
 from stages.cache.layout import BlockId
 from stages.cache.rectified import Rectification, open_rectification, rectification_names
 from stages.cache.storage import Location
-from stages.cache.stores import checked
-from stages.cache.targets import ViewTargets
+from stages.cache.targets import Block, EncodedBlock, ViewTargets
 from stages.errors import CacheError
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import arrays, layout, metadata
+from stages.cache.blocks import described
 from stages.cache.calibrated import Calibrated
 from stages.cache.commits import Record
 from stages.cache.encoding import Fidelity, checked_rows, combined, compare
@@ -26,7 +27,6 @@ from stages.cache.metadata import NewCache
 from stages.cache.reading import CacheReader
 from stages.cache.rectified import Rectification, RectificationSettings, create_rectification
 from stages.cache.storage import location, write_object
-from stages.cache.stores import described
 from stages.errors import CacheError
 
 _MAX_SATURATED = 0.01

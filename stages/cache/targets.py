@@ -237,3 +237,36 @@ class ViewRows:
         # The two columns of a right row are one, which keeps its value.
         changed = torch.where(self.wrong()[:, None], new, logits.gather(1, columns))
         return logits.scatter(1, columns, changed)
+
+
+# ---- blocks ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block as it was written: its rows in row order.
+
+    logits: float32 (n, C), decoded. labels, predictions: int64 (n,).
+    """
+
+    logits: Tensor
+    labels: Tensor
+    predictions: Tensor
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """As `Block`, still encoded. arrays: what the encoding stored, each (n, ...)."""
+
+    encoding: Encoding
+    arrays: Mapping[str, Tensor]
+    labels: Tensor
+    predictions: Tensor
+
+    def logits(self, temperature: float, rows: Tensor | None = None) -> Tensor:
+        """float32 (m, C), decoded as `Encoding.decode` says. rows: int64 (m,), None for all.
+
+        A row decoded among others may differ in its last bit: matrix products round as they like.
+        """
+        some = {n: x if rows is None else x[rows] for n, x in self.arrays.items()}
+        return self.encoding.decode(some, temperature)

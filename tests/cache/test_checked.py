@@ -17,11 +17,11 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from stages.cache import LogitCache, arrays
+from stages.cache.blocks import CheckedStore, checked, described
 from stages.cache.encoding.floats import Float32
 from stages.cache.layout import ArraySpec, BlockGrid, BlockId
 from stages.cache.metadata import NewCache
 from stages.cache.rectified import RectificationSettings
-from stages.cache.stores import CheckedStore, checked, described
 from stages.errors import CacheError
 
 SPEC = ArraySpec(("view", "sample", "class"), "uint8")  # of random bytes: no shard is compressed

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from zarr.storage import LocalStore
 
 from stages.cache import commits
+from stages.cache.blocks import described
 from stages.cache.commits import CommitLog, Record, seal_records, unsealed
 from stages.cache.layout import BlockId
 from stages.cache.storage import list_objects, read_object, write_object
-from stages.cache.stores import described
 from stages.errors import CacheError
 
 BLOCKS = 3
