@@ -1,18 +1,21 @@
 """Where the time of a large image goes, and what several views of each decoded image save.
 
-    python -m benchmarks.decoding --work DIR        about three minutes on two cores
+    python -m benchmarks.decoding --work DIR        about six minutes on two cores
     python -m benchmarks.decoding --work DIR --images 64 --turns 2    a quick one
 
 JPEGs of 500 x 375 pixels are generated into DIR, which is removed at the end: smooth noise of
-several scales, about as many bytes each as ImageNet's. The teacher is one linear layer, so that
-decoding bounds the pass. Both sides of a ratio are done in turns. The bare loader is a torchvision
-`DataLoader` whose dataset decodes an image with Pillow, renders the same views and collates them,
-with the same forward passes. The exit code is 1 if a pass takes more memory than its stated bound.
+several scales. Teacher and student are one linear layer, so that decoding bounds what is measured.
+All that is compared is done in turns. The bare loader is a torchvision `DataLoader` whose dataset
+decodes an image with Pillow, renders the same views and collates them, with the same forward
+passes. Epochs of students are the trainer's own, without evaluation. The exit code is 1 if a pass
+takes more memory than its stated bound.
 """
 
+import functools
 import io
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,53 +23,42 @@ import click
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as tv
 
-from benchmarks.measure import Figure, alternately, in_turns, new_report, peak_memory, seconds
+from benchmarks.jpegs import HEIGHT, WIDTH, generate
+from benchmarks.measure import (
+    Figure,
+    Ratio,
+    Report,
+    in_turns,
+    new_report,
+    peak_memory,
+    seconds,
+)
+from benchmarks.view_epochs import measure_epochs
 from pipeline.console import Console
 from stages.cache_job import CacheJob, prepare
 from stages.cache_runs import held_bytes
 from stages.inputs.feed import Normalise
-from stages.inputs.views.crops import Boxes, render
+from stages.inputs.rendered import stacked
+from stages.inputs.views.crops import Boxes, cut_out
 from stages.settings import CacheConfig, DataSettings, TeacherSettings
 from stages.teacher_pass import TeacherPass
 
-HEIGHT, WIDTH, SIZE, CLASSES, BATCH = 375, 500, 224, 4, 32
+SIZE, BATCH = 224, 32
 SLACK = 64 * 2**20
 """What the allocator and a batch of float32 pixels take beside what is counted."""
+MODEL = "benchmarks.jpegs:Pooled"
 
 
-class Pooled(nn.Sequential):
-    """One linear layer on 8 x 8 means: as little teacher as there can be."""
-
-    def __init__(self, num_classes: int) -> None:
-        torch.manual_seed(0)
-        super().__init__(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, num_classes))
-
-
-def jpeg(i: int) -> bytes:
-    """Image i: noise of four scales, the finer the weaker."""
-    random = np.random.default_rng(i)
-    pixels = np.full((HEIGHT, WIDTH, 3), 128.0)
-    for cell, strength in ((125, 50), (32, 30), (8, 20), (2, 24)):
-        coarse = random.normal(0, strength, (HEIGHT // cell + 2, WIDTH // cell + 2, 3))
-        scaled = tv.resize(torch.from_numpy(coarse).permute(2, 0, 1), [HEIGHT, WIDTH])
-        pixels += scaled.permute(1, 2, 0).numpy()
-    content = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(content, "JPEG", quality=90)
-    return content.getvalue()
-
-
-def generate(folder: Path, images: int) -> None:
-    """`images` for training and a few for testing, in class folders."""
-    for split, count in (("train", images), ("val", 2 * CLASSES)):
-        for i in range(count):
-            path = folder / split / f"class{i % CLASSES}" / f"{i:05}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(jpeg(i))
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """What some work takes of this thread's core, whatever else the machine does."""
+    began = time.thread_time()
+    work()
+    return time.thread_time() - began
 
 
 def steps(job: CacheJob, folder: Path) -> dict[str, Callable[[], float]]:
@@ -79,12 +71,12 @@ def steps(job: CacheJob, folder: Path) -> dict[str, Callable[[], float]]:
     height, width = sides
     drawn = policy.draw(samples, 0, height, width)
     assert isinstance(drawn, Boxes)
-    shown = [render(x, drawn, i, (SIZE, SIZE)) for i, x in enumerate(whole)]
-    stacked, normalise = torch.stack(shown), Normalise([0.5], [0.2], 3, job.device)
+    shown = [cut_out(x, drawn, i, (SIZE, SIZE)) for i, x in enumerate(whole)]
+    batch, normalise = stacked(shown), Normalise([0.5], [0.2], 3, job.device)
 
     def rendered(source: list[Tensor]) -> None:
         for i, image in enumerate(source):
-            render(image, drawn, i, (SIZE, SIZE))
+            cut_out(image, drawn, i, (SIZE, SIZE))
 
     planes = [image.contiguous() for image in whole]
 
@@ -106,10 +98,10 @@ def steps(job: CacheJob, folder: Path) -> dict[str, Callable[[], float]]:
         "draw the crop": lambda: policy.draw(samples, 0, height, width),
         "crop, mirror and resize": lambda: rendered(whole),
         "the same, colours in planes": lambda: rendered(planes),
-        "collate": lambda: torch.stack(shown),
-        "to float32, normalise": lambda: normalise(stacked),
+        "collate": lambda: stacked(shown),
+        "to float32, normalise": lambda: normalise(batch),
     }
-    return {name: (lambda work=work: seconds(work)) for name, work in works.items()}  # type: ignore[misc]
+    return {name: functools.partial(cpu_seconds, work) for name, work in works.items()}
 
 
 class BareViews(Dataset[Tensor]):
@@ -152,68 +144,48 @@ def our_pass(teacher: TeacherPass, views: int, at_once: int) -> None:
         teacher.of_views(order, range(first, min(first + at_once, views)))
 
 
-@click.command()
-@click.option("--work", required=True, type=Path, help="A new folder, removed at the end.")
-@click.option("--images", default=256, show_default=True)
-@click.option("--views", default=8, show_default=True)
-@click.option("--turns", default=5, show_default=True)
-@click.option("--workers", default=2, show_default=True)
-@click.option("--out", default=None, help="JSON file for the figures.")
-def main(work: Path, images: int, views: int, turns: int, workers: int, out: str | None) -> None:
-    """Measure the steps of an image, then passes over views."""
-    torch.set_num_threads(1)
-    console, device = Console(), torch.device("cpu")
-    report = new_report({"images": images, "views": views, "workers": workers}, device)
-    work.mkdir(parents=True)  # another's folder is not removed
-    try:
-        generate(work, images)
-        job = prepare(
-            CacheConfig(
-                data=DataSettings(
-                    dataset=f"folder:{work}", feeding="stream", image_size=SIZE, workers=workers
-                ),
-                teacher=TeacherSettings(architecture="benchmarks.decoding:Pooled"),
-                views=views,
-                augment="resized-crop-flip",
-                batch_size=BATCH,
-                device="cpu",
-            )
-        )
-        size = sum(p.stat().st_size for p in (work / "train").rglob("*.jpg")) / images
-        report.add(Figure(name="bytes of a file", value=size, unit="B"))
-        for name, found in in_turns(steps(job, work), 3 * turns).items():
-            each = 1e3 * sorted(found)[len(found) // 2] / BATCH
-            report.add(Figure(name=name, value=each, unit="ms"))
-        teacher = TeacherPass.of(job)
-        bare = BareViews(job, views)
-        # A batch of the bare loader holds every view of its images.
-        loader = DataLoader(bare, BATCH, num_workers=workers, persistent_workers=workers > 0)
-        our_pass(teacher, 1, 1)
-        bare_pass(job, loader, views)
-        report.add(
-            alternately(
-                f"{views} views at once / one",
-                lambda: seconds(lambda: our_pass(teacher, views, views)),
-                lambda: seconds(lambda: our_pass(teacher, views, 1)),
-                turns,
-            ),
-            alternately(
-                f"{views} views at once / a bare loader that decodes once",
-                lambda: seconds(lambda: our_pass(teacher, views, views)),
-                lambda: seconds(lambda: bare_pass(job, loader, views)),
-                turns,
-            ),
-        )
-        with peak_memory() as peak:
-            our_pass(teacher, views, views)
-        teacher.feed.close()
-        bound = held_bytes(job, views) + SLACK
-        for name, value in (("peak of a pass", peak.bytes), ("its bound", bound)):
-            report.add(Figure(name=name, value=value / 2**20, unit="MiB"))
-    finally:
-        shutil.rmtree(work)
+# ---- the report ---------------------------------------------------------------------------------
+
+
+def measure_steps(report: Report, job: CacheJob, work: Path, turns: int) -> None:
+    """What each step of an image and view takes of a core."""
+    for name, found in in_turns(steps(job, work), turns).items():
+        each = 1e3 * sorted(found)[len(found) // 2] / BATCH
+        report.add(Figure(name=name, value=each, unit="ms"))
+
+
+def measure_passes(report: Report, job: CacheJob, turns: int) -> bool:
+    """Passes of stage one over views, and whether one takes no more memory than it may."""
+    views, workers = job.config.views, job.config.data.workers
+    teacher = TeacherPass.of(job)
+    # A batch of the bare loader holds every view of its images.
+    loader = DataLoader(
+        BareViews(job, views), BATCH, num_workers=workers, persistent_workers=workers > 0
+    )
+    our_pass(teacher, 1, 1)
+    bare_pass(job, loader, views)
+    passes = {
+        "at once": lambda: our_pass(teacher, views, views),
+        "one": lambda: our_pass(teacher, views, 1),
+        "a bare loader that decodes once": lambda: bare_pass(job, loader, views),
+    }
+    times = in_turns({name: functools.partial(seconds, do) for name, do in passes.items()}, turns)
+    for name in ("one", "a bare loader that decodes once"):
+        compared = f"{views} views at once / {name}"
+        report.add(Ratio(name=compared, ours=times["at once"], yardstick=times[name]))
+    with peak_memory() as peak:
+        our_pass(teacher, views, views)
+    teacher.feed.close()
+    bound = held_bytes(job, views) + SLACK
+    for name, value in (("peak of a pass", peak.bytes), ("its bound", bound)):
+        report.add(Figure(name=name, value=value / 2**20, unit="MiB"))
+    return peak.bytes <= bound
+
+
+def show(report: Report, title: str) -> None:
+    console = Console()
     console.table(
-        f"{images} JPEGs of {WIDTH} x {HEIGHT}, views of {SIZE}, {workers} workers",
+        title,
         ("what", "an image or in all", ""),
         [(f.name, f"{f.value:,.3g}", f.unit) for f in report.figures],
     )
@@ -230,9 +202,55 @@ def main(work: Path, images: int, views: int, turns: int, workers: int, out: str
             for r in report.ratios
         ],
     )
+
+
+PARTS = ("steps", "passes", "epochs")
+
+
+@click.command()
+@click.option("--work", required=True, type=Path, help="A new folder, removed at the end.")
+@click.option("--images", default=256, show_default=True)
+@click.option("--quality", default=90, show_default=True, help="Of the JPEGs.")
+@click.option("--views", default=8, show_default=True)
+@click.option("--turns", default=5, show_default=True)
+@click.option("--workers", default=2, show_default=True)
+@click.option("--only", type=click.Choice(PARTS), multiple=True, help="Measure this alone.")
+@click.option("--out", default=None, help="JSON file for the figures.")
+def main(work: Path, turns: int, only: tuple[str, ...], out: str | None, **made: int) -> None:
+    """Measure the steps of an image, passes over views, and epochs of students."""
+    torch.set_num_threads(1)
+    report, wanted = new_report({**made}, torch.device("cpu")), only or PARTS
+    work.mkdir(parents=True)  # another's folder is not removed
+    bounded = True
+    try:
+        mean = generate(work, made["images"], made["quality"])
+        report.add(Figure(name="bytes of a file", value=mean, unit="B"))
+        data = DataSettings(
+            dataset=f"folder:{work}", feeding="stream", image_size=SIZE, workers=made["workers"]
+        )
+        job = prepare(
+            CacheConfig(
+                data=data,
+                teacher=TeacherSettings(architecture=MODEL),
+                views=made["views"],
+                augment="resized-crop-flip",
+                batch_size=BATCH,
+                device="cpu",
+            )
+        )
+        if "steps" in wanted:
+            measure_steps(report, job, work, 3 * turns)
+        if "passes" in wanted:
+            bounded = measure_passes(report, job, turns)
+        if "epochs" in wanted:
+            measure_epochs(report, job, work, turns)
+    finally:
+        shutil.rmtree(work)
+    sized = f"JPEGs of {WIDTH} x {HEIGHT}, views of {SIZE}"
+    show(report, f"{made['images']} {sized}, {made['workers']} workers")
     if out:
         report.write(out)
-    sys.exit(peak.bytes > bound)
+    sys.exit(not bounded)
 
 
 if __name__ == "__main__":

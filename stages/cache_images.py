@@ -89,7 +89,7 @@ class Pixels:
             cpu = torch.device("cpu")
             self.feed = ViewFeed(self.images, self.policy, cpu, self.image_size, workers=0)
         (batch,) = self.feed.batches(samples, view, len(samples))
-        return batch
+        return replace(batch, pixels=batch.pixels.contiguous())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "feed": None, "plans": {}}

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from stages.errors import ConfigError
 from stages.inputs.counter_hash import permute
 
 
@@ -39,15 +41,87 @@ def view_order(seed: int, epoch: int, num_views: int) -> int:
 
 
 @dataclass(frozen=True)
+class Round:
+    """Epochs that are shown from one decode of every image, each image in a view for every epoch.
+
+    first: its first epoch, whose order of samples is that of the round. count: how many it has.
+    place: which of them the epoch at hand is.
+    """
+
+    first: int
+    count: int = 1
+    place: int = 0
+
+    @property
+    def epochs(self) -> range:
+        """All of its epochs."""
+        return range(self.first, self.first + self.count)
+
+
+SINGLE = Round(0)
+"""The round of an epoch that shares its images with none."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Rounds of up to `per_decode` epochs. A round ends early with the run, and where all of
+    `num_views` were shown: no view is in it twice. So a run shows every image in the views that it
+    has in a run of single epochs, in another order.
+
+    num_views: what there is to show, None for unbounded. Raises ConfigError if that is less than a
+    round.
+    """
+
+    per_decode: int = 1
+    epochs: int | None = None
+    num_views: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_views is not None and self.num_views < self.per_decode:
+            raise ConfigError(
+                f"train.views_per_decode is {self.per_decode}, and there are {self.num_views} "
+                "views to show",
+                f"Give --views-per-decode {self.num_views} or less, or show more views.",
+            )
+
+    def of(self, epoch: int) -> Round:
+        """The round of an epoch."""
+        turn, position = divmod(epoch, self.num_views) if self.num_views else (0, epoch)
+        place = position % self.per_decode
+        first, ends = epoch - place, [epoch - place + self.per_decode]
+        if self.num_views:
+            ends.append((turn + 1) * self.num_views)
+        if self.epochs is not None:
+            ends.append(self.epochs)
+        return Round(first, min(ends) - first, place)
+
+
+SINGLES = Rounds()
+"""Every epoch for itself."""
+
+
+@dataclass(frozen=True)
 class ViewSchedule:
     """Which views each epoch of a run shows. choices: what one epoch may show: a view, or the views
-    of a sample that are seen at once. seed: seed.data.
+    of a sample that are seen at once. seed: seed.data. per_decode: epochs of a round, at the most.
+    Raises ConfigError where these are more than there are choices.
     """
 
     choices: Sequence[tuple[int, ...]]
     seed: int
     epochs: int
+    per_decode: int = 1
+
+    def __post_init__(self) -> None:
+        _ = self.rounds
+
+    @cached_property
+    def rounds(self) -> Rounds:
+        """The epochs whose views are made of the same decoded images."""
+        return Rounds(self.per_decode, self.epochs, len(self.choices))
 
     def of_epoch(self, epoch: int) -> tuple[int, ...]:
-        """The views of an epoch, which counts from 0."""
-        return self.choices[view_order(self.seed, epoch, len(self.choices))]
+        """The views of an epoch, which counts from 0: those of its round, epoch after epoch."""
+        every = len(self.choices)
+        chosen = (view_order(self.seed, each, every) for each in self.rounds.of(epoch).epochs)
+        return tuple(view for choice in chosen for view in self.choices[choice])

@@ -19,6 +19,7 @@ from stages.errors import CacheError, ConfigError
 from stages.inputs.run_files import sha256
 from stages.inputs.views import Paired, ViewPolicy
 from stages.objectives.losses import definition_of
+from stages.order import ViewSchedule
 from stages.schema import settings_of
 from stages.settings import LossSettings, StudentConfig
 from stages.sizes import parse_bytes
@@ -35,9 +36,9 @@ from stages.training.until import check_until
 
 def check_students(
     configs: Sequence[StudentConfig], cache: LogitCache
-) -> tuple[list[LogitCache], list[tuple[int, ...]]]:
-    """The caches that students of one stream learn from, and what an epoch may show of them: one
-    view, or the weak and the strong view of a sample.
+) -> tuple[list[LogitCache], ViewSchedule]:
+    """The caches that students of one stream learn from, and what epochs show of them: one view, or
+    the weak and the strong view of a sample; of those of a round of epochs all.
 
     configs: complete, see `complete`. cache: that of the first of them. Raises CacheError,
     ConfigError or IdentityError for what cannot be trained, or not from one stream of batches.
@@ -51,7 +52,9 @@ def check_students(
             for member in caches:
                 _ = member.calibration
     views = shared_views(caches, config.views, {each.bias.rectified for each in configs})
-    return caches, views_at_once(config.loss, cached_policy(cache), views, config.slab_memory)
+    choices = views_at_once(config.loss, cached_policy(cache), views, config.slab_memory)
+    per_decode = config.train.views_per_decode or 1
+    return caches, ViewSchedule(choices, config.seed.data, config.train.epochs, per_decode)
 
 
 def complete(config: StudentConfig, cache: LogitCache) -> StudentConfig:
@@ -121,12 +124,12 @@ def check_rows_known(caches: Sequence[LogitCache], loss: LossSettings) -> None:
 def slab_plan(
     configs: Sequence[StudentConfig],
     caches: Sequence[LogitCache],
-    choices: Sequence[tuple[int, ...]],
+    schedule: ViewSchedule,
     ranks: Ranks = ALONE,
     skipped: Tensor | None = None,
 ) -> SlabPlan:
-    """How the targets of students of one stream are read, and their samples ordered. choices: what
-    an epoch may show. skipped: int64, samples that are left out.
+    """How the targets of students of one stream are read, and their samples ordered. schedule: what
+    epochs show. skipped: int64, samples that are left out.
 
     Raises ConfigError where slab_memory is too small, or missing, or where a run cannot be divided
     among the processes of a launch.
@@ -156,7 +159,7 @@ def slab_plan(
     budget = None if text is None else parse_bytes(text, "slab_memory")
     samples, _ = held_out(cache.num_samples, config.data.val_fraction, seed, skipped)
     device = choose_device(config.device)
-    plan = plan_slabs(caches, choices, budget, samples, config.train.batch_size, device)
+    plan = plan_slabs(caches, schedule, budget, samples, config.train.batch_size, device)
     rectified = {each.bias.rectified for each in configs} - {None}
     # Each rectification is read for itself: together they might be too much to keep.
     return dataclasses.replace(plan, resident=False) if len(rectified) > 1 else plan

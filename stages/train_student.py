@@ -3,7 +3,8 @@ r"""Stage three: train students from a cache. The teacher is never loaded.
     pipeline train-student digits.zarr --dataset digits --student resnet8 --out runs/student \
         --loss kd --bias rectify
 
-An epoch shows one view of every sample and learns from that view's row of the cache:
+An epoch shows as many images as there are samples, each in a view, and learns from that view's row
+of the cache:
 
     L = ce_weight * CE(z_s, y) + weight * mean_i w_i * loss(z_s, z_t)_i
 
@@ -12,7 +13,8 @@ where the row weights w are all 1, or those of bias elimination and rectificatio
 corrected loss has a term more, see `stages.objectives.correction`. With the loss `ce` the same
 views are shown and no targets are read: the fair baseline. Where the cached views mix two samples
 (mixup, cutmix), CE is that of both labels by their shares, and targets are as ever: the teacher saw
-the mixed image.
+the mixed image. An epoch shows every sample once, unless --views-per-decode has several epochs
+share decoded images (`stages.order.Rounds`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,7 +50,7 @@ from stages.training.learner import Learner
 from stages.training.models import build, check_models
 from stages.training.objective import Objective
 from stages.training.run_directory import RunDirectory
-from stages.training.stream import open_stream
+from stages.training.stream import Showing, open_stream
 from stages.training.trainer import Outcome, Trainer
 from stages.training.until import Until, untils
 
@@ -106,7 +108,7 @@ def student_trainer(
     # 1) the cache, and what its views teach
     cache = LogitCache.open(configs[0].cache)
     configs = [complete(config, cache) for config in configs]
-    caches, choices = check_students(configs, cache)
+    caches, schedule = check_students(configs, cache)
     config = configs[0]  # what decides the stream of batches is the same in all of them
 
     # 2) the images: those that the teachers saw
@@ -120,14 +122,14 @@ def student_trainer(
         check_dataset(member, splits, policy, config.accept_pixel_drift, reporter)
 
     # 3) the students, and the batches that they are shown
-    plan = slab_plan(configs, caches, choices, ranks, splits.train.skipped)
+    plan = slab_plan(configs, caches, schedule, ranks, splits.train.skipped)
     models = build(configs, splits.train, cache.identity.teacher.image_size, reporter, ranks)
     image_size = models[0].settings.image_size
-    stream = open_stream(config, splits, policy, image_size, plan.order, ranks)
+    showing = Showing(plan.order, ranks, schedule.rounds)
+    stream = open_stream(config, splits, policy, image_size, showing)
     check_models(models, stream)
 
     # 4) the targets of every epoch, read once for all students that learn from the same
-    schedule = ViewSchedule(choices, config.seed.data, config.train.epochs)
     names: list[str | None] = [
         c.bias.rectified for c in configs if c.bias.rectified is not None
     ] or [None]
@@ -139,7 +141,9 @@ def student_trainer(
     # What is read with a rectification has the teacher's own rows as well.
     tasks = [
         CachedTask(c, schedule, readers[c.bias.rectified or names[0]], stream.labels, labelled, end)
-        for c, end in zip(configs, untils(configs, cache, choices, stream, reporter), strict=True)
+        for c, end in zip(
+            configs, untils(configs, cache, schedule.choices, stream, reporter), strict=True
+        )
     ]
 
     # 5) all of it together: `fit` trains
@@ -190,7 +194,7 @@ class CachedTask:
         return told
 
     def start_epoch(self, epoch: int) -> tuple[int, ...]:
-        """The views that an epoch shows, whose targets are read now."""
+        """The views that an epoch shows, or its round; their targets are read now."""
         self._epoch, bias, weight = epoch, self._config.bias, 0.0
         self.targets = None  # let go before more is read
         if self._objective is not None:
@@ -240,7 +244,8 @@ class CachedTask:
         if self._objective is None or self.targets is None:
             return {"loss": mixed_ce(logits, labels, *mixed)}
         loss, rectified = self._config.loss, self._config.bias.rectified is not None
-        rows = self.targets.of(batch.samples, rectified, loss.calibrate)
+        targets = self.targets.shown(batch.views)
+        rows = targets.of(batch.samples, rectified, loss.calibrate)
         wrong = rows.wrong()
         if rows.tempered:
             return self._parts(logits, rows, wrong, labels, *mixed)
@@ -274,7 +279,8 @@ class CachedTask:
         """As `loss_parts`, of the teacher alone: nothing is known to be right or wrong."""
         assert self._objective is not None
         assert self.targets is not None
-        rows = self.targets.of(batch.samples, calibrated=self._config.loss.calibrate)
+        targets = self.targets.shown(batch.views)
+        rows = targets.of(batch.samples, calibrated=self._config.loss.calibrate)
         mean = self._value(logits, rows if rows.tempered else rows.at(), labels, None).mean()
         return {"loss": self._weight * mean, "loss_kd": mean}
 

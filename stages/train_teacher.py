@@ -19,13 +19,13 @@ from stages.fold_teachers import fold_folder
 from stages.folds import fold_map
 from stages.inputs.feed import Batch, plain_view
 from stages.objectives.losses import mixed_ce
-from stages.order import view_order
+from stages.order import SINGLES, Rounds, view_order
 from stages.reporting import Reporter, Silent
 from stages.settings import TeacherConfig
 from stages.training.learner import Learner
 from stages.training.models import build, check_models
 from stages.training.run_directory import RunDirectory
-from stages.training.stream import open_stream
+from stages.training.stream import Showing, open_stream
 from stages.training.trainer import Trainer
 
 
@@ -36,13 +36,17 @@ class LabelTask:
 
     learned = None
 
-    def __init__(self, labels: Tensor, num_views: int | None, seed: int) -> None:
+    def __init__(
+        self, labels: Tensor, num_views: int | None, seed: int, rounds: Rounds = SINGLES
+    ) -> None:
         self._labels, self._num_views, self._seed = labels, num_views, seed
+        self._rounds = rounds
 
     def start_epoch(self, epoch: int) -> tuple[int, ...]:
-        if self._num_views is None:
-            return (epoch,)
-        return (view_order(self._seed, epoch, self._num_views),)
+        epochs, views = self._rounds.of(epoch).epochs, self._num_views
+        if views is None:
+            return tuple(epochs)
+        return tuple(view_order(self._seed, each, views) for each in epochs)
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         return {"loss": mixed_ce(logits, *batch.hard_labels(self._labels))}
@@ -86,11 +90,12 @@ def train_teacher(
     if config.folds is not None and config.fold is not None:
         fold_of = fold_map(splits.train.labels, config.folds, config.seed.data)
         left_out = fold_of.eq(config.fold).nonzero().squeeze(1)
-    stream = open_stream(config, splits, policy, size, left_out=left_out)
+    rounds = Rounds(config.train.views_per_decode or 1, config.train.epochs, policy.count)
+    stream = open_stream(config, splits, policy, size, Showing(rounds=rounds), left_out)
     check_models(models, stream)
 
     # 3) train
-    task = LabelTask(stream.labels, policy.count, config.seed.data)
+    task = LabelTask(stream.labels, policy.count, config.seed.data, rounds)
     learner = Learner(config, models[0], task, run, stream, split_digests(splits))
     return Trainer([learner], stream, reporter).fit()
 

@@ -582,7 +582,7 @@ def test_damage_of_a_view_is_told_before_the_first_step(my_cache: Path, part: st
     with pytest.raises(CacheError, match=rf"commits/{part}/v00005\.json is not readable"):
         check_students([complete(student_config(my_cache, bias=RECTIFY), cache)], cache)
     few = complete(student_config(my_cache, bias=RECTIFY, views=5), cache)
-    assert check_students([few], cache)[1] == [(0,), (1,), (2,), (3,), (4,)]
+    assert check_students([few], cache)[1].choices == [(0,), (1,), (2,), (3,), (4,)]
     next((my_cache / "prediction/c/4").rglob("0")).unlink()
     with pytest.raises(CacheError, match=r"prediction/c/4/\S* is missing"):
         check_students([few], cache)

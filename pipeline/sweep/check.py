@@ -86,8 +86,8 @@ class _Known:
         if alike not in self.objectives:
             cache = self.cache(config.cache)
             completed = complete(alike, cache)
-            caches, choices = check_students([completed], cache)
-            slab_plan([completed], caches, choices)
+            caches, schedule = check_students([completed], cache)
+            slab_plan([completed], caches, schedule)
             self.objectives[alike] = completed
         return msgspec.structs.replace(self.objectives[alike], model=config.model, seed=config.seed)
 

@@ -5,7 +5,7 @@ Everything is asked by dataset index and answered on the device where the target
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -57,6 +57,12 @@ class Targets(ABC):
         Raises CacheError for a sample that was not read, or where the view was read without a
         rectification or is of a cache that is not calibrated.
         """
+
+    def shown(self, views: Sequence[int]) -> "Targets":
+        """Of targets of several views those of some, for samples that are asked for in one view
+        after another; () for all.
+        """
+        return self
 
     def rows(self, samples: Tensor, temperature: float = 1.0) -> Tensor:
         """The teacher's logits, float32 (n, C); see `TargetRows.at`."""

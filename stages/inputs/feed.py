@@ -6,7 +6,6 @@ rendered by DataLoader workers. Both give the same bytes; so does any batch size
 workers, as a sample's partner in a mixed view does not depend on its batch.
 """
 
-import copy
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,13 +33,15 @@ class Batch:
     """samples: int64 (B,), dataset indices. pixels: uint8 (B, C, H, W). All on the device.
 
     Where views mix two samples (mixup, cutmix), partners: int64 (B,), the other sample, and shares:
-    float32 (B,), how much of the pixels is the sample's own, at least 1/2; else None.
+    float32 (B,), how much of the pixels is the sample's own, at least 1/2; else None. views: where
+    an epoch shows several, those of this batch, one after another; () where it shows one.
     """
 
     samples: Tensor
     pixels: Tensor
     partners: Tensor | None = None
     shares: Tensor | None = None
+    views: tuple[int, ...] = ()
 
     def hard_labels(self, labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What `stages.objectives.losses.mixed_ce` takes: own labels (B,), partners' and shares.
@@ -112,12 +113,6 @@ class ViewFeed:
         """
         return self._images
 
-    def another(self) -> "ViewFeed":
-        """A feed of the same views that is read at the same time; images in memory are shared."""
-        feed = copy.copy(self)
-        feed._loader, feed._plan, feed._passes = None, BatchPlan(), 0
-        return feed
-
     def _at_own_size(self, images: Tensor) -> bool:
         return self.image_size is None or tuple(images.shape[-2:]) == (self.image_size,) * 2
 
@@ -136,12 +131,15 @@ class ViewFeed:
         """As `batches`, of several different views: the samples of a batch in each of them. What
         workers decode is decoded once for all views.
         """
+        parts = cut(order, batch_size)[skip:] if len(order) else []
+        return self.views_of(parts, views)
+
+    def views_of(
+        self, parts: Sequence[Tensor], views: Sequence[int]
+    ) -> Iterator[tuple[Batch, ...]]:
+        """As `views`, of batches that are cut already: dataset indices, int64 (b,) each."""
         for view in views:
             check_view(self.policy, view)
-        if not len(order):
-            return
-        last = (num_batches(len(order), batch_size) - 1) * batch_size
-        parts = [*(order[:last].split(batch_size) if last else ()), order[last:]][skip:]
         if not parts:
             return
         policies = {view: self.policy.at(view) for view in views}
@@ -155,17 +153,19 @@ class ViewFeed:
             found = dict(zip(others, batches, strict=True))
             yield tuple(found[v] if v in found else next(shown[v]) for v in views)
 
-    def _from_memory(self, policy: ViewPolicy, view: int, parts: list[Tensor]) -> Iterator[Batch]:
+    def _from_memory(
+        self, policy: ViewPolicy, view: int, parts: Sequence[Tensor]
+    ) -> Iterator[Batch]:
         images = self._images
         assert images is not None
-        order = torch.cat(parts).to(images.device)
+        order = torch.cat([*parts]).to(images.device)
         plan = policy.plan(order, view, len(self.dataset), images.shape[-2:])
         start = 0
         for part in parts:
             here = slice(start, start := start + len(part))
             yield self._batch(order[here], policy.show_planned(images, plan[here]))
 
-    def _from_workers(self, parts: list[Tensor], views: Sequence[int]) -> Iterator[list[Batch]]:
+    def _from_workers(self, parts: Sequence[Tensor], views: Sequence[int]) -> Iterator[list[Batch]]:
         pieces = [part.split(-(-len(part) // len(views))) for part in parts]
         self._plan.pieces, self._plan.views = [p for some in pieces for p in some], views
         if self._loader is None:
@@ -229,10 +229,11 @@ class ViewFeed:
 
     def _batch(self, samples: Tensor, shown: Shown) -> Batch:
         assert isinstance(shown.images, Tensor)
-        mixed = (
+        partners, shares = (
             None if t is None else send(t, self.device) for t in (shown.partners, shown.shares)
         )
-        return Batch(send(samples, self.device), send(shown.images, self.device), *mixed)
+        pixels = send(shown.images, self.device)
+        return Batch(send(samples, self.device), pixels, partners, shares)
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -242,6 +243,12 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)  # pinned memory is kept until then
     return tensor.to(device)
+
+
+def cut(order: Tensor, batch_size: int) -> list[Tensor]:
+    """Samples (int64 (n,), one at the least) in batches, as `num_batches` counts them."""
+    last = (num_batches(len(order), batch_size) - 1) * batch_size
+    return [*(order[:last].split(batch_size) if last else ()), order[last:]]
 
 
 def num_batches(samples: int, batch_size: int) -> int:

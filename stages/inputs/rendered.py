@@ -65,10 +65,17 @@ class RenderedViews(Dataset[Shown]):
                 f"images differ in size: {tuple(images[0].shape)} and others",
                 "Give --image-size, and --augment resized-crop-flip or none.",
             )
-        return shown._replace(images=torch.stack(images))
+        return shown._replace(images=stacked(images))
 
     def __getitem__(self, pair: tuple[int, int]) -> Shown:
         return self.shown([pair])
+
+
+def stacked(images: Sequence[Tensor]) -> Tensor:
+    """Images of one size (C, H, W) as one tensor (B, C, H, W), whose memory has channels last: as
+    decoders and resamplers leave them, and models take them.
+    """
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 @dataclass

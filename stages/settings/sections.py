@@ -198,6 +198,13 @@ class TrainSettings(Settings, frozen=True):
         "Record a step as one CUDA graph and replay it: faster steps of small models on a GPU. "
         "Weights differ in their last bits.",
         "--capture/--no-capture", decides="nothing", shared=True)] = False
+    views_per_decode: Annotated[int | None, about(
+        "Show so many views of an image each time it is decoded, for large images: as many images "
+        "an epoch, of fewer samples. One if left out.",
+        "--views-per-decode", above=0, most=10**6, shared=True)] = None
+    views_in_one_batch: Annotated[bool, about(
+        "Show the views of an image in one batch, and not in batches that follow one another.",
+        "--views-in-one-batch", shared=True)] = False
     checkpoint_seconds: Annotated[float, about(
         "last.pt is replaced after an epoch once it is so old, and at the end: what a kill can lose"
         " beside the epoch at hand. 0: after every epoch.", least=0, decides="nothing")] = 10.0
@@ -206,6 +213,11 @@ class TrainSettings(Settings, frozen=True):
         super().__post_init__()
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise ConfigError("train.nesterov needs a train.momentum above 0")
+        if self.views_in_one_batch and self.views_per_decode is None:
+            raise ConfigError(
+                "train.views_in_one_batch is about several views of an image",
+                "Give --views-per-decode as well.",
+            )
 
 
 class SeedSettings(Settings, frozen=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.errors import ConfigError
 from stages.inputs.counter_hash import permute
-from stages.order import Stream, sample_order
+from stages.order import Stream, ViewSchedule, sample_order
 from stages.sizes import in_words
 from stages.targets.memory import free_memory
 
@@ -154,7 +154,7 @@ class SlabPlan:
 
 def plan_slabs(
     caches: Sequence[LogitCache],
-    choices: Sequence[tuple[int, ...]],
+    schedule: ViewSchedule,
     budget: int | None,
     samples: Tensor,
     batch_size: int,
@@ -163,33 +163,38 @@ def plan_slabs(
     """How to read views so that targets take no more than `budget` bytes on `device`: the slab in
     use and the next.
 
-    choices: what an epoch may show; several views at once are not read in groups: `budget` is None
-    then. samples: int64, those that are trained on. Raises ConfigError, naming a budget that works,
-    where the budget is too small, or where none is given and half of the available memory is. An
-    order of samples must depend on the seed and not on the machine: so it is not chosen silently.
+    schedule: what epochs show; two views that a loss sees at once are not read in groups: `budget`
+    is None then. samples: int64, those that are trained on. Raises ConfigError, naming a budget
+    that works, where the budget is too small, or where none is given and half of the available
+    memory is. An order of samples must depend on the seed and not on the machine: so it is not
+    chosen silently.
     """
-    at_once, num_views = len(choices[0]), len({view for some in choices for view in some})
-    samples_of_view, held = caches[0].num_samples, min(2 * at_once, num_views)
+    choices, per_decode = schedule.choices, min(schedule.per_decode, schedule.epochs)
+    num_views = len({view for some in choices for view in some})
+    samples_of_view, slab = caches[0].num_samples, per_decode * len(choices[0])
+    held = min(2 * slab, num_views)
     needed = slab_bytes(caches, samples_of_view, held)
     every, most = slab_bytes(caches, samples_of_view, num_views), resident_bytes(device)
-    resident = every <= (most if budget is None else min(most, budget))
+    # Rounds put views together anew in every turn: slabs of all of them would be kept forever.
+    resident = per_decode == 1 and every <= (most if budget is None else min(most, budget))
     if budget is None and needed > (half := available_bytes(device) // 2):
         raise ConfigError(
             f"the targets of {held} views take {in_words(needed)}, more than half of "
             f"the {in_words(2 * half)} that are free",
             f"Give --slab-memory {in_words(half)} to read and shuffle groups of chunks, or as much "
             "as there is."
-            if at_once == 1
+            if len(choices[0]) == 1
             else "Free memory, or use a loss that sees one view of a sample at a time.",
         )
     if resident or budget is None or needed <= budget:
         return SlabPlan(None, resident)
-    return SlabPlan(_chunk_groups(caches, budget, samples, batch_size))
+    return SlabPlan(_chunk_groups(caches, slab, budget, samples, batch_size))
 
 
 def _chunk_groups(
-    caches: Sequence[LogitCache], budget: int, samples: Tensor, batch_size: int
+    caches: Sequence[LogitCache], views: int, budget: int, samples: Tensor, batch_size: int
 ) -> ChunkGroups:
+    """The largest groups of which two fit, each of so many views."""
     cache = caches[0]
     if any(not torch.equal(c.dataset_index, cache.dataset_index) for c in caches[1:]):
         raise ConfigError(
@@ -204,12 +209,12 @@ def _chunk_groups(
     def holds_a_batch(most: int) -> bool:  # a batch may lie across two groups, never three
         return groups(most).smallest(samples) > batch_size
 
-    empty = slab_bytes(caches, 0)
-    most = (budget // 2 - empty) // (slab_bytes(caches, chunk_rows) - empty)
+    empty = slab_bytes(caches, 0, views)
+    most = (budget // 2 - empty) // (slab_bytes(caches, chunk_rows, views) - empty)
     if most >= 1 and holds_a_batch(most):
         return groups(most)
     chunks = next(filter(holds_a_batch, range(1, groups(1).num_chunks)), groups(1).num_chunks)
-    least = 2 * slab_bytes(caches, min(chunks * chunk_rows, cache.num_samples))
+    least = 2 * slab_bytes(caches, min(chunks * chunk_rows, cache.num_samples), views)
     raise ConfigError(
         f"a slab memory of {in_words(budget)} is too small: two groups of whole chunks "
         f"({chunk_rows} rows each), no smaller than a batch, take {in_words(least)}",

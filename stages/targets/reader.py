@@ -1,14 +1,16 @@
 """What every epoch of a run learns from: the targets of its view, from one cache or several.
 
 A slab is what a student reads at once: all rows of one view (of two, for a loss that sees two at
-once), or, where that is too much, a group of its chunks (`chunks.py`). It is read in a thread of
-its own while the slab before it trains, so that at most two are held: the one in use and the next.
+once; of those of all epochs of a round), or, where that is too much, a group of its chunks
+(`chunks.py`). It is read in a thread of its own while the slab before it trains, so that at most
+two are held: the one in use and the next.
 """
 
+import dataclasses
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,18 +57,27 @@ class TargetReader:
         self._schedule, self._groups, self._share = schedule, plan.groups, plan.share
         self._students = students
         self._upload, self._shared = Upload(labels.device), dict[int, SharedTargets]()
-        self._slabs = SlabReader(self._read, self._parts_of, schedule.epochs, plan.resident)
+        self._slabs = SlabReader(
+            self._read, self._parts_of, schedule.epochs, plan.resident, self._next_round
+        )
+        self._before: dict[int, float] = {}
 
     def waited(self, epoch: int) -> float:
         """A student's share of the seconds that all of them waited for an epoch's targets."""
-        return self._slabs.waited[epoch] / self._students
+        of_round = self._slabs.waited[self._schedule.rounds.of(epoch).first]
+        return (of_round - self._before.get(epoch, of_round)) / self._students
 
     def of_epoch(self, epoch: int) -> Targets:
         """The targets of an epoch's views; of views seen at once for batches that join them."""
+        first = self._schedule.rounds.of(epoch).first
+        self._before.setdefault(epoch, self._slabs.waited[first])
         if self._groups is None or self._share is not None:
-            return self._slabs.slab(epoch)
-        group_of = self._groups.group_of(self._schedule.seed, epoch).to(self._labels.device)
-        return GroupedTargets(self._slabs, epoch, group_of)
+            return self._slabs.slab(first)
+        group_of = self._groups.group_of(self._schedule.seed, first).to(self._labels.device)
+        return GroupedTargets(self._slabs, first, group_of)
+
+    def _next_round(self, first: int) -> int:
+        return first + self._schedule.rounds.of(first).count
 
     def _parts_of(self, epoch: int) -> list[_Part]:
         views = self._schedule.of_epoch(epoch)
@@ -79,8 +90,8 @@ class TargetReader:
 
     def _read(self, part: _Part) -> Targets:
         runs = None if self._groups is None else self._groups.runs(part.chunks)
-        views = [self._read_view(view, runs) for view in part.views]
-        return views[0] if len(views) == 1 else JoinedTargets(views)
+        views = {view: self._read_view(view, runs) for view in part.views}
+        return JoinedTargets(views) if len(views) > 1 else views[part.views[0]]
 
     def _read_view(self, view: int, runs: list[slice] | None) -> Targets:
         members = [self._read_member(which, view, runs) for which in range(len(self._caches))]
@@ -100,11 +111,15 @@ class TargetReader:
 class JoinedTargets(Targets):
     """The targets of several views of the same samples, asked view after view in one batch."""
 
-    views: Sequence[Targets]
+    views: Mapping[int, Targets]
+
+    def shown(self, views: Sequence[int]) -> Targets:
+        some = {view: self.views[view] for view in views or self.views}
+        return JoinedTargets(some) if len(some) > 1 else some[views[0]]
 
     def of(self, samples: Tensor, rectified: bool = False, calibrated: bool = False) -> TargetRows:
         parts = samples.chunk(len(self.views))
-        asked = zip(self.views, parts, strict=True)
+        asked = zip(self.views.values(), parts, strict=True)
         return JoinedRows([view.of(some, rectified, calibrated) for view, some in asked])
 
 
@@ -113,17 +128,22 @@ class GroupedTargets(Targets):
     """The targets of an epoch that is read in groups; samples are asked for group by group.
 
     A batch that lies across two groups is answered from both; only then are both needed at once.
-    group_of: int64 (N,), the group that shows each sample.
+    group_of: int64 (N,), the group that shows each sample. views: those that are asked for, see
+    `Targets.shown`.
     """
 
     reader: "SlabReader[_Part, Targets]"
     epoch: int
     group_of: Tensor
+    views: Sequence[int] = ()
+
+    def shown(self, views: Sequence[int]) -> Targets:
+        return dataclasses.replace(self, views=views)
 
     def of(self, samples: Tensor, rectified: bool = False, calibrated: bool = False) -> TargetRows:
         groups = self.group_of[samples]
         first, last = torch.stack(groups.aminmax()).tolist()
-        slabs = self.reader.slabs(self.epoch, first, last)
+        slabs = [slab.shown(self.views) for slab in self.reader.slabs(self.epoch, first, last)]
         if first == last:
             return slabs[0].of(samples, rectified, calibrated)
         order = groups.argsort(stable=True)  # group by group
@@ -172,7 +192,7 @@ class SlabReader(Generic[What, Slab]):
     """Slabs in the order of the epochs. `waited`: seconds spent waiting for those of each epoch.
 
     parts_of: what an epoch reads, one slab each, in the order in which they are used. resident:
-    keep every slab that was read.
+    keep every slab that was read. next_epoch: which epoch comes after one that is read.
     """
 
     def __init__(
@@ -181,8 +201,9 @@ class SlabReader(Generic[What, Slab]):
         parts_of: Callable[[int], Sequence[What]],
         epochs: int,
         resident: bool,
+        next_epoch: Callable[[int], int] = (1).__add__,
     ) -> None:
-        self._read, self._epochs = read, epochs
+        self._read, self._epochs, self._next_epoch = read, epochs, next_epoch
         self._parts_of = functools.lru_cache(maxsize=2)(parts_of)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="slab")
         self._ahead: dict[What, Future[Slab]] = {}
@@ -213,7 +234,8 @@ class SlabReader(Generic[What, Slab]):
     def _next(self, epoch: int, part: int) -> Sequence[What]:
         if part + 1 < len(parts := self._parts_of(epoch)):
             return parts[part + 1 : part + 2]
-        return self._parts_of(epoch + 1)[:1] if epoch + 1 < self._epochs else ()
+        following = self._next_epoch(epoch)
+        return self._parts_of(following)[:1] if following < self._epochs else ()
 
     def _future(self, what: What) -> Future[Slab]:
         if what not in self._ahead:

@@ -1,9 +1,30 @@
 """What a run says of its epochs: a line of text each, and the summary of all of them."""
 
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
+
+from stages.order import Round
+
+
+class EpochShown(NamedTuple):
+    """What an epoch showed. views: those of its round, epoch after epoch. images: how many, each
+    view of a sample counted. samples: of how many samples.
+    """
+
+    views: tuple[int, ...]
+    within: Round
+    images: int
+    samples: int
+
+    def metrics(self) -> dict[str, Any]:
+        """For metrics.jsonl. In a round of one epoch every sample is shown, and `view` says all."""
+        count = self.within.count
+        told: dict[str, Any] = {"view": self.views[self.within.place * len(self.views) // count]}
+        if count > 1:
+            told |= {"views": [*self.views], "images": self.images, "samples": self.samples}
+        return told
 
 
 class Picked(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -56,9 +77,16 @@ def said(metrics: dict[str, Any], epochs: int) -> str:
     top1 = metrics.get("test_top1")
     tested = "" if top1 is None else f"test top-1 {top1:.2%}  "
     return (
-        f"epoch {metrics['epoch'] + 1}/{epochs}  view {metrics['view']}  "
+        f"epoch {metrics['epoch'] + 1}/{epochs}  {_views(metrics)}  "
         f"loss {metrics['loss']:.4f}  {tested}{metrics['seconds']:.1f} s"
     )
+
+
+def _views(metrics: dict[str, Any]) -> str:
+    if "views" not in metrics:
+        return f"view {metrics['view']}"
+    views = " ".join(map(str, metrics["views"]))
+    return f"views {views} of {metrics['samples']:,} images"
 
 
 def selected_epoch(history: list[dict[str, Any]]) -> int:

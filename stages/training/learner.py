@@ -20,7 +20,7 @@ from stages.settings import RunConfig
 from stages.training.captured import Capture, CapturedStep
 from stages.training.compiled import Compiled
 from stages.training.graphs import WaitError
-from stages.training.history import said, selected_epoch, summarise
+from stages.training.history import EpochShown, said, selected_epoch, summarise
 from stages.training.models import InitialModel
 from stages.training.random_state import RandomState
 from stages.training.run_directory import RunDirectory
@@ -86,11 +86,11 @@ class Learner:
     # ---- an epoch -----------------------------------------------------------------------
 
     def start_epoch(self) -> tuple[int, ...]:
-        """The views that the epoch at hand shows."""
+        """The views that the epoch at hand shows: see `Task.start_epoch`."""
         if isinstance(self.task, TaskLookingBack) and (told := self.task.look_back(self.history)):
             self._tell(told)
         views = self.task.start_epoch(self.position.epoch)
-        self._views = len(views)
+        self._views = len(views) // self.stream.rounds.of(self.position.epoch).count
         if self.settings.compile and self._compiled is None:
             self._compiled = self._compile()
         if self.position.step == 0:
@@ -145,6 +145,8 @@ class Learner:
             return "several processes add up their gradients"
         if self._trained.scaler.is_enabled():
             return "float16 scales its gradients on the host; use bfloat16"
+        if self.stream.rounds.per_decode > 1:
+            return "several views of an image are shown from one decode"
         return None
 
     def _tell(self, text: str) -> None:
@@ -199,22 +201,24 @@ class Learner:
         yield
         self.random_state = RandomState.now(self.stream.device)
 
-    def finish_epoch(self, views: tuple[int, ...], shown: int, keep: bool = True) -> dict[str, Any]:
-        """Measure, write and save; return the line of the epoch. shown: how many images it saw.
-        keep: replace last.pt and the weights; else their next replacement has this epoch too.
+    def finish_epoch(self, shown: EpochShown, keep: bool = True) -> dict[str, Any]:
+        """Measure, write and save; return the line of the epoch. shown: to this rank. keep: replace
+        last.pt and the weights; else their next replacement has this epoch too.
 
         Raises RunError if the losses or the weights are not finite.
         """
         position = self.position
-        shown, means = self._means(shown)
+        counts = summed(self.ranks, torch.tensor([shown.images, shown.samples])).tolist()
+        shown = shown._replace(images=counts[0], samples=counts[1])
+        means = self._means(shown.images)
         metrics = {
             "epoch": position.epoch,
-            "view": views[0],
+            **shown.metrics(),
             "lr": position.lr,
             **means,
             **self.task.epoch_metrics(),
             "seconds": position.seconds,
-            "images_per_second": shown / position.seconds,
+            "images_per_second": shown.images / position.seconds,
         }
         for name, evaluation in self.stream.evaluations.items():
             top1, top5 = self.evaluate(evaluation)
@@ -228,8 +232,8 @@ class Learner:
             self.save()
         return metrics
 
-    def _means(self, shown: int) -> tuple[int, dict[str, float]]:
-        """How many images all ranks saw, and the mean losses; the device is asked once.
+    def _means(self, images: int) -> dict[str, float]:
+        """The mean losses of the images that all ranks saw; the device is asked once.
 
         Raises RunError if one of them is not finite, or a weight is not.
         """
@@ -237,14 +241,13 @@ class Learner:
         asked = [*totals.values(), self._trained.largest()]
         found = torch.stack([value.double() for value in asked])
         *sums, largest = summed(self.ranks, found).tolist()
-        every = int(summed(self.ranks, torch.tensor(shown)))
-        means = {name: total / every for name, total in zip(totals, sums, strict=True)}
+        means = {name: total / images for name, total in zip(totals, sums, strict=True)}
         infinite = [name for name, mean in means.items() if not math.isfinite(mean)]
         if not math.isfinite(largest):
             infinite.append("weights")
         if infinite:
             raise _not_finite(f"after epoch {self.position.epoch + 1}", infinite)
-        return every, means
+        return means
 
     def evaluate(self, evaluation: Evaluation) -> tuple[float, float]:
         """Top-1 and top-5 accuracy; each of several ranks measures its share."""

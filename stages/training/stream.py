@@ -1,8 +1,10 @@
 """What all models of a process are shown: batches to train on, and sets to be measured on."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +12,13 @@ from torch import Tensor
 from stages.data import Splits, held_out
 from stages.distributed import ALONE, Ranks, device_of_rank
 from stages.errors import ConfigError
-from stages.inputs.feed import Batch, ViewFeed, joined, num_batches, plain_view
+from stages.inputs.feed import Batch, ViewFeed, cut, joined, num_batches, plain_view
 from stages.inputs.planned import PlannedBatches, planned_batches
 from stages.inputs.views import ViewPolicy
-from stages.order import SampleOrder, sample_order
+from stages.order import SINGLE, SINGLES, Round, Rounds, SampleOrder, sample_order
 from stages.settings import RunConfig
 from stages.training.graphs import Graph
+from stages.training.history import EpochShown
 
 _LEAST_EVALUATED = 256
 """Samples of a batch of an evaluation, at the least."""
@@ -50,7 +53,9 @@ class BatchStream:
     """Batches of views, one stream for all models that are trained together.
 
     samples: int64, the training samples (all, or without the held-out ones). batch_size: of all
-    ranks together. order: of the samples in an epoch; as many of them in every epoch.
+    ranks together. order: of the samples in an epoch; as many of them in every epoch. rounds: of
+    epochs whose views are made of the same decoded images. in_one_batch: the views of an image
+    share a batch; else they follow one another, each in a batch with those of other images.
     """
 
     feed: ViewFeed
@@ -60,9 +65,11 @@ class BatchStream:
     batch_size: int
     order: SampleOrder = sample_order
     ranks: Ranks = ALONE
+    rounds: Rounds = SINGLES
+    in_one_batch: bool = False
 
     def __post_init__(self) -> None:
-        self._feeds = [self.feed]
+        self._begun: tuple[tuple[Any, ...], Iterator[Batch]] | None = None
         self._planned: PlannedBatches | None = None
         self._next: Graph | None = None
         self._shown = 0
@@ -86,22 +93,67 @@ class BatchStream:
         return self.batch_size // self.ranks.world
 
     def epoch_order(self, epoch: int) -> Tensor:
-        """The samples that an epoch shows to this rank, in order: int64."""
-        return self.order(self.samples, self.seed, epoch)
+        """The samples that the round of an epoch shows to this rank, in order: int64."""
+        return self.order(self.samples, self.seed, self.rounds.of(epoch).first)
 
-    def batches(self, order: Tensor, views: tuple[int, ...], skip: int) -> Iterator[Batch]:
-        """Views of the samples in `order`, joined view after view in each batch, without the first
-        `skip` batches.
+    def batches(
+        self, order: Tensor, views: tuple[int, ...], skip: int, within: Round = SINGLE
+    ) -> Iterator[Batch]:
+        """The batches of an epoch, without the first `skip`. order: the samples of its round.
+        views: those of its round, epoch after epoch; those of one epoch are joined in each batch.
         """
         if self._planned is not None and len(views) == 1:
             return self._batches_in_place(self._planned, order, views[0], skip)
-        while len(self._feeds) < len(views):
-            self._feeds.append(self.feed.another())
-        shown = [
-            feed.batches(order, view, self._own_size, skip)
-            for feed, view in zip(self._feeds[: len(views)], views, strict=True)
-        ]
-        return map(joined, zip(*shown, strict=True))
+        return self._of_round(order, views, skip, within)
+
+    def _of_round(
+        self, order: Tensor, views: tuple[int, ...], skip: int, within: Round
+    ) -> Iterator[Batch]:
+        """As `batches`. What workers have begun for the next epoch of the round is kept for it."""
+        _, _, steps = self._parts(order, within)
+        begun, begin, self._begun = self._begun, steps.start + skip, None
+        if begun is not None and begun[0] == (within.first, views, begin):
+            shown = begun[1]
+        else:
+            shown = self._from(order, views, within, begin)
+        for _ in range(begin, steps.stop):
+            yield next(shown)
+        if within.place + 1 < within.count:
+            self._begun = (within.first, views, steps.stop), shown
+
+    def _from(
+        self, order: Tensor, views: tuple[int, ...], within: Round, begin: int
+    ) -> Iterator[Batch]:
+        """All batches of a round from one of its steps on."""
+        parts, shared, _ = self._parts(order, within)
+        if shared == 1 and within.count > 1:  # first views of pairs, then the second ones
+            pair = len(views) // within.count
+            views = tuple(view for which in range(pair) for view in views[which::pair])
+        size = len(views) // shared
+        shown = (
+            replace(joined(batches[at : at + size]), views=views[at : at + size])
+            for batches in self.feed.views_of(parts[begin // shared :], views)
+            for at in range(0, len(views), size)
+        )
+        return islice(shown, begin % shared, None)
+
+    def showed(self, order: Tensor, views: tuple[int, ...], within: Round) -> EpochShown:
+        """What an epoch shows to this rank. As in `batches`."""
+        parts, shared, steps = self._parts(order, within)
+        images = sum(len(parts[step // shared]) for step in steps) * len(views) // shared
+        samples = sum(map(len, parts[steps.start // shared : -(-steps.stop // shared)]))
+        return EpochShown(views, within, images, samples)
+
+    def _parts(self, order: Tensor, within: Round) -> tuple[Sequence[Tensor], int, range]:
+        """The samples of a round as they are decoded, how many steps share each part, and which
+        steps of the round are those of the epoch. All epochs have as many steps as batches of whole
+        size need; where the views of an image share a batch, parts are as even as can be.
+        """
+        batches = cut(order, self._own_size)
+        steps = range(within.place * len(batches), (within.place + 1) * len(batches))
+        if self.in_one_batch and within.count > 1:
+            return order.tensor_split(within.count * len(batches)), 1, steps
+        return batches, within.count, steps
 
     def keep_in_place(self, views: int) -> str | None:
         """From now on whole batches are made in one place, each where the one before was. Returns
@@ -139,8 +191,22 @@ class BatchStream:
 
     def close(self) -> None:
         """Let the processes go that decode images."""
-        for feed in (*self._feeds, *(each.feed for each in self.evaluations.values())):
+        self._begun = None
+        for feed in (self.feed, *(each.feed for each in self.evaluations.values())):
             feed.close()
+
+
+class Showing(NamedTuple):
+    """In which order samples are shown, on which of several ranks, and in which rounds of epochs;
+    see `BatchStream`.
+    """
+
+    order: SampleOrder = sample_order
+    ranks: Ranks = ALONE
+    rounds: Rounds = SINGLES
+
+
+_IN_ORDER = Showing()
 
 
 def open_stream(
@@ -148,16 +214,15 @@ def open_stream(
     splits: Splits,
     policy: ViewPolicy,
     image_size: int | None,
-    order: SampleOrder = sample_order,
-    ranks: Ranks = ALONE,
+    showing: Showing = _IN_ORDER,
     left_out: Tensor | None = None,
 ) -> BatchStream:
     """The stream of a run. left_out: int64, samples that it does not show, beside those skipped.
 
-    Raises ConfigError where samples cannot be held out, or left out.
+    Raises ConfigError where samples cannot be held out, or left out, or are too few.
     """
     data, train = config.data, splits.train
-    device = device_of_rank(ranks, config.device)
+    device = device_of_rank(showing.ranks, config.device)
     feed = ViewFeed(train, policy, device, image_size, data.workers)
     absent = train.skipped if left_out is None else torch.cat([train.skipped, left_out]).unique()
     samples, validation = held_out(len(train), data.val_fraction, config.seed.data, absent)
@@ -175,6 +240,13 @@ def open_stream(
     if len(validation):
         clean = ViewFeed(train, plain, device, image_size, data.workers)
         evaluations["val"] = Evaluation(clean, validation, train.labels)
-    return BatchStream(
-        feed, samples, evaluations, config.seed.data, config.train.batch_size, order, ranks
-    )
+    seed, size, in_one = config.seed.data, config.train.batch_size, config.train.views_in_one_batch
+    stream = BatchStream(feed, samples, evaluations, seed, size, *showing, in_one)
+    shown, at_once = len(stream.epoch_order(0)), stream.rounds.per_decode
+    if in_one and stream.steps * at_once > shown:
+        raise ConfigError(
+            f"{at_once} views of an image in one batch leave less than an image for a batch: "
+            f"{shown:,} images in {stream.steps * at_once:,} batches",
+            "Give a smaller --views-per-decode, or a larger --batch-size.",
+        )
+    return stream

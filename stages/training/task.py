@@ -17,7 +17,9 @@ class Task(Protocol):
         """What the loss learns itself, trained and saved with the model."""
 
     def start_epoch(self, epoch: int) -> tuple[int, ...]:
-        """Get ready; return the view that this epoch shows, or those of a sample seen at once."""
+        """Get ready; return the view that this epoch shows, or those of a sample seen at once; in a
+        round of several epochs (`stages.order.Rounds`) those of every one, epoch after epoch.
+        """
 
     def loss_parts(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """float32 logits (B, C) and the batch they are of -> named scalars.

@@ -114,9 +114,10 @@ class Trainer:
             return
         clock = time.perf_counter()  # waiting for targets counts as well
         (views,) = {learner.start_epoch() for learner in active}
-        order = self.stream.epoch_order(epoch)
+        order, within = self.stream.epoch_order(epoch), self.stream.rounds.of(epoch)
         first = min(learner.position.step for learner in active)
-        for step, batch in enumerate(self.stream.batches(order, views, first), start=first):
+        batches = self.stream.batches(order, views, first, within)
+        for step, batch in enumerate(batches, start=first):
             waiting = [learner for learner in active if learner.position.step == step]
             for learner in waiting:
                 learner.step(batch)
@@ -141,10 +142,10 @@ class Trainer:
         if self.stream.device.type == "cuda":
             torch.cuda.synchronize(self.stream.device)
         self._share_time(active, clock)
-        keep = self._keeps(epoch)
+        keep, shown = self._keeps(epoch), self.stream.showed(order, views, within)
         for learner in active:
             try:
-                metrics = learner.finish_epoch(views, len(views) * len(order), keep)
+                metrics = learner.finish_epoch(shown, keep)
             except RunError as error:
                 learner.error = error
             else:

@@ -111,11 +111,17 @@ def my_cache(finished_cache: Path) -> LogitCache:
 
 
 def plan(
-    cache: LogitCache, wanted: int | None, views: int = 3, at_once: int = 1, **changes: Any
+    cache: LogitCache,
+    wanted: int | None,
+    views: int = 3,
+    at_once: int = 1,
+    per_decode: int = 1,
+    **changes: Any,
 ) -> SlabPlan:
     settings = {"samples": torch.arange(1000), "batch_size": 64, **changes}
     choices = [tuple(range(v, v + at_once)) for v in range(0, views, at_once)]
-    return plan_slabs([cache], choices, wanted, device=CPU, **settings)
+    schedule = ViewSchedule(choices, 0, epochs=20, per_decode=per_decode)
+    return plan_slabs([cache], schedule, wanted, device=CPU, **settings)
 
 
 def test_slab_bytes_are_those_of_its_tensors(my_cache: LogitCache) -> None:

@@ -69,7 +69,7 @@ class CropPolicy(Named, ViewPolicy):
         height, width = torch.tensor([image.shape[-2:] for image in images]).T
         boxes = self.draw(samples, view, height, width)
         chosen = FILTERS[self.interpolation]
-        return [render(x, boxes, i, size or x.shape[-2:], chosen) for i, x in enumerate(images)]
+        return [cut_out(x, boxes, i, size or x.shape[-2:], chosen) for i, x in enumerate(images)]
 
 
 @base("pad-crop")
@@ -235,8 +235,19 @@ def render(
     """Cut box i out of one image (uint8 (C, H, W)), mirror it, resize it to `size` if it differs.
 
     Zeros outside the image. Resampling is torchvision's, antialiased, on the CPU, for teacher and
-    student alike. Returns uint8 (C, *size).
+    student alike. Returns uint8 (C, *size), contiguous.
     """
+    return cut_out(image, boxes, i, size, interpolation).contiguous()
+
+
+def cut_out(
+    image: Tensor,
+    boxes: Boxes,
+    i: int,
+    size: Sequence[int],
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
+) -> Tensor:
+    """As `render`; where it resized, channels are last in memory, as decoders lay them out."""
     top, left, height, width, mirrored = (
         int(t[i]) for t in (boxes.top, boxes.left, boxes.height, boxes.width, boxes.mirrored)
     )
@@ -247,5 +258,5 @@ def render(
     if mirrored:
         crop = crop.flip(-1)
     if resized:
-        crop = tv.resize(crop, list(size), interpolation=interpolation, antialias=True)
+        return tv.resize(crop, list(size), interpolation=interpolation, antialias=True)
     return crop.contiguous()

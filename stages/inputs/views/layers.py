@@ -145,6 +145,7 @@ class Composed(OnTop):
     def render_each(self, images: Images, samples: Tensor, view: View, size: Size) -> list[Tensor]:
         check_view(self, view)
         rendered = self.base.render_each(images, samples, within_count(self.base, view), size)
+        rendered = [image.contiguous() for image in rendered]  # as where images are in memory
         height, width = torch.tensor([image.shape[-2:] for image in rendered]).T
         for layer in self.layers:
             drawn = layer.draw(self.seed, samples, views_of(view, samples), height, width)
