@@ -5,7 +5,7 @@ samples and views. Each image is rendered alone, and each row read alone.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from helpers import (
     student_of,
     terminate,
     weights,
-    without_probes,
     without_times,
 )
 from torch import Tensor, nn
@@ -61,12 +60,6 @@ from stages.training.stream import BatchStream, Showing, open_stream
 SAMPLES, BATCH, VIEWS = 50, 16, 5
 Pair = tuple[int, int]
 """A sample and the view it is shown in."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_probes() -> Iterator[None]:
-    with without_probes():
-        yield
 
 
 @pytest.fixture(scope="module")
