@@ -28,6 +28,7 @@ from stages.training.run_folder import MADE_FROM
 from stages.training.stream import BatchStream, Evaluation
 from stages.training.task import Position, Task, TaskLookingBack, TaskToCompile
 from stages.training.trained import Trained
+from stages.training.working import WorkingWeights
 
 
 @dataclass
@@ -156,9 +157,11 @@ class Learner:
 
     def _learn(self, batch: Batch) -> None:
         """All of a step but for what the host counts."""
-        model: Callable[[Tensor], Any] = self._compiled or self._forward
+        model: Callable[[Tensor], Any] = self._compiled or self._working or self._forward
         if self._compiled is not None:
             self._compiled.start_step()
+        elif self._working is not None:
+            self._working.renew()
         outputs = [
             forward(model, self.normalise(pixels), self.settings.dtype, self.settings.tf32)
             for pixels in batch.pixels.chunk(self._views)
@@ -167,6 +170,12 @@ class Learner:
         parts = self.task.loss_parts(logits, batch)
         self._trained.descend(parts["loss"], self.ranks)
         self._add_totals(parts, len(batch.samples))
+
+    @property
+    def _working(self) -> WorkingWeights | None:
+        """Weights to call the model with; none where gradients of several passes are added up."""
+        alone = self._views == 1 and self.ranks.world == 1
+        return self._trained.working if alone else None
 
     def _changed(self) -> dict[Hashable, Tensor]:
         """Every tensor that a step changes."""

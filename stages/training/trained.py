@@ -19,11 +19,13 @@ from stages.training.optimise import (
     states_of,
 )
 from stages.training.rates import Schedule
+from stages.training.working import WorkingWeights
 
 
 class Trained:
     """module: the model, placed. learned: what the loss learns itself, else None. optimizer: of
-    both, stepped at the rate of `schedule`. scaler: of float16's gradients.
+    both, stepped at the rate of `schedule`. scaler: of float16's gradients. working: the weights
+    that the model may be called with, None for its own.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Trained:
     ) -> None:
         """steps: of an epoch."""
         self.module, self.learned = module, learned
+        self.working = WorkingWeights.of(module, settings)
         self.optimizer = make_optimizer(module, settings, learned)
         self.schedule = Schedule(self.optimizer, settings, steps)
         device = next(module.parameters()).device
@@ -39,6 +42,8 @@ class Trained:
     def descend(self, loss: Tensor, ranks: Ranks) -> None:
         """A step down the gradient of a loss, at the optimiser's rate."""
         self.scaler.scale(loss).backward()
+        if self.working is not None:
+            self.working.hand_back()
         self._average_learned(ranks)
         self.scaler.step(self.optimizer)
         # Now, so that gradients take no memory while another learner steps.
