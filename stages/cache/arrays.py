@@ -18,8 +18,10 @@ import torch
 import zarr
 from torch import Tensor
 from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
+from zarr.core.array_spec import ArrayConfig
 from zarr.core.buffer import Buffer
-from zarr.storage import MemoryStore
+from zarr.core.metadata.v3 import ArrayV3Metadata
+from zarr.storage import MemoryStore, StorePath
 
 from stages.cache.identity import weights_digest
 from stages.cache.layout import MAX_VIEWS, ArraySpec, BlockGrid, BlockId, block_key, whole_key
@@ -177,9 +179,7 @@ def _has_bytes(array: zarr.Array[Any]) -> bool:
 def encode_shard(spec: ArraySpec, grid: BlockGrid, block: int, values: Tensor) -> bytes:
     """One block of an array as the bytes of its shard. values: (n, ...), the block's rows."""
     objects: dict[str, Buffer] = {}
-    shape = (1, grid.num_rows, *values.shape[1:])
-    sizes = dict(zip(spec.dimensions, shape, strict=True))
-    array = create_array(zarr.create_group(MemoryStore(objects)), "a", spec, sizes, grid)
+    array = _in_memory(spec, (1, grid.num_rows, *values.shape[1:]), grid, objects)
     array[0, grid.rows(block)] = values.numpy().astype(array.dtype, copy=False)
     return objects[block_key("a", spec, BlockId(0, block))].to_bytes()
 
@@ -187,11 +187,21 @@ def encode_shard(spec: ArraySpec, grid: BlockGrid, block: int, values: Tensor) -
 def encode_whole(spec: ArraySpec, values: Tensor) -> bytes:
     """The values of an array that is stored whole as the bytes of its object."""
     objects: dict[str, Buffer] = {}
-    sizes = dict(zip(spec.dimensions, values.shape, strict=True))
-    group = zarr.create_group(MemoryStore(objects))
-    array = create_array(group, "a", spec, sizes, BlockGrid(1, 1, 1))
+    array = _in_memory(spec, tuple(values.shape), BlockGrid(1, 1, 1), objects)
     array[...] = values.numpy().astype(array.dtype, copy=False)
     return objects[whole_key("a", spec)].to_bytes()
+
+
+def _in_memory(
+    spec: ArraySpec, shape: tuple[int, ...], grid: BlockGrid, objects: dict[str, Buffer]
+) -> zarr.Array[Any]:
+    """An array `a` of this shape, whose objects are put into a dictionary."""
+    place = StorePath(MemoryStore(objects), "a")
+    created, config = (
+        _created(spec, shape, grid),
+        ArrayConfig.from_dict({"write_empty_chunks": True}),
+    )
+    return zarr.Array(zarr.AsyncArray(metadata=created, store_path=place, config=config))
 
 
 def grow(group: zarr.Group, num_views: int, last: str = "") -> None:
@@ -242,11 +252,18 @@ def _array_fault(
 
 
 @lru_cache(maxsize=256)
-def _written(spec: ArraySpec, shape: tuple[int, ...], grid: BlockGrid) -> dict[str, str]:
-    """The document of an array of this shape, as it was created."""
+def _created(spec: ArraySpec, shape: tuple[int, ...], grid: BlockGrid) -> ArrayV3Metadata:
+    """What an array of this shape is created with."""
     sizes = dict(zip(spec.dimensions, shape, strict=True))
     array = create_array(zarr.create_group(MemoryStore()), "a", spec, sizes, grid)
-    return _plain(array.metadata.to_dict())
+    assert isinstance(array.metadata, ArrayV3Metadata)
+    return array.metadata
+
+
+@lru_cache(maxsize=256)
+def _written(spec: ArraySpec, shape: tuple[int, ...], grid: BlockGrid) -> dict[str, str]:
+    """The document of an array of this shape, as it was created."""
+    return _plain(_created(spec, shape, grid).to_dict())
 
 
 def _plain(document: Mapping[str, Any]) -> dict[str, str]:
