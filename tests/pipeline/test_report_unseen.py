@@ -3,13 +3,12 @@
 import base64
 import io
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import DIGITS, cache_of, first, without_probes
+from helpers import DIGITS, cache_of, first
 from PIL import Image
 from reports import Element, page_of
 from test_report_numbers import naive_ece, rows_of, softmax
@@ -25,12 +24,6 @@ from stages.suspects import suspected_labels
 from stages.train_teacher import train_folds
 
 SAMPLES, SURE = 80, 0.11
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_probes() -> Iterator[None]:
-    with without_probes():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -177,8 +177,6 @@ def test_it_is_switched_off_after_the_first_epoch_that_is_better(
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "eliminated": {"mode": "eliminate"},
     "rectified, the dynamic loss": {"mode": "rectify"},
     "corrected": {"mode": "correct"},
     "of coupled rows": {"loss": {"name": "dist"}},
@@ -251,14 +249,13 @@ def test_students_together_each_by_itself(
     assert "weight_loss" not in metrics(outs[2])[0]
 
 
-@pytest.mark.parametrize("batch", [1, 15])
-def test_a_resumed_run_knows_whether_it_is_off(
-    batch: int, my_run: tuple[Path, list[str]], small_cache: Path, my_splits: Splits, tmp_path: Path
+def test_a_resumed_run_knows_that_it_is_off(
+    my_run: tuple[Path, list[str]], small_cache: Path, my_splits: Splits, tmp_path: Path
 ) -> None:
-    """Stopped before and after it, in the middle of epochs of seven batches."""
+    """Stopped in the middle of the first epoch without it, of seven batches."""
     student, out = config(small_cache, "beats-teacher"), tmp_path / "run"
     with pytest.raises(StoppedError):
-        train_student(student, out, splits=my_splits, reporter=AtBatch(batch, terminate))
+        train_student(student, out, splits=my_splits, reporter=AtBatch(16, terminate))
     words = Words()
     train_student(student, out, resume=True, splits=my_splits, reporter=words)
     assert same_weights(out, my_run[0])
