@@ -879,7 +879,7 @@ def test_a_damaged_calibration_is_told(array: str, change: Callable[[Tensor], Te
         pytest.param("auto", 10, "float32", id="ten-classes"),
         pytest.param("auto", 11, "klt-top", id="eleven-classes"),
         pytest.param("auto", 100, "klt-top", id="a-hundred-classes"),
-        pytest.param("auto", 4097, "topk", id="thousands-of-classes"),
+        pytest.param("auto", 4097, "klt-top", id="thousands-of-classes"),
         pytest.param("float16", 10, "float16", id="asked-for"),
         pytest.param("float32", 100, "float32", id="exact-asked-for"),
         pytest.param("klt", 5, "klt", id="klt-of-few-classes"),

@@ -272,7 +272,7 @@ def test_odd_teachers_are_held(odd: Tensor) -> None:
 
 def test_where_no_step_is_fine_enough_auto_takes_plain_klt() -> None:
     """One row far beyond all others asks for codes of two bytes."""
-    odd = torch.cat([head_rows(300, 20, 5), 50 * head_rows(1, 20, 5)])
+    odd = torch.cat([head_rows(300, 20, 5), 200 * head_rows(1, 20, 5)])
     with pytest.raises(CacheError, match="no step of the encoding klt-top holds"):
         KltTop.fit(odd)
 

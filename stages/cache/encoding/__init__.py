@@ -7,7 +7,7 @@
 | uint8   | one byte a logit, simple                                                |
 | klt     | whole rows in under half a byte a logit                                 |
 | klt-top | whole rows, coarse but for the leading classes; the default above 10     |
-| topk    | the largest logits and the weight of the rest; the default above 4,096  |
+| topk    | the largest logits and the weight of the rest                           |
 """
 
 from stages.cache.encoding.base import (

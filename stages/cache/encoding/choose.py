@@ -81,7 +81,7 @@ def fit_encoding(
     """The encoding of a spec, fitted to real rows.
 
     logits: float32 (n, C), a fair draw. labels: int64 (n,). `auto`: with a budget, the smallest
-    that holds it; without, float32 up to 10 classes, then klt-top, and topk above 4,096 classes.
+    that holds it; without, float32 up to 10 classes, then klt-top.
     budget: mean KL to the exact rows, in nats, at some temperatures. Raises CacheError if it is not
     held.
     """

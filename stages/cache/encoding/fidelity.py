@@ -1,7 +1,8 @@
 """How far decoded rows are from the exact ones."""
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -14,6 +15,8 @@ from stages.sizes import KL_TEMPERATURES
 
 TEMPERATURES = KL_TEMPERATURES
 _LEADING = 5
+_FIRST, _GUESSES, _LEAST = 96, 8, 2.0**-60
+"""Of the search for a step: the first exponent, how many are guesses, and the least excess."""
 _CHECKED, _LEAST_ROWS, _MOST_ROWS = 2**22, 256, 4096
 
 
@@ -93,8 +96,30 @@ def mean_kl(exact: Tensor, decoded: Tensor, temperature: float) -> Tensor:
 
 def holds_kl(coding: Encoding, logits: Tensor, budget: Budget) -> bool:
     """Whether rows that are encoded and decoded have at most the mean KL of a budget."""
+    return kl_excess(coding, logits, budget) <= 1
+
+
+def kl_excess(coding: Encoding, logits: Tensor, budget: Budget) -> float:
+    """The largest part that the mean KL has of what a budget allows: at most 1 where it is held."""
     decoded = coding.decode(coding.encode(logits))
-    return all(float(mean_kl(logits, decoded, t)) <= kl for t, kl in budget.items())
+    return max(float(mean_kl(logits, decoded, t)) / kl for t, kl in budget.items())
+
+
+def coarsest(excess: Callable[[int], float], finest: int, per_doubling: float) -> int | None:
+    """The lowest exponent from 0 to `finest` whose excess is at most 1; None if there is none.
+
+    excess: falls with the exponent. per_doubling: by how many exponents it falls to its half, about
+    which is where the next one is tried; after a few of them the middle of what is left.
+    """
+    low, high, at, tried = -1, finest + 1, min(finest, _FIRST), 0
+    while high - low > 1:
+        over, tried = excess(at), tried + 1
+        low, high = (low, at) if over <= 1 else (at, high)
+        guess = (low + high) // 2
+        if tried < _GUESSES and math.isfinite(over):
+            guess = at + math.ceil(per_doubling * math.log2(max(over, _LEAST)))
+        at = min(max(guess, low + 1), high - 1)
+    return high if high <= finest else None
 
 
 def measure(coding: Encoding, logits: Tensor, labels: Tensor) -> Fidelity:

@@ -12,7 +12,7 @@ _MOST_COMPONENTS = 1024
 """Above: as many as the heads of most such models have features, and rows of a head have no other
 components.
 """
-_OVERSAMPLED, _AT_ONCE = 16, 2**22
+_OVERSAMPLED, _AT_ONCE = 16, 2**24
 _EXCEEDED = 1000
 _ROWS_PER_CLASS = 4
 """From so many rows a class on, the mean row of each prediction is worth knowing."""
@@ -50,16 +50,18 @@ class Rows:
     offset_peak: float
 
     @staticmethod
-    def of(logits: Tensor) -> "Rows":
-        """logits: float32 (n, C), finite. Beside them a few numbers a row and C a component are in
-        memory at once, and of up to 2,048 classes their double.
+    def of(logits: Tensor, predictions: Tensor | None = None) -> "Rows":
+        """logits: float32 (n, C), finite. predictions: int64 (n,); their argmax if None.
+
+        Beside them a few numbers a row and C a component are in memory at once, and of up to 2,048
+        classes their double.
         """
         classes = logits.shape[1]
         offsets = torch.cat([part.double().mean(1) for part in _parts(logits)])
         offset = float(offsets.mean())
         sums = torch.stack([part.double().sum(0) for part in _parts(logits)]).sum(0)
         mean = (sums / len(logits) - sums.mean() / len(logits)).float()
-        predictions = logits.argmax(1)
+        predictions = logits.argmax(1) if predictions is None else predictions
         counts = predictions.bincount(minlength=classes).float()[:, None]
         known = len(logits) >= _ROWS_PER_CLASS * classes
         centred = _Centred(logits, mean, predictions)
@@ -110,15 +112,15 @@ class _Centred:
 
     def leading_basis(self) -> Tensor:
         """The leading components by a randomised range finder with one power iteration: Halko,
-        Martinsson and Tropp 2011, algorithms 4.4 and 5.1. float32 (r, C).
+        Martinsson and Tropp 2011, algorithms 4.3 and 5.1, of the rows' transpose. float32 (r, C).
         """
         rows, classes = self.logits.shape
         rank = min(_MOST_COMPONENTS, rows, classes - 1)
+        width = min(rank + _OVERSAMPLED, rows, classes)
         generator = torch.Generator().manual_seed(0)
-        sketch = torch.randn(classes, min(rank + _OVERSAMPLED, classes), generator=generator)
-        for _ in range(2):
-            columns = torch.linalg.qr(self.times(sketch)).Q  # (n, l)
-            sketch = torch.linalg.qr(self.transposed_times(columns)).Q  # (C, l)
+        sketch = self.transposed_times(torch.randn(rows, width, generator=generator))  # (C, l)
+        sketch = self.transposed_times(self.times(torch.linalg.qr(sketch).Q))
+        sketch = torch.linalg.qr(sketch).Q
         small = self.times(sketch)  # (n, l): the rows in the range that was found
         _, vectors = torch.linalg.eigh(small.T.double() @ small.double())
         basis: Tensor = (sketch @ vectors.flip(1)[:, :rank].float()).T

@@ -41,11 +41,11 @@ def integers(rows: Rows, step: float) -> dict[str, Any]:
     kinds = [(KINDS[name], size) for name, size in sizes.items()]
     limits = [torch.full((kind.digits * size,), kind.limit) for kind, size in kinds]
     reach = torch.cat(limits) + center.abs().amax(1)
-    unit, fine = _unit(basis, rows.mean.double(), reach.double(), step)
+    unit, fine, whole = _in_units(basis, rows.mean.double(), reach.double(), step)
     offset_step = max(rows.offset_peak * _HEADROOM / WIDEST, step * len(rows.mean) ** -0.5)
     offset, offset_step = torch.tensor([rows.offset, offset_step]).tolist()  # as float32
     return {
-        "basis": (basis / unit).round().to(torch.int16),
+        "basis": whole.to(torch.int16),
         "mean": (rows.mean.double() / unit).round().to(torch.int32),
         "center": center.T.to(torch.int8).contiguous(),
         "step": step,
@@ -85,17 +85,17 @@ def _joined(parts: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(filled)
 
 
-def _unit(basis: Tensor, mean: Tensor, reach: Tensor, step: float) -> tuple[float, int]:
+def _in_units(basis: Tensor, mean: Tensor, reach: Tensor, step: float) -> tuple[float, int, Tensor]:
     """The unit, a float32 value, in which entries of the basis have 11 bits and no row can pass
-    2^24; and how many of them a fine step has.
+    2^24; how many of them a fine step has; and the basis in it, in whole numbers.
 
     basis: float64 (r, C), in logits. reach: float64 (r,), the largest codes.
     """
     unit = float(basis.abs().max()) / _ENTRY or step / _ENTRY
     while True:
         unit = float(torch.tensor(unit * (1 + 2**-20)))
-        fine = max(1, round(step / FINER / unit))
-        largest = reach @ (basis / unit).round().abs() + (mean / unit).round().abs()
+        fine, whole = max(1, round(step / FINER / unit)), (basis / unit).round_()
+        largest = reach @ whole.abs() + (mean / unit).round().abs()
         if float(largest.max()) + (PAIRS.limit + 1) * fine < _EXACT:
-            return unit, fine
+            return unit, fine, whole
         unit *= 2

@@ -16,7 +16,6 @@ array of its own (`packing.py`).
 
 import dataclasses
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +32,7 @@ from stages.cache.encoding.base import (
     check_range,
     encoding,
 )
-from stages.cache.encoding.fidelity import holds_kl
+from stages.cache.encoding.fidelity import coarsest, kl_excess
 from stages.cache.encoding.klt_basis import Rows
 from stages.cache.encoding.klt_integers import DEAD_ZONE, KINDS, SHARED, WIDEST, integers
 from stages.cache.encoding.packing import PAIRS
@@ -83,7 +82,7 @@ class KltTop(Encoding):
     five: int
     offset: float
     offset_step: float
-    default_up_to: ClassVar[float] = 4096
+    default_up_to: ClassVar[float] = math.inf
     otherwise: ClassVar[str | None] = "klt"  # which has codes of two bytes as well
     takes: ClassVar[Mapping[str, Callable[[str], Any]]] = {"step": float, "top": int}
 
@@ -116,16 +115,17 @@ class KltTop(Encoding):
         def with_step(exponent: int) -> KltTop:
             return cls(top=top, **integers(rows, _step(exponent)))
 
-        def holds(exponent: int) -> bool:
-            return holds_kl(with_step(exponent), searched, aimed)
-
-        finest = _STEPS_PER_OCTAVE * _OCTAVES
-        if not holds(finest):  # KL falls with the exponent
+        found = coarsest(
+            lambda exponent: kl_excess(with_step(exponent), searched, aimed),
+            _STEPS_PER_OCTAVE * _OCTAVES,
+            _STEPS_PER_OCTAVE / 2,  # the KL falls with the square of the step
+        )
+        if found is None:
             raise CacheError(
                 f"no step of the encoding {cls.name} holds a KL of {budget_in_words(budget)}",
                 "Use --encoding float32.",
             )
-        return with_step(bisect_left(range(finest), True, key=holds))
+        return with_step(found)
 
     @classmethod
     def restore(
@@ -157,7 +157,11 @@ class KltTop(Encoding):
 
     @property
     def shown(self) -> dict[str, Any]:
-        return {"step": round(self.step, 3), "top": self.top, "components": len(self.basis)}
+        return {
+            "step": round(self.step, 3) or self.step,
+            "top": self.top,
+            "components": len(self.basis),
+        }
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -39,7 +39,6 @@ class TopK(Encoding):
     num_classes: int
     k: int = 10
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)
-    default_up_to: ClassVar[float] = math.inf
     takes: ClassVar[Mapping[str, Callable[[str], Any]]] = {
         "k": int,
         "temperatures": lambda text: tuple(map(float, text.split("/"))),
