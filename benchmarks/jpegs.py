@@ -20,13 +20,13 @@ class Pooled(nn.Sequential):
         super().__init__(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, num_classes))
 
 
-def jpeg(i: int, quality: int = 90) -> bytes:
+def jpeg(i: int, quality: int = 90, height: int = HEIGHT, width: int = WIDTH) -> bytes:
     """Image i: noise of four scales, the finer the weaker."""
     random = np.random.default_rng(i)
-    pixels = np.full((HEIGHT, WIDTH, 3), 128.0)
+    pixels = np.full((height, width, 3), 128.0)
     for cell, strength in ((125, 50), (32, 30), (8, 20), (2, 24)):
-        coarse = random.normal(0, strength, (HEIGHT // cell + 2, WIDTH // cell + 2, 3))
-        scaled = tv.resize(torch.from_numpy(coarse).permute(2, 0, 1), [HEIGHT, WIDTH])
+        coarse = random.normal(0, strength, (height // cell + 2, width // cell + 2, 3))
+        scaled = tv.resize(torch.from_numpy(coarse).permute(2, 0, 1), [height, width])
         pixels += scaled.permute(1, 2, 0).numpy()
     content = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(content, "JPEG", quality=quality)

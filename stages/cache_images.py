@@ -37,6 +37,7 @@ def named_images(cache: LogitCache, name: str | None) -> DataSettings:
         test=share if cache.tested else "none",
         no_labels=not cache.labelled,
         exif=known.exif,
+        jpeg_side=known.jpeg_side,
     )
 
 
@@ -47,7 +48,8 @@ def given_images(
     known = cache.identity.dataset
     skips = [skip for skip in skips_of([cache.skips]) if skip.split == "train"]
     found = own_images(images, known.name, known.class_names, cache.labels, known.images, skips)
-    found = replace(found, exif=known.exif, tested_share=known.tested_share or 0.0)
+    found = replace(found, exif=known.exif, jpeg_side=known.jpeg_side)
+    found = replace(found, tested_share=known.tested_share or 0.0)
     if known.tested_share:  # the digest is of all of them
         found = replace(found, images_digest=known.images)
     check_identity(cache, found)

@@ -88,6 +88,7 @@ def load_data(settings: DataSettings, skips: Iterable[Skip] = ()) -> Splits:
             test=settings.test,
             no_labels=settings.no_labels,
             exif=settings.exif,
+            jpeg_side=settings.jpeg_side,
         )
     )
 
@@ -133,6 +134,7 @@ def dataset_identity(dataset: ImageDataset) -> DatasetIdentity:
         labels=dataset.labels_digest,
         images=dataset.images_digest,
         exif=dataset.exif,
+        jpeg_side=dataset.jpeg_side,
         tested_share=dataset.tested_share or None,
     )
 

@@ -142,6 +142,7 @@ def _test_images(
             "test",
             test=held,
             exif=data.exif,
+            jpeg_side=data.jpeg_side,
             root=other.root or data.root,
             feeding=data.feeding,
             download=other.download or data.download,

@@ -107,8 +107,8 @@ def is_of_type(value: Any, told: str) -> bool:
 
 OPTIONAL = {
     *("skipped", "teacher.outputs", "teacher.class_order", "teacher.pooled_outputs"),
-    *("teacher.folds", "dataset.exif", "dataset.tested_share", "trusted_above", "trusted_rows"),
-    "calibrated",
+    *("teacher.folds", "dataset.exif", "dataset.jpeg_side", "dataset.tested_share"),
+    *("trusted_above", "trusted_rows", "calibrated"),
 }
 """Left out where nothing is out of the ordinary: tests/test_skipping.py, tests/test_folds.py,
 tests/test_suspects.py, tests/test_teacher_checks.py and tests/test_calibrate.py have caches with

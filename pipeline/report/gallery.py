@@ -111,6 +111,7 @@ def load_images(
             skips=skips_of([cache.skips]),
             test=config.get("test"),
             exif=bool(config.get("exif")),
+            jpeg_side=config.get("jpeg_side"),
         )
         if differing := differences(dataset_identity(train), cache.identity.dataset):
             raise IdentityError(f"{spec} is another dataset or order: {'; '.join(differing[:3])}")

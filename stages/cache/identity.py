@@ -53,8 +53,9 @@ class DatasetIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     """The training split: its size, its classes in order, digests of labels and images; that of
     labels is empty where there are none.
 
-    exif: images are turned as their EXIF orientation says. tested_share: of the images that the
-    digest is of, the share that is the test split. These two are left out where they are the
+    exif: images are turned as their EXIF orientation says. jpeg_side: JPEGs are decoded at a part
+    of their size as long as both sides keep this many pixels. tested_share: of the images that the
+    digest is of, the share that is the test split. These three are left out where they are the
     default.
     """
 
@@ -65,6 +66,7 @@ class DatasetIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     labels: str
     images: str
     exif: bool = False
+    jpeg_side: int | None = None
     tested_share: float | None = None
 
 

@@ -87,6 +87,9 @@ class DataSettings(Settings, frozen=True):
         "--no-labels")] = False
     exif: Annotated[bool, about(
         "Turn images as their EXIF orientation says; it is ignored otherwise.", "--exif")] = False
+    jpeg_side: Annotated[int | None, about(
+        "Decode JPEGs at 1/2, 1/4 or 1/8 of their size as long as both sides keep this many "
+        "pixels: sooner, and other pixels.", "--jpeg-side", above=0, most=LARGEST_SIDE)] = None
     feeding: Annotated[Feeding, about(
         "Whether images are held in memory, or decoded when shown.", decides="nothing")] = "auto"
     image_size: Annotated[int | None, about(

@@ -166,6 +166,7 @@ def test_exif_orientation(tmp_path: Path) -> None:
         ("digits", {"test": "nan"}, "no share"),
         ("digits", {"test": "photos"}, "none, a share"),
         ("digits", {"exif": True}, "--exif"),
+        ("digits", {"jpeg_side": 64}, "--jpeg-side"),
         ("digits", {"test": "0.1", "no_labels": True}, "no labels"),
         ("digits", {"test": "0.1", "skips": [Skip("train", 3)]}, "names files"),
         ("folder:ALONE", {}, "--test none"),

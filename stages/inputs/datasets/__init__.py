@@ -63,6 +63,7 @@ class Reading(TypedDict, total=False):
     test: str | None
     no_labels: bool
     exif: bool
+    jpeg_side: int | None
 
 
 def load_dataset(spec: str, split: Split, **reading: Unpack[Reading]) -> ImageDataset:
@@ -101,6 +102,11 @@ def _read(source: Source) -> ImageDataset:
     if source.exif and not dataset.exif:
         raise DatasetError(
             f"--exif is for compressed images; '{spec}' gives pixels", "Leave --exif out."
+        )
+    if source.jpeg_side is not None and dataset.jpeg_side is None:
+        raise DatasetError(
+            f"--jpeg-side is for compressed images; '{spec}' gives pixels",
+            "Leave --jpeg-side out.",
         )
     if split == "train" and source.no_labels:
         dataset = without_labels(dataset)

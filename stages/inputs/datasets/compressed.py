@@ -5,6 +5,7 @@ import shlex
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
@@ -27,13 +28,31 @@ _DEEP = ("I", "F")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What is done while decoding. exif: turn an image as its EXIF orientation says, as cameras
+    write it. jpeg_side: decode a JPEG at 1/2, 1/4 or 1/8 of its size as long as both of its sides
+    keep this many pixels: fewer coefficients are transformed (libjpeg's scaling). None for whole.
+    """
+
+    exif: bool = False
+    jpeg_side: int | None = None
+
+
+WHOLE = Decoding()
+"""The image as it lies there."""
+
+
 def decode(
-    source: Path | bytes, name: str, mode: Mode, dataset: str = "", exif: bool = False
+    source: Path | bytes,
+    name: str,
+    mode: Mode,
+    dataset: str = "",
+    decoding: Decoding = WHOLE,
 ) -> Tensor:
     """uint8 (C, H, W). Raises DatasetError, with the image's name, for what cannot be decoded.
 
-    dataset: what `pipeline check-data` has to be given, for the error's remedy. exif: turn it as
-    its EXIF orientation says, as cameras write it.
+    dataset: what `pipeline check-data` has to be given, for the error's remedy.
     """
     with opened(source, name, dataset) as image:
         if image.mode.startswith(_DEEP):
@@ -46,8 +65,10 @@ def decode(
                 f"image {name} is in colour, others of the dataset are grey",
                 f"Convert them alike, to grey or to colour. {_left_out(dataset)}",
             )
+        if decoding.jpeg_side is not None:
+            image.draft(None, (decoding.jpeg_side, decoding.jpeg_side))
         image.load()
-        if exif:
+        if decoding.exif:
             ImageOps.exif_transpose(image, in_place=True)
         image.info.pop("transparency", None)  # Pillow would warn, and drop it as well
         pixels = np.array(image.convert(mode))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stages.errors import DatasetError
 from stages.inputs.counter_hash import permute
+from stages.inputs.datasets.compressed import Decoding
 from stages.settings import Feeding
 
 Split = Literal["train", "test"]
@@ -52,11 +53,10 @@ class ImageDataset:
     labels: int64 (N,). load: index -> uint8 (C, H, W). images: uint8 (N, C, H, W) where they are
     held in memory, else None. images_digest: hex, of the content or, for folders, of the relative
     paths and file sizes in order. notes: what a user has to be told of it, a line each. skips:
-    samples that are neither trained on nor measured; their pixels are black. exif: images are
-    turned as their EXIF orientation says. tested_share: what share of the training images is the
-    test split, 0 where that is another. Where it is not labelled, labels are
-    all -1. in_order: samples that follow one another lie one after another in few files, and are
-    read best so.
+    samples that are neither trained on nor measured; their pixels are black. exif,
+    jpeg_side: as `Decoding` has them. tested_share: what share of the training images is the test
+    split, 0 where that is another. Where it is not labelled, labels are all -1. in_order: samples
+    that follow one another lie one after another in few files, and are read best so.
     """
 
     name: str
@@ -72,6 +72,7 @@ class ImageDataset:
     tested_share: float = 0.0
     labelled: bool = True
     in_order: bool = False
+    jpeg_side: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -122,8 +123,8 @@ class Source:
     spec: as users give it; argument: what follows its colon. root: the folder of datasets that have
     none in their name. download: let torchvision download what is missing. rescan: list folders of
     images again, see `manifest.py`. skips: samples of this split to leave out. test: what is tested
-    on, as the setting of this name has it. no_labels: take images wherever they lie. exif: turn
-    images as their EXIF orientation says.
+    on, as the setting of this name has it. no_labels: take images wherever they lie. exif,
+    jpeg_side: as `Decoding` has them.
     """
 
     spec: str
@@ -136,6 +137,12 @@ class Source:
     test: str | None = None
     no_labels: bool = False
     exif: bool = False
+    jpeg_side: int | None = None
+
+    @property
+    def decoding(self) -> Decoding:
+        """How its compressed images are decoded."""
+        return Decoding(self.exif, self.jpeg_side)
 
     @property
     def argument(self) -> str:

@@ -11,6 +11,8 @@ from torch import Tensor
 from stages.errors import DatasetError
 from stages.inputs.datasets.compressed import (
     SAMPLED_MODES,
+    WHOLE,
+    Decoding,
     Mode,
     check_command,
     common_mode,
@@ -48,10 +50,10 @@ class _ImageFiles:
     paths: tuple[str, ...]
     mode: Mode
     command: str
-    exif: bool = False
+    decoding: Decoding = WHOLE
 
     def __call__(self, index: int) -> Tensor:
-        return decode(*self.compressed(index), self.mode, self.command, self.exif)
+        return decode(*self.compressed(index), self.mode, self.command, self.decoding)
 
     def taking(self, samples: Sequence[int]) -> "_ImageFiles":
         """The same for some of the files."""
@@ -149,7 +151,7 @@ def _from_files(
     )
     sampled = [i for i in fixed_sample(len(paths))[:SAMPLED_MODES] if i not in left_out]
     mode = common_mode(((path := base / paths[i]), str(path)) for i in sampled)
-    files = _ImageFiles(base, paths, mode, command, source.exif)
+    files = _ImageFiles(base, paths, mode, command, source.decoding)
     load = blackened(files, found, len(paths))
     return ImageDataset(
         name,
@@ -163,4 +165,5 @@ def _from_files(
         tuple(found),
         source.exif,
         labelled=bool(listing.class_names),
+        jpeg_side=source.jpeg_side,
     )

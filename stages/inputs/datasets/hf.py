@@ -12,6 +12,8 @@ from torch import Tensor
 from stages.errors import DatasetError
 from stages.inputs.datasets.compressed import (
     SAMPLED_MODES,
+    WHOLE,
+    Decoding,
     Mode,
     check_command,
     common_mode,
@@ -40,10 +42,10 @@ class _StoredImages:
     name: str
     command: str
     mode: Mode = "RGB"
-    exif: bool = False
+    decoding: Decoding = WHOLE
 
     def __call__(self, index: int) -> Tensor:
-        return decode(*self.compressed(index), self.mode, self.command, self.exif)
+        return decode(*self.compressed(index), self.mode, self.command, self.decoding)
 
     def compressed(self, index: int) -> tuple[bytes, str]:
         """The image's bytes as they are stored, and what to call it."""
@@ -112,7 +114,7 @@ def hugging_face(source: Source) -> ImageDataset:
     images = _StoredImages(stored, image, where, command)
     shown = [i for i in sampled[:SAMPLED_MODES] if i not in left_out]
     mode = common_mode((images.stored(i), "") for i in shown)
-    images = _StoredImages(stored, image, where, command, mode, source.exif)
+    images = _StoredImages(stored, image, where, command, mode, source.decoding)
     load = blackened(images, found, size)
     return ImageDataset(
         "hf",
@@ -124,6 +126,7 @@ def hugging_face(source: Source) -> ImageDataset:
         digest(part for i in sampled for part in _length_and_bytes(images.stored(i))),
         skips=tuple(found),
         exif=source.exif,
+        jpeg_side=source.jpeg_side,
     )
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.errors import DatasetError
-from stages.inputs.datasets.compressed import Mode, decode
+from stages.inputs.datasets.compressed import WHOLE, Decoding, Mode, decode
 
 OPEN_SHARDS = 64
 """Files that a process keeps open."""
@@ -63,11 +63,11 @@ class TarImages:
     places: NDArray[np.int64]
     command: str
     mode: Mode = "RGB"
-    exif: bool = False
+    decoding: Decoding = WHOLE
 
     def __call__(self, index: int) -> Tensor:
         """uint8 (C, H, W). Raises DatasetError."""
-        return decode(*self.compressed(index), self.mode, self.command, self.exif)
+        return decode(*self.compressed(index), self.mode, self.command, self.decoding)
 
     def taking(self, samples: Sequence[int]) -> "TarImages":
         """The same for some of the images."""

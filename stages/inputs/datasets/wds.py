@@ -80,6 +80,7 @@ def web_dataset(source: Source) -> ImageDataset:
         source.exif,
         labelled=labelled,
         in_order=True,
+        jpeg_side=source.jpeg_side,
     )
 
 
@@ -196,5 +197,6 @@ def _loading(
     members = TarImages(base, known, tuple(listing.paths), places, command)
     left_out = {skip.sample for skip in skips}
     sampled = [i for i in fixed_sample(len(places))[:SAMPLED_MODES] if i not in left_out]
-    members = replace(members, mode=common_mode(map(members.compressed, sampled)), exif=source.exif)
+    mode = common_mode(map(members.compressed, sampled))
+    members = replace(members, mode=mode, decoding=source.decoding)
     return blackened(members, skips, len(places))

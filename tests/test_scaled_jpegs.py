@@ -1,0 +1,134 @@
+"""JPEGs decoded at a part of their size: at which, to which pixels; a student must agree."""
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import avg_pool2d
+from torchvision.transforms.v2 import functional as tv
+
+from stages.cache import LogitCache
+from stages.cache_images import named_images
+from stages.cache_teacher import cache_teacher, prepare
+from stages.data import load_data
+from stages.errors import IdentityError
+from stages.inputs.datasets import load_dataset
+from stages.inputs.probes import pixel_probes
+from stages.inputs.views import view_policy
+from stages.settings import (
+    CacheConfig,
+    DataSettings,
+    ModelSettings,
+    StudentConfig,
+    TeacherSettings,
+    TrainSettings,
+)
+from stages.train_student import train_student
+
+SIDES = {"0.jpg": (64, 96), "1.jpg": (61, 33), "2.jpg": (16, 300), "3.png": (64, 96)}
+
+
+def smooth(seed: int, height: int, width: int) -> Image.Image:
+    """A photograph as far as JPEGs are concerned: neighbours are alike."""
+    few = np.random.default_rng(seed).integers(0, 256, (3, 5, 7), dtype=np.uint8)
+    pixels = tv.resize(torch.from_numpy(few), [height, width], antialias=True)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("photographs")
+    for label in "ab":
+        (root / label).mkdir()
+        for seed, (name, sides) in enumerate(SIDES.items()):
+            smooth(seed, *sides).save(root / label / name, quality=95, subsampling=0)
+    return root
+
+
+def settings(folder: Path, **changes: Any) -> DataSettings:
+    found = DataSettings(
+        dataset=f"folder:{folder}", test="none", feeding="stream", workers=0, image_size=16
+    )
+    return msgspec.structs.replace(found, **changes)
+
+
+@pytest.mark.parametrize("side", [None, 8, 16, 17, 20, 33, 64, 1000])
+def test_both_sides_keep_so_many_pixels(folder: Path, side: int | None) -> None:
+    whole = load_data(settings(folder)).train
+    dataset = load_data(settings(folder, jpeg_side=side)).train
+    for i, (name, (height, width)) in enumerate(SIDES.items()):
+        parts = [p for p in (8, 4, 2) if side and min(height // side, width // side) >= p]
+        part = parts[0] if parts and name.endswith("jpg") else 1
+        shown = dataset.load(i)
+        assert shown.shape == (3, -(-height // part), -(-width // part))
+        if part == 1:
+            assert torch.equal(shown, whole.load(i))
+        else:  # the means of squares of the whole image; nearly, where it is not an eighth
+            means = avg_pool2d(whole.load(i).float(), part)
+            apart = shown[:, : height // part, : width // part] - means
+            assert float(apart.abs().mean()) < 3
+
+
+def test_every_kind_of_dataset_decodes_alike(folder: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    train = load_data(settings(folder, jpeg_side=16)).train
+    files = [folder / label / name for label in "ab" for name in SIDES]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i, file in enumerate(files):
+            for name, content in (
+                (f"{i}{file.suffix}", file.read_bytes()),
+                (f"{i}.cls", b"01"[i // 4 : i // 4 + 1]),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    rows = {"image": [str(file) for file in files], "label": [0] * 4 + [1] * 4}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    datasets.disable_progress_bars()
+    datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "hf"))
+    for spec in (f"wds:{tmp_path}/x.tar", f"hf:{tmp_path}/hf"):
+        other = load_dataset(spec, "train", test="none", feeding="stream", jpeg_side=16)
+        assert other.jpeg_side == 16
+        for i in range(len(files)):
+            assert torch.equal(other.load(i), train.load(i))
+
+
+def test_a_student_decodes_as_the_teacher_did(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = CacheConfig(
+        data=settings(folder, jpeg_side=16),
+        teacher=TeacherSettings(architecture="helpers:plain"),
+        views=2,
+        augment="resized-crop-flip",
+        device="cpu",
+    )
+    cache_teacher(prepare(config), tmp_path / "cache.zarr")
+    cache = LogitCache.open(tmp_path / "cache.zarr")
+    assert cache.identity.dataset.jpeg_side == 16
+    assert named_images(cache, f"folder:{folder}").jpeg_side == 16
+    student = StudentConfig(
+        cache=str(cache.path),
+        data=settings(folder, jpeg_side=16),
+        model=ModelSettings(architecture="helpers:plain"),
+        train=TrainSettings(epochs=1, batch_size=4),
+        device="cpu",
+    )
+    train_student(student, tmp_path / "run")
+    for side, told in ((None, "None, not 16"), (8, "8, not 16")):
+        other = msgspec.structs.replace(student, data=settings(folder, jpeg_side=side))
+        with pytest.raises(IdentityError, match=f"jpeg_side: {told}"):
+            train_student(other, tmp_path / f"run{side}")
+    # Probes alone would tell as well.
+    policy = view_policy("resized-crop-flip")
+    for side, same in ((16, True), (None, False), (8, False)):
+        train = load_data(settings(folder, jpeg_side=side)).train
+        assert (pixel_probes(train, policy, 16) == cache.pixel_probes) is same
