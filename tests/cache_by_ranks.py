@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 import torch
-from helpers import DIGITS, first
+from helpers import DIGITS, cache_config_of, first
 from launch import Launch, Launcher
 
 from stages.cache.commits import CommitLog, Record
@@ -28,7 +28,6 @@ from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits, load_data
 from stages.distributed import Ranks, process_group
 from stages.errors import ModelError
-from stages.settings import CacheConfig, TeacherSettings
 
 Disturbance = Callable[[Ranks, int], None]
 """Called on every rank before it commits a block, with how many it has committed."""
@@ -84,16 +83,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def main(run: str, out: Path, encoding: str) -> None:
-    config = CacheConfig(
-        data=DIGITS,
-        teacher=TeacherSettings(weights=run),
-        views=3,
-        augment="pad-crop:pad=2",
-        encoding=encoding,
-        block_rows=30,  # 7 blocks a view
-        batch_size=64,
-        device="cpu",
-    )
+    changes = {"encoding": encoding, "block_rows": 30, "batch_size": 64}  # 7 blocks a view
+    config = cache_config_of(run, views=3, **changes)
     torch.set_num_threads(1)
     digits, launcher, found = load_data(DIGITS), Launcher(), {}
     job = prepare(config, Splits(first(digits.train, 200), first(digits.test, 20)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DIGITS, first, resized
+from helpers import DIGITS, cache_config_of, first, job_of, resized
 from hypothesis import settings
 
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
@@ -21,7 +21,6 @@ from stages.settings import (
     ModelSettings,
     RectifyConfig,
     TeacherConfig,
-    TeacherSettings,
     TrainSettings,
 )
 from stages.train_teacher import train_teacher
@@ -71,14 +70,7 @@ def teacher_run(tmp_path_factory: pytest.TempPathFactory, digits: Splits) -> Pat
 @pytest.fixture(scope="session")
 def cache_config(teacher_run: Path) -> CacheConfig:
     """Three views of three blocks each: 334, 334 and 332 rows."""
-    return CacheConfig(
-        data=DIGITS,
-        teacher=TeacherSettings(weights=str(teacher_run)),
-        views=3,
-        augment="pad-crop:pad=2",
-        block_rows=350,
-        device="cpu",
-    )
+    return cache_config_of(teacher_run, views=3, block_rows=350)
 
 
 @pytest.fixture(scope="session")
@@ -108,16 +100,8 @@ def cache_copy(finished_cache: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def small_job(teacher_run: Path, digits: Splits) -> CacheJob:
     """Two views of 300 samples in three blocks each, as klt; a test split of 100."""
-    config = CacheConfig(
-        data=DIGITS,
-        teacher=TeacherSettings(weights=str(teacher_run)),
-        views=2,
-        augment="pad-crop:pad=2",
-        encoding="klt",
-        block_rows=100,
-        device="cpu",
-    )
-    return prepare(config, Splits(first(digits.train, 300), first(digits.test, 100)))
+    splits = Splits(first(digits.train, 300), first(digits.test, 100))
+    return job_of(teacher_run, splits, encoding="klt", block_rows=100)
 
 
 def finished(job: CacheJob, path: Path) -> Path:

@@ -126,10 +126,8 @@ def student_of(cache: str | Path, **changes: Any) -> StudentConfig:
     return msgspec.structs.replace(config, **changes)
 
 
-def cache_of(
-    teacher: str | Path, path: str | Path, splits: Splits | None = None, **changes: Any
-) -> Path:
-    """A cache of two views of the digits; keyword arguments replace settings. Returns its path."""
+def cache_config_of(teacher: str | Path, **changes: Any) -> CacheConfig:
+    """Two views of the digits; keyword arguments replace settings. teacher: its run."""
     config = CacheConfig(
         data=DIGITS,
         teacher=TeacherSettings(weights=str(teacher)),
@@ -137,7 +135,19 @@ def cache_of(
         augment="pad-crop:pad=2",
         device="cpu",
     )
-    cache_teacher(prepare(msgspec.structs.replace(config, **changes), splits), path)
+    return msgspec.structs.replace(config, **changes)
+
+
+def job_of(teacher: str | Path, splits: Splits | None = None, **changes: Any) -> CacheJob:
+    """Stage one as `cache_config_of` says."""
+    return prepare(cache_config_of(teacher, **changes), splits)
+
+
+def cache_of(
+    teacher: str | Path, path: str | Path, splits: Splits | None = None, **changes: Any
+) -> Path:
+    """A cache as `job_of` says. Returns its path."""
+    cache_teacher(job_of(teacher, splits, **changes), path)
     return Path(path)
 
 

@@ -20,15 +20,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).with_name("cache")))
 from damage import flip
-from helpers import DIGITS, first
+from helpers import DIGITS, first, job_of
 from kill_stages import ended, fork, kill_after, undisturbed
 
-from stages.cache_teacher import CacheJob, cache_teacher, prepare
+from stages.cache_teacher import CacheJob, cache_teacher
 from stages.data import Splits, load_data
 from stages.errors import CacheError
 from stages.rectify import rectify
 from stages.repair import repair
-from stages.settings import CacheConfig, RectifyConfig, TeacherSettings
+from stages.settings import RectifyConfig
 from stages.verify import verify
 
 DAMAGED = (
@@ -64,17 +64,9 @@ def count_faults(store: Path) -> None:
 
 
 def main(run: str, out: Path, kills: int, seed: int) -> None:
-    config = CacheConfig(
-        data=DIGITS,
-        teacher=TeacherSettings(weights=run),
-        views=2,
-        augment="pad-crop:pad=2",
-        encoding="klt",
-        block_rows=30,
-        device="cpu",
-    )
     digits, whole = load_data(DIGITS), out / "undisturbed"
-    job = prepare(config, Splits(first(digits.train, 90), first(digits.test, 20)))
+    splits = Splits(first(digits.train, 90), first(digits.test, 20))
+    job = job_of(run, splits, encoding="klt", block_rows=30)
     undisturbed(lambda: (cache_teacher(job, whole), rectify(whole, RectifyConfig())))
     damaged_copy(whole, out / "first")
     seconds = undisturbed(lambda: repaired(out / "first", job))

@@ -19,7 +19,7 @@ import pytest
 import torch
 import xarray
 import zarr
-from helpers import DIGITS, first
+from helpers import cache_of, first
 from numpy.typing import NDArray
 
 from stages.cache import LogitCache, layout
@@ -29,13 +29,12 @@ from stages.cache.encoding.topk import TopK
 from stages.cache.identity import Identity, weights_digest
 from stages.cache.metadata import RootAttributes, all_arrays, sealed
 from stages.cache.rectified import RectificationSettings
-from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.inputs.probes import pixel_probes
 from stages.inputs.views import view_policy
 from stages.objectives.rectification import replaced_logits
 from stages.rectify import rectify
-from stages.settings import CacheConfig, RectifyConfig, TeacherSettings
+from stages.settings import RectifyConfig
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "cache-format.md").read_text()
 SAMPLES, BLOCK_ROWS, VIEWS = 300, 100, 2
@@ -130,17 +129,8 @@ def stores(
     splits = Splits(first(digits.train, SAMPLES), first(digits.test, 60))
     made = {}
     for name, spec in SPECS.items():
-        config = CacheConfig(
-            data=DIGITS,
-            teacher=TeacherSettings(weights=str(teacher_run)),
-            views=VIEWS,
-            augment="pad-crop:pad=2",
-            encoding=spec,
-            block_rows=BLOCK_ROWS,
-            device="cpu",
-        )
-        made[name] = tmp_path_factory.mktemp(name) / "digits.zarr"
-        cache_teacher(prepare(config, splits), made[name])
+        path = tmp_path_factory.mktemp(name) / "digits.zarr"
+        made[name] = cache_of(teacher_run, path, splits, encoding=spec, block_rows=BLOCK_ROWS)
         if name != "topk-whole":
             rectify(made[name], RectifyConfig(materialise=name == MATERIALISED))
     return made

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import xarray
-from helpers import DIGITS, first, metrics
+from helpers import first, job_of, metrics, student_of
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,18 +22,16 @@ from stages.cache.encoding import Fidelity
 from stages.cache.encoding.base import PLAIN_BUDGET
 from stages.cache.encoding.klt import Klt
 from stages.cache.encoding.klt_top import KltTop
-from stages.cache_teacher import CacheJob, cache_teacher, prepare
+from stages.cache_teacher import CacheJob, cache_teacher
 from stages.data import Splits
 from stages.errors import CacheError, IdentityError, PipelineError
 from stages.rectify import rectify
 from stages.settings import (
     BiasSettings,
-    CacheConfig,
     LossSettings,
     ModelSettings,
     RectifyConfig,
     StudentConfig,
-    TeacherSettings,
     TrainSettings,
 )
 from stages.sizes import parse_budget
@@ -63,16 +61,8 @@ def my_splits(digits: Splits) -> Splits:
 
 @pytest.fixture(scope="module")
 def my_job(teacher_run: Path, my_splits: Splits) -> Job:
-    config = CacheConfig(
-        data=DIGITS,
-        teacher=TeacherSettings(weights=str(teacher_run)),
-        views=VIEWS,
-        augment="pad-crop:pad=1",
-        block_rows=110,
-        batch_size=64,
-        device="cpu",
-    )
-    return lambda **changes: prepare(msgspec.structs.replace(config, **changes), my_splits)
+    known = {"views": VIEWS, "augment": "pad-crop:pad=1", "block_rows": 110, "batch_size": 64}
+    return lambda **changes: job_of(teacher_run, my_splits, **known | changes)
 
 
 @pytest.fixture(scope="module")
@@ -453,14 +443,12 @@ def test_a_student_learns_from_any_encoding(
 def student(
     cache: Path, bias: Literal["none", "rectify"] = "none", temperature: float = 4.0
 ) -> StudentConfig:
-    return StudentConfig(
-        cache=str(cache),
-        data=DIGITS,
+    return student_of(
+        cache,
         model=ModelSettings(architecture="resnet8"),
         train=TrainSettings(epochs=1, batch_size=100, lr=0.01),
         loss=LossSettings(temperature=temperature),
         bias=BiasSettings(mode=bias, rectified="pairwise-T4" if bias == "rectify" else None),
-        device="cpu",
     )
 
 

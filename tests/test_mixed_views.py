@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from helpers import DIGITS, first, metrics
+from helpers import DIGITS, first, job_of, metrics
 from torch import Tensor
 
 from pipeline.console import Console
@@ -22,13 +22,11 @@ from stages.objectives.losses import ce, kd, mixed_ce
 from stages.rectify import rectify
 from stages.settings import (
     BiasSettings,
-    CacheConfig,
     LossSettings,
     ModelSettings,
     RectifyConfig,
     StudentConfig,
     TeacherConfig,
-    TeacherSettings,
     TrainSettings,
 )
 from stages.train_student import student_trainer, train_student
@@ -46,17 +44,8 @@ def my_splits(digits: Splits) -> Splits:
 
 @pytest.fixture(scope="module")
 def my_job(teacher_run: Path, my_splits: Splits) -> CacheJob:
-    config = CacheConfig(
-        data=DIGITS,
-        teacher=TeacherSettings(weights=str(teacher_run)),
-        views=12,  # more than the nine crops
-        augment=AUGMENT,
-        encoding="float32",
-        block_rows=50,
-        batch_size=32,
-        device="cpu",
-    )
-    return prepare(config, my_splits)
+    changes = {"views": 12, "augment": AUGMENT, "encoding": "float32"}  # more than the nine crops
+    return job_of(teacher_run, my_splits, block_rows=50, batch_size=32, **changes)
 
 
 @pytest.fixture(scope="module")

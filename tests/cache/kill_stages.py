@@ -26,12 +26,12 @@ import dask  # noqa: F401  imported before the forks, for their speed
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import DIGITS, first
+from helpers import DIGITS, cache_config_of, first
 
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits, load_data
 from stages.rectify import rectify
-from stages.settings import CacheConfig, RectifyConfig, TeacherSettings
+from stages.settings import RectifyConfig
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -117,17 +117,10 @@ def main(
     run: str, out: Path, encoding: str, cache_kills: int, rectify_kills: int, seed: int
 ) -> None:
     torch.set_num_threads(1)
-    config = CacheConfig(
-        data=DIGITS,
-        teacher=TeacherSettings(weights=run),
-        views=2,
-        augment="pad-crop:pad=2",
-        encoding=encoding,
-        block_rows=30,  # 7 blocks a view
-        batch_size=64,
-        device="cpu",
-    )
-    digits = load_data(DIGITS)
+    config = cache_config_of(
+        run, encoding=encoding, block_rows=30, batch_size=64
+    )  # 7 blocks a view
+    digits = load_data(DIGITS)  # 200 of them: 7 blocks a view
     job = prepare(config, Splits(first(digits.train, 200), first(digits.test, 20)))
     cached = out / "cache" / "undisturbed"
 

@@ -25,7 +25,7 @@ from damage import (
     tree,
     values,
 )
-from helpers import DIGITS
+from helpers import student_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -44,11 +44,7 @@ from stages.errors import CacheError, PipelineError
 from stages.rectify import rectify
 from stages.settings import (
     BiasSettings,
-    LossSettings,
-    ModelSettings,
     RectifyConfig,
-    StudentConfig,
-    TrainSettings,
 )
 from stages.train_student import train_student
 from stages.verify import verify, verify_pixels
@@ -170,15 +166,7 @@ def test_a_cache_on_a_read_only_disk_is_verified(read_only: Path) -> None:
 def test_a_student_learns_from_a_read_only_disk(
     read_only: Path, tiny_job: CacheJob, tmp_path: Path
 ) -> None:
-    config = StudentConfig(
-        cache=str(read_only),
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        train=TrainSettings(epochs=1, batch_size=100),
-        loss=LossSettings(name="kd"),
-        bias=BiasSettings(mode="rectify"),
-        device="cpu",
-    )
+    config = student_of(read_only, bias=BiasSettings(mode="rectify"))
 
     train_student(config, tmp_path / "run", splits=tiny_job.splits)
 

@@ -19,7 +19,7 @@ from uuid import uuid4
 import pytest
 from click.testing import CliRunner
 from damage import everything, flipped, records, same, tree, values
-from helpers import DIGITS, Words, resized
+from helpers import Words, resized, student_of
 
 from pipeline.cli import cli
 from stages.cache import LogitCache, stores
@@ -30,11 +30,7 @@ from stages.rectify import rectify
 from stages.repair import repair
 from stages.settings import (
     BiasSettings,
-    LossSettings,
-    ModelSettings,
     RectifyConfig,
-    StudentConfig,
-    TrainSettings,
 )
 from stages.train_student import train_student
 from stages.verify import verify
@@ -198,15 +194,7 @@ def test_a_student_learns_the_same_from_a_bucket(
 ) -> None:
     uploaded(one_cache, url)
     for name, cache in (("remote", url), ("local", str(one_cache))):
-        config = StudentConfig(
-            cache=cache,
-            data=DIGITS,
-            model=ModelSettings(architecture="resnet8"),
-            train=TrainSettings(epochs=1, batch_size=50),
-            loss=LossSettings(name="kd"),
-            bias=BiasSettings(mode="rectify"),
-            device="cpu",
-        )
+        config = student_of(cache, bias=BiasSettings(mode="rectify"))
         train_student(config, tmp_path / name, splits=one_job.splits)
 
     weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("remote", "local")]
