@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 from damage import flip, tree
-from helpers import DIGITS, first, same_weights, weights
+from helpers import DIGITS, first, same_weights, student_of, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -31,7 +31,6 @@ from stages.settings import (
     CacheConfig,
     ModelSettings,
     SeedSettings,
-    StudentConfig,
     TeacherConfig,
     TeacherSettings,
     TrainSettings,
@@ -202,13 +201,7 @@ def test_views_appended_are_those_of_one_run(my_world: World, tmp_path: Path) ->
 
 
 def test_a_student_learns_from_it(my_world: World, tmp_path: Path) -> None:
-    config = StudentConfig(
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        train=TrainSettings(epochs=1, batch_size=40),
-        cache=str(my_world.cache),
-        device="cpu",
-    )
+    config = student_of(my_world.cache, train=TrainSettings(epochs=1, batch_size=40))
     summary = train_student(config, tmp_path / "run", splits=my_world.splits)
     assert summary["epochs"] == 1
 

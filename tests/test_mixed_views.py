@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from helpers import DIGITS, first, job_of, metrics
+from helpers import DIGITS, first, job_of, metrics, student_of
 from torch import Tensor
 
 from pipeline.console import Console
@@ -56,14 +56,8 @@ def my_cache(tmp_path_factory: pytest.TempPathFactory, my_job: CacheJob) -> Path
 
 
 def student_config(cache: object) -> StudentConfig:
-    return StudentConfig(
-        cache=str(cache),
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        train=TrainSettings(epochs=2, batch_size=32, lr=0.02),
-        loss=LossSettings(ce_weight=0.5, weight=0.5),
-        device="cpu",
-    )
+    train, loss = TrainSettings(epochs=2, batch_size=32), LossSettings(ce_weight=0.5, weight=0.5)
+    return student_of(str(cache), train=train, loss=loss)
 
 
 def naive_ce(logits: Tensor, batch: Batch, labels: Tensor) -> float:

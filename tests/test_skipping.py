@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import Words
+from helpers import Words, student_of
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -32,9 +32,7 @@ from stages.repair import recorded_job, repair
 from stages.settings import (
     CacheConfig,
     DataSettings,
-    ModelSettings,
     RectifyConfig,
-    StudentConfig,
     TeacherSettings,
     TrainSettings,
 )
@@ -208,13 +206,7 @@ def test_everything_after_it_needs_no_option(gone_on: Gone, tmp_path: Path) -> N
     assert verify_live(cache, job, 40) == []
     assert verify_pixels(cache, job.splits) == []
 
-    config = StudentConfig(
-        cache=str(out),
-        data=data,
-        model=ModelSettings(architecture="resnet8"),
-        train=TrainSettings(epochs=1, batch_size=8),
-        device="cpu",
-    )
+    config = student_of(out, data=data, train=TrainSettings(epochs=1, batch_size=8))
     words = Words()
     trainer = student_trainer([config], [RunDirectory(tmp_path / "looked-at")], reporter=words)
     assert trainer.stream.samples.tolist() == [i for i in range(CLASSES * EACH) if i != SAMPLE]
@@ -279,12 +271,7 @@ def test_a_finished_cache_gains_none_and_none_comes_back(
     )
     with pytest.raises(IdentityError, match="leaves out 2 samples"):
         cache_teacher(prepare(gone_on.world.config(2, teacher=teacher)), gone_on.out)
-    config = StudentConfig(
-        cache=str(gone_on.out),
-        data=gone_on.world.settings(),
-        model=ModelSettings(architecture="resnet8"),
-        device="cpu",
-    )
+    config = student_of(gone_on.out, data=gone_on.world.settings())
     with pytest.raises(IdentityError, match="skips_of"):
         student_trainer(
             [config], [RunDirectory(tmp_path / "run")], load_data(gone_on.world.settings())
@@ -295,12 +282,8 @@ def test_a_student_may_leave_out_more_than_its_cache(
     whole: World, reference: LogitCache, tmp_path: Path
 ) -> None:
     """An image that broke once the cache was finished."""
-    config = StudentConfig(
-        cache=str(reference.path),
-        data=whole.settings(skip_list(tmp_path, "5", "train/a/0.png")),
-        model=ModelSettings(architecture="resnet8"),
-        device="cpu",
-    )
+    data = whole.settings(skip_list(tmp_path, "5", "train/a/0.png"))
+    config = student_of(reference.path, data=data)
     trainer = student_trainer([config], [RunDirectory(tmp_path / "run")])
     assert trainer.stream.samples.tolist() == [i for i in range(24) if i not in (0, 5)]
 
