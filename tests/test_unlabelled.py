@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import zarr
 from click.testing import CliRunner
-from helpers import DIGITS, Words, metrics
+from helpers import DIGITS, Words, metrics, student_of
 from torch.utils.data import DataLoader
 
 from pipeline.cli import cli
@@ -56,15 +56,10 @@ def unlabelled(tmp_path_factory: pytest.TempPathFactory, cache_config: CacheConf
 
 
 def student(cache: Path, data: DataSettings = UNLABELLED, **changes: object) -> StudentConfig:
-    config = StudentConfig(
-        data=data,
-        model=ModelSettings(architecture="resnet8"),
-        cache=str(cache),
-        train=TrainSettings(epochs=1, batch_size=250),
-        loss=LossSettings(temperature=2.0),
-        device="cpu",
-    )
-    return msgspec.structs.replace(config, **changes)
+    train, loss = TrainSettings(epochs=1, batch_size=250), LossSettings(temperature=2.0)
+    model = ModelSettings(architecture="resnet8")
+    known = {"data": data, "model": model, "train": train, "loss": loss}
+    return student_of(cache, **{**known, **changes})
 
 
 def test_rows_are_those_of_the_labelled_cache(unlabelled: Path, finished_cache: Path) -> None:

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import torch
 import torch._dynamo as dynamo
-from helpers import DIGITS, first, metrics, weights
+from helpers import first, metrics, student_of, weights
 from simulated_graphs import simulated_graphs
 from torch import Tensor, nn
 
@@ -59,14 +59,12 @@ def config(
     cache: Path, loss: str = "kd", bias: Any = "none", model: str = "tiny", **train: Any
 ) -> StudentConfig:
     given = {"epochs": EPOCHS, "batch_size": BATCH, "lr": 0.02} | train
-    return StudentConfig(
-        cache=str(cache),
-        data=DIGITS,
+    return student_of(
+        cache,
         model=ModelSettings(architecture=f"test_captured:{model}"),
         train=TrainSettings(**given),
         loss=LossSettings(name=loss),
         bias=BiasSettings(mode=bias),
-        device="cpu",
     )
 
 
