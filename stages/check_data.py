@@ -209,7 +209,7 @@ def _findings(
     load: Any = getattr(dataset.load, "load", dataset.load)
     name, size = _name(dataset, load, index), None
     if seen.error is not None:
-        source, shown = load.compressed(index) if isinstance(load, _Compressed) else (None, "")
+        source, shown = _source(load, index)
         if isinstance(source, Path) and source.exists():
             size = source.stat().st_size
         cause = seen.error.cause
@@ -224,6 +224,16 @@ def _findings(
     if twin != name:
         other = ", of another class" if label != twins_label else ""
         yield Finding(dataset.split, "duplicate", name, f"the same as {twin}{other}")
+
+
+def _source(load: Any, index: int) -> tuple[Path | bytes | None, str]:
+    """Where an image is read from, None where that is not known, and what errors call it."""
+    if not isinstance(load, _Compressed):
+        return None, ""
+    try:
+        return load.compressed(index)
+    except DatasetError:
+        return None, ""
 
 
 def _name(dataset: ImageDataset, load: Any, index: int) -> str:

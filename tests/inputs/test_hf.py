@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stages.check_data import check_data
 from stages.errors import DatasetError
 from stages.inputs.datasets import Skip, load_dataset, load_splits
 from stages.inputs.datasets.compressed import SAMPLED_MODES
@@ -260,3 +261,12 @@ def test_nothing_is_written_beside_the_data(my_spec: str, tmp_path: Path) -> Non
     before = {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*")}
     load_dataset(my_spec, "train").load(0)
     assert {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_missing_and_broken_images_are_all_found(tmp_path: Path) -> None:
+    images = [{"bytes": png(pixels_of(i)), "path": None} for i in range(7)]
+    bad = table([None, *images[1:5], {"bytes": b"no image", "path": None}, images[6]])
+
+    findings = check_data(saved(tmp_path / "set", train=bad, test=table())).findings
+
+    assert [f.name for f in findings if f.kind == "broken"] == ["train:0", "train:5"]
