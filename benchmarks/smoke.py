@@ -133,19 +133,19 @@ def student_steps(where: Where, dtype: Dtype, cases: tuple[tuple[str, BiasMode],
     return f"{len(cases)} losses, {STEPS} steps, within {worst:.2g}", []
 
 
-def faster_steps(where: Where, setting: str) -> Found:
-    """A student whose steps are compiled or captured, against one whose steps are not."""
-    if setting == "capture" and not where.on_gpu:
+def faster_steps(where: Where, *ways: str) -> Found:
+    """A student whose steps are compiled, captured or both, against one whose steps are not."""
+    if "capture" in ways and not where.on_gpu:
         raise SkippedError("needs CUDA")
-    told = []
-    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16") if setting == "capture" else ("float32",)
+    told, changed = [], dict.fromkeys(ways, True)
+    dtypes: tuple[Dtype, ...] = ("float32",) if "compile" in ways else ("float32", "bfloat16")
     for dtype in dtypes:
         plain, fast = (
             losses_of(trainer_of(where, student(where, where.device, dtype=dtype, **changes)))
-            for changes in ({}, {setting: True})
+            for changes in ({}, changed)
         )
-        told.append(f"{dtype} within {close(fast, plain, dtype, setting):.2g}")
-    trained(where, student(where, where.device, **{setting: True}))  # evaluates and saves as well
+        told.append(f"{dtype} within {close(fast, plain, dtype, ' and '.join(ways)):.2g}")
+    trained(where, student(where, where.device, **changed))  # evaluates and saves as well
     return ", ".join(told), []
 
 
@@ -251,12 +251,13 @@ SMOKE = (
     _part("student, bfloat16", 20, partial(student_steps, dtype="bfloat16", cases=KD)),
     _part("stage one, float16", 20, partial(stage_one, dtype="float16")),
     _part("student, float16", 20, partial(student_steps, dtype="float16", cases=KD)),
-    _part("capture", 30, partial(faster_steps, setting="capture")),
+    _part("capture", 30, lambda where: faster_steps(where, "capture")),
     _part("resume", 20, resumed),
     _part("together", 30, together),
     _part("uploads", 15, uploads),
     _part("streamed images", 30, streamed),
     _part("DDP", 30, ddp),
-    _part("compile", 60, partial(faster_steps, setting="compile")),
+    _part("compile", 60, lambda where: faster_steps(where, "compile")),
+    _part("both", 60, lambda where: faster_steps(where, "compile", "capture")),
 )
 """In the order of how much depends on them; compiling takes longest and comes last."""

@@ -1,10 +1,20 @@
-"""Targets that stay in one place: those of every epoch are copied there, for recorded steps."""
+"""Targets that stay in one place: those of every epoch are copied there, for recorded steps.
+
+Where whole rows are kept and fit, they are decoded there once a view: a step looks them up by one
+operation, where decoding takes up to some forty.
+"""
+
+import dataclasses
 
 import torch
 from torch import Tensor
 
+from stages.cache.encoding.floats import Float32
 from stages.cache.targets import Targets, ViewTargets
 from stages.targets.ensemble import EnsembleTargets
+
+DECODED_BYTES = 2**30
+"""Rows of a view that take more in float32 stay encoded."""
 
 
 def kept_in_place(targets: Targets) -> Targets | None:
@@ -12,11 +22,26 @@ def kept_in_place(targets: Targets) -> Targets | None:
     from, as those in groups of chunks, or that are of several views.
     """
     if isinstance(targets, ViewTargets):
-        return targets.moved(torch.clone, targets.shared)
+        return _kept(targets)
     if isinstance(targets, EnsembleTargets):
-        members = [member.moved(torch.clone, member.shared) for member in targets.members]
-        return EnsembleTargets(members, targets.labels)
+        return EnsembleTargets([_kept(member) for member in targets.members], targets.labels)
     return None
+
+
+def _kept(view: ViewTargets) -> ViewTargets:
+    decoded = _decoded(view)
+    return decoded.moved(torch.clone, decoded.shared)
+
+
+def _decoded(view: ViewTargets) -> ViewTargets:
+    """The same view with its rows in float32, where all of a row is known and they fit."""
+    if not view.encoding.keeps_all:
+        return view
+    first = view.encoding.decode({name: array[:1] for name, array in view.arrays.items()})
+    if len(view.labels) * first.nbytes > DECODED_BYTES:
+        return view
+    logits = view.encoding.decode(view.arrays)
+    return dataclasses.replace(view, encoding=Float32(), arrays={"logits": logits})
 
 
 def take(kept: Targets, targets: Targets) -> None:
@@ -30,6 +55,6 @@ def _of_a_view(targets: Targets) -> list[Tensor]:
     if isinstance(targets, EnsembleTargets):
         return [tensor for member in targets.members for tensor in _of_a_view(member)]
     assert isinstance(targets, ViewTargets)
-    values = targets.rectified
+    view, values = _decoded(targets), targets.rectified
     pair = [] if values is None else [values.label_logit, values.predicted_logit]
-    return [*targets.arrays.values(), targets.predictions, targets.mistakes, *pair]
+    return [*view.arrays.values(), view.predictions, targets.mistakes, *pair]
