@@ -6,18 +6,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
 HEIGHT, WIDTH, CLASSES = 375, 500, 4
 
 
-class Pooled(nn.Sequential):
-    """One linear layer on 8 x 8 means: as little model as there can be."""
+class Strided(nn.Module):
+    """One linear layer on 8 x 8 pixels of a view: as little model as there can be."""
 
     def __init__(self, num_classes: int) -> None:
+        super().__init__()
         torch.manual_seed(0)
-        super().__init__(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, num_classes))
+        self.layer = nn.Linear(192, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        step = images.shape[-1] // 8
+        logits: Tensor = self.layer(images[..., ::step, ::step].flatten(1))
+        return logits
 
 
 def jpeg(i: int, quality: int = 90, height: int = HEIGHT, width: int = WIDTH) -> bytes:

@@ -63,10 +63,13 @@ def launch(config: StudentConfig, out: Path, *more: str) -> "subprocess.Popen[st
     )
 
 
+@pytest.mark.parametrize("per_decode", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_ranks_learn_what_one_process_learns(
-    rectified_cache: Path, digits: Splits, tmp_path: Path
+    rectified_cache: Path, digits: Splits, tmp_path: Path, per_decode: int | None
 ) -> None:
     config = student(rectified_cache)
+    train = msgspec.structs.replace(config.train, views_per_decode=per_decode)
+    config = msgspec.structs.replace(config, train=train)
     ranks = forks.start_ranks(["-m", "pipeline", *arguments(config, tmp_path / "two")], 2)
     for rank in ranks:
         assert rank.wait(200) == 0, rank.stderr
