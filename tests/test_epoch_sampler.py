@@ -47,15 +47,16 @@ def epoch_of(sampler: EpochSampler, epoch: int) -> list[int]:
 def test_a_plain_loop_ends_where_train_student_ends(
     finished_cache: Path, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown, batches = [], ViewFeed.batches
+    shown: list[list[int]] = []
+    views_of = ViewFeed.views_of
 
-    def spied(feed: ViewFeed, order: Any, view: int, *rest: int) -> Any:
-        if len(order) == 1000:  # not the test split
-            shown.append((1000 * view + order).tolist())
-        return batches(feed, order, view, *rest)
+    def spied(feed: ViewFeed, parts: Any, views: Any) -> Any:
+        if len(order := torch.cat([*parts])) == 1000:  # not the test split
+            shown.extend((1000 * view + order).tolist() for view in views)
+        return views_of(feed, parts, views)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ViewFeed, "batches", spied)
+        patch.setattr(ViewFeed, "views_of", spied)
         train_student(student(finished_cache, seed=5), tmp_path / "run", splits=digits)
 
     dataset = CachedDataset(finished_cache, digits_of(digits))
