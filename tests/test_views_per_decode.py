@@ -599,6 +599,11 @@ def test_a_teacher_is_shown_rounds_as_well(my_splits: Splits, tmp_path: Path) ->
     assert same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_one_view_a_decode_is_the_setting_left_out() -> None:
+    """So that a run that was started with the one goes on with the other."""
+    assert TrainSettings(views_per_decode=1) == TrainSettings()
+
+
 # ---- what cannot be -----------------------------------------------------------------------------
 
 
@@ -609,7 +614,8 @@ def test_a_teacher_is_shown_rounds_as_well(my_splits: Splits, tmp_path: Path) ->
         (["--views-per-decode", "-1"], "train.views_per_decode must be positive, was -1"),
         (["--views-per-decode", "6"], "views_per_decode is 6, and there are 5 views to show"),
         (["--views-per-decode", "3", "--views", "2"], "there are 2 views to show"),
-        (["--views-in-one-batch"], "Give --views-per-decode as well."),
+        (["--views-in-one-batch"], "views_in_one_batch"),
+        (["--views-in-one-batch", "--views-per-decode", "1"], "views_in_one_batch"),
     ],
 )
 def test_what_cannot_be_is_told_in_three_lines(

@@ -4,6 +4,8 @@
 
 from typing import Annotated, ClassVar, Literal
 
+import msgspec
+
 from stages.errors import ConfigError
 from stages.schema import Settings, about
 
@@ -216,10 +218,12 @@ class TrainSettings(Settings, frozen=True):
         super().__post_init__()
         if self.nesterov and self.optimizer == "sgd" and self.momentum == 0:
             raise ConfigError("train.nesterov needs a train.momentum above 0")
+        if self.views_per_decode == 1:  # one setting, whether it is given or left out
+            msgspec.structs.force_setattr(self, "views_per_decode", None)
         if self.views_in_one_batch and self.views_per_decode is None:
             raise ConfigError(
                 "train.views_in_one_batch is about several views of an image",
-                "Give --views-per-decode as well.",
+                "Give --views-per-decode 2 or more as well.",
             )
 
 

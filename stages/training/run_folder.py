@@ -206,7 +206,7 @@ def _bound_to_epochs(settings: Mapping[str, Any]) -> str | None:
     until = (settings.get("loss") or {}).get("until")
     if isinstance(until, float) and until < 1:
         return f"loss.until={until:g} is a share of all of them"
-    if (settings.get("train") or {}).get("views_per_decode", 1) not in (None, 1):
+    if (settings.get("train") or {}).get("views_per_decode") is not None:
         return "the last round of train.views_per_decode ends with them"
     bias = settings.get("bias") or {}
     mode = bias.get("mode", "none")
