@@ -36,7 +36,8 @@ from stages.settings import (
     TrainSettings,
 )
 from stages.sizes import parse_bytes
-from stages.train_student import CachedTask, train_student
+from stages.train_student import train_student
+from stages.training.cached_task import CachedTask
 from stages.training.run_directory import RunDirectory
 
 # Two workers are what is tested, also where a container grants one core.

@@ -37,7 +37,8 @@ from stages.settings import (
     TrainSettings,
 )
 from stages.student_checks import check_one_stream
-from stages.train_student import CachedTask, student_trainer, train_student, train_together
+from stages.train_student import student_trainer, train_student, train_together
+from stages.training.cached_task import CachedTask
 from stages.training.run_directory import RunDirectory
 
 CPU = torch.device("cpu")

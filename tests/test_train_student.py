@@ -53,9 +53,10 @@ from stages.settings import (
     TrainSettings,
 )
 from stages.student_checks import check_students, complete
-from stages.train_student import CachedTask, train_student
+from stages.train_student import train_student
 from stages.train_teacher import train_teacher
 from stages.training import run_directory
+from stages.training.cached_task import CachedTask
 
 SAMPLES, VIEWS, CACHE_BATCH = 211, 6, 90
 POLICY = "pad-crop:pad=2"

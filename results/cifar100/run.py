@@ -26,7 +26,8 @@ from stages.data import Splits, load_data
 from stages.device import forward
 from stages.inputs.feed import Batch
 from stages.settings import CacheConfig, DataSettings, StudentConfig, TeacherSettings
-from stages.train_student import CachedTask, student_trainer
+from stages.train_student import student_trainer
+from stages.training.cached_task import CachedTask
 from stages.training.run_directory import RunDirectory
 
 HERE = Path(__file__).parent

@@ -21,10 +21,10 @@ class EpochShown(NamedTuple):
     def metrics(self) -> dict[str, Any]:
         """For metrics.jsonl. In a round of one epoch every sample is shown, and `view` says all."""
         count = self.within.count
-        told: dict[str, Any] = {"view": self.views[self.within.place * len(self.views) // count]}
+        found: dict[str, Any] = {"view": self.views[self.within.place * len(self.views) // count]}
         if count > 1:
-            told |= {"views": [*self.views], "images": self.images, "samples": self.samples}
-        return told
+            found |= {"views": [*self.views], "images": self.images, "samples": self.samples}
+        return found
 
 
 class Picked(msgspec.Struct, frozen=True, omit_defaults=True):

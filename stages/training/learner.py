@@ -88,8 +88,8 @@ class Learner:
 
     def start_epoch(self) -> tuple[int, ...]:
         """The views that the epoch at hand shows: see `Task.start_epoch`."""
-        if isinstance(self.task, TaskLookingBack) and (told := self.task.look_back(self.history)):
-            self._tell(told)
+        if isinstance(self.task, TaskLookingBack) and (note := self.task.look_back(self.history)):
+            self._tell(note)
         views = self.task.start_epoch(self.position.epoch)
         self._views = len(views) // self.stream.rounds.of(self.position.epoch).count
         if self.settings.compile and self._compiled is None:
@@ -190,8 +190,8 @@ class Learner:
         for name, value in parts.items():
             if name not in totals:
                 totals[name] = torch.zeros_like(value)
-        told = [value.detach() for value in parts.values()]
-        torch._foreach_add_([totals[name] for name in parts], told, alpha=shown)
+        values = [value.detach() for value in parts.values()]
+        torch._foreach_add_([totals[name] for name in parts], values, alpha=shown)
 
     def check_losses(self) -> None:
         """Raise RunError unless the losses of the epoch are finite so far."""
@@ -332,7 +332,7 @@ class Learner:
         self.position = self.position.moved_to(Position(**states["position"]))
         self.history = [dict(line) for line in states["history"]]
         if len(self.history) != self.position.epoch:
-            raise ValueError(f"{len(self.history)} epochs are told of {self.position.epoch}")
+            raise ValueError(f"metrics of {len(self.history)} of {self.position.epoch} epochs")
         if self.random_state is not None:
             self.random_state = random
         else:

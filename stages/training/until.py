@@ -41,8 +41,8 @@ class Until:
         better = (line["epoch"] + 1 for line in history if line["val_top1"] > self.teacher_top1)
         return next(better, None)
 
-    def told(self, history: Sequence[Mapping[str, Any]]) -> str | None:
-        """That it is switched off after those epochs, for people; None where it is not."""
+    def message(self, history: Sequence[Mapping[str, Any]]) -> str | None:
+        """For people, that it is switched off after those epochs; None where it is not."""
         if (epochs := self.on_epochs(history)) is None:
             return None
         why = ""

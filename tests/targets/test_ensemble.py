@@ -32,8 +32,9 @@ from stages.settings import (
 )
 from stages.student_checks import shared_views
 from stages.targets.ensemble import EnsembleTargets, open_members
-from stages.train_student import CachedTask, student_trainer, train_student
+from stages.train_student import student_trainer, train_student
 from stages.train_teacher import train_teacher
+from stages.training.cached_task import CachedTask
 from stages.training.run_directory import RunDirectory
 
 SAMPLES, CLASSES, VIEWS, IMAGES = 60, 7, 3, 150

@@ -30,7 +30,8 @@ from stages.settings import (
     TrainSettings,
 )
 from stages.student_checks import complete
-from stages.train_student import CachedTask, student_trainer, train_student, train_together
+from stages.train_student import student_trainer, train_student, train_together
+from stages.training.cached_task import CachedTask
 from stages.training.captured import CapturedStep
 from stages.training.graphs import NoWaits, WaitError
 from stages.training.run_directory import RunDirectory

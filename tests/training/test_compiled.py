@@ -27,9 +27,9 @@ from stages.settings import (
     TeacherConfig,
     TrainSettings,
 )
-from stages.train_student import CachedTask
 from stages.train_teacher import train_teacher
 from stages.training import compiled
+from stages.training.cached_task import CachedTask
 from stages.training.compiled import Compiled, check_compiler
 from stages.training.objective import resolved
 

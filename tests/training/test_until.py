@@ -81,7 +81,7 @@ def test_once_the_student_is_better_it_stays_off(
 ) -> None:
     until = Until(None, 0.6, "CE")
     assert until.on_epochs(lines_of(*val_top1)) == on
-    assert (until.told(lines_of(*val_top1)) is None) is (on is None)
+    assert (until.message(lines_of(*val_top1)) is None) is (on is None)
 
 
 def test_what_the_teacher_has_right(small_cache: Path) -> None:

@@ -35,7 +35,8 @@ from stages.settings import (
     TrainSettings,
 )
 from stages.student_checks import complete
-from stages.train_student import CachedTask, train_student
+from stages.train_student import train_student
+from stages.training.cached_task import CachedTask
 
 SAMPLES = 80
 
