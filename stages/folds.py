@@ -41,14 +41,6 @@ def map_digest(fold_of: Tensor) -> str:
     return hashlib.sha256(fold_of.numpy().astype("<i4").tobytes()).hexdigest()[:32]
 
 
-def folds_of(cache: LogitCache) -> Tensor | None:
-    """The fold of every sample of a cache, int64 (N,), in dataset order: sample i was answered by
-    the teacher that was trained without fold i. None if one teacher answered for all.
-    """
-    folds = cache.identity.teacher.folds
-    return None if folds is None else fold_map(cache.labels, folds.count, folds.seed)
-
-
 def fold_faults(cache: LogitCache) -> list[str]:
     """What is wrong with the folds that a cache states: their map must be the one that its labels
     and its seed give, and there must be a teacher for each.

@@ -20,7 +20,7 @@ from stages.cache_job import CacheJob
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import ConfigError, IdentityError, ModelError, PipelineError, RunError
-from stages.folds import fold_map, folds_of
+from stages.folds import fold_map
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset
@@ -170,9 +170,9 @@ def test_every_row_is_of_the_teacher_that_has_not_seen_it(my_world: World) -> No
     """A naive loop over samples and views; and the mean of all teachers on the test split."""
     cache, train = LogitCache.open(my_world.cache), my_world.splits.train
     assert train.images is not None
-    folds = folds_of(cache)
+    folds = cache.identity.teacher.folds
     assert folds is not None
-    assert torch.equal(folds, my_world.fold_of)
+    assert torch.equal(fold_map(cache.labels, folds.count, folds.seed), my_world.fold_of)
     policy, teachers = view_policy(POLICY, 0), [live(my_world, k) for k in range(FOLDS)]
     for view in (0, 1):
         stored = cache.read_view(view).rows(torch.arange(SAMPLES))
