@@ -196,11 +196,8 @@ def _in_memory(
     spec: ArraySpec, shape: tuple[int, ...], grid: BlockGrid, objects: dict[str, Buffer]
 ) -> zarr.Array[Any]:
     """An array `a` of this shape, whose objects are put into a dictionary."""
-    place = StorePath(MemoryStore(objects), "a")
-    created, config = (
-        _created(spec, shape, grid),
-        ArrayConfig.from_dict({"write_empty_chunks": True}),
-    )
+    created, place = _created(spec, shape, grid), StorePath(MemoryStore(objects), "a")
+    config = ArrayConfig.from_dict({"write_empty_chunks": True})
     return zarr.Array(zarr.AsyncArray(metadata=created, store_path=place, config=config))
 
 

@@ -5,6 +5,7 @@ operation, where decoding takes up to some forty.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,15 +47,21 @@ def _decoded(view: ViewTargets) -> ViewTargets:
 
 def take(kept: Targets, targets: Targets) -> None:
     """Let the copy be of another view of the same caches, in the same memory."""
-    for mine, theirs in zip(_of_a_view(kept), _of_a_view(targets), strict=True):
-        mine.copy_(theirs)
+    for mine, theirs in zip(_of_teachers(kept), _of_teachers(targets), strict=True):
+        for place, values in zip(_own_tensors(mine), _own_tensors(_decoded(theirs)), strict=True):
+            place.copy_(values)
 
 
-def _of_a_view(targets: Targets) -> list[Tensor]:
-    """All tensors but those that the views of a cache share."""
+def _of_teachers(targets: Targets) -> Sequence[ViewTargets]:
+    """Those of each teacher."""
     if isinstance(targets, EnsembleTargets):
-        return [tensor for member in targets.members for tensor in _of_a_view(member)]
+        return targets.members
     assert isinstance(targets, ViewTargets)
-    view, values = _decoded(targets), targets.rectified
+    return (targets,)
+
+
+def _own_tensors(view: ViewTargets) -> list[Tensor]:
+    """All tensors but those that the views of a cache share."""
+    values = view.rectified
     pair = [] if values is None else [values.label_logit, values.predicted_logit]
-    return [*view.arrays.values(), view.predictions, targets.mistakes, *pair]
+    return [*view.arrays.values(), view.predictions, view.mistakes, *pair]

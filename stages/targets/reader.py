@@ -201,7 +201,7 @@ class SlabReader(Generic[What, Slab]):
         parts_of: Callable[[int], Sequence[What]],
         epochs: int,
         resident: bool,
-        next_epoch: Callable[[int], int] = (1).__add__,
+        next_epoch: Callable[[int], int] = lambda epoch: epoch + 1,
     ) -> None:
         self._read, self._epochs, self._next_epoch = read, epochs, next_epoch
         self._parts_of = functools.lru_cache(maxsize=2)(parts_of)

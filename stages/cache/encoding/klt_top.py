@@ -287,11 +287,8 @@ class KltTop(Encoding):
     def to(self, device: torch.device) -> "KltTop":
         moved = {n: getattr(self, n).to(device) for n in ("basis", "mean", "center")}
         made = dataclasses.replace(self, **moved)
-        _ = (
-            made._matrix,
-            made._mean,
-            made._tables,
-        )  # made now: nothing is, while a CUDA graph is captured
+        # Made now: nothing is, while a CUDA graph is captured.
+        _ = made._matrix, made._mean, made._tables
         return made
 
     @cached_property
