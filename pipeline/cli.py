@@ -174,7 +174,7 @@ def rectify_command(config: RectifyConfig, at: CacheAt) -> None:
 @cli.command("calibrate")
 @given(CalibrateSettings)
 def calibrate_command(settings: CalibrateSettings) -> None:
-    """Find the temperature at which the teacher is as sure as it is right, for --calibrate."""
+    """Fit the temperature that calibrates the teacher, for students with --calibrate."""
     from pipeline.console import Console
     from pipeline.stage_two import show_calibrated
     from stages.calibrate import calibrate

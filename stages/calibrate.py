@@ -1,11 +1,11 @@
-"""Stage two, beside rectification: at which temperature the teacher is as sure as it is right.
+"""Stage two, beside rectification: the temperature that calibrates the teacher.
 
     pipeline calibrate folds.zarr
     pipeline train-student folds.zarr --calibrate ...
 
 Temperature scaling (Guo et al. 2017, arXiv 1706.04599, section 4.2): one number, which changes no
-answer. Rows of a teacher that has seen the samples say how sure it is of what it knows by heart;
-the number is sound for rows that are out of fold, or of a teacher trained on other data.
+prediction. A teacher is more confident on samples that it has been trained on than on new images:
+fit the temperature on out-of-fold rows, or on those of a teacher that was trained on other data.
 """
 
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache.calibrated import Calibrated, Rows
 from stages.cache.lock import exclusive
+from stages.cache.reading import fair_draw
 from stages.errors import CacheError
 from stages.inputs.views import check_unmixed
 from stages.reporting import Reporter, Silent
@@ -25,7 +26,7 @@ from stages.scores import score
 from stages.settings import RectifyConfig
 
 LEAST, MOST = 0.05, 20.0
-"""Temperatures that are looked among."""
+"""The range of temperatures that is searched."""
 MAX_ROWS, MAX_VALUES, MAX_VIEWS = 65_536, 2**24, 16
 """How much is decoded: rows, logits, and views that rows are taken from."""
 
@@ -34,7 +35,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature of least mean negative log-likelihood of the labels.
 
     logits: float (n, C), n > 0. labels: int64 (n,). Raises CacheError where there is none between
-    LEAST and MOST, as for rows that are all right: the surer, the better.
+    LEAST and MOST: for rows that are all right the likelihood grows as the temperature falls.
     """
     from scipy.optimize import minimize_scalar
 
@@ -73,8 +74,8 @@ def calibrate(path: str | Path, on: Rows = "train", reporter: Reporter | None = 
         logits, labels, predictions = _view_rows(cache)
         if cache.identity.teacher.folds is None:
             reporter.say(
-                "the teacher may have been trained on these rows: then it is surer of them than of "
-                "new images, and the temperature is too low"
+                "the teacher may have been trained on these samples: then it is more confident on "
+                "them than on new images, and the temperature is too low"
             )
     else:
         shown = cache.eval_shown
@@ -107,26 +108,14 @@ def with_calibration(config: RectifyConfig, path: str | Path) -> RectifyConfig:
 
 
 def _view_rows(cache: LogitCache) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of the complete views, other samples of each where not all can be taken: logits float32
-    (n, C), labels and predictions int64 (n,). Rows lie in random order: a run is a fair draw.
-    """
+    """A fair draw of rows: logits float32 (n, C), labels and predictions int64 (n,)."""
     if not cache.encoding.keeps_all:
         raise CacheError(
             f"{cache.path} keeps part of each row, and calibration needs all of it",
             "Cache with another --encoding, or use --on test.",
         )
-    complete = cache.complete_views
-    if not complete:
-        raise CacheError(
-            f"no view of {cache.path} is complete", "Run `pipeline cache-teacher` again."
-        )
-    views = [complete[at] for at in range(0, len(complete), -(-len(complete) // MAX_VIEWS))]
-    budget = max(1, min(MAX_ROWS, MAX_VALUES // cache.num_classes))
-    each = min(cache.num_samples, max(1, budget // len(views)))
     parts = []
-    for turn, view in enumerate(views):
-        start = turn * each % (cache.num_samples - each + 1)
-        run = slice(start, start + each)
+    for view, run in fair_draw(cache, MAX_ROWS, MAX_VALUES, MAX_VIEWS):
         targets, samples = cache.read_view(view, None, [run]), cache.dataset_index[run]
         seen = ~torch.isin(samples, cache.skipped())
         rows = targets.rows(samples[seen])

@@ -1,4 +1,4 @@
-"""What a cache says about its teacher: how often it is wrong, where, and how sure it is.
+"""What a cache says about its teacher: how often it is wrong, where, and how confident it is.
 
 Counts come from the stored predictions (the teacher's argmax before any encoding), everything else
 from decoded rows. Rows lie in random order, so that a run of rows is a fair draw: a large cache is
@@ -8,11 +8,13 @@ measured on as many as fit a budget, and `Draw` says how many that were.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
+from stages.cache.reading import fair_draw
 from stages.scores import Calibration, calibration
 
 MAX_ROWS = 50_000
@@ -66,19 +68,12 @@ def draw_rows(
     cache: LogitCache, rectified: str | None, max_rows: int = MAX_ROWS, max_views: int = MAX_VIEWS
 ) -> Draw:
     """Decode all rows of the complete views, or a fair draw of so many."""
-    views = cache.complete_views
-    total = len(views) * (cache.num_samples - len(cache.skipped()))
-    budget = max(1, min(max_rows, MAX_VALUES // cache.num_classes))
-    if total > budget and len(views) > max_views:
-        views = [views[at * len(views) // max_views] for at in range(max_views)]
-    each = min(cache.num_samples, max(1, budget // len(views)))
+    total = len(cache.complete_views) * (cache.num_samples - len(cache.skipped()))
     temperature = 1.0
     if rectified is not None:
         temperature = cache.rectification(rectified).settings.temperature
     parts = []
-    for turn, view in enumerate(views):
-        start = turn * each % (cache.num_samples - each + 1)  # other samples in every view
-        run = slice(start, start + each)
+    for view, run in fair_draw(cache, max_rows, MAX_VALUES, max_views):
         targets = cache.read_view(view, rectified, [run])
         samples = cache.dataset_index[run]
         seen = ~torch.isin(samples, cache.skipped())
@@ -163,4 +158,40 @@ def count_mistakes(cache: LogitCache, max_predictions: int = MAX_PREDICTIONS) ->
         confused=[(code // classes, code % classes, count) for code, count in ranked],
         used=len(labels) * len(views),
         total=(cache.num_samples - len(cache.skipped())) * len(views),
+    )
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How confident the teacher of a cache is, and how often right. folds: 0 where there is one
+    teacher. confidence: float32 (n,), the largest probability of each row that was drawn, at T=1.
+    nll: mean negative log-likelihood of the label in nats. temperature: the calibrated one, None
+    where there is none.
+    """
+
+    name: str
+    architecture: str
+    folds: int
+    confidence: Tensor
+    wrong_rate: float
+    ece: float
+    overconfidence: float
+    nll: float
+    temperature: float | None
+
+
+def statistics_of(cache: LogitCache, draw: Draw, mistakes: Mistakes) -> Statistics:
+    """Of rows that were drawn; mistakes are counted over more of them."""
+    teacher, found = cache.identity.teacher, calibration_of(draw.logits, ~draw.wrong)
+    log_p = torch.log_softmax(draw.logits, dim=1)
+    return Statistics(
+        name=PurePosixPath(str(cache.path)).name,
+        architecture=teacher.architecture,
+        folds=0 if teacher.folds is None else teacher.folds.count,
+        confidence=log_p.amax(1).exp(),
+        wrong_rate=mistakes.rate,
+        ece=found.ece,
+        overconfidence=found.overconfidence,
+        nll=-float(log_p.gather(1, draw.labels[:, None]).double().mean()),
+        temperature=None if cache.calibrated is None else cache.calibrated.temperature,
     )

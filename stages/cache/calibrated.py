@@ -1,4 +1,4 @@
-"""The temperature at which a teacher is as sure as it is right, as a cache keeps it."""
+"""The calibrated temperature of a teacher, as a cache keeps it."""
 
 from typing import Literal
 

@@ -115,7 +115,7 @@ class CacheDescription:
 
     @property
     def calibration(self) -> float:
-        """The temperature that logits are divided by so that the teacher is as sure as it is right.
+        """The temperature that logits are divided by so that the teacher is calibrated.
 
         Raises CacheError where none was fitted.
         """
