@@ -27,7 +27,7 @@ def show_rectification(console: Console, name: str, statistics: dict[str, Any]) 
             ),
             ("wrong rows", f"{statistics['wrong_rows']:,} ({statistics['wrong_rate']:.2%})"),
             *(
-                [("left as they are", f"{statistics['trusted_rows']:,}: the teacher is sure")]
+                [("left as they are", f"{statistics['trusted_rows']:,}: the teacher is confident")]
                 if "trusted_rows" in statistics
                 else []
             ),
@@ -56,7 +56,7 @@ def show_suspects(console: Console, path: str, config: RectifyConfig) -> None:
     )
     console.table(title, columns, rows[:_SHOWN])
     if cache.identity.teacher.folds is None and rows:
-        console.say("The teacher was trained on these labels, and may know some by heart")
+        console.say("The teacher may have been trained on these labels, and agree with wrong ones")
     if config.suspects is None:
         return
     try:

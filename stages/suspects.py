@@ -1,8 +1,8 @@
-"""Samples whose labels may be wrong: where a teacher that has not seen them is sure of another one.
+"""Suspected label errors: where a teacher that was not trained on a sample is confident of another.
 
 Confident learning (Northcutt, Jiang, Chuang 2021, arXiv 1911.00068) counts confident disagreement
 of out-of-fold predictions and labels. Here a threshold is given (`rectify --wrong confidence:X`),
-and a sample is suspected where the teacher is as sure on at least half of the sample's views.
+and a sample is suspected where the teacher reaches it on at least half of the sample's views.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from stages.cache import LogitCache
 @dataclass(frozen=True)
 class Suspect:
     """A sample that may have the wrong label. label, predicted: class indices; predicted is what
-    the teacher is sure of on the most views. views: on how many it is sure of another class. view:
-    the first on which it is sure of that one.
+    the teacher is confident of on the most views. views: on how many it is confident of a class
+    that is not the label. view: the first on which that class is `predicted`.
     """
 
     sample: int

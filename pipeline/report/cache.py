@@ -17,9 +17,11 @@ from pipeline.report.measured import (
     count_mistakes,
     draw_rows,
     entropy,
+    statistics_of,
 )
+from pipeline.report.suspects import SuspectedLabels, suspected_of
 from pipeline.report.tables import Cell, Row, Table, Tile
-from pipeline.report.unseen import Doubts, beside_others, certainty_of, doubts_of
+from pipeline.report.unseen import beside_others
 from stages.cache import LogitCache
 from stages.inputs.views import mixes
 from stages.scores import BINS
@@ -73,17 +75,17 @@ def compare_unseen(parts: Sequence[dict[str, Any]]) -> None:
     as `cache_part` makes them, which are added to.
     """
     measured = [(part["key"], part["measured"]) for part in parts if part["measured"]]
-    every = [each["certainty"] for _, each in measured]
+    every = [each["statistics"] for _, each in measured]
     for key, each in measured:
-        each["unseen"] = beside_others(key, each["certainty"], every)
+        each["unseen"] = beside_others(key, each["statistics"], every)
 
 
 def _measured(cache: LogitCache, key: str, options: Options) -> dict[str, Any]:
     rectified = chosen_rectification(cache, cache.complete_views)
     draw, mistakes = draw_rows(cache, rectified), count_mistakes(cache)
     chosen = choose_samples(draw)
-    doubts = doubts_of(cache)
-    shown = [*chosen, *(doubts.samples if doubts else ())]
+    suspected = suspected_of(cache)
+    shown = [*chosen, *(suspected.samples if suspected else ())]
     images = load_images(cache, shown, options.dataset, options.root) if shown else Images({})
     found = calibration_of(draw.logits, ~draw.wrong)
     legend = [
@@ -111,19 +113,21 @@ def _measured(cache: LogitCache, key: str, options: Options) -> dict[str, Any]:
         "images_note": images.note,
         "legend": legend,
         "cards": [(heading, shown) for heading, shown in cards.items() if shown],
-        "certainty": certainty_of(cache, draw, mistakes),
+        "statistics": statistics_of(cache, draw, mistakes),
         "unseen": None,
-        "doubts": doubts,
-        "doubted": _doubted(cache, doubts, images),
+        "suspected": suspected,
+        "suspect_cards": _suspect_cards(cache, suspected, images),
         "folds": cache.identity.teacher.folds is not None,
     }
 
 
-def _doubted(cache: LogitCache, doubts: Doubts | None, images: Images) -> list[dict[str, Any]]:
+def _suspect_cards(
+    cache: LogitCache, suspected: SuspectedLabels | None, images: Images
+) -> list[dict[str, Any]]:
     """The cards of labels that may be wrong."""
-    if doubts is None:
+    if suspected is None:
         return []
-    pairs = zip(doubts.samples, doubts.notes, strict=True)
+    pairs = zip(suspected.samples, suspected.notes, strict=True)
     return [card(cache, sample, images, note) for sample, note in pairs]
 
 

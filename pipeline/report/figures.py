@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 import torch
@@ -22,11 +22,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from pipeline.report.measured import Draw, entropy
+from pipeline.report.measured import Draw, Statistics, entropy
 from stages.scores import BINS, Calibration
-
-if TYPE_CHECKING:
-    from pipeline.report.unseen import Certainty
 
 ROLES = ("ink", "faint", "grid", "paper", "right", "wrong", "rectified", "plain")
 SERIES = 6
@@ -161,14 +158,14 @@ def cache_figures(
     key: str, draw: Draw, found: Calibration, top1: Mapping[int, float]
 ) -> list[Figure]:
     """Every figure about one cache. key: of the cache, unique on the page. top1: by view."""
-    figures = [_reliability(f"{key}-reliability", found), *_certainty(key, draw)]
+    figures = [_reliability(f"{key}-reliability", found), *_confidence(key, draw)]
     if draw.after is not None and bool(draw.wrong.any()):
         figures.append(_rectified_entropies(f"{key}-rectified", draw, draw.after))
     return [*figures, _accuracy_by_view(f"{key}-views", top1)]
 
 
 def _reliability(name: str, found: Calibration) -> Figure:
-    """Accuracy against confidence; on the diagonal the teacher is as confident as it is right."""
+    """Accuracy against confidence; on the diagonal the teacher is calibrated."""
     filled = (found.rows > 0).nonzero().squeeze(1)
     told = f"Reliability diagram: accuracy against confidence in {BINS} bins"
     with drawing(name, told, "confidence (largest probability), %", "accuracy, %") as drawn:
@@ -183,7 +180,7 @@ def _reliability(name: str, found: Calibration) -> Figure:
     return Figure("Reliability", [("", drawn.svg)], note)
 
 
-def _certainty(key: str, draw: Draw) -> list[Figure]:
+def _confidence(key: str, draw: Draw) -> list[Figure]:
     """Confidence and entropy at T=1, of right rows and of wrong ones."""
     classes = draw.logits.shape[1]
     confidence = 100 * torch.softmax(draw.logits, dim=1).amax(1)
@@ -229,11 +226,11 @@ def _rectified_entropies(name: str, draw: Draw, rectified: Tensor) -> Figure:
     return Figure("Wrong rows, before and after", [("", svg)], note, legend)
 
 
-def confidence_of_caches(name: str, shown: Sequence["Certainty"]) -> Figure:
+def confidence_of_caches(name: str, shown: Sequence[Statistics]) -> Figure:
     """The confidence of several teachers, each in shares of its own rows."""
     parts = {f"series-{at}": 100 * each.confidence for at, each in enumerate(shown)}
-    told = "Histogram of the confidence of teachers of folds and of one teacher, at temperature 1"
-    svg = _histograms(name, told, "confidence (largest probability), %", parts, (0.0, 100.0))
+    text = "Histogram of the confidence of teachers of folds and of one teacher, at temperature 1"
+    svg = _histograms(name, text, "confidence (largest probability), %", parts, (0.0, 100.0))
     legend = [
         (f"series-{at}", f"{each.name}, {'out of fold' if each.folds else 'one teacher'}", "solid")
         for at, each in enumerate(shown)

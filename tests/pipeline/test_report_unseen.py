@@ -13,7 +13,7 @@ from PIL import Image
 from reports import Element, page_of
 from test_report_numbers import naive_ece, rows_of, softmax
 
-from pipeline.report.unseen import doubts_of
+from pipeline.report.suspects import suspected_of
 from stages.cache import LogitCache
 from stages.calibrate import calibrate
 from stages.data import Splits
@@ -92,8 +92,8 @@ def test_labels_that_may_be_wrong_are_shown_with_their_images(
     (name,) = cache.rectifications
     found = suspected_labels(cache, name)
     assert len(found) > 3
-    assert my_page.value("doubted_labels") == len(found)
-    (gallery,) = (g for g in my_page.find(class_="gallery") if "is perhaps" in g.text)
+    assert my_page.value("suspected_labels") == len(found)
+    (gallery,) = (g for g in my_page.find(class_="gallery") if "may be" in g.text)
     cards = gallery.find("article")
     names = cache.identity.dataset.class_names
     for card, suspect in zip(cards, found[:12], strict=True):
@@ -105,8 +105,8 @@ def test_labels_that_may_be_wrong_are_shown_with_their_images(
         assert int(p.argmax()) == suspect.predicted
         assert p.max() >= SURE
         assert f"confidence {100 * p.max():.1f}%" in card.text.replace(" %", "%")
-        assert f"{names[suspect.label]} is perhaps {names[suspect.predicted]}" in card.text
-        assert f"sure on {suspect.views} of 2 views" in card.text
+        assert f"{names[suspect.label]} may be {names[suspect.predicted]}" in card.text
+        assert f"confident on {suspect.views} of 2 views" in card.text
         (image,) = card.find("img")
         png = base64.b64decode(image.attributes["src"].partition(",")[2])
         pixels = np.asarray(Image.open(io.BytesIO(png)))
@@ -118,12 +118,12 @@ def test_labels_that_may_be_wrong_are_shown_with_their_images(
 def test_a_cache_of_folds_by_itself(
     my_caches: tuple[Path, Path], small_cache: Path, tmp_path: Path
 ) -> None:
-    """Nothing is beside it, and nothing is doubted without a rule."""
-    assert doubts_of(LogitCache.open(small_cache)) is None
+    """Nothing is beside it, and no label is suspected without a rule."""
+    assert suspected_of(LogitCache.open(small_cache)) is None
     path = Path(shutil.copytree(my_caches[0], tmp_path / "folds.zarr"))
     shutil.rmtree(path / "rectified" / f"pairwise-T4-confidence{SURE}")
     shutil.rmtree(path / "commits" / "rectified")
     page = page_of(path)
     assert len(page.values("unseen_nll")) == 1
-    assert not page.find(data_field="doubted_labels")
+    assert not page.find(data_field="suspected_labels")
     assert "--wrong confidence:X" in page.text
