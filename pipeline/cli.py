@@ -91,53 +91,10 @@ def cache_teacher_command(config: CacheConfig, place: CachePlace) -> None:
 
     Run it again to complete an interrupted cache, or with more --views to extend one.
     """
-    from dataclasses import replace
-
-    from msgspec import structs
-
-    from pipeline.check_data import amount_of
     from pipeline.console import Console
-    from pipeline.tables import show_cached, show_plan
-    from stages.cache.storage import check_place
-    from stages.cache_job import begun_at
-    from stages.cache_plan import plan_cache
-    from stages.cache_teacher import cache_teacher, prepare
-    from stages.check_data import check_sample
-    from stages.distributed import (
-        first_rank_before_others,
-        first_rank_does,
-        launched_ranks,
-        process_group,
-    )
+    from pipeline.stage_one import run_stage_one
 
-    console, ranks = Console(), launched_ranks()
-
-    def planned() -> str:
-        plan = plan_cache(job, place.out)
-        show_plan(console, place.out, plan)
-        plan.check_fits(place.out)
-        return plan.encoding
-
-    with process_group(ranks):
-        check_place(place.out)  # also of a dry run
-        job = first_rank_before_others(
-            ranks, lambda: prepare(config, None, ranks, begun_at(place.out))
-        )
-        job.splits.tell(console)
-        for note in job.notes:
-            console.say(note)
-        if place.check != "none":
-            amount = amount_of(place.check)
-            first_rank_does(ranks, lambda: check_sample(job.splits, amount, config.data.workers))
-        encoding = first_rank_does(ranks, planned)
-        if place.dry_run:
-            return
-        # What was shown is what is made: `auto` has been decided.
-        job = replace(job, told=True)
-        if job.config.encoding == "auto":
-            job = replace(job, config=structs.replace(job.config, encoding=encoding))
-        summary = cache_teacher(job, place.out, console)
-    show_cached(console, place.out, summary)
+    run_stage_one(Console(), config, place)
 
 
 @cli.command("check-data")
