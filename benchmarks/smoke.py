@@ -228,7 +228,7 @@ def ddp(where: Where) -> Found:
             check(torch.equal(value.cpu(), torch.arange(5.0)), f"a sum of one rank on {place}")
         trainer = trainer_of(where, student(where, where.device))
         learner = trainer.learner
-        learner._forward = DistributedDataParallel(
+        learner.passes.training = DistributedDataParallel(
             learner.module, device_ids=[device] if where.on_gpu else None
         )
         worst = close(losses_of(trainer), plain, "float32", "DDP")

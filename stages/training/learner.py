@@ -9,26 +9,24 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from stages.device import forward, place
+from stages.device import place
 from stages.distributed import summed, take_from_first
 from stages.errors import PipelineError, RunError
 from stages.inputs.feed import Batch
 from stages.settings import RunConfig
 from stages.training.captured import Capture, CapturedStep
-from stages.training.compiled import Compiled
 from stages.training.graphs import WaitError
 from stages.training.history import EpochShown, said, selected_epoch, summarise
 from stages.training.models import InitialModel
+from stages.training.passes import Passes
 from stages.training.random_state import RandomState
 from stages.training.run_directory import RunDirectory
 from stages.training.run_folder import MADE_FROM
 from stages.training.stream import BatchStream, Evaluation
 from stages.training.task import Position, Task, TaskLookingBack, TaskToCompile
 from stages.training.trained import Trained
-from stages.training.working import WorkingWeights
 
 
 @dataclass
@@ -56,11 +54,8 @@ class Learner:
             learned.to(device)
         self.steps = self.stream.steps
         self._trained = Trained(self.module, learned, self.settings, self.steps)
-        self._forward: nn.Module = self.module
-        if self.ranks.world > 1:
-            ids = None if device.type == "cpu" else [device]
-            self._forward = DistributedDataParallel(self.module, device_ids=ids)
-        self._compiled: Compiled | None = None
+        working = self._trained.working
+        self.passes = Passes(self.module, self.normalise, self.settings, self.ranks, working)
         self._capture = self._make_capture() if self.settings.capture else None
         self.say: Callable[[str], None] = lambda _: None
         self._views = 1
@@ -92,8 +87,8 @@ class Learner:
             self._tell(note)
         views = self.task.start_epoch(self.position.epoch)
         self._views = len(views) // self.stream.rounds.of(self.position.epoch).count
-        if self.settings.compile and self._compiled is None:
-            self._compiled = self._compile()
+        if self.settings.compile and not self.passes.compiled:
+            self._compile()
         if self.position.step == 0:
             self.position.lr = self._trained.schedule.rate
         if self._capture is not None:
@@ -108,12 +103,11 @@ class Learner:
         step = CapturedStep(self._learn, optimizer, self._changed, self.stream, not compiled)
         return Capture(step, self.task, self.stream)
 
-    def _compile(self) -> Compiled:
-        alone = self.ranks.world == 1 and self._views == 1 and not self.settings.capture
+    def _compile(self) -> None:
         size = self.settings.batch_size // self.ranks.world
         if isinstance(self.task, TaskToCompile):
             self.task.compile(size)
-        return Compiled(self._forward, size, self.stream.device, graphs=alone)
+        self.passes.compile(self._views, size)
 
     def step(self, batch: Batch) -> None:
         """Learn from a batch: of several views, one after the other."""
@@ -157,25 +151,9 @@ class Learner:
 
     def _learn(self, batch: Batch) -> None:
         """All of a step but for what the host counts."""
-        model: Callable[[Tensor], Any] = self._compiled or self._working or self._forward
-        if self._compiled is not None:
-            self._compiled.start_step()
-        elif self._working is not None:
-            self._working.renew()
-        outputs = [
-            forward(model, self.normalise(pixels), self.settings.dtype, self.settings.tf32)
-            for pixels in batch.pixels.chunk(self._views)
-        ]
-        logits = torch.cat(outputs) if self._views > 1 else outputs[0]
-        parts = self.task.loss_parts(logits, batch)
+        parts = self.task.loss_parts(self.passes.logits(batch.pixels, self._views), batch)
         self._trained.descend(parts["loss"], self.ranks)
-        self._add_totals(parts, len(batch.samples))
-
-    @property
-    def _working(self) -> WorkingWeights | None:
-        """Weights to call the model with; none where gradients of several passes are added up."""
-        alone = self._views == 1 and self.ranks.world == 1
-        return self._trained.working if alone else None
+        self.position.add(parts, len(batch.samples))
 
     def _changed(self) -> dict[Hashable, Tensor]:
         """Every tensor that a step changes."""
@@ -183,15 +161,6 @@ class Learner:
         for name, total in self.position.totals.items():
             found["total", name] = total
         return found
-
-    def _add_totals(self, parts: dict[str, Tensor], shown: int) -> None:
-        """Add the scalars of a batch of so many images to the sums of the epoch."""
-        totals = self.position.totals
-        for name, value in parts.items():
-            if name not in totals:
-                totals[name] = torch.zeros_like(value)
-        values = [value.detach() for value in parts.values()]
-        torch._foreach_add_([totals[name] for name in parts], values, alpha=shown)
 
     def check_losses(self) -> None:
         """Raise RunError unless the losses of the epoch are finite so far."""
@@ -264,13 +233,9 @@ class Learner:
         shares = self.ranks.share(len(evaluation.samples))
         some = evaluation.samples[shares.start : shares.stop]
         self.module.eval()
-        hits = evaluation.hits(self._predict, some, self.settings.batch_size)
+        hits = evaluation.hits(self.passes.predict, some, self.settings.batch_size)
         top1, top5 = (summed(self.ranks, hits) / len(evaluation.samples)).tolist()
         return top1, top5
-
-    def _predict(self, pixels: Tensor) -> Tensor:
-        pixels = self.normalise(pixels)
-        return forward(self.module, pixels, self.settings.dtype, self.settings.tf32)
 
     def _write(self, metrics: dict[str, Any], keep: bool) -> None:
         if self.position.epoch - 1 == selected_epoch(self.history):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from stages.inputs.feed import Batch
@@ -68,6 +69,14 @@ class Position:
     seconds: float = 0.0
     lr: float = 0.0
     totals: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, parts: Mapping[str, Tensor], images: int) -> None:
+        """Add the scalars of a batch of so many images, () each, to the sums."""
+        for name, value in parts.items():
+            if name not in self.totals:
+                self.totals[name] = torch.zeros_like(value)
+        values = [value.detach() for value in parts.values()]
+        torch._foreach_add_([self.totals[name] for name in parts], values, alpha=images)
 
     def next_epoch(self) -> None:
         """Begin the next epoch; the sums stay where they are, and are 0."""
