@@ -98,11 +98,11 @@ def of_encoding(
         coding.decode(batch, at_one)
         turns += 1
     fidelity: Fidelity = measure(coding, *rest)
-    told = [f"`{name}`", *([f"KL {budget}"] if budget else [])]
+    words = [f"`{name}`", *([f"KL {budget}"] if budget else [])]
     if spec.startswith("klt-"):
-        told.append(f"step {coding.shown['step']}")
+        words.append(f"step {coding.shown['step']}")
     return {
-        "format": ", ".join(told),
+        "format": ", ".join(words),
         "bytes": row_bytes_on_disk(coding, *rest),
         "kl": fidelity.mean_kl,
         "top1": fidelity.top1_agreement,

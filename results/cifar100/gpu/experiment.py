@@ -147,7 +147,7 @@ class Experiment:
             self.directory.record((HERE / "students.yaml").read_text(), self.runs)
             folders = [self.directory.run(run.name) for run in mine]
             failed = self._train([run.config for run in mine], folders)
-            self._write({run.name: told for run, told in zip(mine, failed, strict=True) if told})
+            self._write({run.name: why for run, why in zip(mine, failed, strict=True) if why})
 
     def _train(self, configs: list[StudentConfig], folders: list[Path]) -> list[str]:
         """Train students together; why each of them failed, or nothing."""

@@ -131,7 +131,6 @@ def main(
     plan_only: bool,
 ) -> None:
     """Train a teacher, cache it, train students from the cache: as much as fits."""
-    console = Console()
     console = Brief()
     if carry is not None:
         unpack(carry, work)
