@@ -4,7 +4,7 @@
     python results/cifar100/encoding_rows.py --rows logits-lite0.npz --out encoding_rows_1000
 
 The network and its weights come from packages, see examples/efficientnet_lite0.py. Images of 32
-pixels that are enlarged are not what it was trained on: its rows are less confident than of photographs.
+pixels that are enlarged are not what it was trained on: it is less confident than on photographs.
 FILE gets `logits` float16 (1, N, 1000), `labels` (N,), which are the network's own answers, as
 CIFAR's classes are not among its own; `features` float16 (N, 1280), what its head reads, and `head`
 float16 (1000, 1280), the weights of that.
