@@ -193,15 +193,15 @@ def read_sweep(path: Path, name: str) -> Iterator[Run | LeftOut]:
 def _run_of(line: Line, folder: Path, sweep: str) -> Run | LeftOut:
     name = f"{sweep}/{line.name}"
     if line.status != "done" or line.summary is None:
-        return LeftOut(name, line.status, line.error or "no reason is told")
+        return LeftOut(name, line.status, line.error or "no reason is given")
     read = read_run(folder, name)
     if isinstance(read, Run):
         kind, config, history = read.kind, dict(read.config), read.history
     else:  # the numbers stand in results.jsonl, the curves are lost
         kind, config, history = "student", {"seed.data": line.seed, "seed.init": line.seed}, ()
         config |= line.keys | {"train.epochs": line.summary.epochs}
-    told = {"cache": line.cache, "data.dataset": line.dataset}
-    config |= {key: value for key, value in told.items() if value is not None}
+    known = {"cache": line.cache, "data.dataset": line.dataset}
+    config |= {key: value for key, value in known.items() if value is not None}
     return Run(
         name=name,
         kind=kind,

@@ -40,7 +40,7 @@ def run_stage_one(console: Console, config: CacheConfig, place: CachePlace) -> N
         if place.dry_run:
             return
         # What was shown is what is made: `auto` has been decided.
-        job = replace(job, told=True)
+        job = replace(job, notes_shown=True)
         if job.config.encoding == "auto":
             job = replace(job, config=structs.replace(job.config, encoding=encoding))
         summary = cache_teacher(job, place.out, console)

@@ -218,11 +218,11 @@ def _agreements(fidelity: Fidelity) -> list[float]:
 
 def encoding_text(coding: Encoding) -> str:
     """An encoding by name and parameters."""
-    told = ", ".join(
+    parameters = ", ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in coding.shown.items()
     )
-    return f"{coding.name} ({told})" if told else coding.name
+    return f"{coding.name} ({parameters})" if parameters else coding.name
 
 
 def _test_logits(cache: LogitCache) -> str:

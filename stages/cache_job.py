@@ -55,8 +55,8 @@ _ROW_ORDER = 4  # a stream of the view seed, apart from those of training
 class CacheJob:
     """Everything stage one needs, loaded and checked; make it with `prepare`.
 
-    normalised: where the normalisation comes from. told: `notes` have been printed already. folds:
-    where several teachers answer, each for its own samples; `model` is then the first of them.
+    normalised: where the normalisation comes from. notes_shown: `notes` have been printed already.
+    folds: where there are several teachers, each of its own samples; `model` is then the first.
     """
 
     config: CacheConfig
@@ -69,7 +69,7 @@ class CacheJob:
     device: torch.device
     ranks: Ranks = ALONE
     normalised: str = ""
-    told: bool = False
+    notes_shown: bool = False
     folds: FoldTeachers | None = None
 
     @property

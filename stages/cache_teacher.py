@@ -80,18 +80,18 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
     ranks, views = job.ranks, job.config.views
     reporter = reporter if reporter and ranks.first else Silent()
     check_place(out)
-    for note in () if job.told else job.notes:
+    for note in () if job.notes_shown else job.notes:
         reporter.say(note)
     with _held(location(out), ranks):
         # 1) the store, its encoding fitted to the first rows; and what is missing in it
         progress = _Progress(job, reporter)
         teacher = TeacherPass.of(job, progress)
         cache, fitted = first_rank_before_others(ranks, lambda: _ready(teacher, out))
-        for doubt in [] if job.told else _doubts(job, fitted):
+        for doubt in [] if job.notes_shown else _doubts(job, fitted):
             reporter.say(f"WARNING: {doubt}")
 
         def look() -> tuple[list[BlockId], list[BlockId], int]:
-            cache.commits.extent()  # reads all records: damage is told before hours of work
+            cache.commits.extent()  # reads all records: damage is reported before hours of work
             return cache.commits.missing(range(views)), [*fitted], views_at_once(job)
 
         missing, there, at_once = first_rank_does(ranks, look)

@@ -105,8 +105,8 @@ def check_sample(splits: Splits, amount: int | None, workers: int | None = None)
                 command = seen.error.remedy
     if broken:
         more = f" and {len(broken) - _SHOWN:,} more" if len(broken) > _SHOWN else ""
-        told = "; ".join(f"{f.name} ({f.what})" for f in broken[:_SHOWN])
-        raise DatasetError(f"{len(broken):,} images cannot be used: {told}{more}", command)
+        listed = "; ".join(f"{f.name} ({f.what})" for f in broken[:_SHOWN])
+        raise DatasetError(f"{len(broken):,} images cannot be used: {listed}{more}", command)
 
 
 def write_skip_list(file: str | Path, findings: Sequence[Finding]) -> int:

@@ -67,15 +67,15 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     given = {name: environment[name] for name in _NAMES if name in environment}
     if not given:
         return ALONE
-    told = ", ".join(f"{name}={value}" for name, value in given.items())
+    shown = ", ".join(f"{name}={value}" for name, value in given.items())
     remedy = f"Start with torchrun, which sets {', '.join(_NAMES)}, or unset them all."
     if missing := [name for name in _NAMES if name not in given]:
-        raise ConfigError(f"{told} is set, {' and '.join(missing)} not", remedy)
+        raise ConfigError(f"{shown} is set, {' and '.join(missing)} not", remedy)
     if not all(value.isdecimal() for value in given.values()):
-        raise ConfigError(f"{told} are not all whole numbers", remedy)
+        raise ConfigError(f"{shown} are not all whole numbers", remedy)
     rank, world, local = (int(given[name]) for name in _NAMES)
     if not local <= rank < world:
-        raise ConfigError(f"{told}: ranks are numbered from 0, on a machine and in all", remedy)
+        raise ConfigError(f"{shown}: ranks are numbered from 0, on a machine and in all", remedy)
     return Ranks(rank, world, local)
 
 
@@ -183,8 +183,8 @@ def first_rank_does(ranks: Ranks, work: Callable[[], Result]) -> Result:
         result = work()
     except Exception as error:
         _tells(ranks)  # before the others hear of it
-        told = f"rank 0 failed: {type(error).__name__}: {error}"
-        failure = error if isinstance(error, PipelineError) else RankError(told)
+        message = f"rank 0 failed: {type(error).__name__}: {error}"
+        failure = error if isinstance(error, PipelineError) else RankError(message)
         with contextlib.suppress(RankError):  # what went wrong here matters more
             broadcast_object(ranks, (None, failure))
         raise

@@ -37,10 +37,12 @@ def accuracies(name: str, groups: Sequence[Group], teacher: float | None) -> Fig
     """
     shown = [group for group in groups if group.curve("test_top1")][:MOST_CURVES]
     bands = len(shown) <= _MOST_BANDS
-    told, teachers = "Test accuracy of each group of students by epoch", (0, (4, 3))
+    description, teachers = "Test accuracy of each group of students by epoch", (0, (4, 3))
     drawings = []
     for kind, width, height in (("wide", 620.0, 330.0), ("narrow", 360.0, 250.0)):
-        with drawing(f"{name}-{kind}", told, "epoch", "test top-1, %", width, height) as drawn:
+        with drawing(
+            f"{name}-{kind}", description, "epoch", "test top-1, %", width, height
+        ) as drawn:
             for at, group in enumerate(shown):
                 curve = [point.scaled(100) for point in group.curve("test_top1")]
                 _band(drawn.axes, curve, *series(at), filled=bands)
@@ -71,8 +73,8 @@ def loss_parts(name: str, group: Group, parts: Sequence[str]) -> Figure | None:
         curves.pop("loss_kd", None)  # the sum of the two
     if not curves:
         return None
-    told = "Parts of the training loss by epoch"
-    with drawing(name, told, "epoch", "mean over the epoch", height=200.0) as drawn:
+    description = "Parts of the training loss by epoch"
+    with drawing(name, description, "epoch", "mean over the epoch", height=200.0) as drawn:
         for key, curve in curves.items():
             _band(drawn.axes, curve, _part_colour(key, parts), "solid")
         drawn.axes.set_ylim(0)
@@ -96,9 +98,9 @@ def _part_colour(key: str, parts: Sequence[str]) -> str:
 
 def parts_legend(parts: Sequence[str]) -> list[Entry]:
     """One for all figures of loss parts."""
-    words = {key: told for key, (_, told) in PARTS.items()}
+    words = {key: description for key, (_, description) in PARTS.items()}
     named = ((key, words.get(key, key.removeprefix("loss_"))) for key in parts)
-    return [(_part_colour(key, parts), told, "solid") for key, told in named]
+    return [(_part_colour(key, parts), description, "solid") for key, description in named]
 
 
 def weights(name: str, groups: Sequence[Group]) -> tuple[list[str], list[Figure]]:
@@ -120,8 +122,8 @@ def weights(name: str, groups: Sequence[Group]) -> tuple[list[str], list[Figure]
             of_right, of_wrong = schedule[0]
             words.append(f"{whose}: right rows {of_right:g}, wrong rows {of_wrong:g}, always.")
             continue
-        told = "Weights of right and of wrong rows by epoch"
-        with drawing(f"{name}-{at}", told, "epoch", "weight", height=200.0) as drawn:
+        description = "Weights of right and of wrong rows by epoch"
+        with drawing(f"{name}-{at}", description, "epoch", "weight", height=200.0) as drawn:
             for position, role in enumerate(("right", "wrong")):
                 values = [Spread(point[position], None, 1) for point in schedule]
                 _band(drawn.axes, values, role, "solid")

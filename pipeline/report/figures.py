@@ -73,10 +73,11 @@ class Drawing:
 
 @contextmanager
 def drawing(
-    name: str, told: str, x: str, y: str, width: float = WIDTH, height: float = HEIGHT
+    name: str, description: str, x: str, y: str, width: float = WIDTH, height: float = HEIGHT
 ) -> Iterator[Drawing]:
-    """Axes to draw on. name: of the figure, unique on the page. told: what it shows, for those who
-    do not see it. x, y: the axes' titles, none of them anybody's text (matplotlib reads `$`).
+    """Axes to draw on. name: of the figure, unique on the page. description: what it shows, for
+    those who do not see it. x, y: the axes' titles, none of them anybody's text, as matplotlib
+    reads `$`.
     """
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
@@ -116,10 +117,10 @@ def drawing(
         written = io.StringIO()
         # Not `savefig`, which lays a figure out in a first drawing that it throws away.
         FigureCanvasSVG(figure).print_svg(written, metadata={"Date": None, "Creator": None})
-        drawn.svg = _inline(written.getvalue(), name, told)
+        drawn.svg = _inline(written.getvalue(), name, description)
 
 
-def _inline(svg: str, name: str, told: str) -> str:
+def _inline(svg: str, name: str, description: str) -> str:
     """What matplotlib wrote, as part of a page."""
     viewbox = re.search(r'viewBox="([^"]+)"', svg)
     assert viewbox is not None
@@ -138,7 +139,7 @@ def _inline(svg: str, name: str, told: str) -> str:
     for role, hexadecimal in _HEX.items():
         body = body.replace(hexadecimal, f"var(--{role})")
     body = re.sub(r"\s*\n\s*", "\n", body)
-    return f'<svg viewBox="{viewbox[1]}" role="img" aria-label="{escape(told)}">{body}</svg>'
+    return f'<svg viewBox="{viewbox[1]}" role="img" aria-label="{escape(description)}">{body}</svg>'
 
 
 def whole_numbers(axes: Axes) -> None:
@@ -167,8 +168,8 @@ def cache_figures(
 def _reliability(name: str, found: Calibration) -> Figure:
     """Accuracy against confidence; on the diagonal the teacher is calibrated."""
     filled = (found.rows > 0).nonzero().squeeze(1)
-    told = f"Reliability diagram: accuracy against confidence in {BINS} bins"
-    with drawing(name, told, "confidence (largest probability), %", "accuracy, %") as drawn:
+    description = f"Reliability diagram: accuracy against confidence in {BINS} bins"
+    with drawing(name, description, "confidence (largest probability), %", "accuracy, %") as drawn:
         axes, width = drawn.axes, 100 / BINS
         middles = ((filled + 0.5) * width).tolist()
         accuracy = (100 * found.accuracy[filled]).tolist()
@@ -202,9 +203,9 @@ def _confidence(key: str, draw: Draw) -> list[Figure]:
     )
     figures = []
     for what, x, values, high, title, note in measures:
-        told = f"Histogram of the {what} of right and of wrong rows at temperature 1"
+        description = f"Histogram of the {what} of right and of wrong rows at temperature 1"
         parts = {role: values[chosen] for role, chosen in rows.items()}
-        svg = _histograms(f"{key}-{what}", told, x, parts, (0.0, high))
+        svg = _histograms(f"{key}-{what}", description, x, parts, (0.0, high))
         figures.append(Figure(title, [("", svg)], note, legend))
     return figures
 
@@ -255,11 +256,11 @@ def _accuracy_by_view(name: str, top1: Mapping[int, float]) -> Figure:
 
 
 def _histograms(
-    name: str, told: str, x: str, parts: Mapping[str, Tensor], limits: tuple[float, float]
+    name: str, description: str, x: str, parts: Mapping[str, Tensor], limits: tuple[float, float]
 ) -> str:
     """Histograms over one another: each in shares of its own rows. parts: values by role."""
     low, high = limits[0], max(limits[1], limits[0] + 1e-6)
-    with drawing(name, told, x, "share of rows, %") as drawn:
+    with drawing(name, description, x, "share of rows, %") as drawn:
         edges = torch.linspace(low, high, HISTOGRAM_BINS + 1).numpy()
         for role, values in parts.items():
             if not len(values):

@@ -62,7 +62,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     for label in {label for label in labels.values() if [*labels.values()].count(label) > 1}:
         same = [at for at, other in labels.items() if other == label]
         more = distinguishing([settings[at] for at in same])
-        labels |= {at: f"{label}, {told}" for at, told in zip(same, more, strict=True)}
+        labels |= {at: f"{label}, {rest}" for at, rest in zip(same, more, strict=True)}
     return [Group(labels[at], tuple(group), settings[at]) for at, group in enumerate(members)]
 
 
@@ -109,7 +109,7 @@ def unlike(groups: Sequence[Group]) -> list[str]:
     return differing([compared.budget(group.settings) for group in groups])
 
 
-def told(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
+def settings_text(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
     """Some settings in words: train.epochs=3, views=8."""
     return ", ".join(f"{key}={short(settings.get(key))}" for key in keys)
 

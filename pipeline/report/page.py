@@ -10,7 +10,7 @@ import jinja2
 from pipeline.console import counted, duration, percent, visible
 from pipeline.report.cache import Options, cache_part, compare_unseen
 from pipeline.report.figures import pattern
-from pipeline.report.groups import Group, comparable, grouped, told, unlike
+from pipeline.report.groups import Group, comparable, grouped, settings_text, unlike
 from pipeline.report.sources import KnownCaches, Sources, find_sources
 from pipeline.report.students import last_top1, mean_and_std, student_part, teacher_part
 from pipeline.report.tables import Cell, Row, Table, Tile
@@ -209,7 +209,7 @@ def _best_groups(groups: Sequence[Group]) -> list[Tile]:
         text = f"{best.label}, the best group at its last epoch (n={found.n})"
         if len(sets) > 1:
             text = f"{best.label}, the best of {len(members)} groups with "
-            text += f"{told(best.settings, keys)} at their last epoch (n={found.n})"
+            text += f"{settings_text(best.settings, keys)} at their last epoch (n={found.n})"
         tiles.append(Tile(text, "best_group", found.mean, mean_and_std(found)))
     return tiles
 

@@ -95,7 +95,7 @@ def trained(
             error = CancelledError() if future.cancelled() else future.exception()
             if isinstance(error, CancelledError):
                 raise error
-            outcomes = future.result() if error is None else [_told(error)] * len(runs)
+            outcomes = future.result() if error is None else [_failure(error)] * len(runs)
             future.release()
         yield runs, outcomes
 
@@ -117,7 +117,7 @@ def _scheduler_there() -> Iterator[None]:
         ) from error
 
 
-def _told(error: BaseException) -> Failure:
+def _failure(error: BaseException) -> Failure:
     from distributed.scheduler import KilledWorker
 
     if isinstance(error, KilledWorker):

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from stages.cache.storage import Location, told, unreachable
+from stages.cache.storage import Location, error_text, unreachable
 from stages.errors import CacheError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -23,7 +23,10 @@ def exclusive(where: Location, shared: bool = False) -> Iterator[None]:
     A disk that is full, or read-only, becomes a CacheError; so does an object store that does not
     answer. Object stores have no lock: `verify` finds what two launches mixed.
     """
-    with _told(where), _held(where, [fcntl.LOCK_EX, fcntl.LOCK_SH] if shared else [fcntl.LOCK_EX]):
+    with (
+        _with_remedy(where),
+        _held(where, [fcntl.LOCK_EX, fcntl.LOCK_SH] if shared else [fcntl.LOCK_EX]),
+    ):
         yield
 
 
@@ -32,17 +35,17 @@ def joined(where: Location) -> Iterator[None]:
     """Hold the store's folder together with the process of this launch that has made it `shared`,
     and tell errors as `exclusive` does.
     """
-    with _told(where), _held(where, [fcntl.LOCK_SH]):
+    with _with_remedy(where), _held(where, [fcntl.LOCK_SH]):
         yield
 
 
 @contextlib.contextmanager
-def _told(where: Location) -> Iterator[None]:
+def _with_remedy(where: Location) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise CacheError(
-            f"{where} cannot be written: {error.strerror or told(error)}",
+            f"{where} cannot be written: {error.strerror or error_text(error)}",
             "Everything committed so far is kept: "
             + ("make room" if error.errno in _FULL else "make it writable")
             + ", then run the same command again.",
@@ -51,7 +54,7 @@ def _told(where: Location) -> Iterator[None]:
         if not unreachable(error):
             raise
         raise CacheError(
-            f"{where} cannot be written: {told(error)}",
+            f"{where} cannot be written: {error_text(error)}",
             "Everything committed so far is kept: run the same command again.",
         ) from error
 

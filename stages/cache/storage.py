@@ -90,7 +90,7 @@ def open_store(where: Location, read_only: bool) -> Store:
         )
     except Exception as error:  # obstore raises its own kinds on what it cannot parse
         raise CacheError(
-            f"{where} cannot be used as an object store: {told(error)}",
+            f"{where} cannot be used as an object store: {error_text(error)}",
             "Check the URL and the credentials in the environment.",
         ) from error
     return Bucket(remote, read_only=read_only)
@@ -105,7 +105,7 @@ def retry_seconds() -> float:
     raise CacheError(f"{_RETRY_SECONDS} is a positive number of seconds, not '{text}'")
 
 
-def told(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """The first line of an error, or both ends of it: the status may come last."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"
@@ -120,7 +120,7 @@ def answered(where: object) -> Iterator[None]:
         if not unreachable(error):
             raise
         raise UnansweredError(
-            f"{where} cannot be read or written: {told(error)}",
+            f"{where} cannot be read or written: {error_text(error)}",
             "Nothing is damaged by that. Check the URL, the credentials in the environment and the "
             "connection, then run the same command again.",
         ) from error

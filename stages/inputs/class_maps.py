@@ -138,9 +138,9 @@ def _by_name(classes: Sequence[str], named: _Outputs) -> Groups:
             "Name their outputs in a file: --classes FILE. " + _FORM,
         )
     if ambiguous:
-        told = [f"{name!r} may be {' or '.join(map(str, f))}" for name, f in ambiguous.items()]
+        listed = [f"{name!r} may be {' or '.join(map(str, f))}" for name, f in ambiguous.items()]
         raise ModelError(
-            f"several outputs of {named.source} have the name of a class: {'; '.join(told[:5])}",
+            f"several outputs of {named.source} have the name of a class: {'; '.join(listed[:5])}",
             "Say which in a file: --classes FILE. " + _FORM,
         )
     return tuple(map(tuple, found))

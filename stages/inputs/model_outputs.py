@@ -170,8 +170,8 @@ def _names_in(path: Path) -> list[str]:
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
     more, fewer = sorted({*theirs} - {*ours}), sorted({*ours} - {*theirs})
     both = [(more, "not in the dataset"), (fewer, "only in the dataset")]
-    told = [f"{', '.join(map(repr, names[:3]))} {where}" for names, where in both if names]
-    return "; ".join(told) or f"{len(theirs)}, not {len(ours)}"
+    differing = [f"{', '.join(map(repr, names[:3]))} {where}" for names, where in both if names]
+    return "; ".join(differing) or f"{len(theirs)}, not {len(ours)}"
 
 
 # ---- what a model gives for the images of a dataset ------------------------------------------

@@ -238,7 +238,7 @@ def _own_statistics(model: Model, source: str) -> dict[str, Any]:
 
 def _checkpoint_statistics(model: Model, checkpoint: Checkpoint) -> dict[str, Any]:
     """What a checkpoint says of its normalisation; timm's training script leaves it to the model
-    where it was not told otherwise.
+    where nothing else was given.
     """
     if found := recorded_statistics(checkpoint.document, checkpoint.path):
         return {"statistics": found, "source": f"{checkpoint.path.name}'s own configuration"}
@@ -291,8 +291,8 @@ def _with_weights(built: Model, checkpoint: Checkpoint, num_classes: int) -> Mod
     _check_shapes(own, tensors, path, num_classes)
     check_tensors(own, tensors, path)
     module.load_state_dict(tensors)
-    told = [*checkpoint.notes, *found.notes]
-    notes = (f"weights of {path.name}: {', '.join(told)}",) if told else ()
+    said = [*checkpoint.notes, *found.notes]
+    notes = (f"weights of {path.name}: {', '.join(said)}",) if said else ()
     return replace(built, module=module, notes=notes)
 
 

@@ -91,7 +91,7 @@ class CapturedStep:
 
 
 class Capture:
-    """Whether a learner's steps are recorded; where they cannot be, it is told why, and steps are
+    """Whether a learner's steps are recorded; where they cannot be, it is said why, and steps are
     done one operation at a time.
     """
 

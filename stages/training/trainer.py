@@ -156,7 +156,7 @@ class Trainer:
         where the last checkpoints are old enough. The first of several ranks decides.
         """
         old = time.monotonic() - self._kept_at >= self.settings.checkpoint_seconds
-        keeps = epoch + 1 == self.settings.epochs or self._told_by_first(old)
+        keeps = epoch + 1 == self.settings.epochs or self._decided_by_first(old)
         if keeps:
             self._kept_at = time.monotonic()
         return keeps
@@ -188,7 +188,7 @@ class Trainer:
             return stop.requested
         return bool(summed(self.stream.ranks, torch.tensor(int(stop.requested))))
 
-    def _told_by_first(self, answer: bool) -> bool:
+    def _decided_by_first(self, answer: bool) -> bool:
         """The first rank's answer, on every rank."""
         ranks = self.stream.ranks
         return bool(summed(ranks, torch.tensor(int(answer and ranks.first))))

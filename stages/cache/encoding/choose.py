@@ -126,9 +126,9 @@ def _holding(measured: list[Measured], budget: Budget) -> Measured:
     able = [m for m in measured if m.fidelity.holds(budget)]
     if able:
         return min(able, key=lambda m: m.row_bytes)
-    told = "; ".join(f"{m.coding.name} has {_known(m.fidelity, budget)}" for m in measured)
+    found = "; ".join(f"{m.coding.name} has {_known(m.fidelity, budget)}" for m in measured)
     raise CacheError(
-        f"no encoding that was asked for holds a mean KL of {budget_in_words(budget)}: {told}",
+        f"no encoding that was asked for holds a mean KL of {budget_in_words(budget)}: {found}",
         "Give a larger --max-kl, or --encoding float32 without one.",
     )
 
