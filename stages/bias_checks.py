@@ -3,6 +3,7 @@
 import msgspec
 
 from stages.cache import LogitCache
+from stages.cache.calibrated import CALIBRATED
 from stages.cache.encoding import check_temperature
 from stages.errors import CacheError, ConfigError
 from stages.inputs.views import check_unmixed
@@ -45,11 +46,15 @@ def _check_rectified_at(cache: LogitCache, name: str, temperature: float, calibr
         rectification.check_temperature(temperature)
         return
     settings, by = rectification.settings, cache.calibration
+    named, usual = "`", f"pairwise-T{temperature:g}{CALIBRATED}"
+    if usual in cache.rectifications:  # of an earlier calibration
+        other = f"{usual}-{by:.4g}"
+        named = f" --name {other}`, and train with --rectified {other}"
     if not settings.temperature_free and settings.temperature != temperature * by:
         raise CacheError(
             f"rectification '{name}' is of T = {settings.temperature:g}, and calibrated rows at "
             f"{temperature:g} are rows at {temperature * by:g}",
-            f"Run `pipeline rectify {cache.path} --temperature {temperature:g} --calibrate`.",
+            f"Run `pipeline rectify {cache.path} --temperature {temperature:g} --calibrate{named}.",
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.calibrated import Calibrated, Rows
+from stages.cache.calibrated import CALIBRATED, Calibrated, Rows
 from stages.cache.lock import exclusive
 from stages.cache.reading import fair_draw
 from stages.errors import CacheError
@@ -64,13 +64,18 @@ def calibrate(path: str | Path, on: Rows = "train", reporter: Reporter | None = 
     earlier one.
 
     Raises CacheError where samples have no labels, where only part of each row is kept, and what
-    `fit_temperature` raises; ViewError where views mix samples, as such a row has two labels.
+    `fit_temperature` raises; ViewError for rows of views that mix samples: each has two labels.
     """
     reporter = reporter or Silent()
     cache = LogitCache.open(path, writable=True)
+    if not cache.encoding.keeps_all:
+        raise CacheError(
+            f"{cache.path} keeps part of each row, and calibration needs all of it",
+            "Cache with another --encoding.",
+        )
     if on == "train":
         cache.require_labels("calibration")
-        check_unmixed(cache.identity.views.policy, "calibration")
+        check_unmixed(cache.identity.views.policy, "calibration on views", "use --on test")
         logits, labels, predictions = _view_rows(cache)
         if cache.identity.teacher.folds is None:
             reporter.say(
@@ -102,18 +107,13 @@ def with_calibration(config: RectifyConfig, path: str | Path) -> RectifyConfig:
     return msgspec.structs.replace(
         config,
         calibrate=False,
-        name=config.name or f"{config.chosen_name}-calibrated",
+        name=config.name or config.chosen_name + CALIBRATED,
         temperature=config.temperature * by,
     )
 
 
 def _view_rows(cache: LogitCache) -> tuple[Tensor, Tensor, Tensor]:
     """A fair draw of rows: logits float32 (n, C), labels and predictions int64 (n,)."""
-    if not cache.encoding.keeps_all:
-        raise CacheError(
-            f"{cache.path} keeps part of each row, and calibration needs all of it",
-            "Cache with another --encoding, or use --on test.",
-        )
     parts = []
     for view, run in fair_draw(cache, MAX_ROWS, MAX_VALUES, MAX_VIEWS):
         targets, samples = cache.read_view(view, None, [run]), cache.dataset_index[run]

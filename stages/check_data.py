@@ -210,7 +210,9 @@ def _findings(
     name, size = _name(dataset, load, index), None
     if seen.error is not None:
         source, shown = _source(load, index)
-        if isinstance(source, Path) and source.exists():
+        if isinstance(source, bytes) and getattr(load, "paths", None) is not None:
+            size = len(source)
+        elif isinstance(source, Path) and source.exists():
             size = source.stat().st_size
         cause = seen.error.cause
         what = cause.partition(f"{shown}: ")[2] or cause.partition(f"{shown} ")[2] or cause

@@ -27,6 +27,9 @@ from stages.schema import check_bounds
 from stages.settings import DataSettings
 from stages.user_code import check_trusted
 
+_OPTIONS = {"exif": "--exif", "jpeg_side": "--jpeg-side", "tested_share": "--test"}
+"""Of a dataset's identity, what users choose beside the dataset itself."""
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -170,10 +173,15 @@ def check_dataset(
 
 def check_identity(cache: LogitCache, train: ImageDataset) -> None:
     """Raise IdentityError unless the cache was made from this dataset, by its digests."""
-    if differing := differences(dataset_identity(train), cache.identity.dataset):
+    ours, theirs = dataset_identity(train), cache.identity.dataset
+    if differing := differences(ours, theirs):
+        options = [f for f in _OPTIONS if getattr(ours, f) != getattr(theirs, f)]
+        wanted = " and ".join(_OPTIONS[field] for field in options)
         raise IdentityError(
             f"{cache.path} was made from another dataset or order: {'; '.join(differing[:3])}",
-            "Give the dataset that the cache was made from, or cache this one.",
+            f"Give {wanted} as the cache was made with, or cache this one."
+            if wanted
+            else "Give the dataset that the cache was made from, or cache this one.",
         )
 
 

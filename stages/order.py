@@ -79,8 +79,7 @@ class Rounds:
     def __post_init__(self) -> None:
         if self.num_views is not None and self.num_views < self.per_decode:
             raise ConfigError(
-                f"train.views_per_decode is {self.per_decode}, and there are {self.num_views} "
-                "views to show",
+                f"train.views_per_decode is {self.per_decode}, and views to show: {self.num_views}",
                 f"Give --views-per-decode {self.num_views} or less, or show more views.",
             )
 

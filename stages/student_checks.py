@@ -101,6 +101,8 @@ def _without_labels(config: StudentConfig, loss: LossSettings, cache: LogitCache
         cache.require_labels(f"the loss '{loss.name}'")
     if config.loss.ce_weight:
         cache.require_labels(f"loss.ce_weight {config.loss.ce_weight:g}")
+    if config.loss.until is not None:
+        cache.require_labels("loss.until")
     if config.bias.mode != "none":
         cache.require_labels(f"bias '{config.bias.mode}'")
     if config.data.val_fraction:

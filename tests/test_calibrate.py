@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -153,10 +155,18 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_caches_that_cannot_be_calibrated(name: str, tiny_job: CacheJob, tmp_path: Path) -> None:
+    """Rows of mixed views have two labels each; those of the test split have one."""
     changes, error, message = REFUSED[name]
-    cache_teacher(resized(tiny_job, 60, 20, **changes), tmp_path / "c.zarr")
+    path = tmp_path / "c.zarr"
+    cache_teacher(resized(tiny_job, 60, 20, **changes), path)
     with pytest.raises(error, match=message):
-        calibrate(tmp_path / "c.zarr")
+        calibrate(path)
+    if error is ViewError:
+        assert calibrate(path, on="test").rows == 20
+    else:  # no student could use it
+        with pytest.raises(error, match=message):
+            calibrate(path, on="test")
+    assert (LogitCache.open(path).calibrated is None) is (error is CacheError)
 
 
 # ---- students -------------------------------------------------------------------------------
@@ -287,3 +297,26 @@ def test_the_commands(
     assert f"temperature {found:.4g}, train rows" in told("inspect").text
     assert told("rectify", "--calibrate").code == 0
     assert "pairwise-T4-calibrated" in LogitCache.open(tiny_copy).rectifications
+
+
+def test_rectified_again_after_another_calibration(
+    my_cache: Path,
+    my_splits: Splits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The usual name is taken: the error has the command and the name that lead on."""
+    cache = Path(shutil.copytree(my_cache, tmp_path / "copy.zarr"))
+    calibrate(cache, on="test")
+    with pytest.raises(CacheError) as raised:
+        train_student(student(cache, bias=RECTIFIED), tmp_path / "run")
+    found = re.search(r"`pipeline (.*)`.*--rectified (\S+)\.", raised.value.remedy)
+    assert found is not None
+    assert answer_to(found[1].split(), monkeypatch, capsys).code == 0
+    settings = LogitCache.open(cache).rectification(found[2]).settings
+    assert settings.temperature == 4.0 * LogitCache.open(cache).calibration
+    named = msgspec.structs.replace(RECTIFIED, rectified=found[2])
+    runs = [RunDirectory(tmp_path / "run")]
+    trainer = student_trainer([student(cache, bias=named)], runs, my_splits)
+    trainer.close()

@@ -141,6 +141,7 @@ def test_it_may_be_tested_on_another_dataset(
         ({"loss": LossSettings(name="ce")}, "the loss 'ce' needs labels"),
         ({"loss": LossSettings(name="dkd")}, "the loss 'dkd' needs labels"),
         ({"loss": LossSettings(ce_weight=0.5)}, "ce_weight 0.5 needs labels"),
+        ({"loss": LossSettings(until=1)}, "until needs labels"),
         ({"bias": BiasSettings(mode="eliminate")}, "bias 'eliminate' needs labels"),
         ({"bias": BiasSettings(mode="rectify")}, "bias 'rectify' needs labels"),
         ({"data": msgspec.structs.replace(UNLABELLED, val_fraction=0.1)}, "val_fraction 0.1 needs"),

@@ -612,8 +612,8 @@ def test_one_view_a_decode_is_the_setting_left_out() -> None:
     [
         (["--views-per-decode", "0"], "train.views_per_decode must be positive, was 0"),
         (["--views-per-decode", "-1"], "train.views_per_decode must be positive, was -1"),
-        (["--views-per-decode", "6"], "views_per_decode is 6, and there are 5 views to show"),
-        (["--views-per-decode", "3", "--views", "2"], "there are 2 views to show"),
+        (["--views-per-decode", "6"], "views_per_decode is 6, and views to show: 5"),
+        (["--views-per-decode", "3", "--views", "2"], "views to show: 2"),
         (["--views-in-one-batch"], "views_in_one_batch"),
         (["--views-in-one-batch", "--views-per-decode", "1"], "views_in_one_batch"),
     ],

@@ -54,9 +54,11 @@ def find_sources(paths: tuple[str, ...]) -> Sources:
                 "those.",
             )
     if not (sources.caches or sources.runs):
-        first = sources.left_out[0] if sources.left_out else LeftOut("?", "", "nothing was given")
+        why = "no run is finished"
+        if sources.left_out:
+            why = f"{sources.left_out[0].name}: {sources.left_out[0].why}"
         raise RunError(
-            f"there is nothing to report on yet: {first.name}: {first.why}",
+            f"there is nothing to report on yet: {why}",
             "Finish a run (--resume), or give a cache.",
         )
     return sources

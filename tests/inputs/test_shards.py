@@ -125,6 +125,14 @@ def test_shards_that_are_not_there(
     assert str(raised.value).count("\n") <= 2
 
 
+def test_no_pattern_is_not_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t-train-0.tar").touch()
+    monkeypatch.chdir(tmp_path)
+    assert shards_of(Source("wds:.", "train")) == [Path("t-train-0.tar")]
+    with pytest.raises(DatasetError, match="no pattern"):
+        shards_of(Source("wds:", "train"))
+
+
 def test_folders_of_patterns() -> None:
     assert common_folder([Path("/a/b/0.tar"), Path("/a/c/0.tar")]) == Path("/a")
     assert common_folder([Path("b/0.tar")]) == Path("b")

@@ -94,6 +94,8 @@ def _choices(inside: str) -> list[str]:
 
 
 def _matching(pattern: str) -> list[Path]:
+    if not pattern:  # as of a variable of the shell that is not set; Path("") would be this folder
+        raise DatasetError("wds: has no pattern", _NEEDED)
     folder = Path(pattern).expanduser()
     if folder.is_dir():
         found = [*folder.glob("*.tar"), *folder.glob("*/*.tar")]

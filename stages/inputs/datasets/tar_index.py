@@ -112,10 +112,9 @@ def index_shard(base: Path, name: str, labelled: bool = True) -> ShardIndex:
     if end != bytes(_BLOCK):  # tarfile ends where a header cannot be read, and says nothing
         raise _truncated(path, len(found.images), "the mark of its end is missing")
     if not found.images:
-        there = ", ".join(f"{n:,} {kind}" for kind, n in found.passed_over.items()) or "nothing"
-        raise DatasetError(
-            f"shard {path} has no images, only: {there}", "Leave it out of the pattern."
-        )
+        there = ", ".join(f"{n:,} {kind}" for kind, n in found.passed_over.items())
+        only = f", only: {there}" if there else ""
+        raise DatasetError(f"shard {path} has no images{only}", "Leave it out of the pattern.")
     return found.index(name)
 
 

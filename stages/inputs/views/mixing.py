@@ -143,10 +143,13 @@ def mixes(name: str) -> bool:
     return any(part is not None and part.mixes for part in parts)
 
 
-def check_unmixed(name: str, wanted: str) -> None:
-    """Raise ViewError if the policy of this name gives rows two labels, where one is `wanted`."""
+def check_unmixed(name: str, wanted: str, instead: str = "train with --bias none") -> None:
+    """Raise ViewError if the policy of this name gives rows two labels, where one is `wanted`.
+
+    instead: what else can be done.
+    """
     if mixes(name):
         raise ViewError(
             f"{wanted} needs one label a row, and views of '{name}' mix two samples",
-            "Cache views without mixup and cutmix for it, or train with --bias none.",
+            f"Cache views without mixup and cutmix for it, or {instead}.",
         )
