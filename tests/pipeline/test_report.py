@@ -235,3 +235,9 @@ def test_what_cannot_be_is_told(
     assert told in answer.exception.cause
     assert answer.exception.remedy or "URL" in told
     assert not Path("r.html").exists()
+
+
+def test_a_sweep_without_a_finished_run(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").touch()
+    with pytest.raises(RunError, match="no run is finished"):
+        write_report([str(tmp_path)], str(tmp_path / "r.html"))
