@@ -1,10 +1,9 @@
 r"""What students lose to an encoding, paired by seed with those of the exact rows.
 
-    pipeline train-teacher --config results/cifar100/teacher.yaml \
-        --set data.dataset=folder:cifar100 --set model.architecture=resnet9_w16 \
-        --set train.epochs=5 --out runs/teacher-w16
-    pipeline cache-teacher --dataset folder:cifar100 --weights runs/teacher-w16 --views 4 \
-        --dtype bfloat16 --encoding float32 --out runs/encodings-study/float32.zarr
+    python results/cifar100/halve.py cifar100 cifar100-16
+    pipeline train-teacher --config results/cifar100/encodings_teacher.yaml --out runs/teacher-16
+    pipeline cache-teacher --dataset folder:cifar100-16 --weights runs/teacher-16 --views 8 \
+        --encoding float32 --out runs/encodings-study/float32.zarr
     python results/cifar100/encodings_study.py caches
     pipeline sweep results/cifar100/encodings_study.yaml
     python results/cifar100/encodings_study.py summary
