@@ -116,6 +116,7 @@ def outcomes() -> dict[str, list[Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_three_ranks_act_as_one(outcomes: dict[str, list[Any]]) -> None:
     returned = [rank["returned"] for rank in outcomes["agree"]]
 
@@ -128,6 +129,7 @@ def test_three_ranks_act_as_one(outcomes: dict[str, list[Any]]) -> None:
         assert polls[0] > polls[2]  # it showed how far all were while it waited for the last
 
 
+@pytest.mark.slow
 def test_what_the_first_rank_cannot_do_no_rank_can(outcomes: dict[str, list[Any]]) -> None:
     ranks = outcomes["the_first_cannot"]
 
@@ -138,6 +140,7 @@ def test_what_the_first_rank_cannot_do_no_rank_can(outcomes: dict[str, list[Any]
     assert all(r["waited"] for r in ranks[1:])  # else torchrun would stop the one that tells
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_first_rank_keeps_its_traceback(outcomes: dict[str, list[Any]]) -> None:
     first, *others = outcomes["the_first_has_a_fault"]
 
@@ -147,6 +150,7 @@ def test_a_fault_of_the_first_rank_keeps_its_traceback(outcomes: dict[str, list[
         assert "rank 0 failed: ZeroDivisionError" in other["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scenario", "words"),
     [
@@ -166,6 +170,7 @@ def test_the_rank_that_failed_tells_and_no_other(
         assert len(other["text"].splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_an_error_before_the_ranks_meet_is_told_once(outcomes: dict[str, list[Any]]) -> None:
     ranks = outcomes["all_cannot_before_they_meet"]
 
@@ -173,6 +178,7 @@ def test_an_error_before_the_ranks_meet_is_told_once(outcomes: dict[str, list[An
     assert sum(r["told"] for r in ranks) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scenario", "words"),
     [

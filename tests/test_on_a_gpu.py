@@ -41,7 +41,7 @@ def test_steps_of_a_student(
     config = StudentConfig(
         cache=str(small_cache),
         data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
+        model=ModelSettings(architecture="helpers:plain"),
         loss=LossSettings(name=loss),
         bias=BiasSettings(mode=bias),
         train=TrainSettings(epochs=1, channels_last=False),  # fake weights change no layout

@@ -204,7 +204,12 @@ def shown_by(
 
 @pytest.mark.parametrize(
     ("per_decode", "one_batch", "streamed"),
-    [(2, False, True), (5, False, False), (2, True, False), (3, True, True)],
+    [
+        (2, False, True),
+        pytest.param(5, False, False, marks=pytest.mark.slow),
+        pytest.param(2, True, False, marks=pytest.mark.slow),
+        (3, True, True),
+    ],
 )
 def test_pixels_rows_and_order_are_those_of_the_naive_loop(
     my_cache: Path,
@@ -509,7 +514,7 @@ def my_pairs(
     return cache_of(teacher_run, path, my_splits, views=8, augment=augment, encoding="float32")
 
 
-@pytest.mark.parametrize("one_batch", [False, True])
+@pytest.mark.parametrize("one_batch", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_pairs_of_views_stay_pairs(
     my_pairs: Path, my_splits: Splits, tmp_path: Path, one_batch: bool
 ) -> None:
