@@ -108,9 +108,7 @@ def main(rows: str | None, device: str, turns: int, threads: int, out: str | Non
             logits = torch.from_numpy(found["logits"][0])
         order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
         report.add(*decode_ratios(logits[order[:FITTED]].float(), chosen, turns, True))
-    show_report(Console(), "decoding", report)
-    if out is not None:
-        report.write(out)
+    show_report(Console(), "decoding", report, out)
 
 
 if __name__ == "__main__":

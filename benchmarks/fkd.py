@@ -265,9 +265,8 @@ def main(
             report.add(alternately(f"{name}, {views} views / FKD's", ours, other, turns))
     finally:
         shutil.rmtree(work)
-    show_report(Console(), f"{images} JPEGs, {views} views of {SIZE}, {workers} workers", report)
-    if out:
-        report.write(out)
+    title = f"{images} JPEGs, {views} views of {SIZE}, {workers} workers"
+    show_report(Console(), title, report, out)
 
 
 if __name__ == "__main__":

@@ -106,9 +106,7 @@ def bench_cache(console: Console, out: str | None = None, **given: Any) -> Repor
     report.missing += _lacking(settings)
     if (complete := len(cache.complete_views)) < cache.num_views:
         report.missing.append(f"views: {complete} of {cache.num_views} are complete")
-    show_report(console, settings.cache, report)
-    if out is not None:
-        report.write(out)
+    show_report(console, settings.cache, report, out)
     return report
 
 

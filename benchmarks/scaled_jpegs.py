@@ -88,9 +88,7 @@ def main(work: Path, images: int, views: int, turns: int, workers: int, out: str
             whole.feed.close()
     finally:
         shutil.rmtree(work)
-    show_report(Console(), f"{images} JPEGs of each size, views of {SIZE}", report)
-    if out:
-        report.write(out)
+    show_report(Console(), f"{images} JPEGs of each size, views of {SIZE}", report, out)
 
 
 if __name__ == "__main__":

@@ -197,12 +197,10 @@ def run_suite(suite: Suite, parts: Sequence[str], out: str | None) -> Report:
         say("done", "")
     if device.type == "cpu":
         report.missing.append("on a GPU: `python -m benchmarks.gpu`")
-    show_report(console, "benchmarks", report)
-    if out is not None:
-        report.write(out)
-    elif not suite.whole:
+    show_report(console, "benchmarks", report, out)
+    if out is None and not suite.whole:
         console.say("a part of the figures does not replace the results: give --out to keep them")
-    else:
+    elif out is None:
         RESULTS.mkdir(exist_ok=True)
         report.write(RESULTS / CPU)
         write_table()

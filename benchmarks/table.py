@@ -120,8 +120,8 @@ def machine_text(report: Report) -> str:
     return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report.machine.items())
 
 
-def show_report(console: Console, title: str, report: Report) -> None:
-    """Ratios, figures, the machine, and what is missing."""
+def show_report(console: Console, title: str, report: Report, out: str | None = None) -> None:
+    """Ratios, figures, the machine, and what is missing. out: a file that gets them as well."""
     rows: Sequence[tuple[str, ...]] = [ratio_row(ratio) for ratio in report.ratios]
     if rows:
         console.table(f"{title}: ratios", RATIO_COLUMNS, rows)
@@ -131,6 +131,8 @@ def show_report(console: Console, title: str, report: Report) -> None:
     console.say(f"\nmeasured on: {machine_text(report)}")
     for missing in report.missing:
         console.say(f"not measured: {missing}")
+    if out is not None:
+        report.write(out)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,11 @@ def show_cache(path: str, console: Console) -> None:
     )
     if cache.fidelity is not None:
         show_fidelity(console, cache.fidelity)
+    _show_rectifications(console, cache)
+
+
+def _show_rectifications(console: Console, cache: LogitCache) -> None:
+    """Print a line for each, if there are any."""
     rows = []
     for name in cache.rectifications:
         rectification = cache.rectification(name)
