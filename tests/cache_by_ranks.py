@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 import torch
-from helpers import DIGITS, cache_config_of, first
+from helpers import DIGITS, cache_config_of, committed, first
 from launch import Launch, Launcher
 
 from stages.cache.commits import CommitLog, Record
@@ -68,11 +68,6 @@ def held_up(ranks: Ranks, committed: int) -> None:
     """Rank 1 never commits its second block."""
     if ranks.rank == 1 and committed == 1:
         time.sleep(600)
-
-
-def committed(store: Path) -> int:
-    files = (store / "commits" / "logits").rglob("*.json")
-    return sum(len(json.loads(file.read_text())["records"]) for file in files)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -1,6 +1,8 @@
 """Plain functions that several files of tests share."""
 
+import contextlib
 import dataclasses
+import fnmatch
 import json
 import os
 import signal
@@ -162,6 +164,21 @@ def resized(job: CacheJob, train: int, test: int, **changes: Any) -> CacheJob:
     """The same teacher's job over the first samples. changes: of its configuration."""
     splits = Splits(first(job.splits.train, train), first(job.splits.test, test))
     return prepare(msgspec.structs.replace(job.config, **changes), splits)
+
+
+def committed(cache: Path, part: str = "logits") -> int:
+    """Number of committed blocks, by the records alone; also while others write to the cache.
+
+    A view that is compacted meanwhile has its blocks in two files or in one that was just made,
+    and the others vanish: each block counts once, and a count may be too low for a moment.
+    """
+    blocks: set[tuple[int, int]] = set()
+    for folder, _, names in os.walk(cache / "commits" / part):  # does not mind a folder that goes
+        for name in fnmatch.filter(names, "*.json"):
+            with contextlib.suppress(FileNotFoundError):
+                records = json.loads((Path(folder) / name).read_text())["records"]
+                blocks |= {(record["view"], record["block"]) for record in records}
+    return len(blocks)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ import dask  # noqa: F401  imported before the forks, for their speed
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import DIGITS, cache_config_of, first
+from helpers import DIGITS, cache_config_of, committed, first
 
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits, load_data
@@ -74,15 +74,6 @@ def undisturbed(work: Callable[[], object]) -> float:
     if status := ended(fork(work)):
         sys.exit(f"a run that nobody disturbed ended with {status}")
     return time.monotonic() - started
-
-
-def committed(store: Path, part: str) -> int:
-    """Number of committed blocks, by the records alone."""
-    records: set[tuple[int, int]] = set()
-    for file in (store / "commits" / part).rglob("*.json"):
-        found = json.loads(file.read_text())["records"]
-        records |= {(record["view"], record["block"]) for record in found}
-    return len(records)
 
 
 def kill_again_and_again(

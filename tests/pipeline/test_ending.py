@@ -12,6 +12,7 @@ from typing import Any
 import click
 import forks
 import pytest
+from helpers import committed
 
 from pipeline.cli import cli, main
 from pipeline.console import Console
@@ -224,8 +225,7 @@ def test_a_pass_and_a_rectification_that_are_stopped_go_on(
     words += " --augment pad-crop:pad=2 --encoding float32 --device cpu --set block_rows=200"
 
     process = forks.Started(["-m", "pipeline", *words.split()])
-    records = out / "commits" / "logits"
-    told = stop(process, lambda: records.is_dir() and any(records.iterdir()), signal.SIGINT)
+    told = stop(process, lambda: committed(out) > 0, signal.SIGINT)
     assert process.returncode == 130, told
     assert told.strip().splitlines()[-1] == KEPT["cache-teacher"]
     cache = LogitCache.open(out)
@@ -244,8 +244,7 @@ def test_a_pass_and_a_rectification_that_are_stopped_go_on(
     assert cache_teacher(prepare(config), out).computed_blocks == missing
 
     process = forks.Started(["-m", "pipeline", "rectify", str(out)])
-    records = out / "commits" / "rectified" / "pairwise-T4"
-    told = stop(process, lambda: records.is_dir() and any(records.rglob("*.json")), signal.SIGTERM)
+    told = stop(process, lambda: committed(out, "rectified/pairwise-T4") > 0, signal.SIGTERM)
     assert process.returncode == 143, told
     assert told.strip().splitlines()[-1] == KEPT["rectify"]
     rectify(out, RectifyConfig())
