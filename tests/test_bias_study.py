@@ -63,20 +63,43 @@ def test_each_method_is_tried_everywhere_and_run_once_at_its_best(tmp_path: Path
     assert not {*final["seeds"]} & {*grid["seeds"]}
 
 
-def test_the_table_compares_by_seed(tmp_path: Path) -> None:
-    top1 = {"KD, CE 0.5, T 1": [0.5, 0.6, 0.55], "correct, CE 0.1, T 4": [0.52, 0.61, 0.56]}
+def final_sweep(folder: Path, top1: dict[str, list[float]]) -> Path:
+    """A regime's files as `study.py final` and `pipeline sweep` leave them."""
+    settings = {label for label in top1 if ", CE " in label}
+    all_runs = {STUDY.method_of(label): label for label in settings}
+    labels = [all_runs.get(method, f"{method}, CE 0.1, T 1") for method in STUDY.METHODS]
+    labels = [STUDY.HARD, *labels]
     lines = [
         {
             "label": label,
             "seed": seed,
             "status": "done",
+            "teacher_top1": 0.7,
             "summary": {"last": {"test_top1": value}},
         }
-        for label, values in top1.items()
-        for seed, value in enumerate(values)
+        for label in labels
+        for seed, value in enumerate(top1.get(label, [0.4, 0.42, 0.44]))
     ]
-    (tmp_path / "r" / "final").mkdir(parents=True)
-    (tmp_path / "r" / "final" / "results.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (row,) = STUDY.compare([tmp_path / "r"]).splitlines()[2:]
-    # differences 2, 1, 1: mean 1.33, deviation .577, t = 4, p = .0572 with two degrees of freedom
-    assert row == "| r | correct | +1.33 | 3 | 0.057 | 0.057 |"
+    (folder / "final").mkdir(parents=True)
+    (folder / "final" / "results.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "final.yaml").write_text(yaml.safe_dump({"runs": [{"label": x} for x in labels]}))
+    return folder
+
+
+def test_methods_are_compared_by_seed(tmp_path: Path) -> None:
+    top1 = {"KD, CE 0.5, T 1": [0.5, 0.6, 0.55], "correct, CE 0.1, T 4": [0.52, 0.61, 0.56]}
+    tables = STUDY.compare([final_sweep(tmp_path / "r", top1)]).split("\n\n")
+    rows = [
+        dict(zip(*(line.strip("| ").split(" | ") for line in (head, row)), strict=True))
+        for head, _, row in (table.splitlines() for table in tables)
+    ]
+    means, against, primary, settings = rows
+    assert (means["teacher"], means["KD"], means["correct"]) == ("70.0", "55.00", "56.33")
+    # differences 2, 1, 1: mean 1.33, deviation .577, t = 4, p = .0572 with two degrees of freedom;
+    # the interval is 4.303 * .577 / sqrt(3) to either side
+    assert against["correct"] == "+1.33 ± 1.43"
+    assert (
+        against[STUDY.HARD] == "-13.00 ± 10.83"
+    )  # 10, 18, 11: deviation 4.36, 4.303 * 4.36 / sqrt(3)
+    assert [*primary.values()] == ["r", "+1.33 ± 1.43", "3", "0.057", "0.057"]
+    assert (settings["KD"], settings["correct"]) == ("0.5, T 1", "0.1, T 4")

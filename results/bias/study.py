@@ -7,9 +7,10 @@
     python study.py compare runs/R ...                           # paired tests, Holm's correction
 
 A regime R is a cache (what kind of teacher) of a dataset (clean or wrong labels). The grid has
-every method at every CE weight and temperature, one seed, a tenth of the training samples held out;
-the final sweep has each method once, at the settings with the best held-out top-1, with eight seeds
-that the grid has not used, on all training samples. Only test top-1 of the final sweep is compared.
+every method at every CE weight and temperature, one seed, a tenth of the training samples held
+out; the final sweep has each method once, at the settings with the best held-out top-1, with eight
+seeds that the grid has not used, on all training samples. Only test top-1 of the final sweep is
+compared.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import yaml
@@ -35,25 +37,46 @@ METHODS: dict[str, dict[str, Any]] = {
         "bias.schedule": "constant",
         "bias.reduction": "batch",
     },
+    "rectify, by confidence": {
+        "bias.mode": "rectify",
+        "bias.rectified": "confident-T{T}",
+        "bias.schedule": "constant",
+        "bias.reduction": "batch",
+    },
     "LA": {"loss.name": "la"},
     "RC": {"loss.name": "rc"},
+    "AdaptConf": {"loss.name": "adaptconf"},
     "correct": {"bias.mode": "correct"},
 }
 HARD = "hard labels"
 PRIMARY = "correct"
 """Against KD: the one comparison of every regime that was fixed before anything ran."""
-BASE = {
-    "model": {"architecture": "resnet9_w8"},
-    "train": {
-        "epochs": 5,
-        "batch_size": 256,
-        "lr": 0.2,
-        "nesterov": True,
-        "weight_decay": 5e-4,
-        "schedule": "onecycle",
-        "dtype": "bfloat16",
+BASES: dict[str, dict[str, Any]] = {
+    "pixels": {
+        "model": {"architecture": "resnet9_w8"},
+        "train": {
+            "epochs": 5,
+            "batch_size": 256,
+            "lr": 0.2,
+            "nesterov": True,
+            "weight_decay": 5e-4,
+            "schedule": "onecycle",
+            "dtype": "bfloat16",
+        },
+        "device": "cpu",
     },
-    "device": "cpu",
+    "features": {
+        "model": {"architecture": "features:student"},
+        "train": {
+            "epochs": 10,
+            "batch_size": 256,
+            "lr": 0.05,
+            "nesterov": True,
+            "weight_decay": 2e-3,
+            "schedule": "onecycle",
+        },
+        "device": "cpu",
+    },
 }
 
 
@@ -67,32 +90,33 @@ def runs() -> Iterator[dict[str, Any]]:
         yield {"label": label, "loss.name": "kd", **weights, **own}
 
 
-def write_grid(out: Path, cache: str, dataset: str, base: Mapping[str, Any] = BASE) -> Path:
+def write_grid(out: Path, cache: str, dataset: str, on: str = "pixels") -> Path:
     """The sweep file of all settings."""
     held_out = {"dataset": dataset, "val_fraction": 0.1}
     sweep = {
         "out": str(out / "grid"),
-        "base": {**base, "cache": cache, "data": held_out},
+        "base": {**BASES[on], "cache": cache, "data": held_out},
         "seeds": GRID_SEEDS,
+        "together": True,
         "runs": [*runs()],
     }
     return _written(out / "grid.yaml", sweep)
 
 
 def write_final(out: Path, seeds: Sequence[int] = FINAL_SEEDS) -> Path:
-    """The sweep file of each method at its best settings by held-out top-1."""
+    """The sweep file of each method at its best settings by mean held-out top-1."""
     grid = yaml.safe_load((out / "grid.yaml").read_text())
-    found: dict[str, float] = {}
+    held_out: dict[str, list[float]] = defaultdict(list)
     for line in results(out / "grid"):
-        found[line["label"]] = line["summary"]["selected"]["val_top1"]
+        held_out[line["label"]].append(line["summary"]["selected"]["val_top1"])
     chosen = []
     for method in (HARD, *METHODS):
         mine = [run for run in grid["runs"] if method_of(run["label"]) == method]
-        if missing := [run["label"] for run in mine if run["label"] not in found]:
+        if missing := [r["label"] for r in mine if len(held_out[r["label"]]) < len(grid["seeds"])]:
             raise SystemExit(f"not finished: {missing[0]} and {len(missing) - 1} more")
-        best = max(mine, key=lambda run: found[run["label"]])
+        best = max(mine, key=lambda run: fmean(held_out[run["label"]]))
         chosen.append(best)
-        print(f"{method}: {best['label']}, held-out top-1 {found[best['label']]:.2%}")
+        print(f"{method}: {best['label']}, held-out top-1 {fmean(held_out[best['label']]):.2%}")
     base = {**grid["base"], "data": {"dataset": grid["base"]["data"]["dataset"]}}
     kd = next(run for run in chosen if run["label"].startswith("KD, "))
     baseline = {k: v for k, v in kd.items() if k != "label"} | {"bias.mode": "none"}
@@ -100,6 +124,7 @@ def write_final(out: Path, seeds: Sequence[int] = FINAL_SEEDS) -> Path:
         "out": str(out / "final"),
         "base": base,
         "seeds": [*seeds],
+        "together": True,
         "baseline": baseline,
         "runs": chosen,
     }
@@ -107,30 +132,68 @@ def write_final(out: Path, seeds: Sequence[int] = FINAL_SEEDS) -> Path:
 
 
 def compare(regimes: Sequence[Path]) -> str:
-    """Every method against KD in every regime: the mean difference of test top-1 in points, and p
-    of a t-test paired by seed. The primary comparison of each regime also has p after Holm's
-    correction over all primary ones; the others are there to look at.
+    """Three tables: test top-1 of every method in every regime; its difference to KD in points with
+    a 95 % interval, paired by seed; and each regime's primary comparison, with p of the paired
+    t-test and after Holm's correction over all regimes. Then the settings that were chosen.
     """
-    rows: list[list[Any]] = []
-    for regime in regimes:
-        top1: dict[str, dict[int, float]] = defaultdict(dict)
-        for line in results(regime / "final"):
-            top1[method_of(line["label"])][line["seed"]] = (
-                100 * line["summary"]["last"]["test_top1"]
-            )
-        kd = top1.pop("KD")
-        for method, found in top1.items():
-            differences = [found[seed] - kd[seed] for seed in sorted(kd.keys() & found.keys())]
-            several = len(differences) > 1 and len({*differences}) > 1
-            p = float(stats.ttest_1samp(differences, 0).pvalue) if several else 1.0
-            mean = sum(differences) / len(differences)
-            rows.append([regime.name, method, mean, len(differences), p])
-    corrected = iter(holm([row[-1] for row in rows if row[1] == PRIMARY]))
-    table = ["| regime | method | against KD | seeds | p | Holm |", "|---|---|---|---|---|---|"]
-    for regime_name, method, mean, seeds, p in rows:
-        after = f"{next(corrected):.2g}" if method == PRIMARY else ""
-        table.append(f"| {regime_name} | {method} | {mean:+.2f} | {seeds} | {p:.2g} | {after} |")
-    return "\n".join(table)
+    methods = [HARD, *METHODS]
+    top1s = {regime: _top1s(regime) for regime in regimes}
+    teachers = {r: 100 * next(iter(results(r / "final")))["teacher_top1"] for r in regimes}
+    means = _table(
+        ["regime", "teacher", *methods],
+        [
+            [r.name, f"{teachers[r]:.1f}", *(f"{fmean(found[m].values()):.2f}" for m in methods)]
+            for r, found in top1s.items()
+        ],
+    )
+    others = [method for method in methods if method != "KD"]
+    pairs = {(r, m): paired(found[m], found["KD"]) for r, found in top1s.items() for m in others}
+    against = _table(
+        ["regime", *others],
+        [
+            [r.name, *(f"{pairs[r, m][0]:+.2f} ± {pairs[r, m][1]:.2f}" for m in others)]
+            for r in regimes
+        ],
+    )
+    corrected = holm([pairs[r, PRIMARY][2] for r in regimes])
+    rows = []
+    for regime, after in zip(regimes, corrected, strict=True):
+        mean, half, p = pairs[regime, PRIMARY]
+        seeds = str(len(top1s[regime]["KD"]))
+        rows.append([regime.name, f"{mean:+.2f} ± {half:.2f}", seeds, f"{p:.2g}", f"{after:.2g}"])
+    primary = _table(["regime", f"{PRIMARY} against KD", "seeds", "p", "Holm"], rows)
+    settings = _table(
+        ["regime", *METHODS], [[r.name, *(_chosen(r)[m] for m in METHODS)] for r in regimes]
+    )
+    return "\n\n".join([means, against, primary, settings])
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float, float]:
+    """Mean difference over common seeds, half of its 95 % interval, p of the paired t-test."""
+    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    mean, n = fmean(differences), len(differences)
+    if n < 2 or len({*differences}) == 1:
+        return mean, float("nan"), 1.0
+    half = float(stats.t.ppf(0.975, n - 1) * stdev(differences) / n**0.5)
+    return mean, half, float(stats.ttest_1samp(differences, 0).pvalue)
+
+
+def _top1s(regime: Path) -> dict[str, dict[int, float]]:
+    """Method -> seed -> test top-1 in percent, of the last epoch."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for line in results(regime / "final"):
+        found[method_of(line["label"])][line["seed"]] = 100 * line["summary"]["last"]["test_top1"]
+    return found
+
+
+def _chosen(regime: Path) -> dict[str, str]:
+    labels = [run["label"] for run in yaml.safe_load((regime / "final.yaml").read_text())["runs"]]
+    return {method_of(label): label.partition(", CE ")[2] for label in labels}
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -168,11 +231,12 @@ def main() -> None:
     grid.add_argument("--cache", required=True)
     grid.add_argument("--dataset", required=True)
     grid.add_argument("--out", type=Path, required=True)
+    grid.add_argument("--on", choices=BASES, default="pixels")
     commands.add_parser("final").add_argument("--out", type=Path, required=True)
     commands.add_parser("compare").add_argument("regimes", type=Path, nargs="+")
     given = parser.parse_args()
     if given.command == "grid":
-        write_grid(given.out, given.cache, given.dataset)
+        write_grid(given.out, given.cache, given.dataset, given.on)
     elif given.command == "final":
         write_final(given.out)
     else:
