@@ -43,8 +43,7 @@ from pipeline.console import Console
 from stages.cache_job import CacheJob, prepare
 from stages.cache_runs import held_bytes
 from stages.inputs.feed import Normalise
-from stages.inputs.rendered import stacked
-from stages.inputs.views.crops import Boxes, cut_out
+from stages.inputs.views.boxes import Boxes, cut_out
 from stages.settings import CacheConfig, DataSettings, TeacherSettings
 from stages.teacher_pass import TeacherPass
 
@@ -61,6 +60,11 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.thread_time() - began
 
 
+def collated(images: list[Tensor]) -> Tensor:
+    """uint8 (B, C, H, W), channels last in memory, as workers put views together."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
 def steps(job: CacheJob, folder: Path) -> dict[str, Callable[[], float]]:
     """Each step of a view for a batch of images, by itself."""
     paths = sorted((folder / "train").rglob("*.jpg"))[:BATCH]
@@ -71,12 +75,13 @@ def steps(job: CacheJob, folder: Path) -> dict[str, Callable[[], float]]:
     height, width = sides
     drawn = policy.draw(samples, 0, height, width)
     assert isinstance(drawn, Boxes)
-    shown = [cut_out(x, drawn, i, (SIZE, SIZE)) for i, x in enumerate(whole)]
-    batch, normalise = stacked(shown), Normalise([0.5], [0.2], 3, job.device)
+    boxes = drawn.each()
+    shown = [cut_out(x, box, (SIZE, SIZE)) for x, box in zip(whole, boxes, strict=True)]
+    batch, normalise = collated(shown), Normalise([0.5], [0.2], 3, job.device)
 
     def rendered(source: list[Tensor]) -> None:
-        for i, image in enumerate(source):
-            cut_out(image, drawn, i, (SIZE, SIZE))
+        for image, box in zip(source, boxes, strict=True):
+            cut_out(image, box, (SIZE, SIZE))
 
     planes = [image.contiguous() for image in whole]
 
@@ -98,7 +103,7 @@ def steps(job: CacheJob, folder: Path) -> dict[str, Callable[[], float]]:
         "draw the crop": lambda: policy.draw(samples, 0, height, width),
         "crop, mirror and resize": lambda: rendered(whole),
         "the same, colours in planes": lambda: rendered(planes),
-        "collate": lambda: stacked(shown),
+        "collate": lambda: collated(shown),
         "to float32, normalise": lambda: normalise(batch),
     }
     return {name: functools.partial(cpu_seconds, work) for name, work in works.items()}

@@ -38,7 +38,7 @@ from stages.cache import LogitCache
 from stages.cache.layout import BlockId
 from stages.cache_job import CacheJob, prepare
 from stages.cache_teacher import cache_teacher
-from stages.inputs.views.crops import Boxes
+from stages.inputs.views.boxes import Boxes
 from stages.settings import CacheConfig, DataSettings, TeacherSettings
 from stages.teacher_pass import TeacherPass
 

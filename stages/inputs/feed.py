@@ -6,19 +6,19 @@ rendered by DataLoader workers. Both give the same bytes; so does any batch size
 workers, as a sample's partner in a mixed view does not depend on its batch.
 """
 
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from stages.errors import PipelineError
 from stages.inputs.datasets import ImageDataset
-from stages.inputs.rendered import BatchPlan, RenderedViews, as_it_is, worker_error
+from stages.inputs.rendered import RenderedViews
 from stages.inputs.views import Plain, Shown, ViewPolicy, check_view
+from stages.inputs.workers import Workers
+
+_CACHED_VALUES = 2**18
+"""float32 numbers that are normalised at a time: they stay in a core's cache meanwhile."""
 
 
 def plain_view(image_size: int | None, resize: int | None) -> Plain:
@@ -50,20 +50,6 @@ class Batch:
         """
         partners = None if self.partners is None else labels[self.partners]
         return labels[self.samples], partners, self.shares
-
-    def chunk(self, count: int) -> list["Batch"]:
-        """Cut into so many batches of one size."""
-        size = len(self.samples) // count
-        cuts = [slice(start, start + size) for start in range(0, len(self.samples), size)]
-        return [
-            Batch(
-                self.samples[cut],
-                self.pixels[cut],
-                None if self.partners is None else self.partners[cut],
-                None if self.shares is None else self.shares[cut],
-            )
-            for cut in cuts
-        ]
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
@@ -98,10 +84,8 @@ class ViewFeed:
     ) -> None:
         self.dataset, self.policy, self.device = dataset, policy, device
         self.image_size = image_size
-        self._rendered = RenderedViews(dataset, policy, image_size)
-        self._workers = workers
-        self._loader: DataLoader[Shown | PipelineError] | None = None
-        self._plan, self._passes = BatchPlan(), 0
+        rendered = RenderedViews(dataset, policy, image_size)
+        self._workers = Workers(rendered, workers, pinned=device.type == "cuda")
         self._images: Tensor | None = None
         if dataset.images is not None and policy.batched and self._at_own_size(dataset.images):
             self._images = _on_device(dataset.images, device)
@@ -166,66 +150,12 @@ class ViewFeed:
             yield self._batch(order[here], policy.show_planned(images, plan[here]))
 
     def _from_workers(self, parts: Sequence[Tensor], views: Sequence[int]) -> Iterator[list[Batch]]:
-        pieces = [part.split(-(-len(part) // len(views))) for part in parts]
-        self._plan.pieces, self._plan.views = [p for some in pieces for p in some], views
-        if self._loader is None:
-            self._loader = DataLoader(
-                self._rendered,
-                batch_sampler=self._plan,
-                collate_fn=as_it_is,
-                num_workers=self._workers,
-                persistent_workers=self._workers > 0,
-                pin_memory=self.device.type == "cuda",
-                generator=torch.Generator(),  # or it would draw from the global one
-            )
-        self._passes += 1
-        this_pass = self._passes
-        answers = self._in_order(self._loader)
-        for some in pieces:
-            shown = [self._answer(piece, len(views), answers) for piece in some]
-            yield [joined(of_view) for of_view in zip(*shown, strict=True)]
-            if this_pass != self._passes:
-                raise RuntimeError("another pass over this feed began; its workers serve one")
-
-    def _answer(
-        self, piece: Tensor, views: int, answers: Iterator[Shown | PipelineError]
-    ) -> list[Batch]:
-        """What workers show next: each view of some samples. Raises the workers' own errors."""
-        shown = next(answers)
-        if isinstance(shown, PipelineError):
-            try:
-                raise shown
-            finally:
-                del shown  # a cycle through this frame would keep the workers alive
-        whole = self._batch(piece.repeat(views), shown)
-        return whole.chunk(views)
-
-    def _in_order(
-        self, loader: "DataLoader[Shown | PipelineError]"
-    ) -> Iterator[Shown | PipelineError]:
-        """What the workers show. Raises DatasetError where they fail and not the images."""
-        try:
-            shown = iter(loader)
-            while True:
-                try:
-                    batch = next(shown)
-                except StopIteration:
-                    return
-                yield batch
-        except (RuntimeError, OSError, MemoryError, pickle.PicklingError) as error:
-            if not self._workers:
-                raise
-            self.close()
-            raise worker_error(error, self._workers) from error
+        for part, shown in zip(parts, self._workers.shown(parts, views), strict=True):
+            yield [self._batch(part, of_view) for of_view in shown]
 
     def close(self) -> None:
-        """Let the workers go; the next pass starts others. Found by the garbage collector, or left
-        to the end of the program, each of them may be waited for, for seconds.
-        """
-        iterator: Any = getattr(self._loader, "_iterator", None)
-        if hasattr(iterator, "_shutdown_workers"):  # without workers there is nothing to do
-            iterator._shutdown_workers()
-        self._loader = None
+        """Let the workers go; the next pass starts others."""
+        self._workers.close()
 
     def _batch(self, samples: Tensor, shown: Shown) -> Batch:
         assert isinstance(shown.images, Tensor)
@@ -282,7 +212,20 @@ class Normalise:
         if pixels.shape[1] == 1:
             pixels = pixels.expand(-1, self._channels, -1, -1)
         values = torch.empty(pixels.shape, device=pixels.device, memory_format=self._format)
-        return values.copy_(pixels).mul_(self._scale).add_(self._shift)
+        if pixels.device.type != "cpu":
+            return values.copy_(pixels).mul_(self._scale).add_(self._shift)
+        scale, shift, rows = self._scale, self._shift, values
+        size, channels, height, width = values.shape
+        if self._format == torch.channels_last and channels > 1:
+            # A row of pixels is one long row of numbers: loops over three channels are slow.
+            scale, shift = (t.flatten().expand(channels).repeat(width) for t in (scale, shift))
+            rows = values.permute(0, 2, 3, 1).view(size, height, width * channels)
+        some = max(1, _CACHED_VALUES // max(1, values[:1].numel()))
+        parts = (t.split(some) for t in (values, pixels, rows))
+        for part, own, of_rows in zip(*parts, strict=True):
+            part.copy_(own)
+            of_rows.mul_(scale).add_(shift)
+        return values
 
 
 def _on_device(images: Tensor, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from stages.errors import ModelError
 from stages.inputs.cifar_models import cifar_model_names
 from stages.inputs.datasets import Statistics
-from stages.inputs.views.crops import FILTERS
+from stages.inputs.views.boxes import FILTERS
 
 _INITIALISED = ("googlenet", "inception_v3")
 """torchvision warns where these are not told that they shall be; their published weights take

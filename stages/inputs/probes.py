@@ -51,5 +51,4 @@ def _shown(
     if held is not None and alike and (not image_size or {*held.shape[-2:]} == {image_size}):
         sides = (torch.full_like(samples, side) for side in held.shape[-2:])
         return Shown(policy.crop(held[samples], policy.draw(samples, views, *sides)))
-    pairs = list(zip(samples.tolist(), views.tolist(), strict=True))
-    return RenderedViews(dataset, policy, image_size).shown(pairs)
+    return RenderedViews(dataset, policy, image_size).shown(samples, views)

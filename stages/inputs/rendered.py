@@ -1,21 +1,22 @@
 """Views rendered image by image, in DataLoader workers: what they show, and what their errors mean.
 
-A batch is one request to a worker, by (sample, view), so that a mixed view's partners are loaded
-with it. Several views of a batch are several requests, each all views of some of its samples: an
-image is decoded once for a request.
+A batch is one request to a worker, so that a mixed view's partners are loaded with it. Several
+views of a batch are several requests, each all views of some of its samples: an image is decoded
+once for a request. How requests reach workers is said in `workers.py`.
 """
 
 import errno
+import math
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from stages.errors import DatasetError, PipelineError
+from stages.inputs.buffers import Slots
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.views import Shown, ViewPolicy
 from stages.inputs.views.policy import Load
@@ -25,17 +26,39 @@ _SHARED_MEMORY = re.compile(r"shared memory|Bus error|/torch_\d|No space left on
 _KILLED = re.compile(r"DataLoader worker .*(?:killed by signal: ([\w ]+)|exited unexpectedly)")
 
 
-@dataclass(frozen=True)
-class RenderedViews(Dataset[Shown]):
-    """Views as workers render them, one by one; indexed by (sample, view)."""
+class Request(NamedTuple):
+    """Views of some samples: all samples in the first view, then in the next. slot: where the
+    pixels go, None for memory of their own.
+    """
+
+    samples: list[int]
+    views: list[int]
+    slot: int | None = None
+
+
+class Answer(NamedTuple):
+    """What a request gives. shape: (B, H, W, C), of its images, one after another. pixels: uint8 of
+    that shape; None where they lie in the slot. partners, shares: as `Shown` has them.
+    """
+
+    slot: int | None
+    shape: tuple[int, ...]
+    pixels: Tensor | None
+    partners: Tensor | None
+    shares: Tensor | None
+
+
+@dataclass
+class RenderedViews(Dataset[Answer | PipelineError]):
+    """Views as workers render them, one by one. slots: where requests may want pixels to go."""
 
     dataset: ImageDataset
     policy: ViewPolicy
     image_size: int | None
+    slots: Slots | None = None
 
-    def shown(self, pairs: Sequence[tuple[int, int]]) -> Shown:
-        """View v of sample i for every pair (i, v); the images may differ in size."""
-        samples, views = torch.tensor(pairs).T
+    def shown(self, samples: Tensor, views: Tensor) -> Shown:
+        """View `views[i]` of `samples[i]`; the images may differ in size."""
         size = None if self.image_size is None else (self.image_size,) * 2
         return self.policy.show(self._load_once(), len(self.dataset), samples, views, size)
 
@@ -46,56 +69,42 @@ class RenderedViews(Dataset[Shown]):
         def load(samples: Tensor) -> list[Tensor]:
             if held is not None:  # decoded already
                 return list(held[samples])
-            for sample in samples.tolist():
+            numbers = samples.tolist()
+            for sample in numbers:
                 if sample not in loaded:
                     loaded[sample] = self.dataset.load(sample)
-            return [loaded[sample] for sample in samples.tolist()]
+            return [loaded[sample] for sample in numbers]
 
         return load
 
-    def __getitems__(self, pairs: list[tuple[int, int]]) -> Shown | PipelineError:
+    def __getitems__(self, request: Request) -> Answer | PipelineError:
         # An error is returned and not raised: DataLoader would wrap it in a worker's traceback.
+        samples, views = torch.tensor(request.samples), torch.tensor(request.views)
         try:
-            shown = self.shown(pairs)
+            shown = self.shown(samples.repeat(len(views)), views.repeat_interleave(len(samples)))
         except PipelineError as error:
             return error
-        images = list(shown.images)
+        images = [image.permute(1, 2, 0) for image in shown.images]
         if any(image.shape != images[0].shape for image in images):
-            return DatasetError(
-                f"images differ in size: {tuple(images[0].shape)} and others",
-                "Give --image-size, and --augment resized-crop-flip or none.",
-            )
-        return shown._replace(images=stacked(images))
+            return sizes_differ(*images)
+        shape, into = (len(images), *images[0].shape), None
+        if request.slot is not None and self.slots and math.prod(shape) <= self.slots.size:
+            into = self.slots.at(request.slot, shape)
+        pixels = torch.stack(images, out=into)
+        left = None if into is not None else pixels
+        return Answer(request.slot, shape, left, shown.partners, shown.shares)
 
-    def __getitem__(self, pair: tuple[int, int]) -> Shown:
-        return self.shown([pair])
-
-
-def stacked(images: Sequence[Tensor]) -> Tensor:
-    """Images of one size (C, H, W) as one tensor (B, C, H, W), whose memory has channels last: as
-    decoders and resamplers leave them, and models take them.
-    """
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    def __getitem__(self, request: Request) -> Answer | PipelineError:
+        return self.__getitems__(request)
 
 
-@dataclass
-class BatchPlan:
-    """The requests of the next pass; set before each one, read by the loader in this process.
-
-    pieces: int64 (n,) each, samples that are shown in every one of the views, view after view.
-    """
-
-    pieces: Sequence[Tensor] = ()
-    views: Sequence[int] = (0,)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return (
-            [(sample, view) for view in self.views for sample in piece.tolist()]
-            for piece in self.pieces
-        )
-
-    def __len__(self) -> int:
-        return len(self.pieces)
+def sizes_differ(*images: Tensor) -> DatasetError:
+    """images: (H, W, C) each."""
+    height, width, channels = images[0].shape
+    return DatasetError(
+        f"images differ in size: {(channels, height, width)} and others",
+        "Give --image-size, and --augment resized-crop-flip or none.",
+    )
 
 
 def worker_error(error: BaseException, workers: int) -> DatasetError:

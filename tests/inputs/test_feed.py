@@ -287,6 +287,21 @@ def test_normalise() -> None:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("size", "height", "width"), [(0, 4, 4), (1, 1, 1), (9, 190, 170)])
+def test_normalising_is_one_product_and_one_sum(
+    size: int, height: int, width: int, channels_last: bool
+) -> None:
+    """Bit for bit, in float32: in parts or as a whole, in any order of the memory."""
+    pixels = noise(size, 3, height, width)
+    scale = (1 / (255 * np.array(STD))).reshape(1, 3, 1, 1)
+    shift = -np.array(MEAN).reshape(1, 3, 1, 1) * 255 * scale
+    expected = pixels.numpy().astype(np.float32) * np.float32(scale) + np.float32(shift)
+    for laid_out in (pixels, pixels.contiguous(memory_format=torch.channels_last)):
+        values = Normalise(MEAN, STD, 3, CPU, channels_last)(laid_out)
+        np.testing.assert_array_equal(values.numpy(), expected)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
 def test_grey_is_repeated_where_the_model_takes_colour(channels_last: bool) -> None:
     pixels = noise(21, 3, 12, 12)[:, :1]
     one = Normalise((0.3,), (0.25,), 1, CPU, channels_last)(pixels)

@@ -24,6 +24,7 @@ from stages.inputs.views import (
     render,
     view_policy,
 )
+from stages.inputs.views import boxes as cutting
 
 
 def draw(policy: ViewPolicy, samples: Tensor, view: int | Tensor, size: tuple[int, int]) -> Boxes:
@@ -292,6 +293,30 @@ def test_rendering_a_channels_last_image_gives_the_same_bytes() -> None:
     for size in ((24, 24), (64, 64)):
         boxes = box(5, 8, 31, 22, 1)
         assert torch.equal(render(decoded, boxes, 0, size), render(image, boxes, 0, size))
+
+
+@pytest.mark.parametrize("filtering", list(cutting.FILTERS.values()))
+def test_pixels_are_torchvisions_where_it_resizes_in_float32(
+    filtering: InterpolationMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on processors for which torch has no code for uint8."""
+    resize = tv.resize
+
+    def by_way_of_float32(pixels: Tensor, size: list[int], **given: Any) -> Tensor:
+        return resize(pixels.float(), size, **given).round().clamp(0, 255).byte()
+
+    image, square = noise(3, 90, 90), box(0, 0, 90, 90)
+    native = render(image, square, 0, (40, 50), filtering)
+    assert torch.equal(native, resize(image, [40, 50], filtering, antialias=True))
+    cutting._resamples_as_torchvision.cache_clear()
+    monkeypatch.setattr(tv, "resize", by_way_of_float32)
+    try:
+        shown = render(image, square, 0, (40, 50), filtering)
+    finally:
+        cutting._resamples_as_torchvision.cache_clear()
+    expected = by_way_of_float32(image, [40, 50], interpolation=filtering, antialias=True)
+    assert torch.equal(shown, expected)
+    assert not torch.equal(shown, native)
 
 
 # ---- none -----------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def decode(
         if decoding.exif:
             ImageOps.exif_transpose(image, in_place=True)
         image.info.pop("transparency", None)  # Pillow would warn, and drop it as well
-        pixels = np.array(image.convert(mode))
+        pixels = np.array(image if image.mode == mode else image.convert(mode))
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 

@@ -1,13 +1,15 @@
 """Which augmented view of a sample: a pure function of (seed, view, sample).
 
 `policy.py` says what a policy is, `named.py` how its stages are registered by name; `crops.py` has
-the bases, `augment.py` and `erasing.py` what goes on top of them (`layers.py`), `mixers.py` mixup
-and cutmix, `mixing.py` which samples are mixed, `pairs.py` weak and strong views, `transforms.py`
-torchvision's own transforms, `spec.py` specifications and identities.
+the bases, `boxes.py` cuts out what they draw, `augment.py` and `erasing.py` have what goes on top
+of them (`layers.py`), `mixers.py` mixup and cutmix, `mixing.py` which samples are mixed, `pairs.py`
+weak and strong views, `transforms.py` torchvision's own transforms, `spec.py` specifications and
+identities.
 """
 
 from stages.inputs.views.augment import RandAugment, TrivialAugment
-from stages.inputs.views.crops import Boxes, PadCrop, PadCropFlip, Plain, ResizedCropFlip, render
+from stages.inputs.views.boxes import Boxes, render
+from stages.inputs.views.crops import PadCrop, PadCropFlip, Plain, ResizedCropFlip
 from stages.inputs.views.erasing import Erasing
 from stages.inputs.views.layers import ON_TOP, Composed, Layer
 from stages.inputs.views.mixers import Cutmix, Mixup

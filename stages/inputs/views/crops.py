@@ -1,45 +1,25 @@
-"""Crops: boxes drawn in integer pixels of the source image, cut out, mirrored, resized.
+"""Crops: boxes drawn in integer pixels of the source image.
 
 A policy draws where a crop starts, how large it is and whether it is mirrored. Rendering a box to
-the input size of a teacher or a student is another step (`render`), so that both can look at the
+the input size of a teacher or a student is another step (`boxes.py`), so that both can look at the
 same crop at different sizes. Where a policy only moves pixels, whole batches are cropped by
 indexing, on CPU or GPU, with the same bytes as `render` gives for one image.
 """
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as tv
 
 from stages.errors import ViewError
 from stages.inputs.counter_hash import bounded, counter_hash, permute
+from stages.inputs.views.boxes import FILTERS, Boxes, cut_out
 from stages.inputs.views.distributions import GRID, log_uniform
 from stages.inputs.views.named import ADDED, Named, base
-from stages.inputs.views.policy import Drawn, Images, Size, View, ViewPolicy, views_of
-
-
-@dataclass(frozen=True)
-class Boxes(Drawn):
-    """One crop a sample, in pixels of its source image; every field int64 (B,).
-
-    top, left: the box's corner, negative or beyond the image where it reaches into the padding.
-    height, width: its size. mirrored: 0 or 1, whether the crop is flipped left to right.
-    """
-
-    top: Tensor
-    left: Tensor
-    height: Tensor
-    width: Tensor
-    mirrored: Tensor
-
-
-FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+from stages.inputs.views.policy import Images, Size, View, ViewPolicy, views_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +49,10 @@ class CropPolicy(Named, ViewPolicy):
         height, width = torch.tensor([image.shape[-2:] for image in images]).T
         boxes = self.draw(samples, view, height, width)
         chosen = FILTERS[self.interpolation]
-        return [cut_out(x, boxes, i, size or x.shape[-2:], chosen) for i, x in enumerate(images)]
+        return [
+            cut_out(x, box, size or x.shape[-2:], chosen)
+            for x, box in zip(images, boxes.each(), strict=True)
+        ]
 
 
 @base("pad-crop")
@@ -155,29 +138,26 @@ class ResizedCropFlip(CropPolicy):
         device = samples.device
         samples, height, width = (t.to("cpu").unsqueeze(1) for t in (samples, height, width))
         views = torch.as_tensor(view).to("cpu").expand(len(samples)).unsqueeze(1)
-        tries = torch.arange(self.tries)  # (tries,)
+        hashed = counter_hash(self.seed, views, samples, torch.arange(self.tries * 4 + 1))
+        shares, ratios, tops, lefts = hashed[:, :-1].unflatten(1, (-1, 4)).unbind(2)  # (B, tries)
 
-        def hashed(purpose: int) -> Tensor:  # (B, tries)
-            return counter_hash(self.seed, views, samples, tries * 4 + purpose)
-
-        share = bounded(hashed(0), GRID).double() / GRID
+        share = bounded(shares, GRID).double() / GRID
         area = (height * width).double() * (self.min_area + (1 - self.min_area) * share)
-        ratios = log_uniform(3 / 4, 4 / 3)
-        ratio = ratios[bounded(hashed(1), len(ratios))]
+        known = log_uniform(3 / 4, 4 / 3)
+        ratio = known[bounded(ratios, len(known))]
         box_width = (area * ratio).sqrt().round().long()  # (B, tries)
         box_height = (area / ratio).sqrt().round().long()
         fits = (box_width >= 1) & (box_height >= 1) & (box_width <= width) & (box_height <= height)
-        top = bounded(hashed(2), (height - box_height).clamp(min=0) + 1)
-        left = bounded(hashed(3), (width - box_width).clamp(min=0) + 1)
-
         first = fits.long().argmax(1, keepdim=True)  # (B, 1)
-        tried = [t.gather(1, first) for t in (top, left, box_height, box_width)]
-        central = _central_within_ratios(height, width)
-        drawn = [
-            torch.where(fits.any(1, keepdim=True), t, c)
-            for t, c in zip(tried, central, strict=True)
-        ]
-        mirrored = bounded(counter_hash(self.seed, views, samples, self.tries * 4), 2)
+        box_height, box_width = (t.gather(1, first) for t in (box_height, box_width))
+        top = bounded(tops.gather(1, first), (height - box_height).clamp(min=0) + 1)
+        left = bounded(lefts.gather(1, first), (width - box_width).clamp(min=0) + 1)
+
+        drawn: tuple[Tensor, ...] = (top, left, box_height, box_width)
+        if not bool((some := fits.any(1, keepdim=True)).all()):
+            central = _central_within_ratios(height, width)
+            drawn = tuple(torch.where(some, t, c) for t, c in zip(drawn, central, strict=True))
+        mirrored = bounded(hashed[:, -1:], 2)
         return Boxes(*(t.squeeze(1).to(device) for t in (*drawn, mirrored)))
 
 
@@ -223,40 +203,3 @@ class Plain(CropPolicy):
     def crop(self, images: Tensor, drawn: Any) -> Tensor:
         """The images themselves: what is zoomed is rendered one by one."""
         return images
-
-
-def render(
-    image: Tensor,
-    boxes: Boxes,
-    i: int,
-    size: Sequence[int],
-    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
-) -> Tensor:
-    """Cut box i out of one image (uint8 (C, H, W)), mirror it, resize it to `size` if it differs.
-
-    Zeros outside the image. Resampling is torchvision's, antialiased, on the CPU, for teacher and
-    student alike. Returns uint8 (C, *size), contiguous.
-    """
-    return cut_out(image, boxes, i, size, interpolation).contiguous()
-
-
-def cut_out(
-    image: Tensor,
-    boxes: Boxes,
-    i: int,
-    size: Sequence[int],
-    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
-) -> Tensor:
-    """As `render`; where it resized, channels are last in memory, as decoders lay them out."""
-    top, left, height, width, mirrored = (
-        int(t[i]) for t in (boxes.top, boxes.left, boxes.height, boxes.width, boxes.mirrored)
-    )
-    crop = tv.crop(image, top, left, height, width)
-    if resized := (height, width) != tuple(size):
-        # Dense, as decoders lay colours out: the same pixels from torch's resampler, sooner.
-        crop = crop[None].contiguous(memory_format=torch.channels_last)[0]
-    if mirrored:
-        crop = crop.flip(-1)
-    if resized:
-        return tv.resize(crop, list(size), interpolation=interpolation, antialias=True)
-    return crop.contiguous()
