@@ -5,14 +5,16 @@
 EfficientNet-Lite0 (examples/efficientnet_lite0.py: network and weights come from packages) is asked
 about every image, enlarged, and of the 1,280 numbers that its head reads, the 400 that vary most
 over the `others` are kept, in 8 bits. Of each class the first 140 training images are the samples
-of the study, the next 140 are the `others`, for teachers that were trained on other data. All test
-images are tested on.
+of the study, the next 140 are the `others`, for teachers that were trained on other data. Of the
+100 test images of each class, settings are chosen on the first half and students scored on the
+second: no teacher has seen any of them.
 
 With $FEATURES naming the file (features.npz here if unset) the datasets are
 
     --dataset features:clean     the samples with their labels
     --dataset features:noisy     the share $NOISE of the training labels wrong, see noisy.py
     --dataset features:others    other samples of the same classes, with their labels
+    --eval-dataset features:choosing    the half of the test images that settings are chosen on
 
 and the networks, on features instead of pixels: `features:teacher`, `features:student`, and
 `features:prototypes`, which was never trained: the cosine to each class's mean feature over five of
@@ -54,10 +56,15 @@ class Features(torch.utils.data.Dataset[Any]):
         return self.images[index], self.targets[index]
 
 
-def _read(part: str, share: float = 0.0) -> Features:
+def _read(part: str, share: float = 0.0, choosing: bool = False) -> Features:
     with np.load(os.environ.get("FEATURES", Path(__file__).with_name("features.npz"))) as file:
         labels, classes = torch.from_numpy(file[f"{part}_labels"]).long(), file["classes"].tolist()
-        return Features(file[part], noisy_labels(labels, len(classes), share), classes)
+        rows = file[part]
+    if part == "test":  # class by class, each in two halves
+        halves = torch.arange(len(labels)).view(len(classes), 2, -1)
+        own = halves[:, 0 if choosing else 1].flatten()
+        rows, labels = rows[own.numpy()], labels[own]
+    return Features(rows, noisy_labels(labels, len(classes), share), classes)
 
 
 def clean(split: str) -> Features:
@@ -73,6 +80,11 @@ def noisy(split: str) -> Features:
 def others(split: str) -> Features:
     """split: train or test."""
     return _read("others" if split == "train" else split)
+
+
+def choosing(split: str) -> Features:
+    """split: train or test."""
+    return _read(split, choosing=True)
 
 
 class Perceptron(nn.Module):
