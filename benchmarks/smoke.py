@@ -31,7 +31,6 @@ from benchmarks.smoke_runs import (
     trained,
     trainer_of,
 )
-from stages.device import Upload
 from stages.inputs.feed import ViewFeed
 from stages.inputs.views import view_policy
 from stages.settings import (
@@ -41,6 +40,7 @@ from stages.settings import (
     LossSettings,
     SeedSettings,
 )
+from stages.targets.reader import Upload
 from stages.train_student import train_together
 
 POLICIES = (

@@ -18,7 +18,7 @@ from benchmarks.measure import Figure, Laps, Ratio, in_turns, steadily
 from benchmarks.teacher import forward
 from stages.cache import LogitCache
 from stages.cache_job import CacheJob
-from stages.data import Splits
+from stages.data import Splits, held_out
 from stages.device import choose_device
 from stages.errors import ConfigError
 from stages.inputs.feed import Batch
@@ -28,10 +28,10 @@ from stages.reporting import Silent
 from stages.settings import LossSettings, StudentConfig
 from stages.train_student import student_trainer
 from stages.training.learner import Learner
-from stages.training.models import build, check_models
-from stages.training.objective import Objective, resolved
+from stages.training.models import build
+from stages.training.objective import Objective, student_loss
 from stages.training.run_directory import RunDirectory
-from stages.training.stream import open_stream
+from stages.training.stream import Showing, open_stream
 from stages.training.trainer import Trainer
 
 CACHED_TARGET, ADDED_TARGET, ONLINE_TARGET, WAITING_TARGET = 1.02, 0.02, 0.95, 0.01
@@ -54,7 +54,7 @@ class OnlineTask:
         """laps: to be taken of the teacher's forward passes."""
         self._laps = laps
         self._job, self._config, self._labels, self._views = job, config, labels, views
-        self._objective = Objective(config.loss)
+        self._objective = Objective(student_loss(config.loss))
         self.learned = self._objective.learned
 
     def start_epoch(self, epoch: int) -> tuple[int, ...]:
@@ -133,10 +133,14 @@ class Bench:
                 f"{feed.image_size}",
                 "Online distillation is measured where one image serves both.",
             )
-        config = msgspec.structs.replace(longer(config), loss=resolved(config.loss))
-        models = build([config], self.splits.train, job.image_size, Silent())
-        stream = open_stream(config, self.splits, feed.policy, models[0].settings.image_size)
-        check_models(models, stream)
+        loss = student_loss(config.loss).settings
+        config = msgspec.structs.replace(longer(config), loss=loss)
+        train, policy, device = self.splits.train, feed.policy, feed.device
+        models = build([config], train, job.image_size, Silent(), device)
+        fraction, seed = config.data.val_fraction, config.seed.data
+        showing = Showing(*held_out(len(train), fraction, seed, train.skipped))
+        size = models[0].settings.image_size
+        stream = open_stream(config, self.splits, policy, size, showing, device)
         task = OnlineTask(job, config, stream.labels, job.config.views, laps)
         learner = Learner(config, models[0], task, RunDirectory(self.run()), stream)
         trainer = Trainer([learner], stream, Silent())

@@ -13,12 +13,7 @@ from stages.cache_job import CacheJob, begun_at
 from stages.cache_plan import plan_cache
 from stages.cache_teacher import cache_teacher, prepare
 from stages.check_data import check_sample
-from stages.distributed import (
-    first_rank_before_others,
-    first_rank_does,
-    launched_ranks,
-    process_group,
-)
+from stages.distributed import first_rank_does, first_rank_first, launched_ranks, process_group
 from stages.settings import CacheConfig
 
 
@@ -27,9 +22,8 @@ def run_stage_one(console: Console, config: CacheConfig, place: CachePlace) -> N
     ranks = launched_ranks()
     with process_group(ranks):
         check_place(place.out)  # also of a dry run
-        job = first_rank_before_others(
-            ranks, lambda: prepare(config, None, ranks, begun_at(place.out))
-        )
+        with first_rank_first(ranks):
+            job = prepare(config, None, ranks, begun_at(place.out))
         job.splits.tell(console)
         for note in job.notes:
             console.say(note)

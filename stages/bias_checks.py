@@ -9,10 +9,10 @@ from stages.errors import CacheError, ConfigError
 from stages.inputs.views import check_unmixed
 from stages.settings import StudentConfig
 from stages.targets.ensemble import NOT_RECTIFIED
-from stages.training.objective import rectified_at
+from stages.training.objective import StudentLoss
 
 
-def with_checked_bias(config: StudentConfig, cache: LogitCache) -> StudentConfig:
+def with_checked_bias(config: StudentConfig, loss: StudentLoss, cache: LogitCache) -> StudentConfig:
     """The configuration with the rectification's name filled in. config: its loss is complete.
 
     Raises ConfigError or CacheError for a bias mode or temperature that cannot be, ViewError for
@@ -32,7 +32,7 @@ def with_checked_bias(config: StudentConfig, cache: LogitCache) -> StudentConfig
             )
         return config
     name = bias.rectified or _only_rectification(cache)
-    if (temperature := rectified_at(config.loss)) is not None:
+    if (temperature := loss.rectified_at) is not None:
         _check_rectified_at(cache, name, temperature, config.loss.calibrate)
     return msgspec.structs.replace(config, bias=msgspec.structs.replace(bias, rectified=name))
 

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stages.cache import LogitCache
-from stages.data import check_identity, probes_differ, skips_of
+from stages.data import check_identity, skips_of
 from stages.errors import IdentityError
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.datasets.own import own_images
 from stages.inputs.feed import Batch, ViewFeed
+from stages.inputs.probes import probes_differ
 from stages.inputs.views import ViewPolicy
 from stages.inputs.views.policy import Plan
 from stages.settings import DataSettings
@@ -53,7 +54,8 @@ def given_images(
     if known.tested_share:  # the digest is of all of them
         found = replace(found, images_digest=known.images)
     check_identity(cache, found)
-    if drift := probes_differ(cache, found, policy):
+    size, expected = cache.identity.teacher.image_size, cache.pixel_probes
+    if drift := probes_differ(found, policy, size, expected):
         raise IdentityError(
             f"{drift} of {cache.path} differ: the images are not what the teacher saw",
             "Give raw images in the cache's order: no augmentation, no resizing, uint8.",

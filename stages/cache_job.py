@@ -31,8 +31,8 @@ from stages.data import (
     skips_of,
     small_image_notes,
 )
-from stages.device import place
-from stages.distributed import ALONE, Ranks, device_of_rank
+from stages.device import device_of_rank, place
+from stages.distributed import ALONE, Ranks
 from stages.errors import ViewError
 from stages.fold_teachers import (
     FoldTeachers,
@@ -42,7 +42,7 @@ from stages.fold_teachers import (
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Skip, Statistics
 from stages.inputs.feed import Normalise, ViewFeed
-from stages.inputs.model_outputs import sample_outputs
+from stages.inputs.model_outputs import sample_outputs, sample_pixels
 from stages.inputs.models import Model
 from stages.inputs.views import Plain, ViewPolicy
 from stages.settings import CacheConfig, TeacherSettings
@@ -153,11 +153,12 @@ def prepare(
     policy = _policy(config, clean_view(model, image_size, config.data.resize))
     if folds is not None:
         check_unmixed_folds(policy)
-    statistics = _statistics(teacher, model, train, begun)
-    rows, *_ = [sample_outputs(each, statistics, train, policy, image_size) for each in models]
+    pixels = sample_pixels(train, policy, image_size)
+    mean, std = _statistics(teacher, model, train, begun)
+    normalise = Normalise(mean, std, model.channels, pixels.device, channels_last=False)
+    rows, *_ = [sample_outputs(each, pixels, normalise) for each in models]
     splits = splits.with_classes(train.class_names or output_names(model, teacher, rows.shape[1]))
     outputs = teacher_outputs(model, teacher, splits.train.class_names, rows)
-    mean, std = statistics
     identity = Identity(
         teacher=TeacherIdentity(
             architecture=model.architecture,

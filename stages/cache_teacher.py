@@ -39,8 +39,8 @@ from stages.device import device_name, versions
 from stages.distributed import (
     Ranks,
     SharedCount,
-    first_rank_before_others,
     first_rank_does,
+    first_rank_first,
     wait_for_all,
 )
 from stages.errors import CacheError, IdentityError
@@ -86,7 +86,8 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         # 1) the store, its encoding fitted to the first rows; and what is missing in it
         progress = _Progress(job, reporter)
         teacher = TeacherPass.of(job, progress)
-        cache, fitted = first_rank_before_others(ranks, lambda: _ready(teacher, out))
+        with first_rank_first(ranks):
+            cache, fitted = _ready(teacher, out)
         for doubt in [] if job.notes_shown else _doubts(job, fitted):
             reporter.say(f"WARNING: {doubt}")
 

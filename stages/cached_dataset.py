@@ -152,7 +152,7 @@ class CachedDataset(Dataset[CachedBatch]):
         check_temperature(self.cache.encoding, temperature)
         if rectified is not None:
             self.cache.rectification(rectified).check_temperature(temperature)
-        self.num_views = len(usable_views(self.cache, views, rectified))
+        self.num_views = len(usable_views([self.cache], views, [rectified]))
         self.num_samples, self.num_classes = self.cache.num_samples, self.cache.num_classes
         self.policy = cached_policy(self.cache)
         self.image_size = self.cache.identity.teacher.image_size

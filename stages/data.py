@@ -1,9 +1,8 @@
 """What every stage asks about images: splits, views, normalisation, and which cache is of them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 
 import msgspec
 import torch
@@ -18,7 +17,7 @@ from stages.inputs.datasets import ImageDataset, Skip, load_splits, read_skip_li
 from stages.inputs.datasets.dataset import without
 from stages.inputs.feed import plain_view
 from stages.inputs.models import Model
-from stages.inputs.probes import NO_PROBE, pixel_probes
+from stages.inputs.probes import probes_differ
 from stages.inputs.run_files import sha256
 from stages.inputs.views import Plain, ViewPolicy, known_policy, view_policy
 from stages.order import Stream
@@ -162,7 +161,8 @@ def check_dataset(
             f"{len(missing)} of them",
             "Load them with load_data(settings, skips_of([cache.skips])).",
         )
-    if drift := probes_differ(cache, splits.train, policy):
+    size, expected = cache.identity.teacher.image_size, cache.pixel_probes
+    if drift := probes_differ(splits.train, policy, size, expected):
         if not accept_drift:
             raise IdentityError(
                 f"{drift} of {cache.path} differ: the images are not what the teacher saw",
@@ -183,13 +183,6 @@ def check_identity(cache: LogitCache, train: ImageDataset) -> None:
             if wanted
             else "Give the dataset that the cache was made from, or cache this one.",
         )
-
-
-def probes_differ(cache: LogitCache, train: ImageDataset, policy: ViewPolicy) -> str:
-    """How many pixel probes differ from the teacher's, for people; empty if none do."""
-    probes = pixel_probes(train, policy, cache.identity.teacher.image_size)
-    differ = sum(a != b for a, b in zip_longest(probes, cache.pixel_probes) if a != NO_PROBE)
-    return f"{differ} of {len(probes)} pixel probes" if differ else ""
 
 
 def chosen_policy(augment: str, seed: int, clean: Plain) -> ViewPolicy:
@@ -216,10 +209,25 @@ def cached_policy(cache: LogitCache) -> ViewPolicy:
     return known_policy(views.policy, views.parameters, views.version, views.seed)
 
 
-def usable_views(cache: LogitCache, views: int | None, rectified: str | None) -> list[int]:
-    """The views to train from, of the first `views` (None for all). Raises ConfigError if there are
-    fewer, CacheError unless all are complete, and rectified where that is wanted.
+def usable_views(
+    caches: Sequence[LogitCache], views: int | None, rectified: Collection[str | None]
+) -> list[int]:
+    """The views to train from, of the first `views` (None for all), which every cache must have
+    with each of these rectifications (None for none). Raises ConfigError if there are fewer,
+    CacheError unless all are complete, and rectified where that is wanted.
     """
+    counts = {cache.num_views for cache in caches}
+    if views is None and len(counts) > 1:
+        raise ConfigError(
+            f"the caches have {' and '.join(map(str, sorted(counts)))} views",
+            f"Train from those that all have with --views {min(counts)}.",
+        )
+    usable, *_ = [_usable_views(cache, views, name) for name in rectified for cache in caches]
+    return usable
+
+
+def _usable_views(cache: LogitCache, views: int | None, rectified: str | None) -> list[int]:
+    """As `usable_views`, of one cache and one rectification."""
     count = cache.num_views if views is None else views
     if not 0 < count <= cache.num_views:
         raise ConfigError(f"{views} views were asked for, the cache has {cache.num_views}")

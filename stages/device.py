@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.distributed import Ranks
 from stages.errors import ConfigError
 from stages.inputs.model_outputs import failure, logits_of
 
@@ -27,6 +28,22 @@ def choose_device(name: str = "auto") -> torch.device:
             f"device '{name}' cannot be used: {str(error).splitlines()[0][:120]}",
             "Use --device cpu, cuda, cuda:N, or leave it out.",
         ) from error
+    return device
+
+
+def device_of_rank(ranks: Ranks, name: str = "auto") -> torch.device:
+    """The device of this name; of several ranks, each has the GPU of its number on its machine,
+    unless the name says which. Raises ConfigError where there are fewer.
+    """
+    if ranks.world == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        return choose_device(name)
+    if ranks.local_rank >= (gpus := torch.cuda.device_count()):
+        raise ConfigError(
+            f"rank {ranks.rank} would use GPU {ranks.local_rank}, this machine has {gpus}",
+            f"Give torchrun --nproc-per-node={gpus}.",
+        )
+    device = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(device)  # what NCCL goes by
     return device
 
 
@@ -77,30 +94,6 @@ def place(module: nn.Module, device: torch.device, channels_last: bool = True) -
     """The module on the device, with convolution weights channels-last."""
     module = module.to(device)
     return module.to(memory_format=torch.channels_last) if channels_last else module
-
-
-class Upload:
-    """Copies to a device for a thread that reads ahead: on a GPU beside what computes there, from
-    pinned memory and on a stream of its own.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device, complete when this returns."""
-        if self._stream is None:
-            return tensor.to(self.device)
-        pinned = tensor.pin_memory()
-        # Memory of the stream that computes, as what is dropped there is given out again in that
-        # stream's order; so the copy waits for whatever still uses this memory.
-        moved = torch.empty_like(pinned, device=self.device)
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            moved.copy_(pinned, non_blocking=True)
-        self._stream.synchronize()
-        return moved
 
 
 def versions() -> dict[str, str]:

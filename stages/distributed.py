@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stages.device import choose_device
 from stages.errors import ConfigError, PipelineError, RankError
 
 TIMEOUT = timedelta(hours=1)
@@ -77,22 +76,6 @@ def launched_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     if not local <= rank < world:
         raise ConfigError(f"{shown}: ranks are numbered from 0, on a machine and in all", remedy)
     return Ranks(rank, world, local)
-
-
-def device_of_rank(ranks: Ranks, name: str = "auto") -> torch.device:
-    """The device of this name; of several ranks, each has the GPU of its number on its machine,
-    unless the name says which. Raises ConfigError where there are fewer.
-    """
-    if ranks.world == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
-        return choose_device(name)
-    if ranks.local_rank >= (gpus := torch.cuda.device_count()):
-        raise ConfigError(
-            f"rank {ranks.rank} would use GPU {ranks.local_rank}, this machine has {gpus}",
-            f"Give torchrun --nproc-per-node={gpus}.",
-        )
-    device = torch.device("cuda", ranks.local_rank)
-    torch.cuda.set_device(device)  # what NCCL goes by
-    return device
 
 
 @contextlib.contextmanager
@@ -173,32 +156,27 @@ def first_rank_does(ranks: Ranks, work: Callable[[], Result]) -> Result:
     if ranks.world == 1:
         return work()
     if not ranks.first:
-        done: tuple[Any, PipelineError | None] = broadcast_object(ranks, (None, None))
-        result: Result
-        result, failure = done
-        if failure is not None:
-            raise failure
+        result: Result = _answer_of_first(ranks)
         return result
-    try:
+    with _failure_sent(ranks):
         result = work()
-    except Exception as error:
-        _tells(ranks)  # before the others hear of it
-        message = f"rank 0 failed: {type(error).__name__}: {error}"
-        failure = error if isinstance(error, PipelineError) else RankError(message)
-        with contextlib.suppress(RankError):  # what went wrong here matters more
-            broadcast_object(ranks, (None, failure))
-        raise
     broadcast_object(ranks, (result, None))
     return result
 
 
-def first_rank_before_others(ranks: Ranks, work: Callable[[], Result]) -> Result:
-    """Call `work` on every rank, first on rank 0, so that what it downloads or keeps on disk is
-    there for the others. What it returns stays on its rank.
+@contextlib.contextmanager
+def first_rank_first(ranks: Ranks) -> Iterator[None]:
+    """Every rank runs what is inside, rank 0 before the others, so that what it downloads or keeps
+    on disk is there for them. Where it fails, they raise as in `first_rank_does`, and do not begin.
     """
-    mine: list[Result] = []
-    first_rank_does(ranks, lambda: mine.append(work()))
-    return mine[0] if ranks.first else work()
+    if ranks.world > 1 and not ranks.first:
+        _answer_of_first(ranks)
+    if ranks.world == 1 or not ranks.first:
+        yield
+        return
+    with _failure_sent(ranks):
+        yield
+    broadcast_object(ranks, (None, None))
 
 
 class SharedCount:
@@ -290,6 +268,29 @@ def _meeting_place(ranks: Ranks) -> dist.Store:
     store = dist.TCPStore(address, port, ranks.world, serves, wait_for_workers=False)
     # torchrun's store outlives the ranks: another attempt must not find what the last one left
     return dist.PrefixStore(f"launch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _answer_of_first(ranks: Ranks) -> Any:
+    """What the first rank sends when its work is done. Raises what it failed with."""
+    done: tuple[Any, PipelineError | None] = broadcast_object(ranks, (None, None))
+    result, failure = done
+    if failure is not None:
+        raise failure
+    return result
+
+
+@contextlib.contextmanager
+def _failure_sent(ranks: Ranks) -> Iterator[None]:
+    """What the first rank raises inside is sent to the others, and raised here."""
+    try:
+        yield
+    except Exception as error:
+        _tells(ranks)  # before the others hear of it
+        message = f"rank 0 failed: {type(error).__name__}: {error}"
+        failure = error if isinstance(error, PipelineError) else RankError(message)
+        with contextlib.suppress(RankError):  # what went wrong here matters more
+            broadcast_object(ranks, (None, failure))
+        raise
 
 
 def _failures(ranks: Ranks, more: int = 0) -> int:

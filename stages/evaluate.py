@@ -30,7 +30,7 @@ from stages.errors import (
 )
 from stages.inputs.datasets import ImageDataset, Skip, load_dataset, read_skip_list
 from stages.inputs.feed import Normalise, ViewFeed, plain_view
-from stages.inputs.model_outputs import check_output, output_order
+from stages.inputs.model_outputs import check_output, output_order, sample_pixels
 from stages.inputs.models import Model, load_model
 from stages.inputs.run_files import read_config, read_summary
 from stages.reporting import Reporter, Silent
@@ -218,7 +218,9 @@ def _test_logits(
     assert model.statistics is not None  # a run directory brings them
     policy = plain_view(model.image_size, run.data.resize)
     feed = ViewFeed(images, policy, device, model.image_size, run.data.workers)
-    check_output(model, model.statistics, images, policy, model.image_size)
+    pixels = sample_pixels(images, policy, model.image_size)
+    normalise = Normalise(*model.statistics, model.channels, pixels.device, channels_last=False)
+    check_output(model, pixels, normalise, len(images.class_names))
     module = place(model.module, device, run.train.channels_last).eval()
     normalise = Normalise(*model.statistics, model.channels, device, run.train.channels_last)
     parts, done = [], 0

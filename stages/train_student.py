@@ -21,23 +21,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stages.cache import LogitCache
-from stages.data import Splits, cached_policy, check_dataset, load_data, skips_of, split_digests
-from stages.distributed import (
-    ALONE,
-    Ranks,
-    device_of_rank,
-    first_rank_before_others,
-    launched_ranks,
-    process_group,
+from stages.data import (
+    Splits,
+    cached_policy,
+    check_dataset,
+    held_out,
+    load_data,
+    skips_of,
+    split_digests,
 )
+from stages.device import choose_device, device_of_rank
+from stages.distributed import ALONE, Ranks, first_rank_first, launched_ranks, process_group
 from stages.reporting import Reporter, Silent
 from stages.settings import StudentConfig
-from stages.student_checks import check_students, complete, made_from, slab_plan
+from stages.student_checks import check_students, complete, made_from
+from stages.targets.chunks import plan_of_rank, plan_slabs
 from stages.targets.reader import TargetReader
 from stages.training.cached_task import CachedTask
 from stages.training.learner import Learner
-from stages.training.models import build, check_models
+from stages.training.models import build
 from stages.training.run_directory import RunDirectory
 from stages.training.stream import Showing, open_stream
 from stages.training.trainer import Outcome, Trainer
@@ -57,8 +62,9 @@ def train_student(
     Under torchrun the ranks train it together, and the first of them writes.
     """
     run, ranks = RunDirectory(out, resume, overwrite), launched_ranks()
-    with process_group(ranks, device_of_rank(ranks, config.device)):
-        return student_trainer([config], [run], splits, reporter, ranks).fit()
+    device = device_of_rank(ranks, config.device)
+    with process_group(ranks, device):
+        return _trainer([config], [run], device, ranks, splits, reporter).fit()
 
 
 def train_together(
@@ -84,60 +90,70 @@ def student_trainer(
     runs: Sequence[RunDirectory],
     splits: Splits | None = None,
     reporter: Reporter | None = None,
-    ranks: Ranks = ALONE,
 ) -> Trainer:
     """Everything checked and loaded, ready for `fit`: one student, or several that are shown the
-    same batches. splits: the dataset, if it is loaded. ranks: of a launch on several processes.
+    same batches, in this process. splits: the dataset, if it is loaded.
 
     Raises IdentityError if the dataset is not the one the cache was made from, CacheError if the
     cache or the rectification is missing or incomplete, ConfigError for settings that cannot be,
     RunError if a run directory may not be written.
     """
+    return _trainer(configs, runs, choose_device(configs[0].device), ALONE, splits, reporter)
+
+
+def _trainer(
+    configs: Sequence[StudentConfig],
+    runs: Sequence[RunDirectory],
+    device: torch.device,
+    ranks: Ranks,
+    splits: Splits | None,
+    reporter: Reporter | None,
+) -> Trainer:
+    """As `student_trainer`, of one of several processes, on its device."""
     reporter = reporter or Silent()
-    # 1) the cache, and what its views teach
-    cache = LogitCache.open(configs[0].cache)
-    configs = [complete(config, cache) for config in configs]
-    caches, schedule = check_students(configs, cache)
-    config = configs[0]  # what decides the stream of batches is the same in all of them
+    # 1) the caches, and the students that learn from them
+    caches = [LogitCache.open(path) for path in (configs[0].cache, *configs[0].also)]
+    cache, policy = caches[0], cached_policy(caches[0])
+    students = [complete(config, cache) for config in configs]
+    schedule = check_students(students, caches, policy, ranks)
+    config = students[0].config  # what decides the stream of batches is the same in all of them
 
     # 2) the images: those that the teachers saw
-    splits = splits or first_rank_before_others(
-        ranks, lambda: load_data(config.data, skips_of(c.skips for c in caches))
-    )
+    if splits is None:
+        with first_rank_first(ranks):
+            splits = load_data(config.data, skips_of(c.skips for c in caches))
     splits = splits.with_classes(cache.identity.dataset.class_names)
     splits.tell(reporter)
-    policy = cached_policy(cache)
     for member in caches:
         check_dataset(member, splits, policy, config.accept_pixel_drift, reporter)
+    train, digests = splits.train, split_digests(splits)
+    fraction, seed = config.data.val_fraction, config.seed.data
+    samples, validation = held_out(len(train), fraction, seed, train.skipped)
 
-    # 3) the students, and the batches that they are shown
-    plan = slab_plan(configs, caches, schedule, ranks, splits.train.skipped)
-    models = build(configs, splits.train, cache.identity.teacher.image_size, reporter, ranks)
-    image_size = models[0].settings.image_size
-    showing = Showing(plan.order, ranks, schedule.rounds)
-    stream = open_stream(config, splits, policy, image_size, showing)
-    check_models(models, stream)
-
-    # 4) the targets of every epoch, read once for all students that learn from the same
+    # 3) the models; the batches that they are shown, and the targets that are read for these: once
+    # for all students that learn from the same rectification
+    models = build(configs, train, cache.identity.teacher.image_size, reporter, device)
     names: list[str | None] = [
-        c.bias.rectified for c in configs if c.bias.rectified is not None
-    ] or [None]
+        *dict.fromkeys(name for s in students if (name := s.config.bias.rectified) is not None)
+    ] or [None]  # what is read with a rectification has the teacher's own rows as well
+    readings = len(names) if any(s.loss.reads_teacher for s in students) else 0
+    if ranks.world > 1:
+        plan = plan_of_rank(cache, ranks)
+    else:
+        plan = plan_slabs(caches, schedule, samples, config, device, readings)
+    showing = Showing(samples, validation, plan.order, ranks, schedule.rounds)
+    stream = open_stream(config, splits, policy, models[0].settings.image_size, showing, device)
     readers = {
-        name: TargetReader(caches, name, schedule, plan, stream.labels, len(configs))
-        for name in dict.fromkeys(names)
+        name: TargetReader(caches, name, schedule, plan, stream.labels, len(students))
+        for name in names
     }
-    labelled = splits.train.labelled
-    # What is read with a rectification has the teacher's own rows as well.
-    ends = untils(configs, cache, schedule.choices, stream, reporter)
-    tasks = [
-        CachedTask(c, schedule, readers[c.bias.rectified or names[0]], stream.labels, labelled, end)
-        for c, end in zip(configs, ends, strict=True)
-    ]
 
-    # 5) all of it together: `fit` trains
-    digests = split_digests(splits)
-    learners = [
-        Learner(c, model, task, run, stream, {**digests, **made_from(c, caches)})
-        for c, model, task, run in zip(configs, models, tasks, runs, strict=True)
-    ]
+    # 4) all of it together: `fit` trains
+    ends = untils([s.config for s in students], cache, schedule.choices, stream, reporter)
+    learners = []
+    for student, model, run, end in zip(students, models, runs, ends, strict=True):
+        reader = readers[student.config.bias.rectified or names[0]]
+        task = CachedTask(student, schedule, reader, stream.labels, train.labelled, end)
+        origin = {**digests, **made_from(student.config, caches)}
+        learners.append(Learner(student.config, model, task, run, stream, origin))
     return Trainer(learners, stream, reporter)

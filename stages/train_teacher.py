@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from torch import Tensor
 
-from stages.data import Splits, chosen_policy, load_data, split_digests
+from stages.data import Splits, chosen_policy, held_out, load_data, split_digests
+from stages.device import choose_device
 from stages.errors import ConfigError, RunError
 from stages.fold_teachers import fold_folder
 from stages.folds import fold_map
+from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Batch, plain_view
 from stages.objectives.losses import mixed_ce
 from stages.order import SINGLES, Rounds, view_order
 from stages.reporting import Reporter, Silent
 from stages.settings import TeacherConfig
 from stages.training.learner import Learner
-from stages.training.models import build, check_models
+from stages.training.models import build
 from stages.training.run_directory import RunDirectory
 from stages.training.stream import Showing, open_stream
 from stages.training.trainer import Trainer
@@ -83,16 +86,19 @@ def train_teacher(
         )
 
     # 2) the model, and the batches that it is shown
-    models = build([config], splits.train, None, reporter)
+    device = choose_device(config.device)
+    models = build([config], splits.train, None, reporter, device)
     size = models[0].settings.image_size
     policy = chosen_policy(config.augment, config.seed.data, plain_view(size, config.data.resize))
-    left_out = None
-    if config.folds is not None and config.fold is not None:
-        fold_of = fold_map(splits.train.labels, config.folds, config.seed.data)
-        left_out = fold_of.eq(config.fold).nonzero().squeeze(1)
+    samples, validation = held_out(
+        len(splits.train),
+        config.data.val_fraction,
+        config.seed.data,
+        _left_out(config, splits.train),
+    )
     rounds = Rounds(config.train.views_per_decode or 1, config.train.epochs, policy.count)
-    stream = open_stream(config, splits, policy, size, Showing(rounds=rounds), left_out)
-    check_models(models, stream)
+    showing = Showing(samples, validation, rounds=rounds)
+    stream = open_stream(config, splits, policy, size, showing, device)
 
     # 3) train
     task = LabelTask(stream.labels, policy.count, config.seed.data, rounds)
@@ -128,6 +134,16 @@ def train_folds(
         one = msgspec.structs.replace(config, fold=fold)
         summaries.append(train_teacher(one, where, resume, overwrite, splits, reporter))
     return summaries
+
+
+def _left_out(config: TeacherConfig, train: ImageDataset) -> Tensor:
+    """int64: the samples that are skipped, and those of the fold that a teacher is not shown."""
+    if config.folds is None or config.fold is None:
+        return train.skipped
+    fold_of = fold_map(train.labels, config.folds, config.seed.data)
+    unseen = fold_of.eq(config.fold).nonzero().squeeze(1)
+    left_out: Tensor = torch.cat([train.skipped, unseen]).unique()
+    return left_out
 
 
 def _check_fold(config: TeacherConfig) -> None:

@@ -21,8 +21,8 @@ from stages.distributed import (
     SharedCount,
     barrier,
     broadcast_object,
-    first_rank_before_others,
     first_rank_does,
+    first_rank_first,
     process_group,
     wait_for_all,
 )
@@ -39,7 +39,9 @@ def agree(ranks: Ranks) -> object:
             count = SharedCount(ranks)
             value = broadcast_object(ranks, {"rank": ranks.rank})
             worked = first_rank_does(ranks, lambda: os.getpid())
-            began = first_rank_before_others(ranks, lambda: time.sleep(0.2) or time.monotonic())
+            with first_rank_first(ranks):
+                time.sleep(0.2)
+                began = time.monotonic()
             count.add(10 + ranks.rank)
             seen: list[int] = []
             time.sleep(0.25 * ranks.rank)

@@ -83,7 +83,7 @@ def simulated_graphs() -> Iterator[Callable[[], int]]:
     """Inside, steps are recorded on the CPU; yields what counts the launches."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stages.training.graphs.has_graphs", lambda _: True)
-        patch.setattr("stages.training.models.check_capture", lambda _: None)
+        patch.setattr("stages.training.learner.check_capture", lambda _: None)
         patch.setattr("torch.cuda.CUDAGraph", SimulatedGraph)
         patch.setattr("torch.cuda.graph", _recording)
         patch.setattr("torch.cuda.Stream", _Stream)

@@ -43,7 +43,7 @@ from stages.errors import CacheError, ConfigError, IdentityError, ModelError, Pi
 from stages.inputs.feed import ViewFeed
 from stages.rectify import rectify_rows
 from stages.settings import CacheConfig, LossSettings, ModelSettings, StudentConfig, TrainSettings
-from stages.training.objective import resolved
+from stages.training.objective import student_loss
 
 
 def digests(path: Path) -> dict[str, str]:
@@ -261,7 +261,7 @@ def test_the_online_student_learns_what_the_cached_one_does(
         cache=str(finished_cache),
         data=DIGITS,
         model=ModelSettings(architecture="resnet8"),
-        loss=resolved(LossSettings(name="kd")),
+        loss=student_loss(LossSettings(name="kd")).settings,
     )
     laps = Laps(job.device)
     task = OnlineTask(job, config, digits.train.labels, cache.num_views, laps)

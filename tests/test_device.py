@@ -4,9 +4,10 @@ import pytest
 import torch
 from pretended_gpu import pretended_gpu
 
-from stages.device import Upload, check_precision, forward
+from stages.device import check_precision, forward
 from stages.errors import ConfigError
 from stages.inputs.feed import send
+from stages.targets.reader import Upload
 
 CPU = torch.device("cpu")
 

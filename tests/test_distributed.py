@@ -8,15 +8,15 @@ import forks
 import pytest
 import torch
 
+from stages.device import device_of_rank
 from stages.distributed import (
     ALONE,
     Ranks,
     SharedCount,
     barrier,
     broadcast_object,
-    device_of_rank,
-    first_rank_before_others,
     first_rank_does,
+    first_rank_first,
     launched_ranks,
     process_group,
     told_once,
@@ -96,7 +96,8 @@ def test_alone_everything_is_a_plain_call() -> None:
         wait_for_all(alone, lambda: 0)
         assert broadcast_object(alone, 3) == 3
         assert first_rank_does(alone, lambda: 4) == 4
-        assert first_rank_before_others(alone, lambda: 5) == 5
+        with first_rank_first(alone):
+            assert broadcast_object(alone, 5) == 5
         assert (count.add(2), count.add(3), count.add()) == (2, 5, 5)
     assert not torch.distributed.is_initialized()
     with pytest.raises(ZeroDivisionError), process_group(alone):

@@ -16,7 +16,7 @@ from results.cifar100.gpu.plan import SIZES, Rates, Size, Work, plan
 from stages.device import choose_device, device_name
 from stages.errors import ConfigError
 from stages.settings import CacheConfig, StudentConfig, TeacherConfig
-from stages.training.objective import resolved
+from stages.training.objective import student_loss
 
 FAST = Rates(teacher=15_000, views=45_000, students=200_000, alone=60_000)
 WORK = Work(50_000, 10_000, {0: 6, 1: 6, 2: 6})
@@ -102,7 +102,7 @@ def test_the_files_are_of_one_experiment() -> None:
     assert len(here.runs) == 18
     assert here.left == {0: 6, 1: 6, 2: 6}
     for each in here.runs:
-        assert resolved(each.config.loss).name == each.config.loss.name
+        assert student_loss(each.config.loss).settings.name == each.config.loss.name
         assert each.config.train.epochs == 30
         assert not each.config.train.capture  # on this device
     modes = {(r.config.loss.name, r.config.bias.mode) for r in here.runs}

@@ -9,7 +9,7 @@ from pipeline.config import read_config
 from pipeline.sweep.grid import expand, read_sweep
 from stages.inputs.cifar_models import cifar_model_names
 from stages.settings import StudentConfig, TeacherConfig, TrainSettings
-from stages.training.objective import resolved
+from stages.training.objective import student_loss
 
 PAIRS = Path(__file__).parents[1] / "results" / "cifar100" / "pairs"
 SWEEPS = sorted(PAIRS.glob("*-*.yaml"))
@@ -75,7 +75,7 @@ def test_a_sweep_trains_its_pair_as_published(path: Path) -> None:
         assert run.config.model.architecture == student
         assert run.config.data.dataset == "cifar100"
         assert run.config.train == msgspec.structs.replace(OFFICIAL, lr=lr)
-    losses = {run.label: resolved(run.config.loss) for run in runs}
+    losses = {run.label: student_loss(run.config.loss).settings for run in runs}
     assert (losses["KD"].ce_weight, losses["KD"].weight) == (0.1, 0.9)
     assert losses["KD"].temperature == losses["DKD"].temperature == 4
     assert losses["DIST"].temperature == 4

@@ -39,6 +39,7 @@ from stages.settings import (
 from stages.student_checks import check_one_stream
 from stages.train_student import student_trainer, train_student, train_together
 from stages.training.cached_task import CachedTask
+from stages.training.objective import Student
 from stages.training.run_directory import RunDirectory
 
 CPU = torch.device("cpu")
@@ -178,10 +179,10 @@ def test_targets_and_images_are_read_once_and_waited_for_together(
 
 
 def test_several_rectifications_do_not_share_a_slab_memory(my_cache: Path) -> None:
-    def of(name: str | None) -> StudentConfig:
+    def of(name: str | None) -> Student:
         mode: BiasMode = "none" if name is None else "rectify"
         bias = BiasSettings(mode=mode, rectified=name)
-        return student(my_cache, slab_memory="1GB", bias=bias)
+        return Student.of(student(my_cache, slab_memory="1GB", bias=bias))
 
     check_one_stream([of(None), of("pairwise-T4")])
     with pytest.raises(ConfigError, match="pairwise-T4 and swap-T4 hold targets of each"):

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from stages.cache import LogitCache
 from stages.cache.encoding.floats import Float32
 from stages.cache.targets import ViewTargets
-from stages.data import Splits, held_out, load_data
+from stages.data import Splits, cached_policy, held_out, load_data
 from stages.errors import CacheError, IdentityError, RunError
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import ImageDataset
@@ -580,18 +580,21 @@ def test_damage_of_a_view_is_told_before_the_first_step(my_cache: Path, part: st
     """Whichever epoch the view comes in; and not where it is not used."""
     flip(my_cache / "commits" / part / "v00005.json")
     cache = LogitCache.open(my_cache)
+    policy = cached_policy(cache)
+    all_views = complete(student_config(my_cache, bias=RECTIFY), cache)
     with pytest.raises(CacheError, match=rf"commits/{part}/v00005\.json is not readable"):
-        check_students([complete(student_config(my_cache, bias=RECTIFY), cache)], cache)
+        check_students([all_views], [cache], policy)
     few = complete(student_config(my_cache, bias=RECTIFY, views=5), cache)
-    assert check_students([few], cache)[1].choices == [(0,), (1,), (2,), (3,), (4,)]
+    assert check_students([few], [cache], policy).choices == [(0,), (1,), (2,), (3,), (4,)]
     next((my_cache / "prediction/c/4").rglob("0")).unlink()
     with pytest.raises(CacheError, match=r"prediction/c/4/\S* is missing"):
-        check_students([few], cache)
+        check_students([few], [cache], policy)
 
 
 def test_the_only_rectification_need_not_be_named(my_cache: Path) -> None:
     cache = LogitCache.open(my_cache)
-    assert complete(student_config(my_cache, bias=RECTIFY), cache).bias.rectified == "pairwise-T4"
+    found = complete(student_config(my_cache, bias=RECTIFY), cache).config
+    assert found.bias.rectified == "pairwise-T4"
 
 
 def test_a_temperature_free_rectification_serves_any_temperature(my_cache: Path) -> None:

@@ -49,14 +49,15 @@ from stages.settings import (
     TeacherConfig,
     TrainSettings,
 )
-from stages.student_checks import check_students, complete, slab_plan
-from stages.targets.chunks import slab_bytes
+from stages.student_checks import check_students, complete
+from stages.targets.chunks import plan_of_rank, plan_slabs, slab_bytes
 from stages.targets.ensemble import mean_logits
 from stages.train_student import student_trainer, train_student, train_together
 from stages.train_teacher import train_teacher
 from stages.training.run_directory import RunDirectory
 from stages.training.stream import BatchStream, Showing, open_stream
 
+CPU = torch.device("cpu")
 SAMPLES, BATCH, VIEWS = 50, 16, 5
 Pair = tuple[int, int]
 """A sample and the view it is shown in."""
@@ -269,8 +270,9 @@ def stream_of(
     )
     config = student_of("none", train=train)
     few = Splits(first(splits.train, samples), splits.test)
-    showing = Showing(rounds=Rounds(per_decode, 7, VIEWS))
-    return open_stream(config, few, view_policy("pad-crop:pad=2", 0), None, showing)
+    every = few.train.shown
+    showing = Showing(every, every[:0], rounds=Rounds(per_decode, 7, VIEWS))
+    return open_stream(config, few, view_policy("pad-crop:pad=2", 0), None, showing, CPU)
 
 
 @pytest.mark.parametrize("one_batch", [False, True])
@@ -455,15 +457,15 @@ def test_views_in_one_batch_are_read_in_groups_too(
 
 def test_ranks_show_disjoint_samples_in_all_views(my_cache: Path, my_splits: Splits) -> None:
     cache = LogitCache.open(my_cache)
-    config = complete(student(my_cache, 2), cache)
-    caches, schedule = check_students([config], cache)
+    policy, every = cached_policy(cache), my_splits.train.shown
+    chosen = complete(student(my_cache, 2), cache)
     streams = []
     for rank in range(2):
         ranks = Ranks(rank, 2, rank)
-        plan = slab_plan([config], caches, schedule, ranks)
-        showing = Showing(plan.order, ranks, schedule.rounds)
-        policy = cached_policy(cache)
-        streams.append(open_stream(config, my_splits, policy, None, showing))
+        schedule = check_students([chosen], [cache], policy, ranks)
+        order = plan_of_rank(cache, ranks).order
+        showing = Showing(every, every[:0], order, ranks, schedule.rounds)
+        streams.append(open_stream(chosen.config, my_splits, policy, None, showing, CPU))
     for epochs in naive_rounds(7, 2, VIEWS):
         shown: list[list[Pair]] = [[], []]
         for epoch in epochs:
@@ -672,9 +674,10 @@ def test_groups_hold_all_views_of_a_round(my_cache: Path) -> None:
     """Two groups are within the memory given, and as large as whole chunks allow."""
     cache = LogitCache.open(my_cache)
     for per_decode, memory in ((1, 5_000), (2, 10_000)):
-        config = complete(student(my_cache, per_decode, slab_memory=f"{memory}B"), cache)
-        caches, schedule = check_students([config], cache)
-        plan = slab_plan([config], caches, schedule)
+        caches, every = [cache], torch.arange(cache.num_samples)
+        chosen = complete(student(my_cache, per_decode, slab_memory=f"{memory}B"), cache)
+        schedule = check_students([chosen], caches, cached_policy(cache))
+        plan = plan_slabs(caches, schedule, every, chosen.config, CPU)
         assert plan.groups is not None
         rows = plan.groups.most * plan.groups.chunk_rows
         assert 2 * slab_bytes(caches, rows, per_decode) <= memory

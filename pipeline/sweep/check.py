@@ -13,16 +13,26 @@ import msgspec
 
 from pipeline.sweep.grid import Run, check_distinct
 from stages.cache import LogitCache
-from stages.data import cached_policy, check_dataset, load_data, skips_of, split_digests
+from stages.data import (
+    cached_policy,
+    check_dataset,
+    held_out,
+    load_data,
+    skips_of,
+    split_digests,
+)
 from stages.device import choose_device
 from stages.errors import CacheError, ConfigError, ModelError, PipelineError, UnansweredError
 from stages.inputs.checkpoints import weights_file
 from stages.inputs.models import build_model
+from stages.order import ViewSchedule
 from stages.reporting import Reporter, Silent
 from stages.settings import DataSettings, ModelSettings, SeedSettings, StudentConfig
-from stages.student_checks import check_one_stream, check_students, complete, made_from, slab_plan
+from stages.student_checks import check_one_stream, check_students, complete, made_from
+from stages.targets.chunks import plan_slabs
 from stages.targets.ensemble import teacher_top1
 from stages.training.compiled import check_compiler
+from stages.training.objective import Student
 
 
 @dataclass
@@ -84,12 +94,22 @@ class _Known:
             config, model=ModelSettings(architecture=""), seed=SeedSettings()
         )
         if alike not in self.objectives:
-            cache = self.cache(config.cache)
-            completed = complete(alike, cache)
-            caches, schedule = check_students([completed], cache)
-            slab_plan([completed], caches, schedule)
-            self.objectives[alike] = completed
+            caches = self.members(config)
+            student = complete(alike, caches[0])
+            schedule = check_students([student], caches, cached_policy(caches[0]))
+            self._check_memory(student, caches, schedule)
+            self.objectives[alike] = student.config
         return msgspec.structs.replace(self.objectives[alike], model=config.model, seed=config.seed)
+
+    def _check_memory(
+        self, student: Student, caches: Sequence[LogitCache], schedule: ViewSchedule
+    ) -> None:
+        """Raise ConfigError where targets do not fit into memory, as `plan_slabs` does."""
+        config = student.config
+        fraction, seed = config.data.val_fraction, config.seed.data
+        samples, _ = held_out(caches[0].num_samples, fraction, seed)
+        device, reads = choose_device(config.device), int(student.loss.reads_teacher)
+        plan_slabs(caches, schedule, samples, config, device, reads)
 
     def note_origins(self, run: Run, images: Mapping[str, str]) -> None:
         """Remember what a run is made from. images: digests of both splits."""
@@ -175,7 +195,7 @@ def _share_a_stream(runs: Sequence[Run]) -> bool:
     if len({config.model.image_size for config in configs}) > 1:
         return False
     try:
-        check_one_stream(configs)
+        check_one_stream([Student.of(config) for config in configs])
     except ConfigError:
         return False
     return True

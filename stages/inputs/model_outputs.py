@@ -1,5 +1,6 @@
 """What models return, and which of it are the logits of the dataset's classes, in their order."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import ConfigError, ModelError, PipelineError
-from stages.inputs.datasets import ImageDataset, Statistics
-from stages.inputs.feed import Normalise, ViewFeed
+from stages.inputs.datasets import ImageDataset
+from stages.inputs.feed import Normalise
 from stages.inputs.models import Model
+from stages.inputs.rendered import RenderedViews
 from stages.inputs.views import ViewPolicy
 from stages.settings import Outputs
 from stages.user_code import error_line
@@ -177,53 +179,46 @@ def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
 # ---- what a model gives for the images of a dataset ------------------------------------------
 
 
-def check_output(
-    model: Model,
-    statistics: Statistics,
-    dataset: ImageDataset,
-    policy: ViewPolicy,
-    image_size: int | None,
-    outputs: Outputs = "logits",
-) -> None:
-    """Run two samples through a model, on the CPU, where it is before it is placed.
-
-    Raises ModelError unless it gives a logit for each of the dataset's classes, or a probability
-    where `outputs` says so.
+def sample_pixels(dataset: ImageDataset, policy: ViewPolicy, image_size: int | None) -> Tensor:
+    """View 0 of the first two samples, of one where there are no more: uint8 (B, C, H, W), on the
+    CPU.
     """
-    rows = sample_outputs(model, statistics, dataset, policy, image_size)
-    check_width(model, rows, len(dataset.class_names))
-    check_kind(model, rows, outputs)
+    rendered = RenderedViews(dataset, policy, image_size)
+    shown = rendered.__getitems__([(sample, 0) for sample in range(min(2, len(dataset)))])
+    if isinstance(shown, PipelineError):
+        raise shown
+    assert isinstance(shown.images, Tensor)
+    return shown.images
 
 
-def sample_outputs(
-    model: Model,
-    statistics: Statistics,
-    dataset: ImageDataset,
-    policy: ViewPolicy,
-    image_size: int | None,
-) -> Tensor:
-    """What a model returns for two samples, on the CPU: (B, outputs). Raises ModelError unless it
-    is a row for each.
+def check_output(model: Model, pixels: Tensor, normalise: Normalise, num_classes: int) -> None:
+    """Raise ModelError unless a model gives a logit for each of the dataset's classes. See
+    `sample_outputs`.
     """
-    cpu = torch.device("cpu")
-    feed = ViewFeed(dataset, policy, cpu, image_size, workers=0)
-    normalise = Normalise(*statistics, model.channels, cpu, channels_last=False)
-    batch = next(feed.batches(torch.arange(min(2, len(dataset))), 0, 2))
+    rows = sample_outputs(model, pixels, normalise)
+    check_width(model, rows, num_classes)
+    check_kind(model, rows, "logits")
+
+
+def sample_outputs(model: Model, pixels: Tensor, normalise: Normalise) -> Tensor:
+    """What a model returns for some images, on the CPU, where it is before it is placed:
+    (B, outputs). pixels: uint8 (B, C, H, W). Raises ModelError unless it is a row for each.
+    """
     model.module.eval()
     try:
         with torch.inference_mode():
-            found = model.module(normalise(batch.pixels))
+            found = model.module(normalise(pixels))
     except Exception as error:
-        pixels = tuple(batch.pixels.shape[1:])
         raise ModelError(
-            f"{model.architecture} cannot take images of {pixels}: {error_line(error)}",
+            f"{model.architecture} cannot take images of {tuple(pixels.shape[1:])}: "
+            f"{error_line(error)}",
             "Give --image-size, or another model.",
         ) from error
     logits = logits_of(found)
-    if logits.ndim != 2 or len(logits) != len(batch.samples):
+    if logits.ndim != 2 or len(logits) != len(pixels):
         raise ModelError(
             f"{model.architecture} gives logits of shape {tuple(logits.shape)} for "
-            f"{len(batch.samples)} images",
+            f"{len(pixels)} images",
             "Use a model with one row of outputs per image.",
         )
     return logits
@@ -252,3 +247,18 @@ def check_kind(model: Model, logits: Tensor, outputs: Outputs) -> None:
             f"{model.architecture} returns probabilities (rows that sum to 1), not logits",
             "Return what goes into the softmax; --outputs probabilities takes a teacher's log.",
         )
+
+
+def check_trained_on_one(model: Model, images: Tensor) -> None:
+    """Raise ConfigError where a model cannot train on one image, as with batch norm over a single
+    value a channel. Weights and generators stay as they are. images: float32 (1, C, H, W).
+    """
+    module = copy.deepcopy(model.module).train()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            module(images)
+    except ValueError as error:
+        raise ConfigError(
+            f"{model.architecture} cannot train on batches of one image: {error}",
+            "Give --batch-size 2 or more for every process.",
+        ) from error

@@ -1,6 +1,8 @@
 """Pixel probes: checksums of some views, by which a cache knows the images it was made from."""
 
 import zlib
+from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -36,6 +38,15 @@ def pixel_probes(
         NO_PROBE if skipped else zlib.crc32(image.numpy().tobytes())
         for image, skipped in zip(shown.images, unseen.tolist(), strict=True)
     ]
+
+
+def probes_differ(
+    dataset: ImageDataset, policy: ViewPolicy, image_size: int | None, expected: Sequence[int]
+) -> str:
+    """How many pixel probes are not as expected, for people; empty if none is."""
+    probes = pixel_probes(dataset, policy, image_size)
+    differ = sum(a != b for a, b in zip_longest(probes, expected) if a != NO_PROBE)
+    return f"{differ} of {len(probes)} pixel probes" if differ else ""
 
 
 def _shown(

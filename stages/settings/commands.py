@@ -194,8 +194,12 @@ class StudentConfig(RunConfig, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.slab_memory is not None:
-            parse_bytes(self.slab_memory, "slab_memory")
+        _ = self.slab_bytes
+
+    @property
+    def slab_bytes(self) -> int | None:
+        """What `slab_memory` says."""
+        return None if self.slab_memory is None else parse_bytes(self.slab_memory, "slab_memory")
 
 
 CONFIGS = {

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
+from stages.distributed import Ranks
 from stages.errors import ConfigError
 from stages.inputs.counter_hash import permute
 from stages.order import Stream, ViewSchedule, sample_order
+from stages.settings import StudentConfig
 from stages.sizes import in_words
 from stages.targets.memory import free_memory
 
@@ -152,23 +154,32 @@ class SlabPlan:
         return self.groups.order_of_group(self.share, samples, seed, epoch)
 
 
+def plan_of_rank(cache: LogitCache, ranks: Ranks) -> SlabPlan:
+    """How one of several ranks reads its own group of every epoch; see `groups_of_ranks`."""
+    groups = groups_of_ranks(cache.row_of, cache.grid.chunk_rows, ranks.world)
+    return SlabPlan(groups, share=ranks.rank)
+
+
 def plan_slabs(
     caches: Sequence[LogitCache],
     schedule: ViewSchedule,
-    budget: int | None,
     samples: Tensor,
-    batch_size: int,
+    config: StudentConfig,
     device: torch.device,
+    readings: int = 1,
 ) -> SlabPlan:
-    """How to read views so that targets take no more than `budget` bytes on `device`: the slab in
-    use and the next.
+    """How to read views so that targets take no more than `config.slab_memory` on `device`: the
+    slab in use and the next.
 
-    schedule: what epochs show; two views that a loss sees at once are not read in groups: `budget`
-    is None then. samples: int64, those that are trained on. Raises ConfigError, naming a budget
-    that works, where the budget is too small, or where none is given and half of the available
-    memory is. An order of samples must depend on the seed and not on the machine: so it is not
-    chosen silently.
+    schedule: what epochs show; two views that a loss sees at once are not read in groups: no memory
+    is given then. samples: int64, those that are trained on. readings: of how many rectifications,
+    each read for itself; 0 where no targets are read. Raises ConfigError, naming a memory that
+    works, where it is too small, or where none is given and half of what is available is. An order
+    of samples must depend on the seed and not on the machine: so it is not chosen silently.
     """
+    budget = config.slab_bytes
+    if budget is None and not readings:
+        return SlabPlan()
     choices, per_decode = schedule.choices, min(schedule.per_decode, schedule.epochs)
     num_views = len({view for some in choices for view in some})
     samples_of_view, slab = caches[0].num_samples, per_decode * len(choices[0])
@@ -177,6 +188,7 @@ def plan_slabs(
     every, most = slab_bytes(caches, samples_of_view, num_views), resident_bytes(device)
     # Rounds put views together anew in every turn: slabs of all of them would be kept forever.
     resident = per_decode == 1 and every <= (most if budget is None else min(most, budget))
+    resident &= readings <= 1  # together they might be too much to keep
     if budget is None and needed > (half := available_bytes(device) // 2):
         raise ConfigError(
             f"the targets of {held} views take {in_words(needed)}, more than half of "
@@ -188,7 +200,7 @@ def plan_slabs(
         )
     if resident or budget is None or needed <= budget:
         return SlabPlan(None, resident)
-    return SlabPlan(_chunk_groups(caches, slab, budget, samples, batch_size))
+    return SlabPlan(_chunk_groups(caches, slab, budget, samples, config.train.batch_size))
 
 
 def _chunk_groups(

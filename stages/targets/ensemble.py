@@ -90,14 +90,12 @@ NOT_RECTIFIED = (
 )
 
 
-def open_members(
-    cache: LogitCache, also: Sequence[str], temperatures: Sequence[float]
-) -> list[LogitCache]:
-    """The first cache and those beside it. Raises IdentityError unless they hold the same views
-    of the same dataset, CacheError if their rows are not known at the losses' temperatures and 1.
+def check_members(caches: Sequence[LogitCache], temperatures: Sequence[float]) -> None:
+    """Raise IdentityError unless caches hold the same views of the same dataset, CacheError where
+    rows of several are not known at the losses' temperatures and 1.
     """
-    members = [LogitCache.open(path) for path in also]
-    for member in members:
+    cache, *others = caches
+    for member in others:
         differing = [
             f"{part}.{line}"
             for part in ("dataset", "views")
@@ -109,11 +107,10 @@ def open_members(
                 f"{'; '.join(differing[:3])}",
                 "Averaged teachers must have looked at the same pixels: cache this one anew.",
             )
-    for member in [cache, *members] if members else []:
+    for member in caches if others else []:
         for needed in (*temperatures, 1.0):
             if not member.encoding.holds(needed):
                 raise CacheError(
                     f"{member.path} keeps part of each row, without its rest at T = {needed:g}",
                     "Several teachers are averaged there and at 1: use another --encoding.",
                 )
-    return [cache, *members]

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.targets import SharedTargets, TargetRows, Targets, ViewTargets
-from stages.device import Upload
 from stages.order import ViewSchedule
 from stages.targets.chunks import SlabPlan
 from stages.targets.ensemble import EnsembleTargets
@@ -241,3 +240,27 @@ class SlabReader(Generic[What, Slab]):
         if what not in self._ahead:
             self._ahead[what] = self._pool.submit(self._read, what)
         return self._ahead[what]
+
+
+class Upload:
+    """Copies to a device for a thread that reads ahead: on a GPU beside what computes there, from
+    pinned memory and on a stream of its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device, complete when this returns."""
+        if self._stream is None:
+            return tensor.to(self.device)
+        pinned = tensor.pin_memory()
+        # Memory of the stream that computes, as what is dropped there is given out again in that
+        # stream's order; so the copy waits for whatever still uses this memory.
+        moved = torch.empty_like(pinned, device=self.device)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            moved.copy_(pinned, non_blocking=True)
+        self._stream.synchronize()
+        return moved

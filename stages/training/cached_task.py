@@ -12,11 +12,10 @@ from stages.objectives.bias import BiasWeights, bias_weights
 from stages.objectives.correction import BOUND, STRENGTH, corrected
 from stages.objectives.losses import TeacherRows, mixed_ce
 from stages.order import ViewSchedule
-from stages.settings import StudentConfig
 from stages.targets.in_place import kept_in_place, take
 from stages.targets.reader import TargetReader
 from stages.training.compiled import Compiled
-from stages.training.objective import Objective
+from stages.training.objective import Objective, Student
 from stages.training.until import Until
 
 
@@ -28,25 +27,25 @@ class CachedTask:
 
     def __init__(
         self,
-        config: StudentConfig,
+        student: Student,
         schedule: ViewSchedule,
         reader: TargetReader,
         labels: Tensor,
         labelled: bool = True,
         until: Until | None = None,
     ) -> None:
-        """config: complete. labels: int64 (N,), on the device. labelled: whether they are known.
+        """labels: int64 (N,), on the device. labelled: whether they are known.
         until: when the loss is switched off, None for never; it is reported afterwards too.
         """
-        self._config, self._schedule, self._labels = config, schedule, labels
+        self._config, self._schedule, self._labels = student.config, schedule, labels
         self._labelled = labelled
-        self._objective = None if config.loss.name == "ce" else Objective(config.loss)
+        self._objective = Objective(student.loss) if student.loss.reads_teacher else None
         self.learned = None if self._objective is None else self._objective.learned
         self._reader, self._epoch, self._until, self._off = reader, 0, until, False
         # Weights of the epoch at hand: of the loss, of right rows and of wrong ones.
         self._weights = torch.ones(3, device=labels.device)
         self._weight, right, wrong = self._weights.unbind()
-        self._bias = BiasWeights(right, wrong, config.bias.reduction)
+        self._bias = BiasWeights(right, wrong, student.config.bias.reduction)
         self._weights_shown: dict[str, float] = {}
         self.targets: Targets | None = None
         self._kept: Targets | None = None

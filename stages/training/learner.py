@@ -11,15 +11,15 @@ import msgspec
 import torch
 from torch import Tensor
 
-from stages.device import place
+from stages.device import check_precision, place
 from stages.distributed import summed, take_from_first
 from stages.errors import PipelineError, RunError
-from stages.inputs.feed import Batch
+from stages.inputs.feed import Batch, Normalise
 from stages.settings import RunConfig
-from stages.training.captured import Capture, CapturedStep
+from stages.training.captured import Capture, CapturedStep, check_capture
 from stages.training.graphs import WaitError
 from stages.training.history import EpochShown, said, selected_epoch, summarise
-from stages.training.models import InitialModel
+from stages.training.models import InitialModel, check_model
 from stages.training.passes import Passes
 from stages.training.random_state import RandomState
 from stages.training.run_directory import RunDirectory
@@ -47,8 +47,11 @@ class Learner:
 
     def __post_init__(self) -> None:
         self.settings, self.ranks, device = self.config.train, self.stream.ranks, self.stream.device
+        check_precision(device, self.settings.tf32)
+        check_model(self.model, self.stream)
         self.module = place(self.model.model.module, device, self.settings.channels_last)
-        self.normalise = self.model.normalise(device, self.settings.channels_last)
+        model, last = self.model.model, self.settings.channels_last
+        self.normalise = Normalise(*self.model.statistics, model.channels, device, last)
         learned = self.task.learned
         if learned is not None:
             learned.to(device)
@@ -99,6 +102,7 @@ class Learner:
         return views
 
     def _make_capture(self) -> Capture:
+        check_capture(self.stream.device)
         compiled, optimizer = self.settings.compile, self._trained.optimizer
         step = CapturedStep(self._learn, optimizer, self._changed, self.stream, not compiled)
         return Capture(step, self.task, self.stream)

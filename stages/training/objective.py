@@ -1,38 +1,125 @@
 """A loss as a student is trained with it: defaults filled in, what it can be fed checked."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 from torch import Tensor
 
-from stages.errors import ConfigError
+from stages.cache import LogitCache
+from stages.cache.encoding import check_temperature
+from stages.errors import CacheError, ConfigError
 from stages.objectives.losses import (
     PARAMETERS,
+    Definition,
     LearningLoss,
     TeacherRows,
     changed,
     definition_of,
     standardised,
 )
-from stages.settings import LossSettings
+from stages.settings import LossSettings, StudentConfig
 
 
-def resolved(settings: LossSettings) -> LossSettings:
-    """The settings with the loss's own defaults where they name nothing.
+@dataclass(frozen=True)
+class StudentLoss:
+    """The loss of a student. settings: with the loss's own defaults where they named nothing.
+    definition: what is known of the loss.
+    """
+
+    settings: LossSettings
+    definition: Definition
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether it is against a teacher's rows, and not cross-entropy alone."""
+        return self.settings.name != "ce"
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Its own parameters, those that are set."""
+        return _parameters(self.settings, self.definition)
+
+    @property
+    def standardised_first(self) -> bool:
+        """Whether logits of both sides are standardised before the loss has them."""
+        return self.settings.standardise and not self.definition.standardises
+
+    @property
+    def reads_offset(self) -> bool:
+        """Whether a constant that is added to a row of the teacher changes it."""
+        return self.definition.reads_offset and not self.settings.standardise
+
+    @property
+    def rectified_at(self) -> float | None:
+        """The temperature at which rectified rows must be distributions: its own; None where it has
+        none, as it is learned, or another for each row.
+        """
+        if self.settings.standardise or self.definition.learns:
+            return None
+        return self.settings.temperature or 1.0
+
+    def temperatures(self) -> list[float]:
+        """At which temperatures rows are read that are known in part. Raises ConfigError for a loss
+        that needs whole rows.
+        """
+        if self.settings.standardise:
+            raise ConfigError(
+                "logits can be standardised where whole rows are known, the cache keeps part of "
+                "each",
+                "Leave loss.standardise out, or cache with another --encoding.",
+            )
+        return self.definition.temperatures(self.parameters)
+
+    def check_rows(self, cache: LogitCache) -> None:
+        """Raise ConfigError or CacheError where a cache keeps less of its rows than is read."""
+        if cache.encoding.keeps_all:
+            return
+        if self.settings.calibrate:
+            raise CacheError(
+                f"{cache.path} keeps part of each row, and calibration divides all of it",
+                "Leave --calibrate out, or cache with another --encoding.",
+            )
+        if self.reads_teacher:
+            for temperature in self.temperatures():
+                check_temperature(cache.encoding, temperature)
+
+    def having(self, **changes: Any) -> "StudentLoss":
+        """The same loss with other settings."""
+        return replace(self, settings=msgspec.structs.replace(self.settings, **changes))
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student before its first step. config: complete, with what the loss and the cache decide
+    filled in. loss: what it minimises.
+    """
+
+    config: StudentConfig
+    loss: StudentLoss
+
+    @staticmethod
+    def of(config: StudentConfig) -> "Student":
+        """Of a complete configuration."""
+        return Student(config, StudentLoss(config.loss, definition_of(config.loss.name)))
+
+
+def student_loss(settings: LossSettings) -> StudentLoss:
+    """The loss that settings name, with its own defaults where they name nothing else.
 
     Raises ConfigError for an unknown loss, or a parameter that the loss does not have.
     """
-    name = settings.name
-    if name == "ce":
-        return LossSettings(name="ce")
-    definition, given = definition_of(name), _parameters(settings)
+    definition = definition_of(settings.name)
+    if settings.name == "ce":
+        return StudentLoss(LossSettings(name="ce"), definition)
+    given = _parameters(settings, definition)
     weights = {key: getattr(definition, key) for key in ("ce_weight", "weight", "warmup")}
     given |= {key: v for key in weights if (v := getattr(settings, key)) is not None}
     standard = dict(definition.lskd) if settings.standardise else {}
     values = weights | definition.defaults | standard | given
     known = {key: v for key, v in values.items() if key in settings.__struct_fields__}
-    return msgspec.structs.replace(settings, **known)
+    return StudentLoss(msgspec.structs.replace(settings, **known), definition)
 
 
 def unused_settings(settings: LossSettings) -> list[str]:
@@ -43,13 +130,14 @@ def unused_settings(settings: LossSettings) -> list[str]:
     return [f"loss.{key}" for key in given if given[key] != plain[key]]
 
 
-def _parameters(settings: LossSettings) -> dict[str, Any]:
+def _parameters(settings: LossSettings, definition: Definition) -> dict[str, Any]:
     """The loss's own parameters, those that are set. Raises ConfigError for one that it has not."""
     named = settings.__struct_fields__
     given = {key: getattr(settings, key) for key in PARAMETERS if key in named}
     others = dict(text.partition("=")[::2] for text in settings.parameters or ())
     given = {key: value for key, value in given.items() if value is not None}
-    defaults = definition_of(settings.name, given | others).defaults
+    definition.check(given | others)
+    defaults = definition.defaults
     return given | {key: _value(key, text, defaults[key]) for key, text in others.items()}
 
 
@@ -63,19 +151,18 @@ def _value(key: str, text: str, default: Any) -> Any:
 
 
 class Objective:
-    """What is minimised against teacher rows, of resolved settings.
+    """What is minimised against teacher rows.
 
     on_host: the loss takes steps on the host, or may.
     couples_rows: the value is no mean of row losses. views: how many views of a sample it sees at
     once. learned: what it learns itself, else None.
     """
 
-    def __init__(self, settings: LossSettings) -> None:
-        self.settings, definition = settings, definition_of(settings.name)
-        parameters = _parameters(settings)
+    def __init__(self, loss: StudentLoss) -> None:
+        self.settings, definition, parameters = loss.settings, loss.definition, loss.parameters
         if definition.standardises:
-            parameters["standardise"] = settings.standardise
-        self._standardises = settings.standardise and not definition.standardises
+            parameters["standardise"] = self.settings.standardise
+        self._standardises = loss.standardised_first
         self._loss: Callable[..., Tensor] = definition.make(parameters)
         self.on_host = definition.on_host
         self.couples_rows, self.views = definition.couples_rows, definition.views
@@ -106,34 +193,3 @@ class Objective:
             return self._loss(student, teacher, labels, weights=weights)
         rows = self._loss(student, teacher, labels, reduction="none")
         return rows if weights is None else weights * rows
-
-
-def teacher_temperatures(settings: LossSettings) -> Sequence[float]:
-    """At which temperatures rows are read that are known in part. Raises ConfigError for a loss
-    that needs whole rows.
-    """
-    if settings.standardise:
-        raise ConfigError(
-            "logits can be standardised where whole rows are known, the cache keeps part of each",
-            "Leave loss.standardise out, or cache with another --encoding.",
-        )
-    return definition_of(settings.name).temperatures(_parameters(settings))
-
-
-def reads_offset(settings: LossSettings) -> bool:
-    """Whether a constant that is added to a row of the teacher changes the loss."""
-    return definition_of(settings.name).reads_offset and not settings.standardise
-
-
-def views_seen(settings: LossSettings) -> int:
-    """How many views of a sample the loss sees at once."""
-    return definition_of(settings.name).views
-
-
-def rectified_at(settings: LossSettings) -> float | None:
-    """The temperature at which rectified rows must be distributions: that of the loss; None where
-    it has none of its own, as it is learned, or another for each row.
-    """
-    if settings.standardise or definition_of(settings.name).learns:
-        return None
-    return settings.temperature or 1.0

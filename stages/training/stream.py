@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stages.data import Splits, held_out
-from stages.distributed import ALONE, Ranks, device_of_rank
+from stages.data import Splits
+from stages.distributed import ALONE, Ranks
 from stages.errors import ConfigError
 from stages.inputs.feed import Batch, ViewFeed, cut, joined, num_batches, plain_view
 from stages.inputs.planned import PlannedBatches, planned_batches
@@ -197,16 +197,17 @@ class BatchStream:
 
 
 class Showing(NamedTuple):
-    """In which order samples are shown, on which of several ranks, and in which rounds of epochs;
-    see `BatchStream`.
+    """Which samples are shown in which order, on which of several ranks, in which rounds of epochs.
+
+    samples: int64, those that are trained on. validation: int64, those held out. The others are in
+    `BatchStream`.
     """
 
+    samples: Tensor
+    validation: Tensor
     order: SampleOrder = sample_order
     ranks: Ranks = ALONE
     rounds: Rounds = SINGLES
-
-
-_IN_ORDER = Showing()
 
 
 def open_stream(
@@ -214,35 +215,30 @@ def open_stream(
     splits: Splits,
     policy: ViewPolicy,
     image_size: int | None,
-    showing: Showing = _IN_ORDER,
-    left_out: Tensor | None = None,
+    showing: Showing,
+    device: torch.device,
 ) -> BatchStream:
-    """The stream of a run. left_out: int64, samples that it does not show, beside those skipped.
-
-    Raises ConfigError where samples cannot be held out, or left out, or are too few.
-    """
-    data, train = config.data, splits.train
-    device = device_of_rank(showing.ranks, config.device)
-    feed = ViewFeed(train, policy, device, image_size, data.workers)
-    absent = train.skipped if left_out is None else torch.cat([train.skipped, left_out]).unique()
-    samples, validation = held_out(len(train), data.val_fraction, config.seed.data, absent)
-    if policy.mixes and (len(validation) or left_out is not None):
-        holder = "--val-fraction" if left_out is None else "--folds"
+    """The stream of a run. Raises ConfigError where samples cannot be held out, or are too few."""
+    data, train, (samples, validation, order, ranks, rounds) = config.data, splits.train, showing
+    if policy.mixes and len(samples) < len(train.shown):
+        folds = len(samples) + len(validation) < len(train.shown)
+        holder = "--folds" if folds else "--val-fraction"
         raise ConfigError(
             f"{holder} holds samples out, and '{policy.name}' shows them as partners",
             f"Leave {holder} out, or train without mixup and cutmix.",
         )
+    feed = ViewFeed(train, policy, device, image_size, data.workers)
     plain = plain_view(image_size, data.resize)
-    test = ViewFeed(splits.test, plain, device, image_size, data.workers)
     evaluations = {}
     if splits.tested:
+        test = ViewFeed(splits.test, plain, device, image_size, data.workers)
         evaluations["test"] = Evaluation(test, splits.test.shown, splits.test.labels)
     if len(validation):
         clean = ViewFeed(train, plain, device, image_size, data.workers)
         evaluations["val"] = Evaluation(clean, validation, train.labels)
     seed, size, in_one = config.seed.data, config.train.batch_size, config.train.views_in_one_batch
-    stream = BatchStream(feed, samples, evaluations, seed, size, *showing, in_one)
-    shown, at_once = len(stream.epoch_order(0)), stream.rounds.per_decode
+    stream = BatchStream(feed, samples, evaluations, seed, size, order, ranks, rounds, in_one)
+    shown, at_once = len(stream.epoch_order(0)), rounds.per_decode
     if in_one and stream.steps * at_once > shown:
         raise ConfigError(
             f"{at_once} views of an image in one batch leave less than an image for a batch: "

@@ -23,6 +23,7 @@ from stages.distributed import summed
 from stages.errors import PipelineError, RunError, StoppedError
 from stages.inputs.run_files import yaml_text
 from stages.reporting import Reporter
+from stages.training.compiled import prepare_compiler
 from stages.training.history import said
 from stages.training.learner import Learner
 from stages.training.stream import BatchStream
@@ -49,6 +50,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.settings = self.learners[0].settings
         self._kept_at = -math.inf
+        if any(learner.settings.compile for learner in self.learners):
+            prepare_compiler(self.stream.device, len(self.learners))
         several = len(self.learners) > 1
         with contextlib.ExitStack() as held:  # where one cannot be had, the others are let go
             for learner in self.learners:

@@ -11,7 +11,7 @@ from torch import Tensor
 from stages.objectives.bias import bias_weights
 from stages.objectives.losses import DEFINITIONS
 from stages.settings import BiasMode, LossSettings, Reduction, Schedule
-from stages.training.objective import Objective, resolved
+from stages.training.objective import Objective, student_loss
 
 NAMES = [name for name in DEFINITIONS if name != "ce"]
 OF_ROWS = [name for name in NAMES if not DEFINITIONS[name].couples_rows]
@@ -38,7 +38,7 @@ def objective_of(name: str, epoch: int, standardise: bool = False) -> Objective:
     """As bias-aware runs have it: `bias.reduction` averages the kinds of rows of `lr` as well."""
     average: Literal["batch"] | None = "batch" if name == "lr" else None
     settings = LossSettings(name=name, standardise=standardise, average=average)
-    objective = Objective(resolved(settings))
+    objective = Objective(student_loss(settings))
     objective.start_epoch(epoch)
     return objective
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from stages.objectives.correction import corrected, direction
 from stages.objectives.losses import DEFINITIONS, TeacherRows, TemperedRows
 from stages.settings import LossSettings
-from stages.training.objective import Objective, resolved
+from stages.training.objective import Objective, student_loss
 
 NAMES = [name for name in DEFINITIONS if name != "ce"]
 
@@ -32,7 +32,7 @@ def draw(classes: int = 6, rows: int = 8, seed: int = 0) -> tuple[Tensor, Tensor
 def objective_of(name: str, standardise: bool = False, **given: float) -> Objective:
     average = "batch" if name == "lr" else None
     settings = LossSettings(name=name, standardise=standardise, average=average, **given)
-    objective = Objective(resolved(settings))
+    objective = Objective(student_loss(settings))
     objective.start_epoch(4)
     return objective
 

@@ -22,7 +22,7 @@ from stages.objectives.losses import (
 )
 from stages.registry import names_in
 from stages.settings import LossSettings
-from stages.training.objective import Objective, resolved
+from stages.training.objective import Objective, student_loss
 
 # ce_weight, weight, warmup, parameters: of the sources that the docstrings name
 OFFICIAL: dict[str, tuple[float, float, int, dict[str, Any]]] = {
@@ -78,7 +78,7 @@ def draw(rows: int = 32, classes: int = 10, seed: int = 0) -> tuple[Tensor, Tens
 
 def loss_of(name: str) -> Callable[[Tensor, TeacherRows, Tensor], Tensor]:
     """The mean of a batch, as it is trained with in the first epoch."""
-    objective = Objective(resolved(LossSettings(name=name)))
+    objective = Objective(student_loss(LossSettings(name=name)))
     if objective.learned is not None:
         objective.learned.start_epoch(0)
     return lambda student, teacher, labels: objective(student, teacher, labels).mean()

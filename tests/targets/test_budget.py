@@ -1,11 +1,11 @@
 """Sizes as people write them, and slabs that fit."""
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 import torch
+from helpers import student_of
 from torch import Tensor
 
 from stages.cache import LogitCache
@@ -14,6 +14,7 @@ from stages.cache.metadata import NewCache
 from stages.cache.targets import ViewTargets
 from stages.errors import ConfigError
 from stages.order import ViewSchedule
+from stages.settings import TrainSettings
 from stages.sizes import in_words, parse_bytes
 from stages.targets import chunks, memory
 from stages.targets.chunks import RESIDENT_BYTES, SlabPlan, available_bytes, plan_slabs, slab_bytes
@@ -116,12 +117,16 @@ def plan(
     views: int = 3,
     at_once: int = 1,
     per_decode: int = 1,
-    **changes: Any,
+    samples: Tensor | None = None,
+    batch_size: int = 64,
 ) -> SlabPlan:
-    settings = {"samples": torch.arange(1000), "batch_size": 64, **changes}
+    memory = None if wanted is None else f"{wanted}"
+    train = TrainSettings(batch_size=batch_size)
+    config = student_of(cache.path, slab_memory=memory, train=train)
+    shown = torch.arange(1000) if samples is None else samples
     choices = [tuple(range(v, v + at_once)) for v in range(0, views, at_once)]
     schedule = ViewSchedule(choices, 0, epochs=20, per_decode=per_decode)
-    return plan_slabs([cache], schedule, wanted, device=CPU, **settings)
+    return plan_slabs([cache], schedule, shown, config, CPU)
 
 
 def test_slab_bytes_are_those_of_its_tensors(my_cache: LogitCache) -> None:

@@ -18,7 +18,7 @@ from stages.cache import LogitCache
 from stages.cache.encoding.floats import Float32
 from stages.cache.targets import ViewTargets
 from stages.cache_teacher import cache_teacher, prepare
-from stages.data import Splits
+from stages.data import Splits, usable_views
 from stages.errors import CacheError, ConfigError, IdentityError, RunError
 from stages.order import sample_order
 from stages.settings import (
@@ -30,8 +30,7 @@ from stages.settings import (
     TeacherConfig,
     TrainSettings,
 )
-from stages.student_checks import shared_views
-from stages.targets.ensemble import EnsembleTargets, open_members
+from stages.targets.ensemble import EnsembleTargets, check_members
 from stages.train_student import student_trainer, train_student
 from stages.train_teacher import train_teacher
 from stages.training.cached_task import CachedTask
@@ -212,16 +211,15 @@ def test_in_groups_of_the_firsts_chunks(
 
 
 def test_caches_of_other_views_or_another_dataset(
-    my_caches: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+    my_caches: Mapping[str, Path],
 ) -> None:
     first, other = (LogitCache.open(my_caches[name]) for name in ("first", "other"))
     with pytest.raises(IdentityError, match=r"not of the same views: .*views\.seed: 1, not 0"):
-        open_members(first, [str(my_caches["seed"])], [4.0])
+        check_members([first, LogitCache.open(my_caches["seed"])], [4.0])
     dataset = msgspec.structs.replace(other.identity.dataset, labels="of others")
     other.identity = msgspec.structs.replace(other.identity, dataset=dataset)
-    monkeypatch.setattr(LogitCache, "open", lambda path: other)
     with pytest.raises(IdentityError, match=r"dataset\.labels: of others, not "):
-        open_members(first, ["other"], [4.0])
+        check_members([first, other], [4.0])
 
 
 def test_caches_of_other_numbers_of_views(
@@ -229,10 +227,10 @@ def test_caches_of_other_numbers_of_views(
 ) -> None:
     caches = [LogitCache.open(my_caches[name]) for name in ("first", "two")]
     with pytest.raises(ConfigError, match=r"have 2 and 3 views\n.*--views 2"):
-        shared_views(caches, None, [None])
-    assert shared_views(caches, 2, [None]) == [0, 1]
+        usable_views(caches, None, [None])
+    assert usable_views(caches, 2, [None]) == [0, 1]
     with pytest.raises(ConfigError, match="3 views were asked for, the cache has 2"):
-        shared_views(caches, 3, [None])
+        usable_views(caches, 3, [None])
 
 
 def test_a_member_that_is_not_complete(my_caches: Mapping[str, Path], tmp_path: Path) -> None:
@@ -242,7 +240,7 @@ def test_a_member_that_is_not_complete(my_caches: Mapping[str, Path], tmp_path: 
     record.unlink()
     caches = [LogitCache.open(path) for path in (my_caches["first"], broken)]
     with pytest.raises(CacheError, match=r"broken is not complete: 2 of 3"):
-        shared_views(caches, None, [None])
+        usable_views(caches, None, [None])
 
 
 def test_rectification_is_refused(
@@ -259,8 +257,8 @@ def test_rows_whose_rest_is_unknown_at_one(
 ) -> None:
     config = msgspec.structs.replace(cache_config, views=1, encoding="topk:k=3,temperatures=4")
     cache_teacher(prepare(config, my_splits), tmp_path / "topk")
-    first = LogitCache.open(my_caches["first"])
+    members = [LogitCache.open(path) for path in (my_caches["first"], tmp_path / "topk")]
     with pytest.raises(CacheError, match=r"topk keeps part of each row, without its rest at T = 1"):
-        open_members(first, [str(tmp_path / "topk")], [4.0])
+        check_members(members, [4.0])
     with pytest.raises(CacheError, match=r"without its rest at T = 2"):
-        open_members(first, [str(tmp_path / "topk")], [2.0])
+        check_members(members, [2.0])

@@ -34,6 +34,7 @@ from stages.train_student import student_trainer, train_student, train_together
 from stages.training.cached_task import CachedTask
 from stages.training.captured import CapturedStep
 from stages.training.graphs import NoWaits, WaitError
+from stages.training.objective import Student
 from stages.training.run_directory import RunDirectory
 from stages.training.trainer import Trainer
 
@@ -140,7 +141,7 @@ def my_trainer(
     trainer.close()
 
 
-def put_to(trainer: Trainer, student: StudentConfig) -> tuple[CapturedStep, tuple[int, ...]]:
+def put_to(trainer: Trainer, student: Student) -> tuple[CapturedStep, tuple[int, ...]]:
     """Another task for the trainer's learner; its step, and the views of an epoch."""
     learner = trainer.learner
     before: Any = learner.task

@@ -31,7 +31,7 @@ from stages.train_teacher import train_teacher
 from stages.training import compiled
 from stages.training.cached_task import CachedTask
 from stages.training.compiled import Compiled, check_compiler
-from stages.training.objective import resolved
+from stages.training.objective import Student, student_loss
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(
@@ -177,13 +177,13 @@ def task_of(loss: str, bias: BiasMode) -> CachedTask:
         cache="",
         data=DIGITS,
         model=ModelSettings(architecture="resnet8"),
-        loss=resolved(LossSettings(name=loss)),
+        loss=student_loss(LossSettings(name=loss)).settings,
         bias=BiasSettings(mode=bias),
         train=TrainSettings(epochs=2),
     )
     reader: Any = SimpleNamespace(of_epoch=lambda _: Lines())
     schedule: Any = SimpleNamespace(of_epoch=lambda _: (0,))
-    task = CachedTask(config, schedule, reader, LABELS)
+    task = CachedTask(Student.of(config), schedule, reader, LABELS)
     task.start_epoch(0)
     return task
 

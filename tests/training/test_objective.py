@@ -11,9 +11,7 @@ from stages.objectives.losses import CTKD, DEFINITIONS, PARAMETERS
 from stages.settings import LossSettings
 from stages.training.objective import (
     Objective,
-    rectified_at,
-    resolved,
-    teacher_temperatures,
+    student_loss,
     unused_settings,
 )
 
@@ -22,23 +20,25 @@ NAMES = [name for name in DEFINITIONS if name != "ce"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_not_named_is_the_losss_own(name: str) -> None:
-    found, definition = resolved(LossSettings(name=name)), DEFINITIONS[name]
+    found, definition = student_loss(LossSettings(name=name)).settings, DEFINITIONS[name]
     assert (found.ce_weight, found.weight) == (definition.ce_weight, definition.weight)
     assert found.warmup == definition.warmup
     for parameter in PARAMETERS:
         assert getattr(found, parameter) == definition.defaults.get(parameter)
-    assert resolved(found) == found
+    assert student_loss(found).settings == found
 
 
 def test_what_is_named_stays() -> None:
     given: dict[str, Any] = {"ce_weight": 0.0, "weight": 3.0, "warmup": 0, "beta": 0.0}
-    found = resolved(LossSettings(name="dkd", temperature=2.0, **given))
+    found = student_loss(LossSettings(name="dkd", temperature=2.0, **given)).settings
     assert {key: getattr(found, key) for key in given} == given
     assert (found.temperature, found.alpha) == (2.0, 1.0)
 
 
 def test_ce_has_nothing() -> None:
-    assert resolved(LossSettings(name="ce", beta=3.0, standardise=True)) == LossSettings(name="ce")
+    assert student_loss(
+        LossSettings(name="ce", beta=3.0, standardise=True)
+    ).settings == LossSettings(name="ce")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,21 +49,21 @@ def test_a_parameter_that_the_loss_does_not_have(name: str, parameter: str) -> N
     settings = LossSettings(name=name, **given)
     own = DEFINITIONS[name].defaults
     if parameter in own:
-        assert getattr(resolved(settings), parameter) == value
+        assert getattr(student_loss(settings).settings, parameter) == value
         return
     with pytest.raises(ConfigError, match=f"the loss '{name}' has no {parameter}") as refused:
-        resolved(settings)
+        student_loss(settings)
     assert all(known in refused.value.remedy for known in own)
 
 
 def test_several_parameters_that_kd_does_not_have() -> None:
     with pytest.raises(ConfigError, match="'kd' has no beta and no gamma\nIt has: temperature"):
-        resolved(LossSettings(gamma=1.0, beta=2.0))
+        student_loss(LossSettings(gamma=1.0, beta=2.0))
 
 
 def test_an_unknown_loss() -> None:
     with pytest.raises(ConfigError, match="'dist2'"):
-        resolved(LossSettings(name="dist2"))
+        student_loss(LossSettings(name="dist2"))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_numbers_that_cannot_be(field: str, value: float) -> None:
 )
 def test_the_weight_warms_up_from_the_first_epoch(warmup: int, expected: list[float]) -> None:
     """min(epoch / warmup, 1) of epochs that count from 1."""
-    objective = Objective(resolved(LossSettings(name="dkd", weight=2.0, warmup=warmup)))
+    objective = Objective(student_loss(LossSettings(name="dkd", weight=2.0, warmup=warmup)))
     found = []
     for epoch in range(len(expected)):
         objective.start_epoch(epoch)
@@ -106,13 +106,13 @@ def test_the_weight_warms_up_from_the_first_epoch(warmup: int, expected: list[fl
 
 
 def test_what_a_loss_learns() -> None:
-    assert isinstance(Objective(resolved(LossSettings(name="ctkd"))).learned, CTKD)
+    assert isinstance(Objective(student_loss(LossSettings(name="ctkd"))).learned, CTKD)
     others = [name for name in NAMES if name != "ctkd"]
-    assert all(Objective(resolved(LossSettings(name=name))).learned is None for name in others)
+    assert all(Objective(student_loss(LossSettings(name=name))).learned is None for name in others)
 
 
 def test_ctkds_gradient_is_turned_with_the_epochs() -> None:
-    objective = Objective(resolved(LossSettings(name="ctkd")))
+    objective = Objective(student_loss(LossSettings(name="ctkd")))
     found = []
     for epoch in (0, 4, 9, 30):
         objective.start_epoch(epoch)
@@ -126,7 +126,7 @@ def test_what_it_is_of_a_batch() -> None:
     student, teacher = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
     labels, weights = torch.arange(6) % 4, torch.arange(6.0)
     for name in NAMES:
-        objective = Objective(resolved(LossSettings(name=name)))
+        objective = Objective(student_loss(LossSettings(name=name)))
         objective.start_epoch(0)
         assert (objective.couples_rows, objective.views) == (
             name in ("crld", "dist", "mlkd", "mlkd_weak"),
@@ -158,19 +158,19 @@ def test_what_it_is_of_a_batch() -> None:
 def test_temperatures_at_which_partial_rows_are_read(
     settings: LossSettings, expected: list[float]
 ) -> None:
-    assert teacher_temperatures(resolved(settings)) == expected
+    assert student_loss(settings).temperatures() == expected
 
 
 @pytest.mark.parametrize("name", ["dist", "mlkd", "mlkd_weak", "crld", "ctkd", "lr"])
 def test_losses_that_need_whole_rows(name: str) -> None:
     with pytest.raises(ConfigError, match=f"'{name}' needs whole teacher rows"):
-        teacher_temperatures(resolved(LossSettings(name=name)))
+        student_loss(LossSettings(name=name)).temperatures()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_partial_rows_are_not_standardised(name: str) -> None:
     with pytest.raises(ConfigError, match="standardised where whole rows are known"):
-        teacher_temperatures(resolved(LossSettings(name=name, standardise=True)))
+        student_loss(LossSettings(name=name, standardise=True)).temperatures()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_partial_rows_are_not_standardised(name: str) -> None:
     ],
 )
 def test_the_temperature_of_rectified_rows(settings: LossSettings, expected: float | None) -> None:
-    assert rectified_at(resolved(settings)) == expected
+    assert student_loss(settings).rectified_at == expected
 
 
 def test_settings_that_ce_passes_over_are_named() -> None:

@@ -28,7 +28,7 @@ from stages.training.history import selected_epoch, summarise
 from stages.training.learner import Learner
 from stages.training.models import build
 from stages.training.run_directory import RunDirectory
-from stages.training.stream import Evaluation, open_stream
+from stages.training.stream import Evaluation, Showing, open_stream
 from stages.training.task import Task
 from stages.training.trainer import Trainer, stop_on_signals
 
@@ -84,9 +84,10 @@ def my_trainer(my_splits: Splits, tmp_path: Path) -> MakeTrainer:
             train=settings,
             device="cpu",
         )
-        stream = open_stream(config, my_splits, view_policy("pad-crop:pad=2"), None)
-        stream.samples = stream.samples if samples is None else samples
-        (model,) = build([config], my_splits.train, None, Silent())
+        every = my_splits.train.shown if samples is None else samples
+        policy, showing = view_policy("pad-crop:pad=2"), Showing(every, every[:0])
+        stream = open_stream(config, my_splits, policy, None, showing, CPU)
+        (model,) = build([config], my_splits.train, None, Silent(), CPU)
         run = RunDirectory(tmp_path / f"run-{next(number)}")
         learner = Learner(config, model, task or SpyTask(stream.labels), run, stream)
         return Trainer([learner], stream, Silent())

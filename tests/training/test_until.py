@@ -143,7 +143,7 @@ def test_what_is_refused(name: str, small_cache: Path) -> None:
 
 def test_hard_labels_have_nothing_to_switch_off(small_cache: Path) -> None:
     found = complete(config(small_cache, 1, loss={"name": "ce"}), LogitCache.open(small_cache))
-    assert found.loss.until is None
+    assert found.config.loss.until is None
 
 
 # ---- runs -----------------------------------------------------------------------------------

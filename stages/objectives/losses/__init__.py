@@ -14,7 +14,7 @@ temperature, so it is a module with parameters for the optimiser and a `start_ep
 `crld` take the rows of two views.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from stages.errors import ConfigError
@@ -26,7 +26,7 @@ from stages.objectives.losses.rows import Rows, TeacherRows, TemperedRows, chang
 from stages.objectives.losses.standardise import standardised
 from stages.objectives.losses.user import user_loss
 from stages.registry import import_all
-from stages.user_code import names_code
+from stages.user_code import imported, names_code
 
 __all__ = [
     "CTKD",
@@ -87,21 +87,17 @@ def build_loss(name: str, **parameters: Any) -> Loss:
     ConfigError : for an unknown loss, a parameter that it does not have, or a callable that is no
         loss; and by the loss, where it needs more than these three.
     """
-    return definition_of(name, parameters).make(parameters)
+    definition = definition_of(name)
+    definition.check(parameters)
+    return definition.make(parameters)
 
 
-def definition_of(name: str, parameters: Mapping[str, Any] | None = None) -> Definition:
-    """The loss of this name. Raises ConfigError, also for a parameter that it does not have."""
+def definition_of(name: str) -> Definition:
+    """The loss of this name. Raises ConfigError where there is none."""
     if names_code(name):
-        definition = user_loss(name)
-    elif name in DEFINITIONS:
-        definition = DEFINITIONS[name]
-    else:
+        return user_loss(name, imported(name, "loss", ConfigError))
+    if name not in DEFINITIONS:
         raise ConfigError(
             f"unknown loss '{name}'", f"Known: {', '.join(DEFINITIONS)}, module:callable."
         )
-    own = definition.defaults
-    if unknown := set(parameters or ()) - set(own):
-        has = f"It has: {', '.join(own)}." if own else "It has no parameters."
-        raise ConfigError(f"the loss '{name}' has no {' and no '.join(sorted(unknown))}", has)
-    return definition
+    return DEFINITIONS[name]

@@ -2,12 +2,13 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
+from stages.errors import ConfigError
 from stages.objectives.losses.rows import TeacherRows, needs_whole_rows
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -78,6 +79,15 @@ class Definition:
             for p in parameters
             if p.default is not p.empty and p.name not in _OF_THE_LOOP
         }
+
+    def check(self, parameters: Iterable[str]) -> None:
+        """Raise ConfigError for parameters that it does not have."""
+        own = self.defaults
+        if unknown := set(parameters) - set(own):
+            has = f"It has: {', '.join(own)}." if own else "It has no parameters."
+            raise ConfigError(
+                f"the loss '{self.name}' has no {' and no '.join(sorted(unknown))}", has
+            )
 
     def make(self, parameters: Mapping[str, Any]) -> Loss:
         """The loss with these parameters set."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from stages.errors import ConfigError, PipelineError
 from stages.objectives.losses.registry import Definition
 from stages.objectives.losses.rows import Reduction, TeacherRows, whole
-from stages.user_code import error_line, imported
+from stages.user_code import error_line
 
 _FORM = (
     "A loss is a function of (student_logits, teacher_logits, labels); whatever else it takes has "
@@ -26,12 +26,10 @@ _FORM = (
 _ROWS = "It is the mean over the batch, or, where it takes reduction='none', one number a row."
 
 
-def user_loss(spec: str) -> Definition:
-    """The loss that `module:callable` names, with weights of 1 on it and on cross-entropy.
-
-    Raises ConfigError where it cannot be imported, or called like a loss.
+def user_loss(spec: str, function: Any) -> Definition:
+    """A user's function as a loss, with weights of 1 on it and on cross-entropy. spec: its name,
+    `module:callable`. Raises ConfigError where it cannot be called like a loss.
     """
-    function = imported(spec, "loss", ConfigError)
     if not callable(function) or inspect.isclass(function):
         raise ConfigError(f"the loss '{spec}' is a {type(function).__name__}", _FORM)
     signature = inspect.signature(function)

@@ -14,7 +14,7 @@ from stages.errors import ConfigError
 from stages.objectives.losses import TeacherRows, standardised
 from stages.objectives.losses.mlkd import mlkd as loss_of_pairs
 from stages.settings import LossSettings
-from stages.training.objective import Objective, resolved
+from stages.training.objective import Objective, student_loss
 
 HALF = 8
 
@@ -132,7 +132,7 @@ def test_several_teachers_are_read_at_each_temperature() -> None:
 def test_lskd_standardises_the_row_terms_only() -> None:
     """As the objective is fed them: a shift is nothing, a scale is something."""
     student, teacher, labels = pairs()
-    objective = Objective(resolved(LossSettings(name="mlkd", standardise=True)))
+    objective = Objective(student_loss(LossSettings(name="mlkd", standardise=True)))
     found, ones = objective(student, teacher, labels, torch.ones(2 * HALF)), torch.ones(2 * HALF)
     assert found.item() == pytest.approx(transcribed(student, teacher, 2.0, True), rel=1e-3)
     all_standardised = mlkd(standardised(student), standardised(teacher), labels, 2.0)

@@ -26,9 +26,8 @@ from test_ttm import ttm_formula, wttm_formula
 from test_wsld import wsld_formula
 from torch import Tensor
 
-from stages.objectives.losses import DEFINITIONS
 from stages.settings import LossSettings
-from stages.training.objective import Objective, resolved
+from stages.training.objective import Objective, StudentLoss, student_loss
 
 ROWS = {
     "ce": ce_formula,
@@ -69,22 +68,22 @@ def offset(logits: Tensor, largest: float, seed: int) -> Tensor:
     return moved
 
 
-def settings_of(name: str, standardise: bool = False) -> LossSettings:
+def loss_of(name: str, standardise: bool = False) -> StudentLoss:
     """With rows of `lr` that do not depend on the others."""
     average: Literal["batch"] | None = "batch" if name == "lr" else None
-    return resolved(LossSettings(name=name, standardise=standardise, average=average))
+    return student_loss(LossSettings(name=name, standardise=standardise, average=average))
 
 
-def objective_of(settings: LossSettings) -> Objective:
-    objective = Objective(settings)
+def objective_of(loss: StudentLoss) -> Objective:
+    objective = Objective(loss)
     if objective.learned is not None:
         objective.learned.start_epoch(0)
     return objective
 
 
-def parameters_of(settings: LossSettings) -> dict[str, float]:
-    own = set(DEFINITIONS[settings.name].defaults) - {"average"}
-    return {key: v for key in own if (v := getattr(settings, key)) is not None}
+def parameters_of(loss: StudentLoss) -> dict[str, float]:
+    own = set(loss.definition.defaults) - {"average"}
+    return {key: v for key in own if (v := getattr(loss.settings, key)) is not None}
 
 
 def by_rows(formula: Formula) -> Callable[[Tensor, Tensor, Tensor, dict[str, float]], Row]:
@@ -104,19 +103,19 @@ def expected(name: str, s: Tensor, t: Tensor, y: Tensor, given: dict[str, float]
     return by_rows(ROWS[name])(s, t, y, given)
 
 
-def value_and_gradient(settings: LossSettings, s: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:
+def value_and_gradient(loss: StudentLoss, s: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:
     leaf = s.clone().requires_grad_()
-    value = objective_of(settings)(leaf, t, y)
+    value = objective_of(loss)(leaf, t, y)
     assert value.dtype == torch.float32
     (gradient,) = torch.autograd.grad(value.sum(), leaf)
     return [value.detach(), gradient]
 
 
 def check(
-    settings: LossSettings, s: Tensor, t: Tensor, y: Tensor, moved_s: Tensor, moved_t: Tensor
+    loss: StudentLoss, s: Tensor, t: Tensor, y: Tensor, moved_s: Tensor, moved_t: Tensor
 ) -> None:
-    value, gradient = value_and_gradient(settings, moved_s, moved_t, y)
-    plain, plain_gradient = value_and_gradient(settings, s, t, y)
+    value, gradient = value_and_gradient(loss, moved_s, moved_t, y)
+    plain, plain_gradient = value_and_gradient(loss, s, t, y)
     torch.testing.assert_close(value, plain, rtol=1e-4, atol=1e-5)
     scale = float(plain_gradient.abs().max())
     torch.testing.assert_close(gradient, plain_gradient, rtol=1e-4, atol=1e-5 * scale)
@@ -126,14 +125,14 @@ def check(
 @pytest.mark.parametrize("name", NAMES)
 def test_an_offset_of_a_row_is_nothing(name: str, of_student: float, of_teacher: float) -> None:
     s, t, y = on_grid()
-    settings = settings_of(name)
+    loss = loss_of(name)
     moved_s = offset(s, of_student, 1)
     moved_t = moved_s - s + t if name == "lr" else offset(t, of_teacher, 2)
     if name == "rc":
         moved_s = s
-    check(settings, s, t, y, moved_s, moved_t)
-    value = value_and_gradient(settings, moved_s, moved_t, y)[0]
-    formula = expected(name, s, t, y, parameters_of(settings))
+    check(loss, s, t, y, moved_s, moved_t)
+    value = value_and_gradient(loss, moved_s, moved_t, y)[0]
+    formula = expected(name, s, t, y, parameters_of(loss))
     np.testing.assert_allclose(value, formula, rtol=1e-4, atol=1e-4)
 
 
@@ -143,17 +142,17 @@ def test_standardised_rows_have_no_offset(name: str) -> None:
     if name == "ce":
         return
     s, t, y = on_grid()
-    settings = settings_of(name, True)
-    check(settings, s, t, y, offset(s, 1e4, 1), offset(t, 1e4, 2))
+    loss = loss_of(name, True)
+    check(loss, s, t, y, offset(s, 1e4, 1), offset(t, 1e4, 2))
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in ("ce", "ctkd", "lr")])
 def test_an_offset_of_a_row_known_in_part_is_nothing(name: str) -> None:
     s, t, y = on_grid()
-    settings = settings_of(name)
+    loss = loss_of(name)
     moved = s if name in MOVED_BY else offset(s, 1e4, 1)
     given = [part_of(z, y, 3) for z in (t, offset(t, 1e4, 2))]
-    values = [objective_of(settings)(z, rows, y) for z, rows in zip((s, moved), given, strict=True)]
+    values = [objective_of(loss)(z, rows, y) for z, rows in zip((s, moved), given, strict=True)]
     # what is kept of the rest as float32 is rounded before the loss sees it
     torch.testing.assert_close(*values, rtol=2e-3, atol=2e-3)
 
@@ -162,10 +161,10 @@ def test_what_an_offset_changes_by_its_formula() -> None:
     """And is computed in full precision nevertheless; wrong rows of `lr` are not moved."""
     for name in MOVED_BY:
         s, t, y = on_grid("mixed" if name == "rc" else "right")
-        settings = settings_of(name)
-        value = objective_of(settings)(offset(s, 37.0, 1), t, y)
-        assert not torch.allclose(value, objective_of(settings)(s, t, y))
-        formula = expected(name, offset(s, 37.0, 1), t, y, parameters_of(settings))
+        loss = loss_of(name)
+        value = objective_of(loss)(offset(s, 37.0, 1), t, y)
+        assert not torch.allclose(value, objective_of(loss)(s, t, y))
+        formula = expected(name, offset(s, 37.0, 1), t, y, parameters_of(loss))
         np.testing.assert_allclose(value, formula, rtol=1e-4)
     s, t, y = on_grid("wrong")
-    check(settings_of("lr"), s, t, y, offset(s, 1e4, 1), offset(t, 1e4, 2))
+    check(loss_of("lr"), s, t, y, offset(s, 1e4, 1), offset(t, 1e4, 2))

@@ -199,7 +199,7 @@ def test_a_rectification_belongs_to_the_temperature_of_the_loss(
         with pytest.raises(CacheError, match="belongs to temperature 4"):
             complete(config, cache)
     else:
-        assert complete(config, cache).bias.rectified == "pairwise-T4"
+        assert complete(config, cache).config.bias.rectified == "pairwise-T4"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_rectification_of_any_temperature_serves(
         student_config(my_world, "whole", loss=settings, bias=BiasSettings(mode="rectify")),
         cache=str(copy),
     )
-    assert complete(config, LogitCache.open(copy)).bias.rectified
+    assert complete(config, LogitCache.open(copy)).config.bias.rectified
 
 
 @pytest.mark.parametrize("mode", ["none", "eliminate"])
@@ -227,12 +227,12 @@ def test_rows_of_lr_are_averaged_once(my_world: World, mode: BiasMode) -> None:
     bias = BiasSettings(mode=mode)
     config = student_config(my_world, "whole", loss=LossSettings(name="lr"), bias=bias)
     cache = LogitCache.open(config.cache)
-    checked = complete(config, cache)
+    checked = complete(config, cache).config
     assert checked.loss.average == ("kind" if mode == "none" else "batch")
-    assert complete(checked, cache) == checked
+    assert complete(checked, cache).config == checked
     asked = msgspec.structs.replace(config, loss=LossSettings(name="lr", average="kind"))
     if mode == "none":
-        assert complete(asked, cache).loss.average == "kind"
+        assert complete(asked, cache).config.loss.average == "kind"
     else:
         with pytest.raises(ConfigError, match=r"bias\.reduction"):
             complete(asked, cache)

@@ -10,7 +10,7 @@ from row_losses import draw
 
 from stages.objectives.losses import DEFINITIONS, kd, standardised
 from stages.settings import LossSettings
-from stages.training.objective import Objective, resolved
+from stages.training.objective import Objective, student_loss
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
@@ -48,7 +48,7 @@ def test_any_loss_can_be_fed_standardised_logits(name: str) -> None:
     """So that a shift and a scale of either side are nothing to it."""
     if name == "ce":
         return
-    objective = Objective(resolved(LossSettings(name=name, standardise=True)))
+    objective = Objective(student_loss(LossSettings(name=name, standardise=True)))
     objective.start_epoch(3)
     student, teacher, labels = draw()
     ones = torch.ones(12)
@@ -60,7 +60,7 @@ def test_any_loss_can_be_fed_standardised_logits(name: str) -> None:
 
 
 def test_kd_is_fed_both_sides_standardised() -> None:
-    objective = Objective(resolved(LossSettings(standardise=True)))
+    objective = Objective(student_loss(LossSettings(standardise=True)))
     student, teacher, labels = draw()
     found = objective(student, teacher, labels, torch.ones(12))
     sides = [(z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True) for z in (student, teacher)]
@@ -71,12 +71,13 @@ def test_kd_is_fed_both_sides_standardised() -> None:
 @pytest.mark.parametrize("name", sorted(set(DEFINITIONS) - {"ce"}))
 def test_the_defaults_of_lskd_are_for_what_it_standardises(name: str) -> None:
     plain, standard = (
-        resolved(LossSettings(name=name, standardise=standardise)) for standardise in (False, True)
+        student_loss(LossSettings(name=name, standardise=standardise)).settings
+        for standardise in (False, True)
     )
     weighted = ("kd", "dkd", "mlkd", "mlkd_weak", "ctkd", "rld", "rc")  # --kd-weight 9
     at_two = ("kd", "dkd", "mlkd", "mlkd_weak", "rld", "rc", "la")  # --base-temp 2
     assert standard.weight == (9 if name in weighted else plain.weight)
     assert standard.temperature == (2 if name in at_two else plain.temperature)
     assert standard.ce_weight == plain.ce_weight
-    chosen = resolved(LossSettings(name=name, standardise=True, weight=3.0))
+    chosen = student_loss(LossSettings(name=name, standardise=True, weight=3.0)).settings
     assert chosen.weight == 3

@@ -13,7 +13,7 @@ from torch import Tensor
 from stages.errors import ConfigError
 from stages.objectives.losses import TemperedRows, build_loss, definition_of, kd
 from stages.settings import LossSettings
-from stages.training.objective import Objective, reads_offset, rectified_at, resolved
+from stages.training.objective import Objective, student_loss
 
 STUDENT, TEACHER, LABELS = draw(rows=6, classes=5)
 
@@ -56,7 +56,7 @@ def test_it_is_built_like_any_other() -> None:
 
 @pytest.mark.parametrize("name", ["of_rows", "of_batch", "weighted"])
 def test_what_a_run_minimises(name: str) -> None:
-    objective = Objective(resolved(LossSettings(name=f"my_losses:{name}", weight=2.0)))
+    objective = Objective(student_loss(LossSettings(name=f"my_losses:{name}", weight=2.0)))
     objective.start_epoch(0)
     function: Callable[..., Tensor] = globals()[name]
     value = objective(STUDENT, TEACHER, LABELS)
@@ -75,20 +75,21 @@ def test_what_a_run_minimises(name: str) -> None:
 
 
 def test_its_defaults_are_those_of_its_signature() -> None:
-    settings = resolved(LossSettings(name="my_losses:of_rows"))
+    chosen = student_loss(LossSettings(name="my_losses:of_rows"))
+    settings = chosen.settings
     assert (settings.ce_weight, settings.weight, settings.temperature) == (1, 1, 3)
-    assert rectified_at(settings) == 3
-    assert reads_offset(settings)
+    assert chosen.rectified_at == 3
+    assert chosen.reads_offset
     assert not definition_of("my_losses:of_batch").weighs_rows
 
 
 def test_parameters_that_no_setting_has() -> None:
     settings = LossSettings(name="my_losses:of_rows", parameters=("margin=2e0",))
-    value = Objective(resolved(settings))(STUDENT, TEACHER, LABELS)
+    value = Objective(student_loss(settings))(STUDENT, TEACHER, LABELS)
     assert torch.equal(value, of_rows(STUDENT, TEACHER, LABELS, margin=2.0, reduction="none"))
     for wrong in ("margin=wide", "width=1", "margin"):
         with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
-            resolved(LossSettings(name="my_losses:of_rows", parameters=(wrong,)))
+            student_loss(LossSettings(name="my_losses:of_rows", parameters=(wrong,)))
 
 
 def test_rows_by_temperature_are_read_at_its_own() -> None:
@@ -126,7 +127,7 @@ def test_what_is_no_loss(module: ModuleType, wrong: Any) -> None:
 )
 def test_what_returns_no_loss(module: ModuleType, wrong: Any) -> None:
     module.__dict__["wrong"] = wrong
-    objective = Objective(resolved(LossSettings(name="my_losses:wrong")))
+    objective = Objective(student_loss(LossSettings(name="my_losses:wrong")))
     with pytest.raises(ConfigError, match="my_losses:wrong"):
         objective(STUDENT, TEACHER, LABELS)
 
