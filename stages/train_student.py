@@ -64,7 +64,7 @@ def train_student(
     run, ranks = RunDirectory(out, resume, overwrite), launched_ranks()
     device = device_of_rank(ranks, config.device)
     with process_group(ranks, device):
-        return _trainer([config], [run], device, ranks, splits, reporter).fit()
+        return rank_trainer([config], [run], device, ranks, splits, reporter).fit()
 
 
 def train_together(
@@ -98,16 +98,16 @@ def student_trainer(
     cache or the rectification is missing or incomplete, ConfigError for settings that cannot be,
     RunError if a run directory may not be written.
     """
-    return _trainer(configs, runs, choose_device(configs[0].device), ALONE, splits, reporter)
+    return rank_trainer(configs, runs, choose_device(configs[0].device), ALONE, splits, reporter)
 
 
-def _trainer(
+def rank_trainer(
     configs: Sequence[StudentConfig],
     runs: Sequence[RunDirectory],
     device: torch.device,
     ranks: Ranks,
-    splits: Splits | None,
-    reporter: Reporter | None,
+    splits: Splits | None = None,
+    reporter: Reporter | None = None,
 ) -> Trainer:
     """As `student_trainer`, of one of several processes, on its device."""
     reporter = reporter or Silent()

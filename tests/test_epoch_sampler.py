@@ -22,7 +22,7 @@ from stages.inputs.feed import ViewFeed
 from stages.inputs.models import build_model
 from stages.objectives.losses import kd
 from stages.settings import SeedSettings, StudentConfig, TrainSettings
-from stages.train_student import student_trainer, train_student
+from stages.train_student import rank_trainer, train_student
 from stages.training.run_directory import RunDirectory
 
 EPOCHS, BATCH = 4, 100
@@ -140,7 +140,8 @@ def test_two_gloo_ranks_see_what_train_student_shows_them(
 
     def seen(ranks: Ranks) -> list[list[list[int]]]:
         config, out = student(finished_cache, seed=2), tmp_path / "run"
-        trainer = student_trainer([config], [RunDirectory(out)], digits, ranks=ranks)
+        cpu = torch.device("cpu")
+        trainer = rank_trainer([config], [RunDirectory(out)], cpu, ranks, digits)
         shown = []
         for epoch in range(2):
             sampler.set_epoch(epoch)

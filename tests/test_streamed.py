@@ -73,7 +73,7 @@ def remembered_probes() -> Iterator[None]:
         return known[-1][2]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.data.pixel_probes", remembered)
+        patch.setattr("stages.inputs.probes.pixel_probes", remembered)
         yield
 
 
@@ -232,7 +232,7 @@ def test_probes_are_of_the_teachers_size_and_checked_by_the_student(
         asked.append(image_size)
         return pixel_probes(dataset, policy, image_size)
 
-    monkeypatch.setattr("stages.data.pixel_probes", spy)
+    monkeypatch.setattr("stages.inputs.probes.pixel_probes", spy)
     stage.student_trainer(
         [student_config(my_cache, my_folder)], [RunDirectory(tmp_path / "run")], my_splits
     )

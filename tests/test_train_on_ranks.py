@@ -17,7 +17,7 @@ from torch import Tensor
 
 import stages.training.learner
 from stages.cache import LogitCache
-from stages.data import Splits
+from stages.data import Splits, cached_policy
 from stages.distributed import Ranks
 from stages.errors import ConfigError
 from stages.settings import (
@@ -26,6 +26,7 @@ from stages.settings import (
     StudentConfig,
     TrainSettings,
 )
+from stages.student_checks import check_students, complete
 from stages.targets.chunks import groups_of_ranks
 from stages.train_student import student_trainer
 from stages.training.learner import Learner
@@ -172,13 +173,13 @@ def test_more_ranks_than_can_be_served() -> None:
         groups_of_ranks(torch.arange(10), 4, 8)
 
 
-def test_what_ranks_cannot_do(rectified_cache: Path, digits: Splits, tmp_path: Path) -> None:
-    config, two = student(rectified_cache), Ranks(0, 2, 0)
+def test_what_ranks_cannot_do(rectified_cache: Path) -> None:
+    config, cache = student(rectified_cache), LogitCache.open(rectified_cache)
     odd = msgspec.structs.replace(config, train=TrainSettings(batch_size=33))
-    for wanted, told in (
+    for wanted, message in (
         (odd, "33 cannot be divided among 2"),
         (msgspec.structs.replace(config, slab_memory="1GB"), "several processes"),
     ):
-        with pytest.raises(ConfigError, match=told):
-            student_trainer([wanted], [RunDirectory(tmp_path / "run")], digits, ranks=two)
-    assert not (tmp_path / "run").exists()
+        chosen = complete(wanted, cache)
+        with pytest.raises(ConfigError, match=message):
+            check_students([chosen], [cache], cached_policy(cache), Ranks(0, 2, 0))

@@ -109,7 +109,7 @@ def test_pixels_that_have_drifted_are_told_once(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, grid = Words(), {"accept_pixel_drift": True}
-    monkeypatch.setattr("stages.data.pixel_probes", lambda *_: [1] * 256)
+    monkeypatch.setattr("stages.inputs.probes.pixel_probes", lambda *_: [1] * 256)
 
     with pytest.raises(PipelineError, match="256 of 256 pixel probes"):
         check_runs(runs_of([{}]))

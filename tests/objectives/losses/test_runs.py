@@ -77,7 +77,7 @@ def my_world(
     rectify(folder / "part", RectifyConfig())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "stages.data.pixel_probes",
+            "stages.inputs.probes.pixel_probes",
             lambda *_: LogitCache.open(folder / "whole").pixel_probes,
         )
         yield World(splits, {name: folder / name for name in changes})
