@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from stages.errors import ConfigError, ModelError, PipelineError
 from stages.inputs.datasets import ImageDataset
-from stages.inputs.feed import Normalise
+from stages.inputs.feed import Normalise, ViewFeed
 from stages.inputs.models import Model
-from stages.inputs.rendered import RenderedViews
 from stages.inputs.views import ViewPolicy
 from stages.settings import Outputs
 from stages.user_code import error_line
@@ -183,12 +182,8 @@ def sample_pixels(dataset: ImageDataset, policy: ViewPolicy, image_size: int | N
     """View 0 of the first two samples, of one where there are no more: uint8 (B, C, H, W), on the
     CPU.
     """
-    rendered = RenderedViews(dataset, policy, image_size)
-    shown = rendered.__getitems__([(sample, 0) for sample in range(min(2, len(dataset)))])
-    if isinstance(shown, PipelineError):
-        raise shown
-    assert isinstance(shown.images, Tensor)
-    return shown.images
+    feed = ViewFeed(dataset, policy, torch.device("cpu"), image_size, workers=0)
+    return next(feed.batches(torch.arange(min(2, len(dataset))), 0, 2)).pixels
 
 
 def check_output(model: Model, pixels: Tensor, normalise: Normalise, num_classes: int) -> None:
