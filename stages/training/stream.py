@@ -12,6 +12,7 @@ from torch import Tensor
 from stages.data import Splits
 from stages.distributed import ALONE, Ranks
 from stages.errors import ConfigError
+from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Batch, ViewFeed, cut, joined, num_batches, plain_view
 from stages.inputs.planned import PlannedBatches, planned_batches
 from stages.inputs.views import ViewPolicy
@@ -227,17 +228,19 @@ def open_stream(
             f"{holder} holds samples out, and '{policy.name}' shows them as partners",
             f"Leave {holder} out, or train without mixup and cutmix.",
         )
-    feed = ViewFeed(train, policy, device, image_size, data.workers)
-    plain = plain_view(image_size, data.resize)
-    evaluations = {}
+
+    def feed(images: ImageDataset, shown: ViewPolicy) -> ViewFeed:
+        return ViewFeed(images, shown, device, image_size, data.workers)
+
+    plain, evaluations = plain_view(image_size, data.resize), {}
     if splits.tested:
-        test = ViewFeed(splits.test, plain, device, image_size, data.workers)
-        evaluations["test"] = Evaluation(test, splits.test.shown, splits.test.labels)
+        test = splits.test
+        evaluations["test"] = Evaluation(feed(test, plain), test.shown, test.labels)
     if len(validation):
-        clean = ViewFeed(train, plain, device, image_size, data.workers)
-        evaluations["val"] = Evaluation(clean, validation, train.labels)
+        evaluations["val"] = Evaluation(feed(train, plain), validation, train.labels)
+    views = feed(train, policy)
     seed, size, in_one = config.seed.data, config.train.batch_size, config.train.views_in_one_batch
-    stream = BatchStream(feed, samples, evaluations, seed, size, order, ranks, rounds, in_one)
+    stream = BatchStream(views, samples, evaluations, seed, size, order, ranks, rounds, in_one)
     shown, at_once = len(stream.epoch_order(0)), rounds.per_decode
     if in_one and stream.steps * at_once > shown:
         raise ConfigError(
