@@ -60,7 +60,7 @@ STUDENTS: dict[str, tuple[LossSettings, BiasSettings]] = {
     "KD": (HALF, BiasSettings()),
     "KD, bias-aware": (
         HALF,
-        BiasSettings(mode="rectify", schedule="constant", reduction="batch"),
+        BiasSettings(mode="rectify"),
     ),
 }
 

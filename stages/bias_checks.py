@@ -13,12 +13,14 @@ from stages.training.objective import StudentLoss
 
 
 def with_checked_bias(config: StudentConfig, loss: StudentLoss, cache: LogitCache) -> StudentConfig:
-    """The configuration with the rectification's name filled in. config: its loss is complete.
+    """The configuration with the bias's defaults and the rectification's name filled in. config:
+    its loss is complete.
 
     Raises ConfigError or CacheError for a bias mode or temperature that cannot be, ViewError for
     one on views that mix samples.
     """
-    bias = config.bias
+    bias = config.bias.resolved()
+    config = msgspec.structs.replace(config, bias=bias)
     if bias.mode != "none":
         check_unmixed(cache.identity.views.policy, f"bias '{bias.mode}'")
     _check_correction(config, cache)

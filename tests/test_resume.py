@@ -100,7 +100,10 @@ def test_a_finished_run_says_so(small_cache: Path, splits: Splits, my_run: Path)
             {"train": trained_for(2, schedule="cosine")},
             "the learning rate of train.schedule=cosine",
         ),
-        ({"bias": BiasSettings(mode="rectify")}, "the weights of bias.schedule=cosine"),
+        (
+            {"bias": BiasSettings(mode="rectify", as_published=True)},
+            "the weights of bias.schedule=cosine",
+        ),
     ],
 )
 def test_epochs_that_others_depend_on_cannot_be_changed(

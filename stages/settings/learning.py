@@ -75,10 +75,14 @@ class BiasSettings(Settings, frozen=True):
         "Leave out, or rectify, rows that the teacher has wrong; or correct the loss of every row "
         "to first order.", "--bias")] = "none"
     schedule: Annotated[Schedule | None, about(
-        "How weight moves from right to wrong rows; cosine for rectify and constant for eliminate "
-        "if left out.")] = None
-    reduction: Annotated[Reduction, about(
-        "Means over the rows of a kind, or the whole batch.")] = "subset"
+        "How weight moves from right to wrong rows; constant if left out. Of rectify with "
+        "--as-published or a reduction of its own: cosine.")] = None
+    reduction: Annotated[Reduction | None, about(
+        "Means over the rows of a kind, or the whole batch; batch for rectify and subset for "
+        "eliminate if left out.")] = None
+    as_published: Annotated[bool, about(
+        "Rectify as the paper does, with a cosine schedule and means over the rows of a kind.",
+        "--as-published")] = False
     rectified: Annotated[str | None, about(
         "Which rectification; may be left out where there is one.", "--rectified")] = None
     alpha: Annotated[float | None, about(
@@ -92,10 +96,37 @@ class BiasSettings(Settings, frozen=True):
         """Whether right and wrong rows have weights of their own."""
         return self.mode in ("eliminate", "rectify")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        other = self.schedule not in (None, "cosine") or self.reduction not in (None, "subset")
+        if self.as_published and (other or not self.weighs):
+            raise ConfigError(
+                "--as-published is for --bias rectify or eliminate, and says bias.schedule and "
+                f"bias.reduction; these were {self.mode}, {self.schedule}, {self.reduction}",
+                "Leave --as-published out, or the others.",
+            )
+
     @property
     def chosen_schedule(self) -> Schedule:
-        """The schedule, or the default of the mode."""
-        return self.schedule or ("cosine" if self.mode == "rectify" else "constant")
+        """The schedule; where settings leave it out and name a reduction, the published one."""
+        resolved = self.resolved()
+        return resolved.schedule or ("cosine" if self.mode == "rectify" else "constant")
+
+    @property
+    def chosen_reduction(self) -> Reduction:
+        """The reduction, or the default of the mode."""
+        return self.resolved().reduction or "subset"
+
+    def resolved(self) -> "BiasSettings":
+        """What is meant, in the words of runs that were made before `as_published`: a reduction,
+        and a schedule unless it is the published one.
+        """
+        if self.mode == "rectify" and not self.as_published and self.reduction is None:
+            schedule = self.schedule or "constant"
+            return msgspec.structs.replace(self, schedule=schedule, reduction="batch")
+        return msgspec.structs.replace(
+            self, reduction=self.reduction or "subset", as_published=False
+        )
 
 
 def _epochs_or_share(value: str | float | None) -> float:

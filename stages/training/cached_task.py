@@ -45,7 +45,7 @@ class CachedTask:
         # Weights of the epoch at hand: of the loss, of right rows and of wrong ones.
         self._weights = torch.ones(3, device=labels.device)
         self._weight, right, wrong = self._weights.unbind()
-        self._bias = BiasWeights(right, wrong, student.config.bias.reduction)
+        self._bias = BiasWeights(right, wrong, student.config.bias.chosen_reduction)
         self._weights_shown: dict[str, float] = {}
         self.targets: Targets | None = None
         self._kept: Targets | None = None
@@ -69,7 +69,7 @@ class CachedTask:
             take(self._kept, self.targets)
             self.targets = self._kept
         of_rows = bias_weights(
-            bias.mode, bias.chosen_schedule, bias.reduction, epoch, self._config.train.epochs
+            bias.mode, bias.chosen_schedule, bias.chosen_reduction, epoch, self._config.train.epochs
         )
         right, wrong = float(of_rows.right), float(of_rows.wrong)
         self._weights.copy_(torch.tensor([weight, right, wrong]))

@@ -20,7 +20,7 @@ from stages.cache.lock import Hold
 from stages.cache.storage import cache_around
 from stages.errors import RunError
 from stages.inputs.run_files import read_config, sha256
-from stages.settings import keys_deciding
+from stages.settings import BiasSettings, keys_deciding
 
 FILES = (
     *("last.pt", "summary.json", "metrics.jsonl", "model.safetensors", "log.txt"),
@@ -208,11 +208,9 @@ def _bound_to_epochs(settings: Mapping[str, Any]) -> str | None:
         return f"loss.until={until:g} is a share of all of them"
     if (settings.get("train") or {}).get("views_per_decode") is not None:
         return "the last round of train.views_per_decode ends with them"
-    bias = settings.get("bias") or {}
-    mode = bias.get("mode", "none")
-    chosen = bias.get("schedule") or ("cosine" if mode == "rectify" else "constant")
-    if mode != "none" and chosen != "constant":
-        return f"the weights of bias.schedule={chosen} are spread over all of them"
+    bias = BiasSettings(**settings.get("bias") or {})
+    if bias.mode != "none" and bias.chosen_schedule != "constant":
+        return f"the weights of bias.schedule={bias.chosen_schedule} are spread over all of them"
     return None
 
 

@@ -2,14 +2,15 @@
 
 import math
 from itertools import pairwise
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from stages.errors import ConfigError
 from stages.objectives.bias import bias_weights
-from stages.settings import Reduction, Schedule
+from stages.settings import BiasSettings, Reduction, Schedule
 
 MIXES = {
     "all-right": torch.zeros(16, dtype=torch.bool),
@@ -30,6 +31,38 @@ def b_of(schedule: Schedule, epoch: int, epochs: int) -> float:
 
 def row_losses(size: int) -> Tensor:
     return torch.rand(size, generator=torch.Generator().manual_seed(1)) + 0.1
+
+
+# ---- settings that are left out --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [
+        (BiasSettings(mode="rectify"), ("constant", "batch")),
+        (BiasSettings(mode="rectify", schedule="ramp"), ("ramp", "batch")),
+        (BiasSettings(mode="rectify", as_published=True), ("cosine", "subset")),
+        # runs that were made before there was as_published
+        (BiasSettings(mode="rectify", reduction="subset"), ("cosine", "subset")),
+        (BiasSettings(mode="rectify", reduction="batch"), ("cosine", "batch")),
+        (BiasSettings(mode="eliminate"), ("constant", "subset")),
+        (BiasSettings(mode="eliminate", as_published=True), ("constant", "subset")),
+    ],
+)
+def test_what_is_left_out_is_the_modes(settings: BiasSettings, chosen: tuple[str, str]) -> None:
+    resolved = settings.resolved()
+    for each in (settings, resolved, resolved.resolved()):
+        assert (each.chosen_schedule, each.chosen_reduction) == chosen
+    assert not resolved.as_published
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"mode": "none"}, {"mode": "correct"}, {"schedule": "ramp"}, {"reduction": "batch"}],
+)
+def test_as_published_does_not_go_with_other_settings(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        BiasSettings(**{"mode": "rectify", "as_published": True} | settings)
 
 
 # ---- the schedule ---------------------------------------------------------------------------
