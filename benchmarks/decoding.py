@@ -42,6 +42,7 @@ from benchmarks.view_epochs import measure_epochs
 from pipeline.console import Console
 from stages.cache_job import CacheJob, prepare
 from stages.cache_runs import held_bytes
+from stages.inputs.buffers import Slots
 from stages.inputs.feed import Normalise
 from stages.inputs.views.boxes import Boxes, cut_out
 from stages.settings import CacheConfig, DataSettings, TeacherSettings
@@ -60,53 +61,65 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.thread_time() - began
 
 
-def collated(images: list[Tensor]) -> Tensor:
-    """uint8 (B, C, H, W), channels last in memory, as workers put views together."""
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-
-
 def steps(job: CacheJob, folder: Path) -> dict[str, Callable[[], float]]:
     """Each step of a view for a batch of images, by itself."""
     paths = sorted((folder / "train").rglob("*.jpg"))[:BATCH]
     contents = [path.read_bytes() for path in paths]
     whole = [job.splits.train.load(i) for i in range(BATCH)]
     samples, policy = torch.arange(BATCH), job.policy
-    sides = (torch.full_like(samples, side) for side in (HEIGHT, WIDTH))
-    height, width = sides
+    height, width = (torch.full_like(samples, side) for side in (HEIGHT, WIDTH))
     drawn = policy.draw(samples, 0, height, width)
     assert isinstance(drawn, Boxes)
     boxes = drawn.each()
+    crops = [cut_out(x, box, box[2:4]) for x, box in zip(whole, boxes, strict=True)]
+    crops = [x[None].contiguous(memory_format=torch.channels_last)[0] for x in crops]
     shown = [cut_out(x, box, (SIZE, SIZE)) for x, box in zip(whole, boxes, strict=True)]
-    batch, normalise = collated(shown), Normalise([0.5], [0.2], 3, job.device)
+    normalise = Normalise([0.5], [0.2], 3, job.device)
+    place = Slots(1, BATCH * SIZE * SIZE * 3).at(0, (BATCH, SIZE, SIZE, 3))
+    batch = place.clone()
 
     def rendered(source: list[Tensor]) -> None:
         for image, box in zip(source, boxes, strict=True):
             cut_out(image, box, (SIZE, SIZE))
 
-    planes = [image.contiguous() for image in whole]
-
-    def pillow(draft: bool = False) -> None:
+    def pillow(to_tensor: bool) -> None:
         for content in contents:
             with Image.open(io.BytesIO(content)) as image:
-                if draft:
-                    image.draft("RGB", (SIZE, SIZE))
-                np.array(image.convert("RGB"))
+                np.array(image) if to_tensor else image.load()
 
+    planes = [image.contiguous() for image in whole]
     works: dict[str, Callable[[], object]] = {
         "open and read": lambda: [path.read_bytes() for path in paths],
-        "decode, Pillow": pillow,
+        "decode": lambda: pillow(to_tensor=False),
+        "decode, to a tensor": lambda: pillow(to_tensor=True),
         "decode, torchvision.io": lambda: [
             decode_jpeg(torch.frombuffer(bytearray(c), dtype=torch.uint8), ImageReadMode.RGB)
             for c in contents
         ],
-        "decode, Pillow, draft to 224 (which cannot halve 375)": lambda: pillow(True),
         "draw the crop": lambda: policy.draw(samples, 0, height, width),
         "crop, mirror and resize": lambda: rendered(whole),
         "the same, colours in planes": lambda: rendered(planes),
-        "collate": lambda: collated(shown),
-        "to float32, normalise": lambda: normalise(batch),
+        "of it torch's resampler": lambda: [resampled(crop) for crop in crops],
+        "into the shared place": lambda: torch.stack(
+            [image.permute(1, 2, 0) for image in shown], out=place
+        ),
+        "out of it": lambda: batch.copy_(place),
+        "to float32, normalise": lambda: normalise(batch.permute(0, 3, 1, 2)),
     }
     return {name: functools.partial(cpu_seconds, work) for name, work in works.items()}
+
+
+def resampled(crop: Tensor) -> Tensor:
+    """What no view of another size can do without. crop: (C, H, W), dense, channels last."""
+    channels, height, width = crop.shape
+    strides = (channels * height * width, *crop.stride())  # or the result has channels first
+    return torch.nn.functional.interpolate(
+        crop.as_strided((1, channels, height, width), strides),
+        (SIZE, SIZE),
+        mode="bilinear",
+        align_corners=False,
+        antialias=True,
+    )
 
 
 class BareViews(Dataset[Tensor]):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.gpu_jpegs import decoded_on_gpu
 from benchmarks.parts import Found, Part, SkippedError, Where
 from benchmarks.smoke_runs import (
     CLOSE,
@@ -256,6 +257,7 @@ SMOKE = (
     _part("together", 30, together),
     _part("uploads", 15, uploads),
     _part("streamed images", 30, streamed),
+    _part("JPEGs decoded on the GPU", 30, decoded_on_gpu),
     _part("DDP", 30, ddp),
     _part("compile", 60, lambda where: faster_steps(where, "compile")),
     _part("both", 60, lambda where: faster_steps(where, "compile", "capture")),

@@ -39,6 +39,7 @@ def named_images(cache: LogitCache, name: str | None) -> DataSettings:
         no_labels=not cache.labelled,
         exif=known.exif,
         jpeg_side=known.jpeg_side,
+        decoder=known.decoder,
     )
 
 
@@ -49,7 +50,7 @@ def given_images(
     known = cache.identity.dataset
     skips = [skip for skip in skips_of([cache.skips]) if skip.split == "train"]
     found = own_images(images, known.name, known.class_names, cache.labels, known.images, skips)
-    found = replace(found, exif=known.exif, jpeg_side=known.jpeg_side)
+    found = replace(found, exif=known.exif, jpeg_side=known.jpeg_side, decoder=known.decoder)
     found = replace(found, tested_share=known.tested_share or 0.0)
     if known.tested_share:  # the digest is of all of them
         found = replace(found, images_digest=known.images)

@@ -26,7 +26,12 @@ from stages.schema import check_bounds
 from stages.settings import DataSettings
 from stages.user_code import check_trusted
 
-_OPTIONS = {"exif": "--exif", "jpeg_side": "--jpeg-side", "tested_share": "--test"}
+_OPTIONS = {
+    "exif": "--exif",
+    "jpeg_side": "--jpeg-side",
+    "tested_share": "--test",
+    "decoder": "--decoder",
+}
 """Of a dataset's identity, what users choose beside the dataset itself."""
 
 
@@ -91,6 +96,7 @@ def load_data(settings: DataSettings, skips: Iterable[Skip] = ()) -> Splits:
             no_labels=settings.no_labels,
             exif=settings.exif,
             jpeg_side=settings.jpeg_side,
+            decoder=settings.decoder,
         )
     )
 
@@ -137,6 +143,7 @@ def dataset_identity(dataset: ImageDataset) -> DatasetIdentity:
         images=dataset.images_digest,
         exif=dataset.exif,
         jpeg_side=dataset.jpeg_side,
+        decoder=dataset.decoder,
         tested_share=dataset.tested_share or None,
     )
 
@@ -177,6 +184,13 @@ def check_identity(cache: LogitCache, train: ImageDataset) -> None:
     if differing := differences(ours, theirs):
         options = [f for f in _OPTIONS if getattr(ours, f) != getattr(theirs, f)]
         wanted = " and ".join(_OPTIONS[field] for field in options)
+        if theirs.decoder is not None and not torch.cuda.is_available():
+            raise IdentityError(
+                f"the images of {cache.path} were decoded on a GPU ({theirs.decoder}), and there "
+                "is no CUDA device here",
+                "Train where there is one, use a cache made without --decoder, or give "
+                "CachedDataset the pixels that were decoded there.",
+            )
         raise IdentityError(
             f"{cache.path} was made from another dataset or order: {'; '.join(differing[:3])}",
             f"Give {wanted} as the cache was made with, or cache this one."

@@ -143,6 +143,7 @@ def _test_images(
             test=held,
             exif=data.exif,
             jpeg_side=data.jpeg_side,
+            decoder=data.decoder,
             root=other.root or data.root,
             feeding=data.feeding,
             download=other.download or data.download,

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as tv
 
 from pipeline.cli import main
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
@@ -50,6 +53,13 @@ RUN_FILES = {
 def plain(num_classes: int) -> nn.Module:
     """The smallest student, of any input size: `helpers:plain`."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, num_classes))
+
+
+def smooth(seed: int, height: int, width: int) -> Image.Image:
+    """A photograph as far as JPEGs are concerned: neighbours are alike."""
+    few = np.random.default_rng(seed).integers(0, 256, (3, 5, 7), dtype=np.uint8)
+    pixels = tv.resize(torch.from_numpy(few), [height, width], antialias=True)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 class Words:

@@ -107,6 +107,7 @@ def is_of_type(value: Any, told: str) -> bool:
 OPTIONAL = {
     *("skipped", "teacher.outputs", "teacher.class_order", "teacher.pooled_outputs"),
     *("teacher.folds", "dataset.exif", "dataset.jpeg_side", "dataset.tested_share"),
+    *("dataset.decoder",),
     *("trusted_above", "trusted_rows", "calibrated"),
 }
 """Left out where nothing is out of the ordinary: tests/test_skipping.py, tests/test_folds.py,

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers import smooth
 from torch.nn.functional import avg_pool2d
-from torchvision.transforms.v2 import functional as tv
 
 from stages.cache import LogitCache
 from stages.cache_images import named_images
@@ -32,13 +30,6 @@ from stages.settings import (
 from stages.train_student import train_student
 
 SIDES = {"0.jpg": (64, 96), "1.jpg": (61, 33), "2.jpg": (16, 300), "3.png": (64, 96)}
-
-
-def smooth(seed: int, height: int, width: int) -> Image.Image:
-    """A photograph as far as JPEGs are concerned: neighbours are alike."""
-    few = np.random.default_rng(seed).integers(0, 256, (3, 5, 7), dtype=np.uint8)
-    pixels = tv.resize(torch.from_numpy(few), [height, width], antialias=True)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,7 @@ def load_images(
             test=config.get("test"),
             exif=bool(config.get("exif")),
             jpeg_side=config.get("jpeg_side"),
+            decoder=config.get("decoder"),
         )
         if differing := differences(dataset_identity(train), cache.identity.dataset):
             raise IdentityError(f"{spec} is another dataset or order: {'; '.join(differing[:3])}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import CacheError
+from stages.settings import Decoder
 
 
 class FoldsIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,8 +56,8 @@ class DatasetIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
 
     exif: images are turned as their EXIF orientation says. jpeg_side: JPEGs are decoded at a part
     of their size as long as both sides keep this many pixels. tested_share: of the images that the
-    digest is of, the share that is the test split. These three are left out where they are the
-    default.
+    digest is of, the share that is the test split. decoder: what decodes JPEGs in Pillow's place.
+    These four are left out where they are the default.
     """
 
     name: str
@@ -68,6 +69,7 @@ class DatasetIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
     exif: bool = False
     jpeg_side: int | None = None
     tested_share: float | None = None
+    decoder: Decoder | None = None
 
 
 class SkippedSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=True):

@@ -85,7 +85,7 @@ class ViewFeed:
         self.dataset, self.policy, self.device = dataset, policy, device
         self.image_size = image_size
         rendered = RenderedViews(dataset, policy, image_size)
-        self._workers = Workers(rendered, workers, pinned=device.type == "cuda")
+        self._workers = Workers(rendered, workers, device)
         self._images: Tensor | None = None
         if dataset.images is not None and policy.batched and self._at_own_size(dataset.images):
             self._images = _on_device(dataset.images, device)

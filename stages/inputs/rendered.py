@@ -70,9 +70,8 @@ class RenderedViews(Dataset[Answer | PipelineError]):
             if held is not None:  # decoded already
                 return list(held[samples])
             numbers = samples.tolist()
-            for sample in numbers:
-                if sample not in loaded:
-                    loaded[sample] = self.dataset.load(sample)
+            if missing := [i for i in dict.fromkeys(numbers) if i not in loaded]:
+                loaded.update(zip(missing, self.dataset.load_each(missing), strict=True))
             return [loaded[sample] for sample in numbers]
 
         return load

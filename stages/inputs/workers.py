@@ -1,5 +1,8 @@
 """The processes that render views: a `DataLoader` over requests, pass after pass.
 
+Images that a GPU decodes are rendered by threads of this process: a process that was forked has no
+GPU.
+
 A request asks for every view of some samples of a batch (`rendered.py`). Its pixels go into a place
 in shared memory that is lent to it, and are copied out of there to where its batch lies; so neither
 side is given new memory for every batch. Where no place is free or large enough, the pixels travel
@@ -7,7 +10,9 @@ in memory of their own.
 """
 
 import pickle
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +31,7 @@ from stages.inputs.rendered import (
     sizes_differ,
     worker_error,
 )
-from stages.inputs.views import Shown
+from stages.inputs.views import Shown, reseeds
 
 _AHEAD = 2
 """Requests that each worker has at a time."""
@@ -61,9 +66,12 @@ class _Plan:
 class Workers:
     """Renders views in `count` processes, or in this one where that is 0."""
 
-    def __init__(self, rendered: RenderedViews, count: int, pinned: bool) -> None:
-        """pinned: views are made in memory from which a GPU copies by itself."""
-        self._rendered, self._count, self._pinned = rendered, count, pinned
+    def __init__(self, rendered: RenderedViews, count: int, device: torch.device) -> None:
+        """device: where views go. For a GPU they are made in memory from which it copies itself."""
+        threads = rendered.dataset.decoder is not None and not reseeds(rendered.policy.name)
+        self._threads = count if threads else 0
+        self._rendered, self._device, self._pinned = rendered, device, device.type == "cuda"
+        self._count = count if rendered.dataset.decoder is None else 0
         self._plan, self._buffers, self._passes = _Plan(), Buffers(), 0
         self._loader: DataLoader[Answer | PipelineError] | None = None
         self._channels: int | None = None
@@ -75,10 +83,12 @@ class Workers:
         pieces = [part.split(-(-len(part) // len(views))) for part in parts]
         plan = self._plan
         plan.pieces, plan.views = [piece for some in pieces for piece in some], views
-        loader = self._ready(max(map(len, plan.pieces)) * len(views))
         self._passes += 1
         this_pass = self._passes
-        answers = self._in_order(loader)
+        if self._threads:
+            answers = self._of_threads()
+        else:
+            answers = self._in_order(self._ready(max(map(len, plan.pieces)) * len(views)))
         for some in pieces:
             yield self._together(some, len(views), answers)
             if this_pass != self._passes:
@@ -145,6 +155,17 @@ class Workers:
             self.close()
             raise worker_error(error, self._count) from error
 
+    def _of_threads(self) -> Iterator[Answer | PipelineError]:
+        """What threads answer, each a request at a time, and some requests ahead."""
+        with ThreadPoolExecutor(self._threads, initializer=use, initargs=(self._device,)) as pool:
+            ahead: deque[Future[Answer | PipelineError]] = deque()
+            for request in self._plan:
+                ahead.append(pool.submit(self._rendered.__getitems__, request))
+                if len(ahead) > _AHEAD * self._threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
     def _together(
         self, pieces: Sequence[Tensor], views: int, answers: Iterator[Answer | PipelineError]
     ) -> list[Shown]:
@@ -188,6 +209,12 @@ class Workers:
         if self._pinned:  # torch keeps such memory for the next time
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         return self._buffers.empty(*shape)
+
+
+def use(device: torch.device) -> None:
+    """Decode on the GPU of a rank, in a new thread."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def _checked(answer: Answer | PipelineError) -> Answer:

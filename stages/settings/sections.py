@@ -18,6 +18,7 @@ MAX_BLOCK_ROWS = 65_536
 """Of a cache: the most rows of a view that are written and committed at once."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Decoder = Literal["nvjpeg"]
 Feeding = Literal["auto", "memory", "stream"]
 Outputs = Literal["logits", "probabilities"]
 Method = Literal["pairwise", "swap", "blend"]
@@ -92,6 +93,9 @@ class DataSettings(Settings, frozen=True):
     jpeg_side: Annotated[int | None, about(
         "Decode JPEGs at 1/2, 1/4 or 1/8 of their size as long as both sides keep this many "
         "pixels: sooner, and other pixels.", "--jpeg-side", above=0, most=LARGEST_SIDE)] = None
+    decoder: Annotated[Decoder | None, about(
+        "Decode JPEGs on a GPU, by nvJPEG: other pixels than those of Pillow, which decodes "
+        "otherwise.", "--decoder")] = None
     feeding: Annotated[Feeding, about(
         "Whether images are held in memory, or decoded when shown.", decides="nothing")] = "auto"
     image_size: Annotated[int | None, about(
@@ -112,6 +116,13 @@ class DataSettings(Settings, frozen=True):
         if self.test is not None and self.eval_dataset is not None:
             raise ConfigError(
                 "--test and --eval-dataset both say what is tested on", "Give one of them."
+            )
+        if self.decoder is not None and (self.exif or self.jpeg_side is not None):
+            option = "--exif" if self.exif else "--jpeg-side"
+            raise ConfigError(
+                f"--decoder {self.decoder} decodes JPEGs whole and as they lie there, "
+                f"without {option}",
+                f"Leave {option} or --decoder out.",
             )
 
 

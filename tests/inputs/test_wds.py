@@ -413,6 +413,7 @@ def with_members(**changes: bytes | None) -> Any:
 SIZE = tarfile.BLOCKSIZE
 PAIR = SIZE * (3 + -(-len(picture(0)) // SIZE))
 """Bytes of an image and its class, each with a header."""
+LARGE_JSON = b'{"label": 1, "' + b"x" * (2**20 - 1) + b'":2}'
 WRONG = {
     "missing": (Path.unlink, "no shard .*x-train-000"),
     "cut in an image": (lambda p: cut(p, SIZE + 100), "no whole tar file: unexpected end of data"),
@@ -438,8 +439,22 @@ WRONG = {
         with_members(**{"000001_cls": None, "000001_json": b'{"label": [1]}'}),
         r"000001\.json is '\[1\]', no class number",
     ),
+    "large json": (
+        with_members(**{"000001_cls": None, "000001_json": LARGE_JSON}),
+        r"000001\.json has 1,048,593 bytes, a label at most 1,048,576\n.*KEY\.cls",
+    ),
+    "large cls": (with_members(**{"000001_cls": b"1" + b" " * 2**20}), "has 1,048,577 bytes"),
     "no json": (with_members(**{"000001_json": b"{'label': 1}"}), r"000001\.json is no JSON"),
 }
+
+
+def test_a_large_json_is_not_read_beside_a_class(root: Path) -> None:
+    path = root / "x-train-000.tar"
+    before = load(path, test="none").labels
+    with_members(**{"000001_json": LARGE_JSON})(path)
+    assert torch.equal(load(path, test="none").labels, before)
+    write_shard(path, {"0.jpg": picture(0), "0.json": LARGE_JSON})
+    assert not load(path, test="none", no_labels=True).labelled
 
 
 @pytest.mark.parametrize("kind", WRONG)

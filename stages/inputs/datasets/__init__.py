@@ -22,6 +22,7 @@ from stages.inputs.datasets.dataset import (
     Split,
     Statistics,
 )
+from stages.inputs.datasets.nvjpeg import check_usable
 from stages.inputs.datasets.parts import (
     no_images,
     part_of,
@@ -31,7 +32,7 @@ from stages.inputs.datasets.parts import (
 )
 from stages.inputs.datasets.skipping import read_skip_list
 from stages.registry import import_all
-from stages.settings import Feeding
+from stages.settings import Decoder, Feeding
 
 __all__ = [
     "PUBLISHED_STATISTICS",
@@ -64,6 +65,7 @@ class Reading(TypedDict, total=False):
     no_labels: bool
     exif: bool
     jpeg_side: int | None
+    decoder: Decoder | None
 
 
 def load_dataset(spec: str, split: Split, **reading: Unpack[Reading]) -> ImageDataset:
@@ -98,7 +100,13 @@ def _read(source: Source) -> ImageDataset:
             f"--test {source.test} is a folder, and '{spec}' is none",
             "--test takes none, a share such as 0.1, or, with folder:DIR or wds:PATTERN, another.",
         )
+    if source.decoder is not None:
+        check_usable()
     dataset = read(source)
+    if source.decoder is not None and dataset.decoder is None:
+        raise DatasetError(
+            f"--decoder is for JPEG files; '{spec}' gives pixels", "Leave --decoder out."
+        )
     if source.exif and not dataset.exif:
         raise DatasetError(
             f"--exif is for compressed images; '{spec}' gives pixels", "Leave --exif out."

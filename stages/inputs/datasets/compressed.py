@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from stages.errors import DatasetError
+from stages.settings import Decoder
 
 Mode = Literal["L", "RGB"]
 
@@ -33,10 +34,12 @@ class Decoding:
     """What is done while decoding. exif: turn an image as its EXIF orientation says, as cameras
     write it. jpeg_side: decode a JPEG at 1/2, 1/4 or 1/8 of its size as long as both of its sides
     keep this many pixels: fewer coefficients are transformed (libjpeg's scaling). None for whole.
+    decoder: whose pixels they are; None for Pillow's.
     """
 
     exif: bool = False
     jpeg_side: int | None = None
+    decoder: Decoder | None = None
 
 
 WHOLE = Decoding()
@@ -58,13 +61,10 @@ def decode(
         if image.mode.startswith(_DEEP):
             raise DatasetError(
                 f"image {name} has more than 8 bits a channel",
-                f"Convert the images to 8 bits. {_left_out(dataset)}",
+                f"Convert the images to 8 bits. {left_out(dataset)}",
             )
         if mode == "L" and image.mode not in GREY:
-            raise DatasetError(
-                f"image {name} is in colour, others of the dataset are grey",
-                f"Convert them alike, to grey or to colour. {_left_out(dataset)}",
-            )
+            raise in_colour(name, dataset)
         if decoding.jpeg_side is not None:
             image.draft(None, (decoding.jpeg_side, decoding.jpeg_side))
         image.load()
@@ -73,6 +73,14 @@ def decode(
         image.info.pop("transparency", None)  # Pillow would warn, and drop it as well
         pixels = np.array(image if image.mode == mode else image.convert(mode))
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+
+
+def in_colour(name: str, dataset: str) -> DatasetError:
+    """A coloured image among grey ones."""
+    return DatasetError(
+        f"image {name} is in colour, others of the dataset are grey",
+        f"Convert them alike, to grey or to colour. {left_out(dataset)}",
+    )
 
 
 def common_mode(images: Iterable[tuple[Path | bytes, str]]) -> Mode:
@@ -109,7 +117,7 @@ def opened(source: Path | bytes, name: str, dataset: str = "") -> Iterator[Image
         if error.errno is not None:
             raise DatasetError(
                 f"cannot read image {name}: {error.strerror}",
-                f"Restore it or allow reading it. {_left_out(dataset)}",
+                f"Restore it or allow reading it. {left_out(dataset)}",
             ) from error
         raise _broken(source, name, error, dataset) from error
     except Exception as error:  # damaged images make Pillow raise many kinds
@@ -123,11 +131,12 @@ def _broken(source: Path | bytes, name: str, error: Exception, dataset: str) -> 
         what = "it is empty" if empty else "it is no image that Pillow knows"
     what = what or (str(error) or type(error).__name__).splitlines()[0]
     return DatasetError(
-        f"cannot read image {name}: {what}", f"Replace the file. {_left_out(dataset)}"
+        f"cannot read image {name}: {what}", f"Replace the file. {left_out(dataset)}"
     )
 
 
-def _left_out(dataset: str) -> str:
+def left_out(dataset: str) -> str:
+    """How to leave an image out, for the remedy of an error. dataset: as `decode` takes it."""
     if not dataset:
         return "Or leave it out of the dataset."
     return (

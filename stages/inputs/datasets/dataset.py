@@ -14,7 +14,7 @@ from torch import Tensor
 from stages.errors import DatasetError
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets.compressed import Decoding
-from stages.settings import Feeding
+from stages.settings import Decoder, Feeding
 
 Split = Literal["train", "test"]
 
@@ -53,8 +53,8 @@ class ImageDataset:
     labels: int64 (N,). load: index -> uint8 (C, H, W). images: uint8 (N, C, H, W) where they are
     held in memory, else None. images_digest: hex, of the content or, for folders, of the relative
     paths and file sizes in order. notes: what a user has to be told of it, a line each. skips:
-    samples that are neither trained on nor measured; their pixels are black. exif,
-    jpeg_side: as `Decoding` has them. tested_share: what share of the training images is the test
+    samples that are neither trained on nor measured; their pixels are black. exif, jpeg_side,
+    decoder: as `Decoding` has them. tested_share: what share of the training images is the test
     split, 0 where that is another. Where it is not labelled, labels are all -1. in_order: samples
     that follow one another lie one after another in few files, and are read best so.
     """
@@ -73,6 +73,7 @@ class ImageDataset:
     labelled: bool = True
     in_order: bool = False
     jpeg_side: int | None = None
+    decoder: Decoder | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -82,6 +83,11 @@ class ImageDataset:
         """(C, H, W) of the first image."""
         channels, height, width = self.load(0).shape
         return channels, height, width
+
+    def load_each(self, samples: Sequence[int]) -> list[Tensor]:
+        """As `load` gives each; on a GPU decoded in one go."""
+        many = getattr(self.load, "many", None)
+        return [self.load(i) for i in samples] if many is None else list(many(samples))
 
     @property
     def skipped(self) -> Tensor:
@@ -124,7 +130,7 @@ class Source:
     none in their name. download: let torchvision download what is missing. rescan: list folders of
     images again, see `manifest.py`. skips: samples of this split to leave out. test: what is tested
     on, as the setting of this name has it. no_labels: take images wherever they lie. exif,
-    jpeg_side: as `Decoding` has them.
+    jpeg_side, decoder: as `Decoding` has them.
     """
 
     spec: str
@@ -138,11 +144,12 @@ class Source:
     no_labels: bool = False
     exif: bool = False
     jpeg_side: int | None = None
+    decoder: Decoder | None = None
 
     @property
     def decoding(self) -> Decoding:
         """How its compressed images are decoded."""
-        return Decoding(self.exif, self.jpeg_side)
+        return Decoding(self.exif, self.jpeg_side, self.decoder)
 
     @property
     def argument(self) -> str:

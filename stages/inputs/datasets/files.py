@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from stages.errors import DatasetError
 from stages.inputs.datasets.compressed import (
@@ -16,7 +15,6 @@ from stages.inputs.datasets.compressed import (
     Mode,
     check_command,
     common_mode,
-    decode,
 )
 from stages.inputs.datasets.dataset import (
     ImageDataset,
@@ -27,6 +25,7 @@ from stages.inputs.datasets.dataset import (
     fixed_sample,
     in_memory,
 )
+from stages.inputs.datasets.encoded import Encoded
 from stages.inputs.datasets.listing import (
     has_split,
     holds_images_alone,
@@ -43,7 +42,7 @@ from stages.inputs.datasets.skipping import blackened, skipped_files
 
 
 @dataclass(frozen=True)
-class _ImageFiles:
+class _ImageFiles(Encoded):
     """Decodes the i-th of some image files; travels to workers as it is."""
 
     root: Path
@@ -51,9 +50,6 @@ class _ImageFiles:
     mode: Mode
     command: str
     decoding: Decoding = WHOLE
-
-    def __call__(self, index: int) -> Tensor:
-        return decode(*self.compressed(index), self.mode, self.command, self.decoding)
 
     def taking(self, samples: Sequence[int]) -> "_ImageFiles":
         """The same for some of the files."""
@@ -166,4 +162,5 @@ def _from_files(
         source.exif,
         labelled=bool(listing.class_names),
         jpeg_side=source.jpeg_side,
+        decoder=source.decoder,
     )

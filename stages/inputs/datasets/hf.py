@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stages.errors import DatasetError
 from stages.inputs.datasets.compressed import (
@@ -17,7 +16,6 @@ from stages.inputs.datasets.compressed import (
     Mode,
     check_command,
     common_mode,
-    decode,
 )
 from stages.inputs.datasets.dataset import (
     ImageDataset,
@@ -28,13 +26,14 @@ from stages.inputs.datasets.dataset import (
     fixed_sample,
     in_memory,
 )
+from stages.inputs.datasets.encoded import Encoded
 from stages.inputs.datasets.skipping import blackened, skipped_numbers
 
 SPLITS: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "val")}
 
 
 @dataclass(frozen=True)
-class _StoredImages:
+class _StoredImages(Encoded):
     """Decodes the i-th image of a table of compressed ones; travels to workers as it is."""
 
     table: Any
@@ -43,9 +42,6 @@ class _StoredImages:
     command: str
     mode: Mode = "RGB"
     decoding: Decoding = WHOLE
-
-    def __call__(self, index: int) -> Tensor:
-        return decode(*self.compressed(index), self.mode, self.command, self.decoding)
 
     def compressed(self, index: int) -> tuple[bytes, str]:
         """The image's bytes as they are stored, and what to call it."""
@@ -127,6 +123,7 @@ def hugging_face(source: Source) -> ImageDataset:
         skips=tuple(found),
         exif=source.exif,
         jpeg_side=source.jpeg_side,
+        decoder=source.decoder,
     )
 
 

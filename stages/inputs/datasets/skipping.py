@@ -126,6 +126,14 @@ class Blackened:
             return torch.zeros(self.shape, dtype=torch.uint8)
         return self.load(index)
 
+    def many(self, indices: Sequence[int]) -> list[Tensor]:
+        """As each by itself."""
+        shown = [index for index in indices if index not in self.skipped]
+        each = getattr(self.load, "many", lambda some: [self.load(i) for i in some])
+        images = iter(each(shown) if shown else [])
+        black = torch.zeros(self.shape, dtype=torch.uint8)
+        return [black if index in self.skipped else next(images) for index in indices]
+
     def taking(self, samples: Sequence[int]) -> "Blackened":
         """The same for the i-th of these samples."""
         skipped = frozenset(i for i, sample in enumerate(samples) if sample in self.skipped)

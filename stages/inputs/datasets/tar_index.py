@@ -30,6 +30,8 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
 }
 _BLOCK = 512
+MOST_LABEL_BYTES = 2**20
+"""Of a `.cls` or a `.json`: what is larger is read by mistake."""
 _THREADS = 8
 """Shards that are read at once: on network storage headers are waited for."""
 
@@ -159,6 +161,7 @@ class _Found:
     images: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
     noted: dict[str, int] = field(default_factory=dict)
+    too_large: dict[str, tuple[str, int]] = field(default_factory=dict)
     passed_over: Counter[str] = field(default_factory=Counter)
 
     def take(self, member: tarfile.TarInfo, file: BinaryIO) -> None:
@@ -179,7 +182,9 @@ class _Found:
                 )
             self.images[parts[0]] = (member.name, member.offset_data, member.size)
         elif parts[1] in ("cls", "json"):
-            if self.labelled:
+            if self.labelled and member.size > MOST_LABEL_BYTES:
+                self.too_large[parts[0]] = (f"{self.path}/{member.name}", member.size)
+            elif self.labelled:
                 content = os.pread(file.fileno(), member.size, member.offset_data)
                 if len(content) != member.size:
                     raise tarfile.ReadError("unexpected end of data")
@@ -206,6 +211,12 @@ class _Found:
             list(column) for column in zip(*self.images.values(), strict=True)
         )
         labels = [self.classes.get(k, self.noted.get(k, NO_LABEL)) for k in self.images]
+        for key, (where, size) in self.too_large.items():
+            if key in self.images and key not in self.classes:
+                raise DatasetError(
+                    f"{where} has {size:,} bytes, a label at most {MOST_LABEL_BYTES:,}",
+                    "Write a KEY.cls with the class number beside it, or use --no-labels.",
+                )
         alone = len({*self.classes, *self.noted} - {*self.images})
         passed = self.passed_over + Counter({"class without image": alone} if alone else {})
         return ShardIndex(name, members, offsets, sizes, labels, dict(passed))

@@ -9,10 +9,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from stages.errors import DatasetError
-from stages.inputs.datasets.compressed import WHOLE, Decoding, Mode, decode
+from stages.inputs.datasets.compressed import WHOLE, Decoding, Mode
+from stages.inputs.datasets.encoded import Encoded
 
 OPEN_SHARDS = 64
 """Files that a process keeps open."""
@@ -51,7 +51,7 @@ def _opened(shard: Shard) -> _Opened:
 
 
 @dataclass(frozen=True)
-class TarImages:
+class TarImages(Encoded):
     """Decodes the i-th of some images in shards; travels to workers as it is, threads share it.
 
     paths: SHARD/MEMBER, relative to root. places: int64 (N, 3): number of the shard, offset, bytes.
@@ -64,10 +64,6 @@ class TarImages:
     command: str
     mode: Mode = "RGB"
     decoding: Decoding = WHOLE
-
-    def __call__(self, index: int) -> Tensor:
-        """uint8 (C, H, W). Raises DatasetError."""
-        return decode(*self.compressed(index), self.mode, self.command, self.decoding)
 
     def taking(self, samples: Sequence[int]) -> "TarImages":
         """The same for some of the images."""

@@ -81,6 +81,7 @@ def web_dataset(source: Source) -> ImageDataset:
         labelled=labelled,
         in_order=True,
         jpeg_side=source.jpeg_side,
+        decoder=source.decoder,
     )
 
 

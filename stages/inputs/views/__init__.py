@@ -18,7 +18,7 @@ from stages.inputs.views.named import BASES
 from stages.inputs.views.pairs import Paired
 from stages.inputs.views.policy import Shown, ViewPolicy, check_view
 from stages.inputs.views.spec import known_policy, view_policy
-from stages.inputs.views.transforms import Transform
+from stages.inputs.views.transforms import Transform, reseeds
 from stages.registry import import_all
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "known_policy",
     "mixes",
     "render",
+    "reseeds",
     "view_policy",
 ]
 

@@ -103,6 +103,12 @@ class Transform(Named, ViewPolicy):
         return shown.as_subclass(Tensor).contiguous()
 
 
+def reseeds(name: str) -> bool:
+    """Whether the policy of this name draws from global generators, which threads share."""
+    stages = (stage for side in name.split("|") for stage in side.split("+"))
+    return any(stage.startswith("v2:") for stage in stages)
+
+
 @functools.cache
 def _made(target: str) -> Callable[[Tensor], Any]:
     """The transform that `target` makes, once a process."""
