@@ -18,12 +18,12 @@ from benchmarks.measure import Figure, Laps, Ratio, in_turns, steadily
 from benchmarks.teacher import forward
 from stages.cache import LogitCache
 from stages.cache_job import CacheJob
-from stages.data import Splits, held_out
+from stages.data import Splits
 from stages.device import choose_device
 from stages.errors import ConfigError
 from stages.inputs.feed import Batch
 from stages.objectives.losses import mixed_ce
-from stages.order import view_order
+from stages.order import held_out, view_order
 from stages.reporting import Silent
 from stages.settings import LossSettings, StudentConfig
 from stages.train_student import student_trainer

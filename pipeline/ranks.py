@@ -31,12 +31,12 @@ def run_rank(command: click.Group) -> NoReturn:
     """Run a command line as one of several ranks: an error is told by one of them, and all exit
     with its code; 1 for a fault of ours, which keeps its traceback.
     """
-    from stages.distributed import told_once
+    from stages.distributed import reported_once
 
     try:
         code = command(prog_name="pipeline", standalone_mode=False)
     except Exception as error:
-        with told_once() as mine:
+        with reported_once() as mine:
             if mine:
                 tell(error)
         stopped = 130 if isinstance(error, click.Abort) else 1

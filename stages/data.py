@@ -5,22 +5,17 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
-import torch
-from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.identity import DatasetIdentity, SkippedSample, differences
 from stages.errors import CacheError, ConfigError, DatasetError, IdentityError
 from stages.inputs.cifar_models import SMALL, counterpart
-from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Skip, load_splits, read_skip_list
-from stages.inputs.datasets.dataset import without
 from stages.inputs.feed import plain_view
 from stages.inputs.models import Model
 from stages.inputs.probes import probes_differ
 from stages.inputs.run_files import sha256
 from stages.inputs.views import Plain, ViewPolicy, known_policy, view_policy
-from stages.order import Stream
 from stages.reporting import Reporter
 from stages.schema import check_bounds
 from stages.settings import DataSettings
@@ -110,26 +105,6 @@ def skipped_samples(splits: Splits) -> list[SkippedSample]:
     """The samples that are left out, as a cache keeps them."""
     skips = (*splits.train.skips, *splits.test.skips)
     return [msgspec.convert(msgspec.to_builtins(skip), SkippedSample) for skip in skips]
-
-
-def held_out(
-    num_samples: int, fraction: float, seed: int, skipped: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Training and held-out samples: int64, each in dataset order, disjoint; none that is skipped.
-
-    Raises ConfigError if there is nothing to hold out, or nothing left to train on.
-    """
-    shuffled = permute(torch.arange(num_samples), num_samples, seed, Stream.HELD_OUT)
-    if skipped is not None:
-        shuffled = without(shuffled, skipped)
-        num_samples = len(shuffled)
-    out = round(num_samples * fraction)
-    if num_samples - out < 2 or (fraction > 0 and out == 0):
-        raise ConfigError(
-            f"data.val_fraction {fraction:g} of {num_samples} samples leaves {num_samples - out} "
-            f"for training and {out} held out"
-        )
-    return shuffled[out:].sort().values, shuffled[:out].sort().values
 
 
 def dataset_identity(dataset: ImageDataset) -> DatasetIdentity:

@@ -29,8 +29,8 @@ from stages.errors import ConfigError, PipelineError, RankError
 
 TIMEOUT = timedelta(hours=1)
 """How long a rank waits for another that makes no progress."""
-_TELLING = timedelta(seconds=10)
-_POLL_SECONDS = 0.1
+_REPORTING, _POLL_SECONDS = timedelta(seconds=10), 0.1
+_AGAIN = "Run the same command again: what is finished is kept."
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _groups, _counts = itertools.count(), itertools.count()
 """Numbers of groups and counts. Every rank counts alike, so equal numbers mean the same object."""
@@ -51,10 +51,9 @@ class Ranks:
         """Whether this is the rank that does what must be done once."""
         return self.rank == 0
 
-    def share(self, count: int, rank: int | None = None) -> range:
-        """Which of `count` things are this rank's (or another's): a run, as even as possible."""
-        rank = self.rank if rank is None else rank
-        return range(count * rank // self.world, count * (rank + 1) // self.world)
+    def share(self, count: int) -> range:
+        """Which of `count` things are this rank's: a run, as even as possible."""
+        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
 
 ALONE = Ranks()
@@ -102,7 +101,7 @@ def process_group(
     try:
         yield
     except BaseException:
-        _tells(ranks)  # before the others notice that this rank is gone
+        _fails_first(ranks)  # before the others notice that this rank is gone
         if not nccl:  # NCCL ends only when all ranks agree to, or with the process
             dist.destroy_process_group()
         raise
@@ -153,10 +152,9 @@ def first_rank_does(ranks: Ranks, work: Callable[[], Result]) -> Result:
     Raises the first rank's PipelineError on all; for any other exception the others have a
     RankError.
     """
-    if ranks.world == 1:
-        return work()
+    result: Result
     if not ranks.first:
-        result: Result = _answer_of_first(ranks)
+        result = _answer_of_first(ranks)
         return result
     with _failure_sent(ranks):
         result = work()
@@ -169,9 +167,8 @@ def first_rank_first(ranks: Ranks) -> Iterator[None]:
     """Every rank runs what is inside, rank 0 before the others, so that what it downloads or keeps
     on disk is there for them. Where it fails, they raise as in `first_rank_does`, and do not begin.
     """
-    if ranks.world > 1 and not ranks.first:
+    if not ranks.first:
         _answer_of_first(ranks)
-    if ranks.world == 1 or not ranks.first:
         yield
         return
     with _failure_sent(ranks):
@@ -220,28 +217,25 @@ def wait_for_all(
 
 
 @contextlib.contextmanager
-def told_once() -> Iterator[bool]:
+def reported_once() -> Iterator[bool]:
     """Around reporting an error: whether this rank of the launch is the one that reports it.
 
     The others wait until it has: torchrun stops all ranks when the first one ends.
     """
-    try:
+    ranks = ALONE
+    with contextlib.suppress(ConfigError):
         ranks = launched_ranks()
-    except ConfigError:
-        ranks = ALONE
-    mine = _tells(ranks)
+    mine = _fails_first(ranks)
     try:
         yield mine
     finally:
         if ranks.world > 1:
             with contextlib.suppress(RuntimeError, ConfigError):
                 store = _meeting_place(ranks)
-                store.set("told", "") if mine else store.wait(["told"], _TELLING)
+                store.set("reported", "") if mine else store.wait(["reported"], _REPORTING)
 
 
 # ---- details --------------------------------------------------------------------------------
-
-_AGAIN = "Run the same command again: what is finished is kept."
 
 
 @contextlib.contextmanager
@@ -272,8 +266,7 @@ def _meeting_place(ranks: Ranks) -> dist.Store:
 
 def _answer_of_first(ranks: Ranks) -> Any:
     """What the first rank sends when its work is done. Raises what it failed with."""
-    done: tuple[Any, PipelineError | None] = broadcast_object(ranks, (None, None))
-    result, failure = done
+    result, failure = broadcast_object(ranks, (None, None))
     if failure is not None:
         raise failure
     return result
@@ -285,7 +278,7 @@ def _failure_sent(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _tells(ranks)  # before the others hear of it
+        _fails_first(ranks)  # before the others hear of it
         message = f"rank 0 failed: {type(error).__name__}: {error}"
         failure = error if isinstance(error, PipelineError) else RankError(message)
         with contextlib.suppress(RankError):  # what went wrong here matters more
@@ -300,11 +293,8 @@ def _failures(ranks: Ranks, more: int = 0) -> int:
 
 
 @functools.cache
-def _tells(ranks: Ranks) -> bool:
+def _fails_first(ranks: Ranks) -> bool:
     """Whether this rank is the first of its launch to fail; also if the store does not answer."""
-    if ranks.world == 1:
-        return True
-    try:
-        return _failures(ranks, 1) == 1
-    except PipelineError:
-        return True
+    with contextlib.suppress(PipelineError):
+        return ranks.world == 1 or _failures(ranks, 1) == 1
+    return True

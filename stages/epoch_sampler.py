@@ -9,9 +9,8 @@ from torch.utils.data import DistributedSampler
 
 from stages.cache.identity import differences
 from stages.cached_dataset import CachedDataset
-from stages.data import held_out
 from stages.errors import ConfigError
-from stages.order import view_order
+from stages.order import held_out, view_order
 from stages.targets.chunks import ChunkGroups, SlabPlan, groups_of_ranks
 
 

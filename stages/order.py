@@ -1,4 +1,4 @@
-"""The order of views and samples: pure functions of (seed.data, epoch)."""
+"""The order of views and samples, and which are held out: pure functions of (seed.data, epoch)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stages.errors import ConfigError
 from stages.inputs.counter_hash import permute
+from stages.inputs.datasets.dataset import without
 
 
 class Stream(IntEnum):
@@ -22,6 +23,26 @@ class Stream(IntEnum):
     HELD_OUT = 3
     CHUNKS = 5
     FOLDS = 6
+
+
+def held_out(
+    num_samples: int, fraction: float, seed: int, skipped: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Training and held-out samples: int64, each in dataset order, disjoint; none that is skipped.
+
+    Raises ConfigError if there is nothing to hold out, or nothing left to train on.
+    """
+    shuffled = permute(torch.arange(num_samples), num_samples, seed, Stream.HELD_OUT)
+    if skipped is not None:
+        shuffled = without(shuffled, skipped)
+        num_samples = len(shuffled)
+    out = round(num_samples * fraction)
+    if num_samples - out < 2 or (fraction > 0 and out == 0):
+        raise ConfigError(
+            f"data.val_fraction {fraction:g} of {num_samples} samples leaves {num_samples - out} "
+            f"for training and {out} held out"
+        )
+    return shuffled[out:].sort().values, shuffled[:out].sort().values
 
 
 SampleOrder = Callable[[Tensor, int, int], Tensor]

@@ -28,13 +28,13 @@ from stages.data import (
     Splits,
     cached_policy,
     check_dataset,
-    held_out,
     load_data,
     skips_of,
     split_digests,
 )
 from stages.device import choose_device, device_of_rank
 from stages.distributed import ALONE, Ranks, first_rank_first, launched_ranks, process_group
+from stages.order import held_out
 from stages.reporting import Reporter, Silent
 from stages.settings import StudentConfig
 from stages.student_checks import check_students, complete, made_from

@@ -14,7 +14,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from stages.data import Splits, chosen_policy, held_out, load_data, split_digests
+from stages.data import Splits, chosen_policy, load_data, split_digests
 from stages.device import choose_device
 from stages.errors import ConfigError, RunError
 from stages.fold_teachers import fold_folder
@@ -22,7 +22,7 @@ from stages.folds import fold_map
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Batch, plain_view
 from stages.objectives.losses import mixed_ce
-from stages.order import SINGLES, Rounds, view_order
+from stages.order import SINGLES, Rounds, held_out, view_order
 from stages.reporting import Reporter, Silent
 from stages.settings import TeacherConfig
 from stages.training.learner import Learner

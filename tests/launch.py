@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from stages.distributed import Ranks, launched_ranks, told_once
+from stages.distributed import Ranks, launched_ranks, reported_once
 
 Scenario = Callable[[Ranks], object]
 
@@ -86,7 +86,7 @@ def _outcome(scenario: Scenario) -> dict[str, object]:
     try:
         return {"returned": scenario(launched_ranks())}
     except Exception as error:
-        with told_once() as mine:
+        with reported_once() as mine:
             time.sleep(0.3 if mine else 0)
             told_at = time.monotonic()
         waited = not mine and time.monotonic() - told_at > 0.1

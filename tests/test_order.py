@@ -5,9 +5,8 @@ import re
 import pytest
 import torch
 
-from stages.data import held_out
 from stages.errors import ConfigError
-from stages.order import sample_order, view_order
+from stages.order import held_out, sample_order, view_order
 
 SEEDS = range(20)
 

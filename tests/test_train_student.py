@@ -34,13 +34,14 @@ from torch import Tensor, nn
 from stages.cache import LogitCache
 from stages.cache.encoding.floats import Float32
 from stages.cache.targets import ViewTargets
-from stages.data import Splits, cached_policy, held_out, load_data
+from stages.data import Splits, cached_policy, load_data
 from stages.errors import CacheError, IdentityError, RunError
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Normalise
 from stages.inputs.views import view_policy
 from stages.objectives.losses import kd
+from stages.order import held_out
 from stages.rectify import rectify
 from stages.settings import (
     BiasSettings,

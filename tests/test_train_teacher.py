@@ -13,9 +13,10 @@ from helpers import RUN_FILES, first, metrics, same_weights, weights
 from torch import Tensor
 
 from stages import train_teacher as stage
-from stages.data import Splits, held_out, load_data
+from stages.data import Splits, load_data
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.feed import Batch
+from stages.order import held_out
 from stages.settings import DataSettings, ModelSettings, SeedSettings, TeacherConfig, TrainSettings
 from stages.train_teacher import LabelTask, train_teacher
 from stages.training.history import selected_epoch

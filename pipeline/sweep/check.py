@@ -16,7 +16,6 @@ from stages.cache import LogitCache
 from stages.data import (
     cached_policy,
     check_dataset,
-    held_out,
     load_data,
     skips_of,
     split_digests,
@@ -25,7 +24,7 @@ from stages.device import choose_device
 from stages.errors import CacheError, ConfigError, ModelError, PipelineError, UnansweredError
 from stages.inputs.checkpoints import weights_file
 from stages.inputs.models import build_model
-from stages.order import ViewSchedule
+from stages.order import ViewSchedule, held_out
 from stages.reporting import Reporter, Silent
 from stages.settings import DataSettings, ModelSettings, SeedSettings, StudentConfig
 from stages.student_checks import check_one_stream, check_students, complete, made_from

@@ -6,8 +6,6 @@ argparse Namespaces and paths are accepted. `FILE#KEY` names what is wanted: a k
 """
 
 import argparse
-import contextlib
-import json
 import pathlib
 import re
 import warnings
@@ -26,8 +24,6 @@ EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model")
 """A moving average of the weights, as timm and torchvision's references keep it."""
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "net", "student", "state")
 _INSIDE_EMA = ("shadow", "module")
-_SETTINGS = ("args", "pretrained_cfg", "default_cfg", "config", "opt")
-"""Where training scripts put what they were called with."""
 _COUNTERS = ("n_averaged", "initted", "step")
 """What averaging keeps beside the weights."""
 _AUXILIARY = re.compile(r"(AuxLogits|aux\d?|aux_classifier|aux_head)\.")
@@ -140,34 +136,6 @@ def check_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path
                 f"{path}: the weights of {name} are {what}",
                 "Save a dense float32 state dict of a model that works.",
             )
-
-
-def recorded_statistics(
-    document: Any, path: Path | None = None
-) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation a channel, where a checkpoint records how its images were
-    normalised: in the arguments of its training script, in timm's pretrained_cfg, or in the
-    config.json that lies beside the file. None where it does not, or not on the scale of 0 to 1.
-    """
-    places = [document.get(key) for key in _SETTINGS] if isinstance(document, Mapping) else []
-    if path is not None and (beside := path.with_name("config.json")).is_file():
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            places.append(json.loads(beside.read_text()).get("pretrained_cfg"))
-    for place in places:
-        values = vars(place) if isinstance(place, argparse.Namespace) else place
-        if isinstance(values, Mapping):
-            mean, std = _numbers(values.get("mean")), _numbers(values.get("std"))
-            if mean and std and len(mean) == len(std) and min(std) > 0:
-                return mean, std
-    return None
-
-
-def _numbers(values: Any) -> tuple[float, ...]:
-    """Numbers from 0 to 1; empty for anything else."""
-    if not isinstance(values, (list, tuple)):
-        return ()
-    fine = all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in values)
-    return tuple(map(float, values)) if fine else ()
 
 
 def examples(names: list[str]) -> str:

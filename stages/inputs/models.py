@@ -4,8 +4,6 @@ A name is looked up among the CIFAR families of the distillation literature, the
 `timm:NAME` and `module:callable` (called with num_classes) say where to look.
 """
 
-import contextlib
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,20 +11,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stages.errors import ModelError, PipelineError, RunError
+from stages.errors import ModelError, RunError
 from stages.inputs.checkpoints import (
     Checkpoint,
     check_tensors,
     fitted,
     read_checkpoint,
-    recorded_statistics,
     weights_file,
 )
 from stages.inputs.cifar_models import cifar_model, cifar_name, resolved_name
 from stages.inputs.datasets import Statistics
 from stages.inputs.library_models import pretrained_model, timm_model, torchvision_model
+from stages.inputs.recorded import checkpoint_statistics, own_statistics
 from stages.inputs.run_files import check_file, read_config
-from stages.user_code import BROUGHT, check_trusted, error_line, imported, names_code
+from stages.inputs.user_models import user_model
+from stages.user_code import BROUGHT, check_trusted, names_code
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def build_model(name: str, num_classes: int, channels: int) -> Model:
     if kind == "timm":
         return Model(timm_model(argument, num_classes), name, 3)
     if argument:
-        return Model(_imported(name, num_classes), name, 3)
+        return Model(user_model(name, num_classes), name, 3)
     if (spelled := cifar_name(name)) is not None:
         return Model(cifar_model(spelled, num_classes, channels), spelled, channels)
     return Model(torchvision_model(name, num_classes), name, 3)
@@ -110,10 +109,10 @@ def load_model(
             raise ModelError(
                 "no weights given", "Give --weights: a run directory, a file, or 'pretrained'."
             )
-        module = _imported(name, None if own_head else num_classes)
+        module = user_model(name, None if own_head else num_classes)
         built = Model(module, name, 3)
         note = f"no --weights: {name} is used with those that it was made with"
-        return replace(built, notes=(note,), **_own_statistics(built, name))
+        return _with_statistics(replace(built, notes=(note,)), own_statistics(module, name))
     path, key = weights_file(weights)
     if not path.exists():
         raise ModelError(f"no weights at {path}", "Give a run directory, a file, or 'pretrained'.")
@@ -136,7 +135,7 @@ def load_model(
         built, num_classes = build_model(name, theirs, channels), theirs
     loaded = _with_weights(built, checkpoint, num_classes)
     if not run:
-        return replace(loaded, **_checkpoint_statistics(loaded, checkpoint))
+        return _with_recorded(loaded, checkpoint)
     return replace(
         loaded,
         statistics=(run["mean"], run["std"]),
@@ -150,59 +149,10 @@ def with_weights_file(built: Model, weights: str) -> Model:
     """The model with the weights of a file, FILE or FILE#KEY. Raises ModelError."""
     path, key = weights_file(weights)
     checkpoint = read_checkpoint(path, key)
-    loaded = _with_weights(built, checkpoint, -1)
-    return replace(loaded, **_checkpoint_statistics(loaded, checkpoint))
+    return _with_recorded(_with_weights(built, checkpoint, -1), checkpoint)
 
 
 # ---- by name --------------------------------------------------------------------------------
-
-
-def _imported(spec: str, num_classes: int | None) -> nn.Module:
-    make = imported(spec, "model", ModelError)
-    try:
-        built = _called(make, spec, num_classes)
-    except PipelineError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"'{spec}' failed: {error_line(error)}", "Mend it, or name another."
-        ) from error
-    if not isinstance(built, nn.Module):
-        raise ModelError(f"'{spec}' returned a {type(built).__name__}, not a torch.nn.Module")
-    return built
-
-
-def _called(make: Any, spec: str, num_classes: int | None) -> Any:
-    """What a callable returns: for num_classes, by name where it takes that; for nothing at all
-    where it takes no argument, or shall have the outputs that it was trained with.
-    """
-    try:
-        signature = inspect.signature(make)
-    except (TypeError, ValueError):  # not written in Python
-        return make() if num_classes is None else make(num_classes)
-    if num_classes is None:
-        try:
-            signature.bind()
-        except TypeError as error:
-            raise ModelError(
-                f"'{spec}' takes {signature}; with --classes it has to build the network with the "
-                "outputs that it was trained with",
-                "Name a callable that needs no argument.",
-            ) from error
-        return make()
-    takes = signature.parameters.values()
-    if any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in takes):
-        return make(num_classes=num_classes)
-    for arguments in ((num_classes,), ()):
-        with contextlib.suppress(TypeError):
-            signature.bind(*arguments)
-            break
-    else:
-        raise ModelError(
-            f"'{spec}' takes {signature}, not the number of classes alone",
-            "Name a callable that takes num_classes, or nothing.",
-        )
-    return make(*arguments)
 
 
 def _published(name: str, num_classes: int | None, new_head: bool) -> Model:
@@ -224,29 +174,6 @@ def _published(name: str, num_classes: int | None, new_head: bool) -> Model:
         zoom=found.zoom,
         interpolation=found.interpolation,
     )
-
-
-# ---- normalisation --------------------------------------------------------------------------
-
-
-def _own_statistics(model: Model, source: str) -> dict[str, Any]:
-    """The `pretrained_cfg` that timm's models have, where the user's callable returns one."""
-    config = getattr(model.module, "pretrained_cfg", None)
-    found = recorded_statistics({"pretrained_cfg": config})
-    return {"statistics": found, "source": f"{source}'s pretrained_cfg"} if found else {}
-
-
-def _checkpoint_statistics(model: Model, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint says of its normalisation; timm's training script leaves it to the model
-    where nothing else was given.
-    """
-    if found := recorded_statistics(checkpoint.document, checkpoint.path):
-        return {"statistics": found, "source": f"{checkpoint.path.name}'s own configuration"}
-    document = checkpoint.document
-    script = document.get("args") if isinstance(document, Mapping) else None
-    if model.architecture.startswith("timm:") and hasattr(script, "mean"):
-        return _own_statistics(model, model.architecture)
-    return {}
 
 
 # ---- weights --------------------------------------------------------------------------------
@@ -294,6 +221,18 @@ def _with_weights(built: Model, checkpoint: Checkpoint, num_classes: int) -> Mod
     said = [*checkpoint.notes, *found.notes]
     notes = (f"weights of {path.name}: {', '.join(said)}",) if said else ()
     return replace(built, module=module, notes=notes)
+
+
+def _with_recorded(loaded: Model, checkpoint: Checkpoint) -> Model:
+    """The model with the normalisation that a checkpoint records."""
+    return _with_statistics(
+        loaded, checkpoint_statistics(checkpoint, loaded.module, loaded.architecture)
+    )
+
+
+def _with_statistics(model: Model, found: tuple[Statistics, str] | None) -> Model:
+    """The model with this normalisation, and where it comes from; None for no other."""
+    return model if found is None else replace(model, statistics=found[0], source=found[1])
 
 
 def _trained_outputs(built: Model, checkpoint: Checkpoint, num_classes: int) -> int:

@@ -95,21 +95,34 @@ class Capture:
     done one operation at a time.
     """
 
-    def __init__(self, step: CapturedStep, task: Task, stream: BatchStream) -> None:
-        self._step, self._task, self._stream = step, task, stream
+    def __init__(
+        self, step: CapturedStep, task: Task, stream: BatchStream, scaled: bool = False
+    ) -> None:
+        """scaled: whether gradients are, as in float16."""
+        self._step, self._task, self._stream, self._scaled = step, task, stream, scaled
         self._state: Literal["new", "on", "off"] = "new"
 
-    def start_epoch(self, rates: Sequence[float], views: int, obstacle: str | None) -> str | None:
+    def start_epoch(self, rates: Sequence[float], views: int) -> str | None:
         """Before the steps of an epoch, whose targets are read. Returns why none is recorded from
-        now on, once. rates: of the steps to come. obstacle: why none can be, of what is known.
+        now on, once. rates: of the steps to come.
         """
         if self._state == "new":
-            reason = obstacle or self._stream.keep_in_place(views) or self._task_in_place()
+            reason = self._obstacle() or self._stream.keep_in_place(views) or self._task_in_place()
             self._state = "off" if reason else "on"
             if reason:
                 return reason
         if self._state == "on":
             self._step.start_epoch(rates)
+        return None
+
+    def _obstacle(self) -> str | None:
+        """Why steps cannot be recorded, whatever the batches are."""
+        if self._stream.ranks.world > 1:
+            return "several processes add up their gradients"
+        if self._scaled:
+            return "float16 scales its gradients on the host; use bfloat16"
+        if self._stream.rounds.per_decode > 1:
+            return "several views of an image are shown from one decode"
         return None
 
     def _task_in_place(self) -> str | None:

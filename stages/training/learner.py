@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,7 @@ from stages.training.passes import Passes
 from stages.training.random_state import RandomState
 from stages.training.run_directory import RunDirectory
 from stages.training.run_folder import MADE_FROM
-from stages.training.stream import BatchStream, Evaluation
+from stages.training.stream import BatchStream
 from stages.training.task import Position, Task, TaskLookingBack, TaskToCompile
 from stages.training.trained import Trained
 
@@ -50,20 +49,18 @@ class Learner:
         check_precision(device, self.settings.tf32)
         check_model(self.model, self.stream)
         self.module = place(self.model.model.module, device, self.settings.channels_last)
-        model, last = self.model.model, self.settings.channels_last
-        self.normalise = Normalise(*self.model.statistics, model.channels, device, last)
-        learned = self.task.learned
-        if learned is not None:
+        if (learned := self.task.learned) is not None:
             learned.to(device)
         self.steps = self.stream.steps
         self._trained = Trained(self.module, learned, self.settings, self.steps)
+        channels, last = self.model.model.channels, self.settings.channels_last
+        self.normalise = Normalise(*self.model.statistics, channels, device, last)
         working = self._trained.working
         self.passes = Passes(self.module, self.normalise, self.settings, self.ranks, working)
         self._capture = self._make_capture() if self.settings.capture else None
         self.say: Callable[[str], None] = lambda _: None
-        self._views = 1
         self.random_state: RandomState | None = None
-        self.position = Position()
+        self._views, self.position = 1, Position()
         self.history: list[dict[str, Any]] = []
         self._selected: dict[str, Tensor] | None = None
         self.error: PipelineError | None = None
@@ -96,7 +93,7 @@ class Learner:
             self.position.lr = self._trained.schedule.rate
         if self._capture is not None:
             rates = self._trained.schedule.upcoming(self.steps)
-            if reason := self._capture.start_epoch(rates, self._views, self._obstacle):
+            if reason := self._capture.start_epoch(rates, self._views):
                 self._tell(f"--capture: steps are not recorded: {reason}")
         self.module.train()
         return views
@@ -105,7 +102,7 @@ class Learner:
         check_capture(self.stream.device)
         compiled, optimizer = self.settings.compile, self._trained.optimizer
         step = CapturedStep(self._learn, optimizer, self._changed, self.stream, not compiled)
-        return Capture(step, self.task, self.stream)
+        return Capture(step, self.task, self.stream, self._trained.scaler.is_enabled())
 
     def _compile(self) -> None:
         size = self.settings.batch_size // self.ranks.world
@@ -116,8 +113,11 @@ class Learner:
     def step(self, batch: Batch) -> None:
         """Learn from a batch: of several views, one after the other."""
         if not self._captured(batch):
-            with self._drawing():
-                self._learn(batch)
+            if self.random_state is not None:
+                self.random_state.restore()
+            self._learn(batch)
+            if self.random_state is not None:
+                self.random_state = RandomState.now(self.stream.device)
         self._trained.schedule.step()
         self.position.step += 1
 
@@ -137,17 +137,6 @@ class Learner:
             self._tell(f"--capture: steps are not recorded: {error}")
             return False
 
-    @property
-    def _obstacle(self) -> str | None:
-        """Why steps cannot be recorded, whatever the batches are."""
-        if self.ranks.world > 1:
-            return "several processes add up their gradients"
-        if self._trained.scaler.is_enabled():
-            return "float16 scales its gradients on the host; use bfloat16"
-        if self.stream.rounds.per_decode > 1:
-            return "several views of an image are shown from one decode"
-        return None
-
     def _tell(self, text: str) -> None:
         self.say(text)
         if self.ranks.first:
@@ -161,27 +150,14 @@ class Learner:
 
     def _changed(self) -> dict[Hashable, Tensor]:
         """Every tensor that a step changes."""
-        found = self._trained.changed()
-        for name, total in self.position.totals.items():
-            found["total", name] = total
-        return found
+        totals: dict[Hashable, Tensor] = {("total", n): t for n, t in self.position.totals.items()}
+        return self._trained.changed() | totals
 
     def check_losses(self) -> None:
         """Raise RunError unless the losses of the epoch are finite so far."""
-        totals = self.position.totals
-        if not bool(torch.isfinite(torch.stack([*totals.values()])).all()):
-            infinite = [name for name, total in totals.items() if not math.isfinite(float(total))]
+        if infinite := self.position.infinite():
             epoch, step = self.position.epoch + 1, self.position.step
             raise _not_finite(f"in epoch {epoch}, by batch {step}", infinite)
-
-    @contextmanager
-    def _drawing(self) -> Iterator[None]:
-        if self.random_state is None:
-            yield
-            return
-        self.random_state.restore()
-        yield
-        self.random_state = RandomState.now(self.stream.device)
 
     def finish_epoch(self, shown: EpochShown, keep: bool = True) -> dict[str, Any]:
         """Measure, write and save; return the line of the epoch. shown: to this rank. keep: replace
@@ -202,8 +178,11 @@ class Learner:
             "seconds": position.seconds,
             "images_per_second": shown.images / position.seconds,
         }
+        take_from_first(self.ranks, self.module.buffers())  # those that are written
+        self.module.eval()
+        predict, size = self.passes.predict, self.settings.batch_size
         for name, evaluation in self.stream.evaluations.items():
-            top1, top5 = self.evaluate(evaluation)
+            top1, top5 = evaluation.accuracy(predict, self.ranks, size)
             metrics |= {f"{name}_top1": top1, f"{name}_top5": top5}
         self.history.append(metrics)
         position.next_epoch()
@@ -230,16 +209,6 @@ class Learner:
         if infinite:
             raise _not_finite(f"after epoch {self.position.epoch + 1}", infinite)
         return means
-
-    def evaluate(self, evaluation: Evaluation) -> tuple[float, float]:
-        """Top-1 and top-5 accuracy; each of several ranks measures its share."""
-        take_from_first(self.ranks, self.module.buffers())  # those that are written
-        shares = self.ranks.share(len(evaluation.samples))
-        some = evaluation.samples[shares.start : shares.stop]
-        self.module.eval()
-        hits = evaluation.hits(self.passes.predict, some, self.settings.batch_size)
-        top1, top5 = (summed(self.ranks, hits) / len(evaluation.samples)).tolist()
-        return top1, top5
 
     def _write(self, metrics: dict[str, Any], keep: bool) -> None:
         if self.position.epoch - 1 == selected_epoch(self.history):
@@ -279,8 +248,7 @@ class Learner:
 
     def restore(self) -> None:
         """Go on from last.pt, where there is one. Raises RunError if it does not fit."""
-        states = self.run.load_checkpoint(self.stream.device)
-        if states is None:
+        if (states := self.run.load_checkpoint(self.stream.device)) is None:
             return
         try:
             self._load(states)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stages.data import Splits
-from stages.distributed import ALONE, Ranks
+from stages.distributed import ALONE, Ranks, summed
 from stages.errors import ConfigError
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Batch, ViewFeed, cut, joined, num_batches, plain_view
@@ -34,6 +34,15 @@ class Evaluation:
     feed: ViewFeed
     samples: Tensor
     labels: Tensor
+
+    def accuracy(
+        self, predict: Callable[[Tensor], Tensor], ranks: Ranks, batch_size: int
+    ) -> tuple[float, float]:
+        """Top-1 and top-5 of all samples, of which each of several ranks measures its share."""
+        mine = ranks.share(len(self.samples))
+        hits = self.hits(predict, self.samples[mine.start : mine.stop], batch_size)
+        top1, top5 = (summed(ranks, hits) / len(self.samples)).tolist()
+        return top1, top5
 
     @torch.inference_mode()
     def hits(self, predict: Callable[[Tensor], Tensor], samples: Tensor, batch_size: int) -> Tensor:

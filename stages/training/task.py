@@ -1,5 +1,6 @@
 """What a model is trained for, and how far it is."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -77,6 +78,12 @@ class Position:
                 self.totals[name] = torch.zeros_like(value)
         values = [value.detach() for value in parts.values()]
         torch._foreach_add_([self.totals[name] for name in parts], values, alpha=images)
+
+    def infinite(self) -> list[str]:
+        """The sums that are not finite; the device is asked once where all of them are."""
+        if bool(torch.isfinite(torch.stack([*self.totals.values()])).all()):
+            return []
+        return [name for name, total in self.totals.items() if not math.isfinite(float(total))]
 
     def next_epoch(self) -> None:
         """Begin the next epoch; the sums stay where they are, and are 0."""

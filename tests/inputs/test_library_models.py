@@ -12,8 +12,8 @@ import torchvision
 from torch import nn
 
 from stages.errors import ModelError
-from stages.inputs.checkpoints import recorded_statistics
 from stages.inputs.models import load_model
+from stages.inputs.recorded import recorded_statistics
 
 TIMM, TORCHVISION = "test_resnet", "shufflenet_v2_x0_5"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -23,8 +23,9 @@ from simulated_graphs import simulated_graphs
 
 from pipeline.config import read_config
 from stages.cache import LogitCache
-from stages.data import Splits, held_out
+from stages.data import Splits
 from stages.errors import ConfigError, RunError, StoppedError
+from stages.order import held_out
 from stages.settings import BiasSettings, LossSettings, StudentConfig, TrainSettings
 from stages.student_checks import complete
 from stages.train_student import student_trainer, train_student, train_together
