@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
+import torch
 
 from stages.cache import LogitCache
 from stages.cache.identity import DatasetIdentity, SkippedSample, differences
