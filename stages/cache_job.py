@@ -19,18 +19,7 @@ from stages.cache.identity import (
 )
 from stages.cache.metadata import RootAttributes, read_attributes
 from stages.cache.storage import location
-from stages.data import (
-    Splits,
-    chosen_policy,
-    clean_view,
-    dataset_identity,
-    filter_notes,
-    load_data,
-    normalisation,
-    normalisation_source,
-    skips_of,
-    small_image_notes,
-)
+from stages.data import Splits, chosen_policy, clean_view, dataset_identity, load_data, skips_of
 from stages.device import device_of_rank, place
 from stages.distributed import ALONE, Ranks
 from stages.errors import ViewError
@@ -42,6 +31,12 @@ from stages.fold_teachers import (
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Skip, Statistics
 from stages.inputs.feed import Normalise, ViewFeed
+from stages.inputs.model_input import (
+    filter_notes,
+    normalisation,
+    normalisation_source,
+    small_image_notes,
+)
 from stages.inputs.model_outputs import sample_outputs, sample_pixels
 from stages.inputs.models import Model
 from stages.inputs.views import Plain, ViewPolicy

@@ -26,8 +26,8 @@ from stages.cache.layout import BlockGrid, BlockId, block_grid
 from stages.cache.metadata import NewCache
 from stages.cache.storage import location
 from stages.cache_job import CacheJob
+from stages.cache_of_job import open_existing
 from stages.cache_runs import runs_of, views_at_once
-from stages.cache_teacher import open_existing
 from stages.device import versions
 from stages.errors import CacheError
 from stages.inputs.probes import PROBES
@@ -145,18 +145,15 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
     write = _write_seconds(job, coding, logits, labels, grid)
     # On a GPU blocks are written while others are computed; on CPUs both want the same cores.
     whole = operator.add if job.device.type == "cpu" else max
-    blocks = config.views * grid.num_blocks
-    if cache is None:
-        missing = [BlockId(v, b) for v in range(config.views) for b in range(grid.num_blocks)]
-    else:
-        missing = cache.commits.missing(range(config.views))
+    every = [BlockId(v, b) for v in range(config.views) for b in range(grid.num_blocks)]
+    missing = every if cache is None else cache.commits.missing(range(config.views))
     made_bytes, made_seconds = _made_empty(job, coding, order)
     tested = len(job.splits.test) / singly
     eval_there = cache is not None and cache.eval_commits.is_complete(0)  # or empty: no seconds
     return CachePlan(
         samples=len(train),
         views=config.views,
-        blocks=blocks,
+        blocks=len(every),
         missing_blocks=len(missing),
         encoding=coding.name,
         bytes_per_view=chosen.row_bytes,
@@ -168,7 +165,7 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
         ranks=job.ranks.world,
         fixed_bytes=made_bytes
         + len(job.splits.test) * _half_row_bytes(encodings, job.num_classes)
-        + blocks * (_RECORD_BYTES + _OBJECT_BYTES * _arrays_of_a_block(coding)),
+        + len(every) * (_RECORD_BYTES + _OBJECT_BYTES * _arrays_of_a_block(coding)),
         normalisation=job.normalisation,
         doubts=tuple(teacher_doubts(logits, labels, train.class_names)),
         fixed_seconds=(0 if cache else made_seconds + fitted) + (0 if eval_there else tested),
@@ -204,11 +201,9 @@ def measured_teacher(job: CacheJob, at_once: int = 1) -> tuple[Tensor, float]:
 
     Runs of batches grow: what workers feed shows its pace once several batches are under way.
     """
-    order = job.row_order
-    most = fit_rows(job.num_classes)
+    order, most = job.row_order, fit_rows(job.num_classes)
     batch, wanted = min(job.config.batch_size, len(order)), min(most, len(order))
-    teacher = TeacherPass.of(job)
-    views = range(at_once)
+    teacher, views = TeacherPass.of(job), range(at_once)
     teacher.of_views(order[: -(-batch // at_once)], views)  # warms up: allocations, workers
     kept: list[Tensor] = []
     timed: list[tuple[int, float]] = []
@@ -299,8 +294,7 @@ def _arrays_of_a_block(coding: Encoding) -> int:
 
 def _free_bytes(out: str | Path) -> int | None:
     where = location(out)
-    return shutil.disk_usage(_existing(where)).free if isinstance(where, Path) else None
-
-
-def _existing(path: Path) -> Path:
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not isinstance(where, Path):
+        return None
+    there = next(p for p in (where.absolute(), *where.absolute().parents) if p.exists())
+    return shutil.disk_usage(there).free

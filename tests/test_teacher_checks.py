@@ -14,9 +14,10 @@ from torch import Tensor
 from stages.cache import LogitCache
 from stages.cache_plan import plan_cache
 from stages.cache_teacher import cache_teacher, prepare
-from stages.data import Splits, small_image_notes
+from stages.data import Splits
 from stages.errors import ModelError, PipelineError
 from stages.evaluate import evaluate_run
+from stages.inputs.model_input import small_image_notes
 from stages.repair import recorded_job
 from stages.settings import CacheConfig, TeacherSettings
 from stages.teacher_checks import teacher_doubts

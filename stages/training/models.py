@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from stages.cache.identity import weights_digest
-from stages.data import normalisation, small_image_notes
 from stages.errors import ConfigError
 from stages.inputs.datasets import ImageDataset, Statistics
 from stages.inputs.feed import Normalise
+from stages.inputs.model_input import normalisation, small_image_notes
 from stages.inputs.model_outputs import check_output, check_trained_on_one, sample_pixels
 from stages.inputs.models import Model, build_model, load_model
 from stages.reporting import Reporter

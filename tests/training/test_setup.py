@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from stages.data import Splits, chosen_policy, dataset_identity, normalisation
+from stages.data import Splits, chosen_policy, dataset_identity
 from stages.errors import ConfigError, ViewError
 from stages.inputs.feed import plain_view
+from stages.inputs.model_input import normalisation
 from stages.inputs.models import build_model
 from stages.inputs.views import view_policy
 from stages.settings import SeedSettings
