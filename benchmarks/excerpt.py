@@ -31,7 +31,8 @@ def excerpt(cache: LogitCache, path: Path, views: int, encoding: str | None = No
     coding: Encoding = cache.encoding
     if encoding is not None:
         some = slice(FIT_ROWS)
-        coding = fit_encoding(encoding, first.logits[some], first.labels[some])
+        second = _rows(cache, complete[1 % len(complete)], rows).logits[some]
+        coding = fit_encoding(encoding, first.logits[some], first.labels[some], second=second)
     replace = msgspec.structs.replace
     dataset = replace(cache.identity.dataset, num_samples=rows)
     made = LogitCache.create(

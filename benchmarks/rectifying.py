@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from benchmarks.excerpt import decoded_at, excerpt
 from benchmarks.measure import Figure, Ratio, alternately, seconds
 from stages.cache import LogitCache
+from stages.cache.layout import ANCHOR
 from stages.rectify import rectify
 from stages.settings import RectifyConfig
 
@@ -78,7 +79,9 @@ def plainly_decoded(group: zarr.Group, view: int) -> NDArray[np.float32]:
     if kind == "topk":
         return _topk(group, view)
     if kind == "klt-top":
-        return _klt_top(group, view)
+        return _klt_top(group, view, encoding["parameters"])
+    if kind == "klt-anchored":
+        return _klt_anchored(group, view, encoding["parameters"])
     codes = read(group, "logits_code", view).astype(np.float32)
     if kind == "uint8":
         scale, offset = (
@@ -91,31 +94,59 @@ def plainly_decoded(group: zarr.Group, view: int) -> NDArray[np.float32]:
     return rows
 
 
-def _klt_top(group: zarr.Group, view: int) -> NDArray[np.float32]:
-    """In whole numbers, but for the last line."""
-    encoding: dict[str, Any] = group.attrs.asdict()["encoding"]  # type: ignore[assignment]
-    known = encoding["parameters"]
+def _klt_anchored(group: zarr.Group, view: int, known: dict[str, Any]) -> NDArray[np.float32]:
+    """The anchor, or a row beside it."""
+    if view == ANCHOR:
+        own = {name.removeprefix("anchor_"): known[name] for name in known if "anchor_" in name}
+        return _klt_top(group, view, own, ("anchor", "anchor"))
+    codes, _ = _codes(group, ANCHOR, ("anchor", "anchor"))
+    beside: NDArray[np.int64] = codes @ _whole(group, "klt_predictor")
+    return _klt_top(group, view, known, beside=beside)
 
-    def whole(name: str, at: int | None = view) -> NDArray[np.int64]:
-        return read(group, name, at).astype(np.int64)
 
-    def digits(name: str, count: int, base: int) -> NDArray[np.int64]:
-        packed = whole(f"logits_{name}")[:, :, None]
-        each: NDArray[np.int64] = packed // base ** np.arange(count) % base - base // 2
-        return each.reshape(len(packed), -1)
+def _whole(group: zarr.Group, name: str, view: int | None = None) -> NDArray[np.int64]:
+    return read(group, name, view).astype(np.int64)
 
-    code, predicted = whole("logits_code"), whole("prediction")
-    parts = [code[:, :-1], digits("pair", 2, 15), digits("three", 3, 5), digits("five", 5, 3)]
-    basis, mean, center = (whole(f"klt_{name}", None) for name in ("basis", "mean", "center"))
-    z = mean + (np.concatenate(parts, 1) + center[predicted]) @ basis
+
+def _digits(group: zarr.Group, name: str, view: int, count: int, base: int) -> NDArray[np.int64]:
+    packed = _whole(group, name, view)[:, :, None]
+    each: NDArray[np.int64] = packed // base ** np.arange(count) % base - base // 2
+    return each.reshape(len(packed), -1)
+
+
+def _codes(
+    group: zarr.Group, view: int, of: tuple[str, str]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What the basis is multiplied by, and the offset's codes. of: what the arrays of rows and of
+    the calibration begin with.
+    """
+    code = _whole(group, f"{of[0]}_code", view)
+    kinds = (("pair", 2, 15), ("three", 3, 5), ("five", 5, 3))
+    parts = [_digits(group, f"{of[0]}_{name}", view, n, base) for name, n, base in kinds]
+    center = _whole(group, f"{of[1]}_center")[_whole(group, "prediction", view)]
+    return np.concatenate([code[:, :-1], *parts], 1) + center, code[:, -1:]
+
+
+def _klt_top(
+    group: zarr.Group,
+    view: int,
+    known: dict[str, Any],
+    of: tuple[str, str] = ("logits", "klt"),
+    beside: NDArray[np.int64] | int = 0,
+) -> NDArray[np.float32]:
+    """In whole numbers, but for the last line. of: as of `_codes`."""
+    codes, code = _codes(group, view, of)
+    predicted = _whole(group, "prediction", view)
+    z = _whole(group, f"{of[1]}_mean") + codes @ _whole(group, f"{of[1]}_basis") + beside
     order, each = z.copy(), np.arange(len(z))
     order[each, predicted] = 2**24
     leading = np.argsort(-order, axis=1, kind="stable")[:, : known["top"]]
-    z[each[:, None], leading] += known["fine"] * digits("top", 2, 15)[:, : leading.shape[1]]
+    finer = _digits(group, f"{of[0]}_top", view, 2, 15)[:, : leading.shape[1]]
+    z[each[:, None], leading] += known["fine"] * finer
     own = z[each, predicted]
     z[each, predicted] = -(2**24)
     z[each, predicted] = np.maximum(own, z.max(1) + max(1, known["fine"] // 8))
-    offset = np.float32(known["offset"]) + np.float32(known["offset_step"]) * code[:, -1:]
+    offset = np.float32(known["offset"]) + np.float32(known["offset_step"]) * code
     rows: NDArray[np.float32] = z.astype(np.float32) * np.float32(known["unit"]) + offset
     return rows.astype(np.float32)
 

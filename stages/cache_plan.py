@@ -21,8 +21,9 @@ from stages.cache.encoding import (
     fit_encoding,
     fit_rows,
     measure_all,
+    views_to_fit,
 )
-from stages.cache.layout import BlockGrid, BlockId, block_grid
+from stages.cache.layout import ANCHOR, BlockGrid, BlockId, block_grid
 from stages.cache.metadata import NewCache
 from stages.cache.storage import location
 from stages.cache_job import CacheJob
@@ -37,6 +38,8 @@ from stages.teacher_pass import TeacherPass, blocks_to_fit, check_finite
 MEASURED_SECONDS = 2.0
 MOST_SECONDS = 20.0
 """The teacher is measured on the rows that encodings are fitted to, or on what it does in this."""
+_SECOND_SECONDS = 5.0
+"""A second view is measured where it takes no longer, for what only several views can show."""
 _WRITTEN = 2**23
 """Logits that writing is timed on."""
 _RECORD_BYTES, _OBJECT_BYTES = 370, 130
@@ -126,18 +129,19 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
     check_finite(logits, order, "view 0")
     at_once = views_at_once(job)
     computed_per_second = measured_teacher(job, at_once)[1] if at_once > 1 else singly
+    cache = open_existing(job, out)
+    second = _second_view(job, len(logits), len(logits) / singly, cache)
     logits, labels = job.seen_rows(logits)
 
     # 2) the encodings, on its rows
-    cache = open_existing(job, out)
     started = time.perf_counter()
     if cache is not None:
         coding = cache.encoding
     else:
-        coding = fit_encoding(config.encoding, logits, labels, config.budget)
+        coding = fit_encoding(config.encoding, logits, labels, config.budget, second)
     fitted = time.perf_counter() - started
     coding.encode(logits, labels)  # raises where a logit is out of its range
-    encodings = measure_all(logits, labels, config.budget, more=coding)
+    encodings = measure_all(logits, labels, config.budget, coding, second, config.views)
     chosen = next(m for m in encodings if m.coding is coding)
 
     # 3) what a whole run is then
@@ -165,7 +169,7 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
         ranks=job.ranks.world,
         fixed_bytes=made_bytes
         + len(job.splits.test) * _half_row_bytes(encodings, job.num_classes)
-        + len(every) * (_RECORD_BYTES + _OBJECT_BYTES * _arrays_of_a_block(coding)),
+        + len(every) * (_RECORD_BYTES + _OBJECT_BYTES * _arrays_of_a_block(coding, ANCHOR + 1)),
         normalisation=job.normalisation,
         doubts=tuple(teacher_doubts(logits, labels, train.class_names)),
         fixed_seconds=(0 if cache else made_seconds + fitted) + (0 if eval_there else tested),
@@ -188,11 +192,30 @@ def _decodes(
     if job.splits.train.images is not None:
         return 0
     fitted = blocks_to_fit(grid, job.num_classes) if new else 0
-    first = {BlockId(0, block) for block in range(fitted)}
+    views = views_to_fit(job.config.encoding, job.config.views)
+    first = {BlockId(view, block) for view in views for block in range(fitted)}
     rest = [at for at in missing if at not in first]
-    runs = [*runs_of([*first], 1), *runs_of(rest, at_once)]
+    runs = [*runs_of([*first], len(views)), *runs_of(rest, at_once)]
     partners = 1 if job.policy.mixes else 0
     return sum(grid.length(run.block) * (1 + partners * len(run.views)) for run in runs)
+
+
+def _second_view(
+    job: CacheJob, rows: int, seconds: float, cache: LogitCache | None
+) -> Tensor | None:
+    """The first rows of view 1, without samples that are left out: float32 (n, C). None where there
+    is one view, or where it takes long and the encoding that is asked for does not need it.
+    seconds: what as many rows of view 0 took.
+    """
+    asked = job.config.encoding if cache is None else cache.encoding.name
+    needed = 1 in views_to_fit(asked, job.config.views)
+    if not needed and (job.config.views == 1 or seconds > _SECOND_SECONDS):
+        return None
+    teacher = TeacherPass.of(job)
+    logits = teacher.logits(job.row_order[:rows], 1)
+    teacher.feed.close()
+    check_finite(logits, job.row_order[:rows], "view 1")
+    return job.seen_rows(logits)[0]
 
 
 def measured_teacher(job: CacheJob, at_once: int = 1) -> tuple[Tensor, float]:
@@ -234,7 +257,7 @@ def _write_seconds(
         cache = _empty_cache(folder, job, coding, torch.arange(rows), labels, rows)
         cache.write_block(0, 0, logits, logits.argmax(1), {})
         started = time.perf_counter()
-        cache.write_block(0, 0, logits, logits.argmax(1), {})
+        cache.write_block(job.config.views - 1, 0, logits, logits.argmax(1), {})
         written = time.perf_counter() - started
     some = slice(checked_rows(job.num_classes))
     arrays = coding.encode(logits[some], labels[some])
@@ -281,15 +304,17 @@ def _half_row_bytes(encodings: list[Measured], num_classes: int) -> float:
 
 def count_files(coding: Encoding, views: int, blocks_per_view: int) -> int:
     """How many files or objects a finished cache has."""
-    arrays = _arrays_of_a_block(coding)
+    arrays = len({"prediction", *coding.arrays()})
     whole = len(coding.calibration_arrays()) + 5  # one chunk each
     # documents of groups and arrays, whole arrays, the copy of the attributes, the test's record
     metadata = 3 + (arrays + whole) + whole + 1 + 1
-    return views * (blocks_per_view * arrays + 1) + metadata
+    objects = [_arrays_of_a_block(coding, view) for view in (ANCHOR, ANCHOR + 1)]
+    return blocks_per_view * (objects[0] + (views - 1) * objects[1]) + views + metadata
 
 
-def _arrays_of_a_block(coding: Encoding) -> int:
-    return len({"prediction", *coding.arrays()})
+def _arrays_of_a_block(coding: Encoding, view: int) -> int:
+    arrays = coding.arrays().items()
+    return len({"prediction", *(name for name, spec in arrays if spec.of_view(view))})
 
 
 def _free_bytes(out: str | Path) -> int | None:

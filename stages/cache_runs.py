@@ -7,7 +7,7 @@ is one block, computed in the same batches as if it were alone: its bytes do not
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from stages.cache.layout import BlockId, block_grid
+from stages.cache.layout import ANCHOR, BlockId, block_grid
 from stages.cache_job import CacheJob
 from stages.errors import ConfigError
 from stages.sizes import in_words
@@ -43,6 +43,16 @@ def runs_of(blocks: Sequence[BlockId], at_once: int) -> list[Run]:
 def in_runs(blocks: Sequence[BlockId], at_once: int) -> list[BlockId]:
     """These pairs in the order of their runs; a part of it is made of few more runs."""
     return [BlockId(view, run.block) for run in runs_of(blocks, at_once) for view in run.views]
+
+
+def anchor_runs(blocks: Sequence[BlockId], at_once: int) -> dict[BlockId, list[BlockId]]:
+    """Of these pairs those of the view that others depend on, and with each the pairs of its run:
+    what is made of the same decoded images, that view first.
+    """
+    runs = [run for run in runs_of(blocks, at_once) if ANCHOR in run.views]
+    return {
+        BlockId(ANCHOR, run.block): [BlockId(view, run.block) for view in run.views] for run in runs
+    }
 
 
 def waiting(job: CacheJob, at_once: int) -> int:

@@ -12,25 +12,21 @@ Running the same command again computes what is missing.
 """
 
 import contextlib
-import functools
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.blocks import BackgroundWriter
 from stages.cache.commits import Record
-from stages.cache.encoding import fit_rows
 from stages.cache.layout import BlockId
 from stages.cache.lock import exclusive, joined
 from stages.cache.storage import Location, check_place, location
+from stages.cache_blocks import BlockWriter, beside_anchors, see, share, with_anchors
 from stages.cache_job import CacheJob, prepare
 from stages.cache_of_job import Blocks, opened
-from stages.cache_runs import in_runs, runs_of, views_at_once, waiting
+from stages.cache_runs import in_runs, views_at_once
 from stages.device import device_name, versions
 from stages.distributed import (
     Ranks,
@@ -42,12 +38,9 @@ from stages.distributed import (
 from stages.errors import CacheError
 from stages.reporting import Reporter, Silent
 from stages.teacher_checks import teacher_doubts
-from stages.teacher_pass import TeacherPass
+from stages.teacher_pass import TeacherPass, first_rows
 
 __all__ = ["CacheJob", "CacheSummary", "cache_teacher", "prepare"]
-
-_SHOWN_SECONDS = 90.0
-"""What one machine wrote, another sees within this on a network file system."""
 
 
 @dataclass(frozen=True)
@@ -88,30 +81,26 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
             return cache.commits.missing(range(views)), [*fitted], views_at_once(job)
 
         missing, there, at_once = first_rank_does(ranks, look)
-        progress.total = sum(cache.grid.length(block) for _, block in missing)
+        progress.expect(cache, missing)
         if done := views * cache.grid.num_blocks - len(missing):
             reporter.say(f"{done} blocks are there already, {len(missing)} are missing")
 
-        # 2) the training views, block by block
+        # 2) the training views, block by block; first the view that others depend on
         record: Record = {"device": device_name(job.device), "versions": versions()}
-        mine = share(in_runs(missing, at_once), there, ranks)
-        write = functools.partial(_write_block, cache, record)
-        with BackgroundWriter(write, waiting(job, at_once)).running() as writer:
-            for at in mine:
-                if at in fitted:
-                    writer.put((at, fitted.pop(at)))
-            for run in runs_of([at for at in mine if at not in there], at_once):
-                samples = cache.dataset_index[cache.grid.rows(run.block)]
-                computed = teacher.finite_of_views(samples, run.views)
-                for view in run.views:
-                    writer.put((BlockId(view, run.block), computed.pop(0)))
+        blocks, left = BlockWriter(teacher, cache, record, fitted, at_once), missing
+        if cache.encoding.of_anchor:
+            blocks.write(with_anchors(missing, there, blocks))
+            wait_for_all(ranks, progress.look)
+            left, there = beside_anchors(cache, missing, job), []
+            progress.expect(cache, missing := [*{*missing, *left}])
+        blocks.write(share(in_runs(left, at_once), there, ranks))
         teacher.feed.close()
         wait_for_all(ranks, progress.look)
 
         # 3) the test split, and what is known once all blocks are there
         def finish() -> CacheSummary:
             if ranks.world > 1:
-                _see(cache, missing)
+                see(cache, missing)
             logs = cache.commits, cache.eval_commits
             for commits in logs:
                 commits.check_all_objects()
@@ -125,15 +114,6 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
             return _summary(cache, len(missing), job.normalisation)
 
         return first_rank_does(ranks, finish)
-
-
-def share(missing: list[BlockId], fitted: list[BlockId], ranks: Ranks) -> list[BlockId]:
-    """The missing (view, block) pairs that are this rank's to write: a run of them, so that most
-    views are one rank's. Those that fitting the encoding computed are with the first rank.
-    """
-    rest = [pair for pair in missing if pair not in fitted]
-    mine = [rest[i] for i in ranks.share(len(rest))]
-    return [*fitted, *mine] if ranks.first else mine
 
 
 # ---- details --------------------------------------------------------------------------------
@@ -164,25 +144,9 @@ def _doubts(job: CacheJob, fitted: Blocks) -> list[str]:
     """Whether the teacher knows the dataset, by the rows that the encoding was fitted to."""
     if not fitted:
         return []
-    most = fit_rows(job.num_classes)
-    rows, labels = job.seen_rows(torch.cat([block[:most] for block in fitted.values()])[:most])
+    first = [logits for at, logits in fitted.items() if at.view == 0]
+    rows, labels = job.seen_rows(first_rows(first, job.num_classes))
     return teacher_doubts(rows, labels, job.splits.train.class_names)
-
-
-def _see(cache: LogitCache, blocks: list[BlockId]) -> None:
-    """Read all commit records again, until those of the other ranks show."""
-    deadline = time.monotonic() + _SHOWN_SECONDS
-    while True:
-        cache.commits.reread()
-        hidden = {*blocks} & {*cache.commits.missing({view for view, _ in blocks})}
-        if not hidden:
-            return
-        if time.monotonic() > deadline:
-            raise CacheError(
-                f"{cache.path}: {len(hidden)} blocks that other ranks wrote cannot be seen here",
-                "Give --out on a file system that all ranks share, then run the command again.",
-            )
-        time.sleep(1)
 
 
 def _summary(cache: LogitCache, computed_blocks: int, normalisation: str) -> CacheSummary:
@@ -205,6 +169,10 @@ class _Progress:
         self._task = "teacher pass" + (f", {world} ranks together" if world > 1 else "")
         self.total = job.config.views * len(job.splits.train)
 
+    def expect(self, cache: LogitCache, blocks: list[BlockId]) -> None:
+        """So much there is to do in all."""
+        self.total = sum(cache.grid.length(block) for _, block in blocks)
+
     def __call__(self, rows: int) -> None:
         self._reporter.progress(self._task, self._count.add(rows), self.total, "samples")
 
@@ -213,8 +181,3 @@ class _Progress:
         done = self._count.add()
         self._reporter.progress(self._task, done, self.total, "samples")
         return done
-
-
-def _write_block(cache: LogitCache, record: Record, computed: tuple[BlockId, Tensor]) -> None:
-    at, logits = computed
-    cache.write_block(*at, logits, logits.argmax(1), record)

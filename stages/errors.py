@@ -53,6 +53,10 @@ class IdentityError(CacheError):
     """A cache that was made from something else than what it is used with."""
 
 
+class AnchorError(CacheError):
+    """A block that is intact, and another one that it depends on that is not."""
+
+
 class ChangedImagesError(IdentityError):
     """A dataset whose images are no longer those that a cache was made from."""
 

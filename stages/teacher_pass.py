@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stages.cache.encoding import Encoding, fit_encoding, fit_rows
+from stages.cache.encoding import Encoding, fit_encoding, fit_rows, views_to_fit
 from stages.cache.layout import MAX_BLOCK_BYTES, BlockGrid, BlockId, block_grid
 from stages.cache_job import CacheJob
 from stages.data import clean_view
@@ -115,18 +115,22 @@ class TeacherPass:
         return found
 
     def fitted_encoding(self) -> tuple[dict[BlockId, Tensor], Encoding]:
-        """The encoding asked for, fitted to the first rows of view 0; and the blocks that these
-        are, float32 (n, C), so that nothing is computed twice.
+        """The encoding asked for, fitted to the first rows of view 0, with an anchor also of
+        view 1; and the blocks that these are, float32 (n, C), so that nothing is computed twice.
         """
         job, order = self.job, self.job.row_order
         grid = block_grid(len(order), job.num_classes, job.config.block_rows)
-        most = fit_rows(job.num_classes)
-        blocks = {
-            BlockId(0, block): self.finite_logits(order[grid.rows(block)], 0)
-            for block in range(blocks_to_fit(grid, job.num_classes))
-        }
-        rows, labels = job.seen_rows(torch.cat([block[:most] for block in blocks.values()])[:most])
-        return blocks, fit_encoding(job.config.encoding, rows, labels, job.config.budget)
+        views = views_to_fit(job.config.encoding, job.config.views)
+        numbers = range(blocks_to_fit(grid, job.num_classes))
+        found = [self.finite_of_views(order[grid.rows(block)], views) for block in numbers]
+        each = dict(zip(views, zip(*found, strict=True), strict=True))  # of a view all blocks
+        rows, labels = job.seen_rows(first_rows(each[0], job.num_classes))
+        second = None
+        if 1 in each:
+            second, _ = job.seen_rows(first_rows(each[1], job.num_classes))
+        blocks = {BlockId(view, block): each[view][block] for view in views for block in numbers}
+        config = job.config
+        return blocks, fit_encoding(config.encoding, rows, labels, config.budget, second)
 
 
 def _feed(job: CacheJob, dataset: ImageDataset, policy: ViewPolicy) -> ViewFeed:
@@ -137,6 +141,12 @@ def _feed(job: CacheJob, dataset: ImageDataset, policy: ViewPolicy) -> ViewFeed:
 def blocks_to_fit(grid: BlockGrid, num_classes: int) -> int:
     """How many blocks of view 0 an encoding is fitted to."""
     return -(-min(fit_rows(num_classes), grid.num_rows) // grid.block_rows)
+
+
+def first_rows(blocks: Sequence[Tensor], num_classes: int) -> Tensor:
+    """Those of a view's first blocks that an encoding is fitted to: float32 (n, C)."""
+    most = fit_rows(num_classes)
+    return torch.cat([block[:most] for block in blocks])[:most]
 
 
 def check_finite(logits: Tensor, samples: Tensor, where: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import forks
 import pytest
 
-from stages.cache_teacher import share
+from stages.cache_blocks import share
 from stages.distributed import Ranks
 
 VIEWS, BLOCKS = 3, 7

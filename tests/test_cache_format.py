@@ -44,9 +44,11 @@ SPECS = {
     "uint8": "uint8",
     "klt": "klt",
     "klt-top": "klt:top=3",
+    "klt-anchored": "klt-anchored:top=3",
     "topk": "topk:k=4,temperatures=1/4",
     "topk-whole": "topk:k=10,temperatures=2",
 }
+KINDS = ("wide", "pair", "three", "five")
 MATERIALISED = "klt"
 RECTIFIED = "pairwise-T4"
 
@@ -108,7 +110,7 @@ OPTIONAL = {
     *("skipped", "teacher.outputs", "teacher.class_order", "teacher.pooled_outputs"),
     *("teacher.folds", "dataset.exif", "dataset.jpeg_side", "dataset.tested_share"),
     *("dataset.decoder",),
-    *("trusted_above", "trusted_rows", "calibrated"),
+    *("trusted_above", "trusted_rows", "calibrated", "anchor"),
 }
 """Left out where nothing is out of the ordinary: tests/test_skipping.py, tests/test_folds.py,
 tests/test_suspects.py, tests/test_teacher_checks.py and tests/test_calibrate.py have caches with
@@ -231,7 +233,7 @@ def test_the_reader_knows_blocks_that_are_not_compacted(my_copy: Path) -> None:
 def test_the_reader_is_short_and_imports_nothing_of_ours() -> None:
     text = fenced("test", "reader")
 
-    assert len([line for line in text.splitlines() if line.strip()]) <= 84
+    assert len([line for line in text.splitlines() if line.strip()]) <= 102
     assert not re.search("(import|from) (stages|pipeline|torch)", text)
 
 
@@ -252,8 +254,12 @@ SHOWN = re.findall(r"^\| `(\w+)` \| (`.*?`) \| `(.*?)`(.*?) \|$", PAGE, re.MULTI
 
 
 def test_what_xarray_shows_of_every_encoding_is_told() -> None:
-    assert {name for name, *_ in SHOWN} == {*ENCODINGS} - {"klt-top"}  # which takes a program
+    assert {name for name, *_ in SHOWN} == {*ENCODINGS} - {
+        "klt-top",
+        "klt-anchored",
+    }  # which take a program
     assert "`klt-top`" in PAGE
+    assert "`klt-anchored`" in PAGE
 
 
 @pytest.mark.parametrize(("name", "arrays", "expression", "more"), SHOWN, ids=lambda x: x[:9])
@@ -362,11 +368,11 @@ def test_the_documents_of_arrays_are_as_told(stores: dict[str, Path], name: str)
     parameters = attributes(stores[name])["encoding"]["parameters"]
     if name.startswith("topk"):
         lengths |= {"k": parameters["k"], "temperature": len(parameters["temperatures"])}
-    if name == "klt-top":
-        kinds = {kind: parameters[kind] for kind in ("wide", "pair", "three", "five")}
+    for of in {"klt-top": [""], "klt-anchored": ["", "anchor_"]}.get(name, []):
+        kinds = {f"{of}{kind}": parameters[f"{of}{kind}"] for kind in KINDS}
         components = sum(n * count for n, count in zip((1, 2, 3, 5), kinds.values(), strict=True))
-        lengths |= kinds | {"wide": kinds["wide"] + 1, "component": components}
-        lengths["top_pair"] = (parameters["top"] + 1) // 2
+        lengths |= kinds | {f"{of}wide": kinds[f"{of}wide"] + 1, f"{of}component": components}
+        lengths[f"{of}top_pair"] = (parameters[f"{of}top"] + 1) // 2
     encoding = LogitCache.open(stores[name]).encoding.name
     told = {stores[name] / array: row for array, row in told_arrays(*EVERY, encoding).items()}
     group = stores[name] / "rectified" / RECTIFIED
@@ -516,8 +522,11 @@ def test_the_encodings_parameters(stores: dict[str, Path]) -> None:
     refined = LogitCache.open(stores["klt-top"])
     assert found["klt-top"]["parameters"] == refined.encoding.parameters
     (told,) = (row["meaning"] for row in table("encoding") if row["field"] == "parameters")
-    named = set(re.findall(r"[a-z_]+", told.partition("klt-top:")[2].partition(". topk")[0]))
-    assert found["klt-top"]["parameters"].keys() == named - {"numbers", "integers"}
+    named = set(re.findall(r"[a-z_]+", told.partition("klt-top:")[2].partition(". klt")[0]))
+    named -= {"numbers", "integers"}
+    assert found["klt-top"]["parameters"].keys() == named
+    both = named | {f"anchor_{name}" for name in named}
+    assert found["klt-anchored"]["parameters"].keys() == both
     assert found["topk"]["parameters"] == {"k": 4, "temperatures": [1.0, 4.0]}
     step = LogitCache.open(stores["klt"]).encoding.calibration()["klt_step"]
     assert found["klt"]["parameters"]["step"] == float(step.min())
@@ -544,6 +553,7 @@ def test_the_fields_of_records(stores: dict[str, Path], name: str) -> None:
             if told in row["parts"].split(", ")
         }
         for file in (stores[name] / "commits" / part).glob("v*.json"):
+            beside = name == "klt-anchored" and file.stem != "v00000" and part == "logits"
             content = file.read_bytes()
             records = json.loads(content)["records"]
             assert hashlib.sha256(content[87:-1]).hexdigest() == json.loads(content)["digest"]
@@ -551,10 +561,13 @@ def test_the_fields_of_records(stores: dict[str, Path], name: str) -> None:
             assert content[87:-1] == canonical(records)
             assert [record["block"] for record in records] == list(range(len(records)))
             for record in records:
-                assert_fields(record, expected)
+                assert ("anchor" in record) == beside
+                assert_fields({f: x for f, x in record.items() if f != "anchor"}, expected)
                 assert_described(stores[name], record["objects"])
             keys = [key.split("/c/") for key in records[0]["objects"]]
-            assert {array for array, _ in keys} == by_block(stores[name], part)
+            others = "logits_" if name == "klt-anchored" and not beside else "anchor_"
+            arrays = {n for n in by_block(stores[name], part) if not n.startswith(others)}
+            assert {array for array, _ in keys} == arrays
 
 
 def by_block(store: Path, part: str) -> set[str]:

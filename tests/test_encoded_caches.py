@@ -21,6 +21,7 @@ from stages.cache.blocks import BlockGroup
 from stages.cache.encoding import Fidelity
 from stages.cache.encoding.base import PLAIN_BUDGET
 from stages.cache.encoding.klt import Klt
+from stages.cache.encoding.klt_anchored import KltAnchored
 from stages.cache.encoding.klt_top import KltTop
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.data import Splits
@@ -38,7 +39,9 @@ from stages.sizes import parse_budget
 from stages.train_student import train_student
 
 SAMPLES, VIEWS, BLOCKS = 300, 2, 3
+ANCHORED = "klt-anchored:top=3"
 ENCODINGS = ["auto", "float16", "uint8", "klt", "klt:top=3", "topk:k=4", "topk:k=10"]
+ENCODINGS += [ANCHORED]
 each_encoding = pytest.mark.parametrize("spec", ENCODINGS)
 ALIKE = ("float16", "uint8", "topk:k=10")
 """Written as others are: float16 and uint8 as float32, whole rows of topk as its first four."""
@@ -170,7 +173,11 @@ def test_rows_are_what_the_encoding_makes_of_the_exact_ones(
     some = torch.tensor([7, 7, 299, 0, 150])
     for view in range(VIEWS):
         true = exact.read_view(view).rows(ALL)
-        expected = cache.encoding.decode(cache.encoding.encode(true, labels), temperature)
+        arrays = cache.encoding.encode(exact.read_view(0).rows(ALL), labels)
+        if view:
+            anchor = cache.encoding.as_anchor(arrays)
+            arrays = cache.encoding.encode_beside(anchor, true, labels)
+        expected = cache.encoding.decode(arrays, temperature)
 
         targets = cache.read_view(view)
 
@@ -271,20 +278,25 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    "spec", ["klt:top=3", *(pytest.param(s, marks=pytest.mark.slow) for s in ("klt", "topk:k=4"))]
+    ("spec", "views"),
+    [
+        ("klt:top=3", 1),
+        (ANCHORED, 2),
+        *(pytest.param(s, 1, marks=pytest.mark.slow) for s in ("klt", "topk:k=4")),
+    ],
 )
 def test_views_that_are_appended_keep_the_calibration(
-    my_job: Job, tmp_path: Path, array_bytes: Objects, spec: str
+    my_job: Job, tmp_path: Path, array_bytes: Objects, spec: str, views: int
 ) -> None:
     out = tmp_path / "c.zarr"
-    cache_teacher(my_job(encoding=spec, views=1), out)
+    cache_teacher(my_job(encoding=spec, views=views), out)
     before, coding = array_bytes(out), LogitCache.open(out).encoding
 
     summary = cache_teacher(my_job(encoding="auto", views=3), out)
 
     after = array_bytes(out)
     kept = [name for name in before if "/c/" in name]
-    assert summary.computed_blocks == 2 * BLOCKS
+    assert summary.computed_blocks == (3 - views) * BLOCKS
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     cache = LogitCache.open(out)
     assert cache.encoding.digest() == coding.digest()
@@ -304,6 +316,8 @@ def test_views_that_are_appended_keep_the_calibration(
         pytest.param("topk:k=4", "topk:k=5", id="another-k"),
         pytest.param("klt:top=3", "klt:top=4", id="another-top"),
         pytest.param("klt:top=3", "klt", id="refined"),
+        pytest.param(ANCHORED, "klt:top=3", id="anchored"),
+        pytest.param(ANCHORED, "klt-anchored:top=4", id="anchored-another-top"),
         pytest.param("topk:k=4", "topk:temperatures=1/2", id="other-temperatures"),
     ],
 )
@@ -320,7 +334,7 @@ def test_another_encoding_is_refused(
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("spec", ["klt:top=3", "topk:k=4"])
+@pytest.mark.parametrize("spec", ["klt:top=3", "topk:k=4", ANCHORED])
 def test_the_same_encoding_by_another_spelling_computes_nothing(
     my_job: Job, my_cache: Callable[[str], Path], spec: str
 ) -> None:
@@ -507,6 +521,7 @@ def test_what_reads_the_offset_of_rows_has_it_or_is_refused(
         )
         coding = LogitCache.open(path).encoding
         steps = 0.05
+        coding = coding.others if isinstance(coding, KltAnchored) else coding
         if isinstance(coding, Klt | KltTop):
             steps = 3 * float(torch.as_tensor(coding.step).max())
         torch.testing.assert_close(found, expected, rtol=0.02, atol=steps)

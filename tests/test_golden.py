@@ -18,7 +18,7 @@ from stages.verify import verify
 
 GOLDEN = Path(__file__).with_name("golden")
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "cache-format.md").read_text()
-CACHES = ("float32", "float16", "uint8", "klt", "klt-top", "topk", "mixed")
+CACHES = ("float32", "float16", "uint8", "klt", "klt-top", "klt-anchored", "topk", "mixed")
 VIEWS = 2
 KL = {
     "float32": 1e-12,
@@ -26,6 +26,7 @@ KL = {
     "uint8": 1e-3,
     "klt": 2e-2,
     "klt-top": 6e-2,
+    "klt-anchored": 6e-2,
     "topk": 0.5,
     "mixed": 1e-6,
 }

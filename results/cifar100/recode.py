@@ -15,14 +15,16 @@ def recoded(exact: LogitCache, path: Path, spec: str, max_kl: str | None = None)
     spec: as of --encoding. max_kl: as of --max-kl.
     """
     if not LogitCache.exists(path):
-        logits = exact.read_block(0, 0).logits[: fit_rows(exact.num_classes)]
+        some = slice(fit_rows(exact.num_classes))
+        logits = exact.read_block(0, 0).logits[some]
+        second = exact.read_block(1, 0).logits[some] if exact.num_views > 1 else None
         labels = exact.row_labels[: len(logits)]
         budget = None if max_kl is None else parse_budget(max_kl, "max_kl")
         LogitCache.create(
             path,
             NewCache(
                 identity=exact.identity,
-                coding=fit_encoding(spec, logits, labels, budget),
+                coding=fit_encoding(spec, logits, labels, budget, second),
                 num_views=exact.num_views,
                 dataset_index=exact.dataset_index,
                 labels=exact.labels,

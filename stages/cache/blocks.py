@@ -1,5 +1,9 @@
 """Blocks: one shard of each array, then a commit record. Read back as its record has them.
 
+Where an encoding has an anchor (`Encoding.of_anchor`), a block of any other view depends on the
+anchor's block of the same rows, and on nothing else. Its record has a digest of that block's
+record: it is used beside that block alone.
+
 A commit record has the sha256 of an object, and the length and sha256 of each part of it: the
 chunks of a shard and its index, one after another. A reader of some chunks hashes these alone, and
 nothing is read twice.
@@ -11,7 +15,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, Generic, TypeVar
@@ -25,22 +29,27 @@ from zarr.storage import StorePath, WrapperStore
 
 from stages.cache.arrays import encode_shard, get_array, read_rows
 from stages.cache.commits import CommitLog, Record
-from stages.cache.layout import ArraySpec, BlockGrid, BlockId, block_key
+from stages.cache.layout import ANCHOR, ArraySpec, BlockGrid, BlockId, block_key
 from stages.cache.storage import write_object
-from stages.errors import CacheError
+from stages.errors import AnchorError, CacheError
 
 
 @dataclass(frozen=True)
 class BlockGroup:
     """The arrays of one group that are written block by block: the logits, or a rectification.
 
-    specs: those arrays, by name. Their documents are read once.
+    specs: those arrays, by name. Their documents are read once. of_anchor: as of the encoding.
     """
 
     group: zarr.Group
     commits: CommitLog
     grid: BlockGrid
     specs: Mapping[str, ArraySpec]
+    of_anchor: Mapping[str, str] = field(default_factory=dict)
+
+    def names(self, view: int) -> list[str]:
+        """The arrays that a block of a view has."""
+        return [name for name, spec in self.specs.items() if spec.of_view(view)]
 
     def key(self, name: str, at: BlockId) -> str:
         """The object that holds a block of an array."""
@@ -59,6 +68,8 @@ class BlockGroup:
             write_object(self.group.store, key, shard)
             objects[key] = described(shard, self.grid.chunks_per_block)
         whole = {**record, "rows": [rows.start, rows.stop], "objects": objects}
+        if self.has_anchor(at.view):
+            whole["anchor"] = self._anchor_digest(at.block)
         self.commits.commit(at, whole)
 
     def read(
@@ -72,6 +83,61 @@ class BlockGroup:
         objects = self.commits.objects_of(view, block)
         arrays = {name: checked(self._array(name, view), objects) for name in names}
         return {name: read_rows(array, view, runs) for name, array in arrays.items()}
+
+    # ---- blocks that depend on the anchor's -----------------------------------------------
+
+    def has_anchor(self, view: int) -> bool:
+        """Whether blocks of a view depend on those of another."""
+        return bool(self.of_anchor) and view != ANCHOR
+
+    def read_anchor(self, runs: Sequence[slice], block: int | None = None) -> dict[str, Tensor]:
+        """What these rows of other views are coded beside: as `read`, by the names of `of_anchor`.
+        Raises AnchorError where it is not there, or damaged.
+        """
+        try:
+            read = self.read(self.of_anchor.values(), ANCHOR, runs, block)
+        except CacheError as error:
+            raise AnchorError(error.cause, error.remedy) from error
+        return {name: read[stored] for name, stored in self.of_anchor.items()}
+
+    def check_anchor(self, view: int, block: int | None = None) -> None:
+        """Raise CacheError unless the blocks of a view, or one of them, were written beside the
+        anchor's as they are now, AnchorError where these are not there.
+        """
+        records = self.commits.of_view(view)
+        for number in records if block is None else [block]:
+            if records[number].get("anchor") != self._anchor_digest(number):
+                raise CacheError(
+                    f"{self.group.store_path}: block {number} of view {view} was written beside "
+                    f"another block of view {ANCHOR} than is there now",
+                    "Run `pipeline cache-teacher` again: it computes that block again.",
+                )
+
+    def stale(self) -> list[BlockId]:
+        """The blocks that were written beside another block of the anchor than is there now."""
+        if not self.of_anchor:
+            return []
+        now = {block: self._anchor_digest(block) for block in self.commits.of_view(ANCHOR)}
+        others = (view for view in self.commits.views if view != ANCHOR)
+        return [
+            BlockId(view, block)
+            for view, records in self.commits.each_view(others)
+            for block, record in records.items()
+            if block in now and record.get("anchor") != now[block]
+        ]
+
+    def _anchor_digest(self, block: int) -> str:
+        """sha256 (hex) of the digests of the objects of an anchor's block."""
+        try:
+            objects = self.commits.objects_of(ANCHOR, block)
+        except KeyError:
+            cause = f"{self.group.store_path}: block {block} of view {ANCHOR} is not there"
+            remedy = "Run `pipeline cache-teacher` again to finish it."
+            raise AnchorError(cause, remedy) from None
+        except CacheError as error:
+            raise AnchorError(error.cause, error.remedy) from error
+        lines = (f"{key}\t{_Known.of(key, objects[key]).sha256}\n" for key in sorted(objects))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def _array(self, name: str, view: int) -> zarr.Array[Any]:
         """An array with room for a view. Its document is read again where it had none before."""

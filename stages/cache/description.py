@@ -1,6 +1,7 @@
 """What a cache is, by its metadata: identity, encoding, rows and labels."""
 
 import math
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +13,7 @@ from stages.cache import arrays, metadata
 from stages.cache.calibrated import Calibrated
 from stages.cache.encoding import Encoding, Fidelity, restored
 from stages.cache.identity import Identity, SkippedSample, identity_from_json
-from stages.cache.layout import ArraySpec, BlockGrid
+from stages.cache.layout import ANCHOR, ArraySpec, BlockGrid
 from stages.cache.storage import Location
 from stages.errors import CacheError
 
@@ -98,16 +99,26 @@ class CacheDescription:
 
     @property
     def row_bytes(self) -> int:
-        """What one row of a view takes in memory once it is read, a rectification included; without
-        what all views share.
+        """What one row of a view takes in memory once it is read, a rectification included, and
+        what it is coded beside; without what all views share.
         """
+        by_block = [name for name, spec in self.specs.items() if spec.by_block]
+        of_view = [[n for n in by_block if self.specs[n].of_view(v)] for v in (ANCHOR, ANCHOR + 1)]
+        values = max(self._held_bytes(names) for names in of_view)
+        return values + 2 * torch.float32.itemsize + self.anchor_row_bytes
+
+    @property
+    def anchor_row_bytes(self) -> int:
+        """How much of `row_bytes` views have in common that are read together."""
+        return self._held_bytes(self.encoding.of_anchor.values())
+
+    def _held_bytes(self, names: Iterable[str]) -> int:
+        """What one row of these arrays takes in memory."""
         sizes = {**self.encoding.sizes, "class": self.num_classes, "view": 1, "sample": 1}
-        values = sum(
-            math.prod(spec.shape(sizes)) * arrays.held_dtype(spec.dtype).itemsize
-            for spec in self.specs.values()
-            if spec.by_block
+        specs = [self.specs[name] for name in names]
+        return sum(
+            math.prod(spec.shape(sizes)) * arrays.held_dtype(spec.dtype).itemsize for spec in specs
         )
-        return values + 2 * torch.float32.itemsize
 
     def document_faults(self) -> list[str]:
         """What is wrong with the metadata of the root's arrays."""

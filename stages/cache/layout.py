@@ -6,7 +6,7 @@ Zarr shard of each array with a view and a sample dimension, so that one writer 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from stages.settings import MAX_BLOCK_ROWS
 
@@ -19,7 +19,9 @@ ARRAYS = (
     *("dataset_index", "label", "prediction", "eval_label", "eval_logits", "eval_prediction"),
     *("logits", "logits_code", "logits_scale", "logits_offset"),
     *("logits_pair", "logits_three", "logits_five", "logits_top"),
-    *("klt_basis", "klt_mean", "klt_step", "klt_center"),
+    *("klt_basis", "klt_mean", "klt_step", "klt_center", "klt_predictor"),
+    *("anchor_code", "anchor_pair", "anchor_three", "anchor_five", "anchor_top"),
+    *("anchor_basis", "anchor_mean", "anchor_center"),
     *("topk_index", "topk_value", "topk_tail"),
 )
 """Every array that the root of some cache has."""
@@ -27,6 +29,8 @@ FOLDERS = (*ARRAYS, "commits", "rectified")
 """What lies right under a root, beside its document. Anything else is not ours."""
 RECTIFIED_ARRAYS = ("wrong", "label_logit", "predicted_logit", "log_distribution")
 
+ANCHOR = 0
+"""The view that all others depend on, in a cache whose encoding has such a view."""
 MAX_BLOCK_BYTES = 512 * 2**20
 """Of decoded float32 rows: what one block costs in memory at the most."""
 MAX_CHUNK_ROWS = 8_192
@@ -100,16 +104,22 @@ class ArraySpec:
     """One array of a store: its dimensions by name and its dtype.
 
     stored_order: the order of the dimensions inside a chunk's bytes, None for the array's own.
+    views: whose blocks have it; it has room for all of them whichever these are.
     """
 
     dimensions: tuple[str, ...]
     dtype: str
     stored_order: tuple[int, ...] | None = None
+    views: Literal["all", "first", "others"] = "all"
 
     @property
     def by_block(self) -> bool:
         """Whether the array is written block by block (and grows with the views)."""
         return self.dimensions[:2] == ("view", "sample")
+
+    def of_view(self, view: int) -> bool:
+        """Whether the blocks of a view have it."""
+        return self.views in ("all", "first" if view == ANCHOR else "others")
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of the whole array. sizes: of every dimension."""

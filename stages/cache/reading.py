@@ -1,6 +1,6 @@
 """Reading a cache: views, blocks, the test split. `LogitCache` in `store.py` adds the writing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import zarr
@@ -11,7 +11,7 @@ from stages.cache.blocks import BlockGroup, checked
 from stages.cache.commits import CommitLog
 from stages.cache.description import CacheDescription
 from stages.cache.encoding import Fidelity, rows_of_a_view
-from stages.cache.layout import BlockId
+from stages.cache.layout import ANCHOR, BlockId
 from stages.cache.rectified import Rectification, open_rectification, rectification_names
 from stages.cache.storage import Location
 from stages.cache.targets import Block, EncodedBlock, ViewTargets
@@ -27,7 +27,8 @@ class CacheReader(CacheDescription):
         self.commits = CommitLog(group.store, "logits", blocks, digest)
         self.eval_commits = CommitLog(group.store, "eval", 1, digest)
         by_block = {name: spec for name, spec in self.specs.items() if spec.by_block}
-        self.blocks = BlockGroup(group, self.commits, self.grid, by_block)
+        of_anchor = self.encoding.of_anchor
+        self.blocks = BlockGroup(group, self.commits, self.grid, by_block, of_anchor)
         self._rectifications: dict[str, Rectification] = {}
         self.fidelity = self._of_all_views(self.fidelity)
 
@@ -35,12 +36,14 @@ class CacheReader(CacheDescription):
 
     @property
     def complete_views(self) -> list[int]:
-        """The views that are stored, ascending. A damaged record shows when its view is read.
+        """The views that are stored, ascending; none while the view that others depend on is not.
+        A damaged record shows when its view is read.
 
         Raises CacheError where views are committed for which the arrays have no room.
         """
         self._check_room()
-        return self.commits.complete(self.num_views)
+        complete = self.commits.complete(self.num_views)
+        return complete if not self.encoding.of_anchor or ANCHOR in complete else []
 
     def top1(self, view: int) -> float:
         """The teacher's accuracy on a complete view, in [0, 1], without samples left out. Raises
@@ -85,7 +88,11 @@ class CacheReader(CacheDescription):
         return self.blocks.read(["prediction"], view, runs)["prediction"].long()
 
     def read_view(
-        self, view: int, rectified: str | None = None, runs: Sequence[slice] | None = None
+        self,
+        view: int,
+        rectified: str | None = None,
+        runs: Sequence[slice] | None = None,
+        anchor: Mapping[str, Tensor] | None = None,
     ) -> ViewTargets:
         """Read the targets of a view, still encoded.
 
@@ -97,6 +104,8 @@ class CacheReader(CacheDescription):
         runs : sequence of slice, optional
             Disjoint runs of rows to read; all rows if None. Whole chunks of `grid` are read
             without waste.
+        anchor : mapping, optional
+            `ViewTargets.anchor` of another view with the same runs: not read again.
 
         Returns
         -------
@@ -121,11 +130,16 @@ class CacheReader(CacheDescription):
             rectification = self._rectifications.get(rectified) or self.rectification(rectified)
             self._require_view(view, rectification.commits)
             values = rectification.read_values(view, runs)
-        read = self.blocks.read(self.blocks.specs, view, runs)
+        beside: Mapping[str, Tensor] = {}
+        if self.blocks.has_anchor(view):
+            self.blocks.check_anchor(view)
+            beside = anchor or self.blocks.read_anchor(runs)
+        read = self.blocks.read(self.blocks.names(view), view, runs)
         return ViewTargets(
             encoding=self.encoding,
             predictions=read["prediction"],
-            arrays={name: read[name] for name in self.encoding.arrays()},
+            arrays=self._encoded(read),
+            anchor=beside,
             labels=labels,
             row_of=row_of,
             rectified=values,
@@ -163,6 +177,10 @@ class CacheReader(CacheDescription):
         rows = read(samples, temperature)
         return torch.softmax(rows / temperature, dim=1)
 
+    def _encoded(self, read: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the arrays that the encoding names."""
+        return {name: read[name] for name in self.encoding.arrays() if name in read}
+
     def _check_room(self) -> None:
         if self.commits.beyond(self.num_views):
             self.look_again()
@@ -178,6 +196,8 @@ class CacheReader(CacheDescription):
         What other processes have written since is looked for before that.
         """
         logs = [self.commits] if commits is self.commits else [self.commits, commits]
+        if self.blocks.has_anchor(view):
+            self._require_view(ANCHOR, self.commits)
         if not (0 <= view < self.num_views and all(log.has_view(view) for log in logs)):
             self.look_again()
             for log in logs:
@@ -212,8 +232,11 @@ class CacheReader(CacheDescription):
                 "Run `pipeline cache-teacher` again to finish it.",
             )
         rows = self.grid.rows(block)
-        read = self.blocks.read(self.blocks.specs, view, [rows], block)
-        encoded = {name: read[name] for name in self.encoding.arrays()}
+        read = self.blocks.read(self.blocks.names(view), view, [rows], block)
+        encoded = self._encoded(read)
+        if self.blocks.has_anchor(view):
+            self.blocks.check_anchor(view, block)
+            encoded |= self.blocks.read_anchor([rows], block)
         predictions = read["prediction"].long()
         return EncodedBlock(self.encoding, encoded, self.row_labels[rows], predictions)
 

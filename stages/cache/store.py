@@ -111,7 +111,8 @@ class LogitCache(CacheReader):
 
         Rows of skipped samples say what the teacher gives for black pixels, and the label as its
         prediction, so that they are never taken for its mistakes; no statistic counts them. Without
-        labels nothing is right or wrong.
+        labels nothing is right or wrong. Raises CacheError where the view that it depends on does
+        not have this block yet.
         """
         rows = self.grid.rows(block)
         labels, samples = self.row_labels[rows], self.dataset_index[rows]
@@ -120,7 +121,7 @@ class LogitCache(CacheReader):
         if self.labelled:
             predictions = torch.where(unseen, labels, predictions)
             right = {"right": int((predictions == labels)[~unseen].sum())}
-        encoded = self.encoding.encode(logits, labels, predictions)
+        encoded = self._encode(BlockId(view, block), logits, labels, predictions)
         # Of a block that nobody has seen, anything: fidelity has to be of something.
         some = (unseen if bool(unseen.all()) else ~unseen).nonzero().squeeze(1)
         some = some[: checked_rows(self.num_classes)]
@@ -134,8 +135,32 @@ class LogitCache(CacheReader):
         }
         if bool(unseen.any()):
             record["skipped"] = samples[unseen].sort().values.tolist()
-        self.blocks.write(BlockId(view, block), encoded | {"prediction": predictions}, record)
+        encoded["prediction"] = predictions
+        own = {name: encoded[name] for name in self.blocks.names(view)}
+        self.blocks.write(BlockId(view, block), own, record)
         self.commits.compact(view)
+
+    def _encode(
+        self, at: BlockId, logits: Tensor, labels: Tensor, predictions: Tensor
+    ) -> dict[str, Tensor]:
+        """The arrays of a block, and what they are coded beside."""
+        if not self.blocks.has_anchor(at.view):
+            return self.encoding.encode(logits, labels, predictions)
+        anchor = self.blocks.read_anchor([self.grid.rows(at.block)], at.block)
+        return self.encoding.encode_beside(anchor, logits, labels, predictions)
+
+    def forget_stale(self) -> None:
+        """Unmake the blocks, and what was made from them, that were written beside another block
+        of the view that they depend on than is there now. Only for the single writer.
+        """
+        stale = self.blocks.stale()
+        logs = [self.commits]
+        if stale:
+            logs += [self.rectification(name).commits for name in self.rectifications]
+        for at in stale:
+            for log in reversed(logs):
+                if log.has(at):
+                    log.forget(at)
 
     def write_calibrated(self, calibrated: Calibrated) -> None:
         """Put the temperature that was fitted among the root attributes."""

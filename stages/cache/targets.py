@@ -6,7 +6,7 @@ Everything is asked by dataset index and answered on the device where the target
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -102,12 +102,18 @@ class SharedTargets:
     encoding: Encoding
     labels: Tensor
     row_of: Tensor
+    anchor: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "SharedTargets":
         """The same on another device."""
         return SharedTargets(
             self.encoding.to(device), self.labels.to(device), self.row_of.to(device)
-        )
+        ).with_anchor(self.anchor, device)
+
+    def with_anchor(self, anchor: Mapping[str, Tensor], device: torch.device) -> "SharedTargets":
+        """The same with the anchor's arrays on a device."""
+        moved = {name: array.to(device) for name, array in anchor.items()}
+        return dataclasses.replace(self, anchor=moved)
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,8 @@ class ViewTargets(Targets):
     arrays: what the encoding stored, each (n, ...). predictions: int32 or int64 (n,), labels: int64
     (n,), row order. row_of: int64 (N,), where among these rows each sample is; n for those that
     were not read. labelled: whether samples have labels. calibration: what logits can be divided
-    by, None where that is not known.
+    by, None where that is not known. anchor: what these rows are coded beside, as
+    `Encoding.as_anchor` gives it, each (n, ...); empty where that is nothing.
     """
 
     encoding: Encoding
@@ -128,11 +135,17 @@ class ViewTargets(Targets):
     rectified: RectifiedValues | None = None
     labelled: bool = True
     calibration: float | None = None
+    anchor: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def shared(self) -> SharedTargets:
         """What all views of the cache have in common."""
-        return SharedTargets(self.encoding, self.labels, self.row_of)
+        return SharedTargets(self.encoding, self.labels, self.row_of, self.anchor)
+
+    @property
+    def encoded(self) -> dict[str, Tensor]:
+        """All that a row is decoded from, each (n, ...)."""
+        return {**self.arrays, **self.anchor}
 
     @cached_property
     def mistakes(self) -> Tensor:
@@ -162,6 +175,7 @@ class ViewTargets(Targets):
             labels=shared.labels,
             row_of=shared.row_of,
             rectified=values,
+            anchor=shared.anchor if self.anchor else {},
         )
 
     def of(self, samples: Tensor, rectified: bool = False, calibrated: bool = False) -> "ViewRows":
@@ -193,7 +207,7 @@ class ViewRows:
 
     @cached_property
     def _encoded(self) -> dict[str, Tensor]:
-        return {name: array[self.index] for name, array in self.view.arrays.items()}
+        return {name: array[self.index] for name, array in self.view.encoded.items()}
 
     @cached_property
     def _classes(self) -> tuple[Tensor, Tensor]:

@@ -116,13 +116,15 @@ def available_bytes(device: torch.device) -> int:
 
 def slab_bytes(caches: Sequence[LogitCache], rows: int, views: int = 1) -> int:
     """Bytes of memory of `rows` rows of each of `views` views, of all caches together. The views
-    share labels and the rows of samples.
+    share labels, the rows of samples, and what they are coded beside.
 
     Counted with a rectification, whether one is used or not: the order of samples is then the same
     for every student of a cache.
     """
     index = torch.int64.itemsize * (caches[0].num_samples + rows)
-    return sum(views * rows * cache.row_bytes + index for cache in caches)
+    shared = [rows * cache.anchor_row_bytes + index for cache in caches]
+    own = [rows * (cache.row_bytes - cache.anchor_row_bytes) for cache in caches]
+    return views * sum(own) + sum(shared)
 
 
 def resident_bytes(device: torch.device) -> int:

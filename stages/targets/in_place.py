@@ -20,17 +20,22 @@ DECODED_BYTES = 2**30
 
 def kept_in_place(targets: Targets) -> Targets | None:
     """A copy in memory of its own, which `take` changes; None for targets that the host chooses
-    from, as those in groups of chunks, or that are of several views.
+    from, as those in groups of chunks, or that are of several views, and for encoded ones whose
+    arrays are not the same in every view.
     """
     if isinstance(targets, ViewTargets):
         return _kept(targets)
     if isinstance(targets, EnsembleTargets):
-        return EnsembleTargets([_kept(member) for member in targets.members], targets.labels)
+        members = [kept for member in targets.members if (kept := _kept(member)) is not None]
+        whole = len(members) == len(targets.members)
+        return EnsembleTargets(members, targets.labels) if whole else None
     return None
 
 
-def _kept(view: ViewTargets) -> ViewTargets:
+def _kept(view: ViewTargets) -> ViewTargets | None:
     decoded = _decoded(view)
+    if decoded.encoding.of_anchor:
+        return None
     return decoded.moved(torch.clone, decoded.shared)
 
 
@@ -38,11 +43,11 @@ def _decoded(view: ViewTargets) -> ViewTargets:
     """The same view with its rows in float32, where all of a row is known and they fit."""
     if not view.encoding.keeps_all:
         return view
-    first = view.encoding.decode({name: array[:1] for name, array in view.arrays.items()})
+    first = view.encoding.decode({name: array[:1] for name, array in view.encoded.items()})
     if len(view.labels) * first.nbytes > DECODED_BYTES:
         return view
-    logits = view.encoding.decode(view.arrays)
-    return dataclasses.replace(view, encoding=Float32(), arrays={"logits": logits})
+    arrays = {"logits": view.encoding.decode(view.encoded)}
+    return dataclasses.replace(view, encoding=Float32(), arrays=arrays, anchor={})
 
 
 def take(kept: Targets, targets: Targets) -> None:

@@ -37,6 +37,14 @@ class _Part:
     chunks: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Read:
+    """Which runs of rows are read, None for all; and by cache what the views of these share."""
+
+    runs: list[slice] | None
+    shared: dict[int, SharedTargets]
+
+
 class TargetReader:
     """The targets of the epochs of a run, or of several that share them."""
 
@@ -88,21 +96,25 @@ class TargetReader:
         return [_Part(views, chunks) for chunks in groups]
 
     def _read(self, part: _Part) -> Targets:
-        runs = None if self._groups is None else self._groups.runs(part.chunks)
-        views = {view: self._read_view(view, runs) for view in part.views}
+        read = _Read(None, self._shared)  # whole views share what is held for all of them
+        if self._groups is not None:
+            read = _Read(self._groups.runs(part.chunks), {})
+        views = {view: self._read_view(view, read) for view in part.views}
         return JoinedTargets(views) if len(views) > 1 else views[part.views[0]]
 
-    def _read_view(self, view: int, runs: list[slice] | None) -> Targets:
-        members = [self._read_member(which, view, runs) for which in range(len(self._caches))]
+    def _read_view(self, view: int, read: "_Read") -> Targets:
+        members = [self._read_member(which, view, read) for which in range(len(self._caches))]
         return members[0] if len(members) == 1 else EnsembleTargets(members, self._labels)
 
-    def _read_member(self, which: int, view: int, runs: list[slice] | None) -> ViewTargets:
-        targets = self._caches[which].read_view(view, self._rectified, runs)
-        shared = self._shared.get(which) if runs is None else None
+    def _read_member(self, which: int, view: int, read: "_Read") -> ViewTargets:
+        shared, device = read.shared.get(which), self._upload.device
+        anchor = None if shared is None else shared.anchor
+        targets = self._caches[which].read_view(view, self._rectified, read.runs, anchor)
         if shared is None:
-            shared = targets.shared.to(self._upload.device)
-            if runs is None:
-                self._shared[which] = shared
+            shared = targets.shared.to(device)
+        elif targets.anchor and not shared.anchor:  # the anchor itself was read before
+            shared = shared.with_anchor(targets.anchor, device)
+        read.shared[which] = shared
         return targets.moved(self._upload, shared)
 
 

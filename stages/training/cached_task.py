@@ -88,7 +88,7 @@ class CachedTask:
             return f"the loss '{self._config.loss.name}' takes steps on the host, or may"
         self._kept = kept_in_place(self.targets)
         if self._kept is None:
-            return "targets are read in groups, or are of several views"
+            return "targets are read in groups, are of several views, or stay beside another view"
         self.targets = self._kept
         return None
 

@@ -13,10 +13,10 @@ from zarr.abc.store import Store
 from stages.cache import LogitCache
 from stages.cache.blocks import BlockGroup
 from stages.cache.commits import CommitLog, Record, ViewRecords
-from stages.cache.layout import BlockId, threads_at_once
+from stages.cache.layout import ANCHOR, BlockId, threads_at_once
 from stages.cache.rectified import Rectification
 from stages.cache.storage import read_object
-from stages.errors import CacheError
+from stages.errors import AnchorError, CacheError
 from stages.rectify import config_of, rectified_block, settings_of
 from stages.reporting import Reporter
 from stages.tally import Tally
@@ -57,7 +57,10 @@ def logits_part(cache: LogitCache) -> Part:
     """The teacher's logits of all views."""
 
     def consistent(at: BlockId, record: Record) -> Iterator[str]:
-        rows = cache.read_block(*at)
+        try:
+            rows = cache.read_block(*at)
+        except AnchorError:  # told of the block that is damaged
+            return
         if not bool(torch.isfinite(rows.logits).all()):
             yield "decodes to logits that are not finite"
         if not cache.labelled:
@@ -83,7 +86,8 @@ def rectified_part(cache: LogitCache, rectification: Rectification, bad: set[Blo
         raise CacheError("its settings contradict each other", f"Delete {name} and rectify again.")
 
     def consistent(at: BlockId, record: Record) -> Iterator[str]:
-        if at in bad:
+        of_anchor = cache.blocks.has_anchor(at.view) and BlockId(ANCHOR, at.block) in bad
+        if at in bad or of_anchor:
             return
         made, statistics = rectified_block(cache, settings, at)
         if _plain(statistics) != _plain(record.get("statistics")):
@@ -196,7 +200,7 @@ def _block_faults(
 
     if not (0 <= at.view < cache.num_views and 0 <= at.block < cache.grid.num_blocks):
         return 0, faults(["is outside the arrays"])
-    keys = {part.blocks.key(array, at) for array in part.blocks.specs}
+    keys = {part.blocks.key(array, at) for array in part.blocks.names(at.view)}
     rows, size = cache.grid.rows(at.block), 0
     try:
         size, whats = object_faults(cache.group.store, record, keys)

@@ -40,6 +40,7 @@ CACHES = {
     "uint8": ("uint8", "pad-crop:pad=1"),
     "klt": ("klt", "pad-crop:pad=1"),
     "klt-top": ("klt:top=3", "pad-crop:pad=1"),
+    "klt-anchored": ("klt-anchored:top=3", "pad-crop:pad=1"),
     "topk": ("topk:k=3,temperatures=1/4", "pad-crop:pad=1"),
     "mixed": ("float16", "pad-crop:pad=1+mixup"),
 }

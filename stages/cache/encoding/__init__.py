@@ -1,13 +1,14 @@
 """Logits <-> stored arrays: one frozen class an encoding, registered by its own file.
 
-| name    | for                                                                     |
-|---------|-------------------------------------------------------------------------|
-| float32 | exactness; the default up to 10 classes                                 |
-| float16 | exactness enough for anything, 2 bytes a logit                          |
-| uint8   | one byte a logit, simple                                                |
-| klt     | whole rows in under half a byte a logit                                 |
-| klt-top | whole rows, coarse but for the leading classes; the default above 10     |
-| topk    | the largest logits and the weight of the rest                           |
+| name         | for                                                                     |
+|--------------|-------------------------------------------------------------------------|
+| float32      | exactness; the default up to 10 classes                                 |
+| float16      | exactness enough for anything, 2 bytes a logit                          |
+| uint8        | one byte a logit, simple                                                |
+| klt          | whole rows in under half a byte a logit                                 |
+| klt-top      | whole rows, coarse but for the leading classes; the default above 10    |
+| klt-anchored | the same of many views: what the first does not say of the others       |
+| topk         | the largest logits and the weight of the rest                           |
 """
 
 from stages.cache.encoding.base import (
@@ -30,6 +31,7 @@ from stages.cache.encoding.choose import (
     measure_all,
     restored,
     row_bytes_on_disk,
+    views_to_fit,
 )
 from stages.cache.encoding.fidelity import (
     Fidelity,
@@ -71,4 +73,5 @@ __all__ = [
     "row_bytes_on_disk",
     "row_kl",
     "rows_of_a_view",
+    "views_to_fit",
 ]

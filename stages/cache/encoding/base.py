@@ -55,6 +55,11 @@ class Encoding(ABC):
     """Classes up to which `auto` takes it, where no KL is asked for; of several the smallest."""
     otherwise: ClassVar[str | None] = None
     """The encoding that `auto` takes where it would take this one, and no step holds its budget."""
+    of_anchor: ClassVar[Mapping[str, str]] = {}
+    """Where rows of all other views are coded beside those of the first, the anchor: what `decode`
+    takes of the anchor's arrays as well, name there -> name here. Empty where views do not depend
+    on each other.
+    """
     takes: ClassVar[Mapping[str, Callable[[str], Any]]] = {}
     """What can be set after a colon (`topk:k=20`), and how each is read. Raises ValueError."""
 
@@ -85,8 +90,9 @@ class Encoding(ABC):
         """The encoding for rows like these.
 
         logits: float32 (n, C), a fair draw of rows. budget: mean KL to the exact rows at some
-        temperatures; its own default if None. given: as `parse` gives it. Raises CacheError if
-        there is none.
+        temperatures; its own default if None. given: as `parse` gives it; with an anchor `second`
+        too, float32 (n, C): the same samples in the second view. Raises CacheError if there is
+        none.
         """
         return cls()
 
@@ -119,8 +125,8 @@ class Encoding(ABC):
 
     @abstractmethod
     def arrays(self) -> dict[str, ArraySpec]:
-        """The arrays that are written block by block. `prediction`, which every cache has, is among
-        them where `decode` needs it.
+        """The arrays that are written block by block, of all views or of those that their specs
+        name. `prediction`, which every cache has, is among them where `decode` needs it.
         """
 
     def calibration_arrays(self) -> dict[str, ArraySpec]:
@@ -143,6 +149,24 @@ class Encoding(ABC):
         predictions: int64 (n,), as they are stored; the argmax of each row if None. Raises
         CacheError where a row cannot be represented.
         """
+
+    def encode_beside(
+        self,
+        anchor: Mapping[str, Tensor],
+        logits: Tensor,
+        labels: Tensor | None = None,
+        predictions: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """As `encode`, of rows of another view than the first; `decode` takes what it gives.
+
+        anchor: what `as_anchor` makes of the first view of the same samples; it is among what is
+        returned. Without an anchor nothing else than `encode`.
+        """
+        return self.encode(logits, labels, predictions)
+
+    def as_anchor(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What other views need of the first one's arrays; empty without an anchor."""
+        return {name: arrays[stored] for name, stored in self.of_anchor.items()}
 
     @abstractmethod
     def decode(self, arrays: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:

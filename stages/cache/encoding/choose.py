@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from stages.cache.arrays import encode_shard
 from stages.cache.encoding.base import ENCODINGS, Budget, Encoding
 from stages.cache.encoding.fidelity import Fidelity, compare
-from stages.cache.layout import base_arrays, block_grid
+from stages.cache.layout import ANCHOR, base_arrays, block_grid
 from stages.errors import CacheError, PipelineError
 from stages.sizes import budget_in_words
 
@@ -70,45 +70,78 @@ def _class(name: str) -> type[Encoding]:
     return ENCODINGS.get(name, Encoding)
 
 
+def views_to_fit(spec: str, views: int) -> tuple[int, ...]:
+    """Of which views the rows are that an encoding is fitted to, of so many."""
+    return (0, 1) if _class(spec.partition(":")[0]).of_anchor and views > 1 else (0,)
+
+
 def fit_rows(num_classes: int) -> int:
     """How many rows an encoding is fitted to: 8,192, fewer of more than 8,192 classes."""
     return max(1, min(FIT_ROWS, _FITTED // num_classes))
 
 
 def fit_encoding(
-    spec: str, logits: Tensor, labels: Tensor, budget: Budget | None = None
+    spec: str,
+    logits: Tensor,
+    labels: Tensor,
+    budget: Budget | None = None,
+    second: Tensor | None = None,
 ) -> Encoding:
     """The encoding of a spec, fitted to real rows.
 
     logits: float32 (n, C), a fair draw. labels: int64 (n,). `auto`: with a budget, the smallest
-    that holds it; without, float32 up to 10 classes, then klt-top.
-    budget: mean KL to the exact rows, in nats, at some temperatures. Raises CacheError if it is not
-    held.
+    that holds it; without, float32 up to 10 classes, then klt-top; never one whose views depend on
+    each other. budget: mean KL to the exact rows, in nats, at some temperatures. second: float32
+    (n, C), another view of the same samples, for an encoding with an anchor. Raises CacheError if
+    the budget is not held.
     """
     name = check_encoding(spec)
+    rows = _Draw(logits, labels, second)
     if budget is None:
-        return _default(logits) if name == "auto" else _fitted(spec, logits, None)
+        return _default(logits) if name == "auto" else _fitted(spec, rows, None)
     if name != "auto":
-        chosen = _measured(_fitted(spec, logits, budget), logits, labels)
-        return _holding([chosen], budget).coding
+        return _holding([_measured(_fitted(spec, rows, budget), rows)], budget).coding
     return _holding(measure_all(logits, labels, budget), budget).coding
 
 
 def measure_all(
-    logits: Tensor, labels: Tensor, budget: Budget | None = None, more: Encoding | None = None
+    logits: Tensor,
+    labels: Tensor,
+    budget: Budget | None = None,
+    more: Encoding | None = None,
+    second: Tensor | None = None,
+    views: int = 2,
 ) -> list[Measured]:
-    """Every encoding on real rows, as `fit_encoding` takes them; and one more, where given."""
+    """Every encoding on real rows, as `fit_encoding` takes them; and one more, where given. views:
+    how many there will be, which counts where some are coded beside another.
+    """
+    rows = _Draw(logits, labels, second, views)
     fitted = {more.name: more} if more else {}
     for name in ENCODINGS:
         if name not in fitted:
             # klt has too many classes, or a budget that only whole floats hold.
             with contextlib.suppress(CacheError):
-                fitted[name] = _fitted(name, logits, budget)
+                fitted[name] = _fitted(name, rows, budget)
     measured = []
     for name in filter(fitted.__contains__, ENCODINGS):
         with contextlib.suppress(CacheError):  # logits beyond its range
-            measured.append(_measured(fitted[name], logits, labels))
+            measured.append(_measured(fitted[name], rows))
     return measured
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Rows that encodings are fitted to and measured on, as `measure_all` takes them."""
+
+    logits: Tensor
+    labels: Tensor
+    second: Tensor | None = None
+    views: int = 2
+
+    def first(self, rows: int) -> "_Draw":
+        """Some of them."""
+        second = None if self.second is None else self.second[:rows]
+        return _Draw(self.logits[:rows], self.labels[:rows], second, self.views)
 
 
 def _default(logits: Tensor) -> Encoding:
@@ -138,44 +171,65 @@ def _known(fidelity: Fidelity, budget: Budget) -> str:
     return ", ".join("?" if kl is None else f"{kl:.2g}" for _, kl in sorted(known.items()))
 
 
-def _measured(coding: Encoding, logits: Tensor, labels: Tensor) -> Measured:
-    some = slice(max(1, _MEASURED // logits.shape[1]))
-    logits, labels = logits[some], labels[some]
-    arrays = coding.encode(logits, labels)
+def _measured(coding: Encoding, rows: _Draw) -> Measured:
+    rows = rows.first(max(1, _MEASURED // rows.logits.shape[1]))
+    logits = rows.logits
+    arrays = coding.encode(logits, rows.labels)
+    if coding.of_anchor and rows.second is not None:  # as most views are
+        logits = rows.second
+        arrays = coding.encode_beside(coding.as_anchor(arrays), logits, rows.labels)
     fidelity = compare(coding, logits, arrays)
     started, turns = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - started) < 0.02 or not turns:
         coding.decode(arrays, fidelity.temperatures[0] if fidelity.temperatures else 1.0)
         turns += 1
-    return Measured(
-        coding, fidelity, row_bytes_on_disk(coding, logits, labels), turns * len(logits) / elapsed
-    )
+    row_bytes = row_bytes_on_disk(coding, rows.logits, rows.labels, rows.second, rows.views)
+    return Measured(coding, fidelity, row_bytes, turns * len(logits) / elapsed)
 
 
-def _fitted(spec: str, logits: Tensor, budget: Budget | None) -> Encoding:
+def _fitted(spec: str, rows: _Draw, budget: Budget | None) -> Encoding:
     name, _, text = spec.partition(":")
     chosen = ENCODINGS[name]
-    return chosen.fit(logits, budget, **chosen.parse(text))
+    more = {"second": rows.second} if chosen.of_anchor else {}
+    return chosen.fit(rows.logits, budget, **more, **chosen.parse(text))
 
 
-def row_bytes_on_disk(coding: Encoding, logits: Tensor, labels: Tensor) -> float:
+def row_bytes_on_disk(
+    coding: Encoding,
+    logits: Tensor,
+    labels: Tensor,
+    second: Tensor | None = None,
+    views: int = 2,
+) -> float:
     """Bytes a row and view: encoded, compressed and framed as a block would be.
 
-    logits: float32 (n, C). labels: int64 (n,). Few rows overstate the size a little: their index
-    weighs more.
+    logits: float32 (n, C). labels: int64 (n,). second: float32 (n, C), another view; with an anchor
+    the mean of `views` views, all but the first as long as this one. Few rows overstate the size a
+    little: their index weighs more.
     """
+    values = coding.encode(logits, labels)
+    first = _block_bytes(coding, logits, values, ANCHOR)
+    if not coding.of_anchor or second is None:
+        return first
+    values = coding.encode_beside(coding.as_anchor(values), second, labels)
+    return (first + (views - 1) * _block_bytes(coding, second, values, ANCHOR + 1)) / views
+
+
+def _block_bytes(
+    coding: Encoding, logits: Tensor, values: Mapping[str, Tensor], view: int
+) -> float:
+    """Bytes a row of a view that is encoded as these values."""
     rows, classes = logits.shape
     grid = block_grid(rows, classes)
     specs = coding.arrays() | {"prediction": base_arrays(classes)["prediction"]}
-    values = coding.encode(logits, labels) | {"prediction": logits.argmax(1)}
-    return (
-        sum(
-            len(encode_shard(spec, grid, block, values[name][grid.rows(block)]))
-            for name, spec in specs.items()
-            for block in range(grid.num_blocks)
-        )
-        / rows
+    values = {**values, "prediction": logits.argmax(1)}
+    shards = (
+        encode_shard(spec, grid, block, values[name][grid.rows(block)])
+        for name, spec in specs.items()
+        for block in range(grid.num_blocks)
+        if spec.of_view(view)
     )
+    return sum(map(len, shards)) / rows
 
 
 # ---- as the root attributes have it ---------------------------------------------------------

@@ -28,7 +28,8 @@ from stages.cache.encoding.base import (
 )
 from stages.cache.encoding.fidelity import holds_kl
 from stages.cache.encoding.klt_basis import eigenbasis
-from stages.cache.encoding.klt_top import KltTop, check_step
+from stages.cache.encoding.klt_steps import check_step
+from stages.cache.encoding.klt_top import KltTop
 from stages.cache.layout import ArraySpec
 from stages.errors import CacheError
 from stages.sizes import budget_in_words

@@ -5,6 +5,7 @@ pass 2^24: float32 adds such numbers without rounding, in any order.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ _HEADROOM = 1.5
 """How much larger than the calibration's largest code a code of a byte may be."""
 
 
-def integers(rows: Rows, step: float) -> dict[str, Any]:
-    """The fields of `KltTop` that follow from rows and step: all but `top`."""
+def integers(rows: Rows, step: float, beside: "Beside | None" = None) -> dict[str, Any]:
+    """The fields of `KltTop` that follow from rows and step: all but `top`. beside: what rows are
+    added to; its weights, in units, are then the last rows of `basis`.
+    """
     members = _members(rows, step)
     steps = (rows.peak * (_HEADROOM / WIDEST)).clamp(min=step)
     basis = _joined({name: rows.basis[m] * steps[m, None] for name, m in members.items()}).double()
@@ -41,6 +44,9 @@ def integers(rows: Rows, step: float) -> dict[str, Any]:
     kinds = [(KINDS[name], size) for name, size in sizes.items()]
     limits = [torch.full((kind.digits * size,), kind.limit) for kind, size in kinds]
     reach = torch.cat(limits) + center.abs().amax(1)
+    if beside is not None:
+        basis = torch.cat([basis, beside.weights.double()])
+        reach = torch.cat([reach, beside.reach])
     unit, fine, whole = _in_units(basis, rows.mean.double(), reach.double(), step)
     offset_step = max(rows.offset_peak * _HEADROOM / WIDEST, step * len(rows.mean) ** -0.5)
     offset, offset_step = torch.tensor([rows.offset, offset_step]).tolist()  # as float32
@@ -55,6 +61,16 @@ def integers(rows: Rows, step: float) -> dict[str, Any]:
         "offset": offset,
         "offset_step": offset_step,
     }
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Other whole numbers that decide a row as well, times weights. weights: float32 (k, C), in
+    logits. reach: float32 (k,), the largest magnitudes of those numbers.
+    """
+
+    weights: Tensor
+    reach: Tensor
 
 
 def _members(rows: Rows, step: float) -> dict[str, Tensor]:

@@ -24,35 +24,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stages.cache.encoding.base import (
-    A_ROW,
-    DEFAULT_BUDGET,
-    Budget,
-    Encoding,
-    check_range,
-    encoding,
-)
-from stages.cache.encoding.fidelity import coarsest, kl_excess
+from stages.cache.encoding.base import A_ROW, Budget, Encoding, check_range, encoding
+from stages.cache.encoding.exact import by_runs, exact_sum, runs
+from stages.cache.encoding.fidelity import kl_excess
 from stages.cache.encoding.klt_basis import Rows
 from stages.cache.encoding.klt_integers import DEAD_ZONE, KINDS, SHARED, WIDEST, integers
+from stages.cache.encoding.klt_steps import checked, coarsest_step, searched_rows
 from stages.cache.encoding.packing import PAIRS
 from stages.cache.encoding.ranking import leading
 from stages.cache.layout import ArraySpec, prediction_dtype
-from stages.errors import CacheError
-from stages.sizes import budget_in_words
 
-COARSEST_STEP = 64.0
-_MARGIN = 0.97
-"""Of the KL budget: rows beyond the calibration differ a little."""
-_SEARCHED = 2**21
-"""Logits that the step is searched on."""
-_STEPS_PER_OCTAVE, _OCTAVES, _SEARCHED_FROM = 32, 12, 16.0
-_AT_ONCE = 2**24
-"""Logits that are encoded or decoded at once: a block of many classes is not held several times."""
 _FAR = 1e12
 """Units: no code reaches as far, and products with it are finite."""
-_FEW, _LEADING = 256, (8, 16)
-"""How many classes are refined, up to so many classes and above."""
 
 
 @encoding("klt-top")
@@ -96,36 +79,18 @@ class KltTop(Encoding):
         where `step` is given. Raises CacheError if no step holds it, or for a step or a number of
         classes that cannot be.
         """
-        classes, step = logits.shape[1], given.get("step")
-        top = given.get("top", min(_LEADING[classes > _FEW], classes))
-        if not 1 <= top <= classes:
-            raise CacheError(
-                f"klt-top refines 1 to {classes} classes of {classes}, not {top}",
-                "Give --encoding klt:top=NUMBER.",
-            )
-        check_step(step)
-        check_range(logits, torch.finfo(torch.float32).max, cls.name)
+        top, step = checked(cls.name, logits, given)
         rows = Rows.of(logits)
-        if step is not None:
-            return cls(top=top, **integers(rows, step))
-        budget = DEFAULT_BUDGET if budget is None else budget
-        aimed = {t: _MARGIN * kl for t, kl in budget.items()}
-        searched = logits[: max(1, _SEARCHED // classes)]
-
-        def with_step(exponent: int) -> KltTop:
-            return cls(top=top, **integers(rows, _step(exponent)))
-
-        found = coarsest(
-            lambda exponent: kl_excess(with_step(exponent), searched, aimed),
-            _STEPS_PER_OCTAVE * _OCTAVES,
-            _STEPS_PER_OCTAVE / 2,  # the KL falls with the square of the step
-        )
-        if found is None:
-            raise CacheError(
-                f"no step of the encoding {cls.name} holds a KL of {budget_in_words(budget)}",
-                "Use --encoding float32.",
+        if step is None:
+            searched = logits[: searched_rows(logits)]
+            step = coarsest_step(
+                lambda step, aimed: kl_excess(
+                    cls(top=top, **integers(rows, step)), searched, aimed
+                ),
+                cls.name,
+                budget,
             )
-        return with_step(found)
+        return cls(top=top, **integers(rows, step))
 
     @classmethod
     def restore(
@@ -214,17 +179,21 @@ class KltTop(Encoding):
         check_range(logits, torch.finfo(torch.float32).max, self.name)
         predictions = logits.argmax(1) if predictions is None else predictions
         parts = [
-            self._encoded(logits[run], predictions[run].long()) for run in self._runs(len(logits))
+            self.encode_around(self.mean_row, logits[run], predictions[run].long())
+            for run in runs(logits)
         ]
         arrays = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         dtype = getattr(torch, self.arrays()["prediction"].dtype)
         return {"prediction": predictions.to(dtype), **arrays}
 
-    def _encoded(self, logits: Tensor, predictions: Tensor) -> dict[str, Tensor]:
+    def encode_around(self, base: Tensor, logits: Tensor, predictions: Tensor) -> dict[str, Tensor]:
+        """The arrays of rows, but for `prediction`, as differences to `base`: whole numbers in
+        units, float32 (C,) or (n, C).
+        """
         mean_of_row = logits.mean(1, keepdim=True)
         exact = ((logits - mean_of_row) / self.unit).clamp(-_FAR, _FAR)
         lengths = self._matrix.square().sum(1).clamp(min=1)
-        components = ((exact - self._mean) @ self._matrix.T) / lengths
+        components = ((exact - base) @ self._matrix.T) / lengths
         components -= self.center[predictions]
         drawn = (components.abs() - DEAD_ZONE + 0.5).floor().clamp(min=0) * components.sign()
         wide, *shared = drawn.split(self._counts, dim=1)
@@ -234,23 +203,18 @@ class KltTop(Encoding):
             f"logits_{name}": KINDS[name].pack(codes)
             for name, codes in zip(SHARED, shared, strict=True)
         }
-        classes, entries = leading(self._coarse(arrays, predictions), predictions, self.top)
+        coarse = exact_sum(base, self.codes(arrays, predictions), self._matrix)
+        classes, entries = leading(coarse, predictions, self.top)
         errors = (exact.gather(1, classes) - entries) / self.fine
         return {**arrays, "logits_top": PAIRS.pack(errors.round())}
 
     def decode(self, arrays: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
-        rows = len(arrays["prediction"])
-        runs = self._runs(rows)
-        if len(runs) == 1:
-            return self._decoded(arrays)
-        logits = torch.empty((rows, len(self.mean)), device=self.mean.device)
-        for run in runs:
-            logits[run] = self._decoded({name: array[run] for name, array in arrays.items()})
-        return logits
+        return by_runs(arrays, len(self.mean), lambda some: self.decode_around(self.mean_row, some))
 
-    def _decoded(self, arrays: Mapping[str, Tensor]) -> Tensor:
+    def decode_around(self, base: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+        """The way back from `encode_around`, with `prediction` among the arrays: float32 (n, C)."""
         predictions = arrays["prediction"].long()
-        rows = self._coarse(arrays, predictions)
+        rows = exact_sum(base, self.codes(arrays, predictions), self._matrix)
         known = min(self.top + 1, rows.shape[1])  # of those that are not refined the largest too
         classes, entries = leading(rows, predictions, known)
         fine = PAIRS.unpack(arrays["logits_top"], self._tables["top"])[:, : self.top]
@@ -261,25 +225,22 @@ class KltTop(Encoding):
         offset = arrays["logits_code"][:, -1:].float() * self.offset_step + self.offset
         return rows.mul_(self.unit).add_(offset)
 
-    def _coarse(self, arrays: Mapping[str, Tensor], predictions: Tensor) -> Tensor:
-        """Rows in units, float32 (n, C): sums of whole numbers below 2^24, exact in any order.
-
-        bfloat16 holds codes but no entries of the basis: autocast is kept out, and a user's choice
-        of bfloat16 for all products is met with double precision.
-        """
+    def codes(self, arrays: Mapping[str, Tensor], predictions: Tensor) -> Tensor:
+        """What the basis is multiplied by: whole numbers, float32 (n, r). predictions: int64."""
         parts = [arrays["logits_code"][:, : self.wide].float()]
         parts += [
             KINDS[name].unpack(arrays[f"logits_{name}"], self._tables[name]) for name in SHARED
         ]
-        codes = torch.cat(parts, 1).add_(self.center.index_select(0, predictions))
-        with torch.autocast(codes.device.type, enabled=False):
-            if torch.get_float32_matmul_precision() == "medium":
-                return (self._mean.double() + codes.double() @ self._matrix.double()).float()
-            return torch.addmm(self._mean, codes, self._matrix)
+        return torch.cat(parts, 1).add_(self.center.index_select(0, predictions))
 
-    def _runs(self, rows: int) -> list[slice]:
-        size = max(1, _AT_ONCE // len(self.mean))
-        return [slice(start, start + size) for start in range(0, max(1, rows), size)]
+    @property
+    def reach(self) -> Tensor:
+        """How far `codes` can go, whatever the arrays hold: float32 (r,)."""
+        kinds = [
+            (KINDS[name].limit, count) for name, count in zip(KINDS, self._counts, strict=True)
+        ]
+        limits = torch.cat([torch.full((count,), float(limit)) for limit, count in kinds])
+        return limits + self.center.float().abs().amax(0)
 
     def saturated(self, arrays: Mapping[str, Tensor]) -> int:
         return int((arrays["logits_code"].abs() == WIDEST).any(1).sum())
@@ -288,7 +249,7 @@ class KltTop(Encoding):
         moved = {n: getattr(self, n).to(device) for n in ("basis", "mean", "center")}
         made = dataclasses.replace(self, **moved)
         # Made now: nothing is, while a CUDA graph is captured.
-        _ = made._matrix, made._mean, made._tables
+        _ = made._matrix, made.mean_row, made._tables
         return made
 
     @cached_property
@@ -296,7 +257,8 @@ class KltTop(Encoding):
         return self.basis.float()
 
     @cached_property
-    def _mean(self) -> Tensor:
+    def mean_row(self) -> Tensor:
+        """`mean` as `encode_around` takes it."""
         return self.mean.float()
 
     @cached_property
@@ -318,16 +280,3 @@ def _plain(value: Any, kind: Any) -> Any:
     if not math.isfinite(value):
         raise ValueError(f"{value!r} is not finite")
     return value
-
-
-def _step(exponent: int) -> float:
-    return float(_SEARCHED_FROM * 2 ** (-exponent / _STEPS_PER_OCTAVE))
-
-
-def check_step(step: float | None) -> None:
-    """Raise CacheError for a step that cannot be."""
-    if step is not None and not 0 < step <= COARSEST_STEP:
-        raise CacheError(
-            f"klt takes a step above 0 and up to {COARSEST_STEP:g}, not {step}",
-            "Give --encoding klt:step=NUMBER.",
-        )
