@@ -1,4 +1,5 @@
-"""How long a batch of rows takes to decode, against `klt` and against a step of a resnet8x4.
+"""How long a batch of rows takes to decode: `klt-top` against `klt`, `klt-anchored` against that,
+all against a step of a resnet8x4.
 
     python -m benchmarks.decode_rows                  seconds to a minute
     python -m benchmarks.decode_rows --rows FILE      rows of a real teacher: results/cifar100
@@ -27,23 +28,29 @@ SHARE = 0.02
 """Of a step: what decoding a batch of 100 classes should take at the most."""
 
 
-def head_rows(count: int, classes: int, features: int) -> Tensor:
-    """float32 (n, C): rows of a random head, whose features fall off as a teacher's do."""
+def head_rows(count: int, classes: int, features: int) -> tuple[Tensor, Tensor]:
+    """Two views, float32 (n, C): rows of a random head, whose features fall off as a teacher's do.
+    The second has a quarter of its features' deviation for itself.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(features, classes, generator=generator)
     scale = 3.0 / torch.arange(1, features + 1).sqrt()
-    return torch.randn(count, features, generator=generator) * scale @ weight
+    first, own = torch.randn(2, count, features, generator=generator).unbind()
+    return first * scale @ weight, (first + 0.25 * own) * scale @ weight
 
 
-def decoding(coding: Encoding, rows: Tensor, device: torch.device) -> Callable[[], object]:
-    """Decodes one batch after another."""
-    moved = coding.to(device)
-    batches = itertools.cycle(
-        [
-            {name: array.to(device) for name, array in coding.encode(part).items()}
-            for part in rows.split(BATCH)
-        ]
-    )
+def decoding(
+    coding: Encoding, rows: Tensor, second: Tensor, device: torch.device
+) -> Callable[[], object]:
+    """Decodes one batch after another, of the second view."""
+    moved, some = coding.to(device), slice(8 * BATCH)
+    anchor = coding.as_anchor(coding.encode(rows[some]))
+    arrays = coding.encode_beside(anchor, second[some])
+    each = [
+        {name: array[start : start + BATCH].to(device) for name, array in arrays.items()}
+        for start in range(0, 8 * BATCH, BATCH)
+    ]
+    batches = itertools.cycle(each)
     return lambda: moved.decode(next(batches))
 
 
@@ -62,11 +69,18 @@ def step(device: torch.device, classes: int) -> Callable[[], object]:
     return work
 
 
-def decode_ratios(logits: Tensor, device: torch.device, turns: int, with_step: bool) -> list[Ratio]:
-    """klt-top against klt on rows (n, C), 8 batches of them, and against a step."""
-    labels, batches = logits.argmax(1), logits[: 8 * BATCH]
-    codings = [fit_encoding(name, logits[:FITTED], labels[:FITTED]) for name in ("klt-top", "klt")]
-    works = {coding.name: decoding(coding, batches, device) for coding in codings}
+def decode_ratios(
+    logits: Tensor, second: Tensor, device: torch.device, turns: int, with_step: bool
+) -> list[Ratio]:
+    """klt-top against klt, and klt-anchored against klt-top, on rows (n, C), 8 batches of them; and
+    against a step. second: another view of the same samples.
+    """
+    labels, some = logits.argmax(1), slice(FITTED)
+    codings = [
+        fit_encoding(name, logits[some], labels[some], second=second[some])
+        for name in ("klt-top", "klt", "klt-anchored")
+    ]
+    works = {coding.name: decoding(coding, logits, second, device) for coding in codings}
     if with_step:
         works["step"] = step(device, logits.shape[1])
     timed = {name: steadily(work, device) for name, work in works.items()}
@@ -82,9 +96,9 @@ def decode_ratios(logits: Tensor, device: torch.device, turns: int, with_step: b
             note=note,
         )
 
-    found = [ratio("klt-top", "klt", "klt", 1.0)]
+    found = [ratio("klt-top", "klt", "klt", 1.0), ratio("klt-anchored", "klt-top", "klt-top", None)]
     if with_step:
-        found += [ratio(n, "step", f"a step of {STUDENT}", SHARE) for n in ("klt-top", "klt")]
+        found += [ratio(c.name, "step", f"a step of {STUDENT}", SHARE) for c in codings]
     return found
 
 
@@ -101,13 +115,15 @@ def main(rows: str | None, device: str, turns: int, threads: int, out: str | Non
     chosen = choose_device(device)
     report = new_report({"rows": rows, "turns": turns}, chosen)
     if rows is None:
-        report.add(*decode_ratios(head_rows(FITTED, 100, 100), chosen, turns, True))
-        report.add(*decode_ratios(head_rows(FITTED, 1000, 500), chosen, turns, False))
+        for classes, features, with_step in ((100, 100, True), (1000, 500, False)):
+            views = head_rows(FITTED, classes, features)
+            report.add(*decode_ratios(*views, chosen, turns, with_step))
     else:
         with np.load(rows, allow_pickle=False) as found:
-            logits = torch.from_numpy(found["logits"][0])
-        order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
-        report.add(*decode_ratios(logits[order[:FITTED]].float(), chosen, turns, True))
+            logits = torch.from_numpy(found["logits"][:2])
+        order = torch.randperm(logits.shape[1], generator=torch.Generator().manual_seed(0))
+        first, second = logits[:, order[:FITTED]].float()
+        report.add(*decode_ratios(first, second, chosen, turns, True))
     show_report(Console(), "decoding", report, out)
 
 

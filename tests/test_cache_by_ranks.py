@@ -36,7 +36,7 @@ class Played:
         return [pair for rank in self.ranks(scenario) for pair in rank["returned"]["own"]]
 
 
-@pytest.fixture(scope="module", params=["klt", "float32"])
+@pytest.fixture(scope="module", params=["klt", "float32", "klt-anchored"])
 def played(
     request: pytest.FixtureRequest, teacher_run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Played:

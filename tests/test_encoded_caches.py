@@ -45,7 +45,7 @@ ENCODINGS += [ANCHORED]
 each_encoding = pytest.mark.parametrize("spec", ENCODINGS)
 ALIKE = ("float16", "uint8", "topk:k=10")
 """Written as others are: float16 and uint8 as float32, whole rows of topk as its first four."""
-KILLED = ("auto", "klt")
+KILLED = ("auto", "klt", ANCHORED)
 """Killed anywhere by tests/cache/test_kill.py."""
 each_way_of_writing = pytest.mark.parametrize(
     "spec",

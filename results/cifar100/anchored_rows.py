@@ -1,17 +1,17 @@
-"""What views would cost as residuals to one view of the same samples, against `klt-top` alone.
+"""What `klt-anchored` saves against `klt-top` at the same KL, and what it costs to decode.
 
     python results/cifar100/anchored_rows.py --rows logits-resnet9.npz
 
-FILE has `logits` float16 (views, N, C). The first view is coded by `klt-top`, in steps of several
-sizes: the anchor. Each row of the second is predicted from the decoded row of the anchor, by linear
-regression of all its logits; what is left has means of its predictions and a basis of its own, and
-is coded, refined and packed just as `klt-top` does with whole rows. All is fitted to 8,192 random
-samples. The step is the one at which the KL at T = 4 is that of `klt-top`. Bytes are those of the
-shards of 50,000 rows with `prediction`, once as it is and once as its difference to the anchor's.
-Writes anchored_rows.md beside this file.
+FILE has `logits` float16 (views, N, C), three views at the least. Both encodings are fitted to
+8,192 random samples, with the same budgets; the KLs are of the third view, which neither was fitted
+to. Bytes are those of shards of all rows, `prediction` with them. Decoding is timed in turns, in
+batches of 256 rows, by the seconds that this thread computes. Writes anchored_rows.md beside this
+file.
 """
 
-import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import click
@@ -19,113 +19,85 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.cache.arrays import encode_shard
-from stages.cache.encoding import mean_kl, row_bytes_on_disk
-from stages.cache.encoding.klt_basis import Rows
-from stages.cache.encoding.klt_integers import integers
-from stages.cache.encoding.klt_top import KltTop
-from stages.cache.layout import base_arrays, block_grid
+from stages.cache.encoding import Encoding, fit_encoding, mean_kl, row_bytes_on_disk
+from stages.cache.encoding.fidelity import TEMPERATURES
+from stages.sizes import parse_budget
 
 HERE = Path(__file__).parent
-FITTED, VIEWS, TOP = 8192, (8, 162), 8
-FINER = (1.0, 1.5, 2.5)
-"""How many times finer than the default's the anchor's steps are."""
-RIDGE = 1e-3
-AT = 4.0
+FITTED, BATCH, TURNS, VIEWS = 8192, 256, 101, (2, 4, 8, 162)
+BUDGETS = ("0.03@1,0.008@4", "0.004@4", "0.02@4")
 
 
-def centred(logits: Tensor) -> Tensor:
-    return logits - logits.mean(1, keepdim=True)
+def timed(coding: Encoding, arrays: Mapping[str, Tensor]) -> Callable[[], float]:
+    """Seconds of one core to decode a batch; the next one each time."""
+    batches = [{n: a[i * BATCH : (i + 1) * BATCH] for n, a in arrays.items()} for i in range(16)]
+    turn = iter(range(10**9))
 
+    def work() -> float:
+        batch = batches[next(turn) % len(batches)]
+        started = time.thread_time()
+        coding.decode(batch)
+        return time.thread_time() - started
 
-def around(coding: KltTop, base: Tensor) -> KltTop:
-    """The coding of what is left beside `base`, float32 (n, C) in logits: its mean row is another
-    one for each row.
-    """
-    made = dataclasses.replace(coding)
-    made.__dict__["_mean"] = coding.mean.float() + (base / coding.unit).round()
-    return made
-
-
-class Anchored:
-    """Rows of a view beside the decoded rows of another one."""
-
-    def __init__(self, anchor: Tensor, rows: Tensor, fitted: Tensor) -> None:
-        x, y = centred(anchor[fitted]), centred(rows[fitted])
-        self._mean = x.mean(0)
-        x = (x - self._mean).double()
-        ridge = RIDGE * x.square().sum() / x.shape[1] * torch.eye(x.shape[1])
-        weight = torch.linalg.solve(x.T @ x + ridge, x.T @ (y - y.mean(0)).double()).float()
-        self.rows, self.base = rows, (centred(anchor) - self._mean) @ weight
-        self._left = Rows.of(rows[fitted] - self.base[fitted], rows[fitted].argmax(1))
-
-    def coding(self, step: float) -> KltTop:
-        return around(KltTop(top=TOP, **integers(self._left, step)), self.base)
-
-    def kl(self, step: float) -> float:
-        coding = self.coding(step)
-        return float(mean_kl(self.rows, coding.decode(coding.encode(self.rows)), AT))
-
-    def step_of(self, kl: float) -> float:
-        """The step at which the KL is as given, by halving."""
-        low, high = 0.25, 32.0
-        for _ in range(9):
-            middle = (low * high) ** 0.5
-            low, high = (middle, high) if self.kl(middle) < kl else (low, middle)
-        return low
-
-
-def bytes_a_row(values: Tensor) -> float:
-    """Of an array like `prediction` on disk."""
-    grid, spec = block_grid(len(values), 100), base_arrays(100)["prediction"]
-    return sum(
-        len(encode_shard(spec, grid, b, values[grid.rows(b)])) for b in range(grid.num_blocks)
-    ) / len(values)
+    return work
 
 
 @click.command()
 @click.option("--rows", required=True, help="The teacher's rows.")
-def main(rows: str) -> None:
+@click.option("--budget", multiple=True, default=BUDGETS, show_default=True)
+def main(rows: str, budget: tuple[str, ...]) -> None:
     """Measure, and write the table."""
     torch.set_num_threads(1)
     with np.load(rows, allow_pickle=False) as found:
-        logits = torch.from_numpy(found["logits"][:2])
+        logits = torch.from_numpy(found["logits"][:3])
     order = torch.randperm(logits.shape[1], generator=torch.Generator().manual_seed(0))
-    first, second = logits[:, order].float()
-    labels, fitted = torch.full((len(first),), -1), torch.arange(FITTED)
-    plain = KltTop.fit(first[fitted])
-    alone = row_bytes_on_disk(plain, second, labels)
-    wanted = float(mean_kl(second, plain.decode(plain.encode(second)), AT))
+    first, second, third = logits[:, order].float()
+    labels = torch.full((len(first),), -1)
+    some = slice(FITTED)
     lines = [
-        "| anchor | its bytes | step of the others | their bytes | their KL T=4 | "
-        "with predictions as differences | "
-        + " | ".join(f"saved at {v} views" for v in VIEWS)
-        + " |",
-        "|" + "---|" * (6 + len(VIEWS)),
-        f"| none: `klt-top` | | {plain.step:.2f} | {alone:.2f} | {wanted:.4f} | |"
-        + " |" * len(VIEWS),
+        "| budget | | steps | first view | other views | "
+        + " | ".join(f"KL T={t:g}" for t in TEMPERATURES)
+        + " | "
+        + " | ".join(f"{v} views" for v in VIEWS)
+        + " | decoded |",
+        "|" + "---|" * (6 + len(TEMPERATURES) + len(VIEWS)),
     ]
-    for finer in FINER:
-        coding = KltTop.fit(first[fitted], step=plain.step / finer, top=TOP)
-        arrays = coding.encode(first)
-        anchored = Anchored(coding.decode(arrays), second, fitted)
-        step = anchored.step_of(wanted)
-        anchor, left = (
-            row_bytes_on_disk(*of, labels)
-            for of in ((coding, first), (anchored.coding(step), second))
-        )
-        change = (second.argmax(1) - first.argmax(1)) % second.shape[1]
-        least = left - bytes_a_row(second.argmax(1)) + bytes_a_row(change)
-        saved = [1 - (anchor + (v - 1) * least) / (v * alone) for v in VIEWS]
-        lines.append(
-            f"| step {coding.step:.2f} | {anchor:.2f} | {step:.2f} | {left:.2f} | "
-            f"{anchored.kl(step):.4f} | {least:.2f} | "
-            + " | ".join(f"{s:.1%}" for s in saved)
-            + " |"
-        )
-        print(lines[-1], flush=True)
+    for asked in budget:
+        limits = parse_budget(asked, "budget")
+        fitted = [
+            fit_encoding(name, first[some], labels[some], limits, second[some])
+            for name in ("klt-top", "klt-anchored")
+        ]
+        sizes, works, cells = [], [], []
+        for coding in fitted:
+            arrays = coding.encode(first)
+            if coding.of_anchor:
+                arrays = coding.encode_beside(coding.as_anchor(arrays), third)
+            else:
+                arrays = coding.encode(third)
+            decoded = coding.decode(arrays)
+            sizes.append([row_bytes_on_disk(coding, first, labels, third, v) for v in VIEWS])
+            two, most = sizes[-1][0], sizes[-1][-1]
+            others = most + (most - two) * 2 / (VIEWS[-1] - 2)  # two = (first + others) / 2
+            works.append(timed(coding, arrays))
+            shown = coding.shown
+            steps = f"{shown['step']:.2f}"
+            if "anchor_step" in shown:
+                steps = f"{shown['anchor_step']:.2f}, {steps}"
+            kls = [f"{float(mean_kl(third, decoded, t)):.4f}" for t in TEMPERATURES]
+            cells.append(
+                [f"`{coding.name}`", steps, f"{2 * two - others:.2f}", f"{others:.2f}", *kls]
+            )
+        seconds = [[work() for work in works] for _ in range(TURNS)]
+        ratio = statistics.median(b / a for a, b in seconds)
+        for cell, size, speed in zip(cells, sizes, ("1", f"{ratio:.2f}"), strict=True):
+            saved = [
+                f"{own:.2f}" + (f" ({own / plain - 1:+.1%})" if size is not sizes[0] else "")
+                for own, plain in zip(size, sizes[0], strict=True)
+            ]
+            lines.append("| " + " | ".join([asked, *cell, *saved, speed]) + " |")
+            print(lines[-1], flush=True)
     (HERE / "anchored_rows.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

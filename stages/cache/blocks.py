@@ -94,6 +94,8 @@ class BlockGroup:
         """What these rows of other views are coded beside: as `read`, by the names of `of_anchor`.
         Raises AnchorError where it is not there, or damaged.
         """
+        if block is not None:
+            self._anchor_digest(block)  # raises where it is not there
         try:
             read = self.read(self.of_anchor.values(), ANCHOR, runs, block)
         except CacheError as error:

@@ -28,6 +28,7 @@ def records(store: Path) -> dict[str, dict[str, Any]]:
 def blocks_of(store: dict[str, bytes]) -> set[str]:
     """The objects that commit records describe."""
     whole = ("label/", "eval_label/", "dataset_index/", "klt_")
+    whole += tuple(f"anchor_{name}/" for name in ("basis", "mean", "center"))
     return {name for name in store if "/c/" in name and not name.startswith(whole)}
 
 
@@ -37,6 +38,7 @@ def blocks_of(store: dict[str, bytes]) -> set[str]:
         pytest.param("float32", 1, 1, id="a-few"),
         pytest.param("float32", 50, 50, id="many", marks=pytest.mark.slow),
         pytest.param("klt", 50, 50, id="klt-many", marks=pytest.mark.slow),
+        pytest.param("klt-anchored", 50, 10, id="klt-anchored-many", marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_run_again_equals_undisturbed(

@@ -29,7 +29,7 @@ from stages.cache.encoding.klt_top import KltTop
 from stages.cache.layout import ArraySpec
 from stages.errors import CacheError
 
-FINER = 2.0
+FINER = 1.5
 """How many times finer the anchor's steps are than those of `klt-top` at the same budget: what the
 anchor says is read by all other views.
 """
@@ -90,8 +90,11 @@ class KltAnchored(Encoding):
             some = slice(searched_rows(second))
 
             def excess(step: float, aimed: Budget) -> float:
-                others, _ = _around(rows, beside, step, top)
-                return _excess(others, second[some], predicted[some], aimed)
+                others, predictor = _around(rows, beside, step, top)
+                by_all = exact_sum(others.mean_row, codes[some], predictor.float())
+                by_others = others.mean_row + (predicted[some] / others.unit).round()
+                bases = (by_all, by_others)  # as for these rows, and as for those to come
+                return max(_excess(others, base, second[some], aimed) for base in bases)
 
             step = coarsest_step(excess, cls.name, budget)
         return cls(anchor, *_around(rows, beside, step, top))
@@ -244,9 +247,8 @@ def _around(rows: Rows, beside: Beside, step: float, top: int) -> tuple[KltTop, 
     return KltTop(basis=basis.clone(), top=top, **fields), predictor.clone()
 
 
-def _excess(others: KltTop, rows: Tensor, predicted: Tensor, budget: Budget) -> float:
-    """As `kl_excess`, of rows around what is predicted of them, float32 (n, C) in logits."""
-    base = others.mean_row + (predicted / others.unit).round()
+def _excess(others: KltTop, base: Tensor, rows: Tensor, budget: Budget) -> float:
+    """As `kl_excess`, of rows around `base`."""
     predictions = rows.argmax(1)
     arrays = others.encode_around(base, rows, predictions)
     decoded = others.decode_around(base, {**arrays, "prediction": predictions})

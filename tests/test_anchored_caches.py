@@ -1,0 +1,404 @@
+"""Caches whose views depend on the first one: what is read, told, mended and computed again."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from damage import flip, tree
+from helpers import Words, resized
+from torch import Tensor
+
+from stages import cache_plan
+from stages.cache import LogitCache
+from stages.cache.blocks import BlockGroup
+from stages.cache.commits import CommitLog, Record, seal_records, unsealed
+from stages.cache.encoding.klt_anchored import KltAnchored
+from stages.cache.layout import BlockId
+from stages.cache_blocks import BlockWriter, share, with_anchors
+from stages.cache_plan import plan_cache
+from stages.cache_runs import anchor_runs, in_runs
+from stages.cache_teacher import CacheJob, cache_teacher
+from stages.distributed import Ranks
+from stages.errors import AnchorError, CacheError
+from stages.order import ViewSchedule
+from stages.rectify import rectify
+from stages.repair import repair
+from stages.settings import RectifyConfig
+from stages.targets import in_place
+from stages.targets.chunks import plan_slabs, slab_bytes
+from stages.targets.ensemble import EnsembleTargets
+from stages.targets.in_place import kept_in_place, take
+from stages.targets.reader import TargetReader
+from stages.teacher_pass import TeacherPass
+from stages.verify import verify, verify_live
+
+SAMPLES, VIEWS, BLOCKS = 90, 3, 3
+ALL = torch.arange(SAMPLES)
+NAME = "pairwise-T4"
+EVERY = [BlockId(view, block) for view in range(VIEWS) for block in range(BLOCKS)]
+
+
+@pytest.fixture(scope="module")
+def job(small_job: CacheJob) -> CacheJob:
+    """Three views of 90 samples in three blocks each."""
+    return resized(
+        small_job, SAMPLES, 20, block_rows=30, views=VIEWS, encoding="klt-anchored:step=0.4,top=3"
+    )
+
+
+@pytest.fixture(scope="module")
+def made(job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a rectification. Read only."""
+    path = tmp_path_factory.mktemp("anchored") / "c.zarr"
+    cache_teacher(job, path)
+    rectify(path, RectifyConfig())
+    return path
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_plan, "MEASURED_SECONDS", 0.05)
+
+
+@pytest.fixture
+def mine(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "c.zarr"))
+
+
+def shards(store: Path, view: int, block: int) -> set[str]:
+    """The arrays at the root that have an object for a block."""
+    found = store.glob(f"*/c/{view}/{block}*")
+    return {path.relative_to(store).parts[0] for path in found}
+
+
+OF_FIRST = {"prediction", *(f"anchor_{n}" for n in ("code", "pair", "three", "five", "top"))}
+OF_OTHERS = {"prediction", *(f"logits_{n}" for n in ("code", "pair", "three", "five", "top"))}
+
+
+# ---- what lies there, and who reads it ------------------------------------------------------
+
+
+def test_a_block_has_the_arrays_of_its_view(made: Path, job: CacheJob) -> None:
+    cache = LogitCache.open(made)
+
+    assert cache.complete_views == list(range(VIEWS))
+    for at in EVERY:
+        arrays = OF_OTHERS if at.view else OF_FIRST
+        assert shards(made, *at) & cache.blocks.specs.keys() == arrays
+        record = cache.commits.of_view(at.view)[at.block]
+        assert {key.partition("/")[0] for key in record["objects"]} == arrays
+        assert ("anchor" in record) == (at.view > 0)
+    assert verify(made).faults == []
+    assert verify_live(cache, job, 60) == []
+    plan = plan_cache(job, made)
+    assert (plan.encoding, plan.missing_blocks) == ("klt-anchored", 0)
+
+
+def test_rows_are_the_teachers(made: Path, job: CacheJob) -> None:
+    cache, teacher = LogitCache.open(made), TeacherPass.of(job)
+    for view in range(VIEWS):
+        exact, targets = teacher.logits(ALL, view), cache.read_view(view)
+        found = targets.rows(ALL)
+        assert torch.equal(found.argmax(1), exact.argmax(1))
+        assert torch.equal(targets.predictions[cache.row_of].long(), exact.argmax(1))
+        blocks = torch.cat([cache.read_block(view, block).logits for block in range(BLOCKS)])
+        assert torch.equal(blocks[cache.row_of], found)
+        runs = [slice(60, 90), slice(5, 31)]
+        some = cache.read_view(view, runs=runs)
+        samples = cache.dataset_index[torch.cat([torch.arange(r.start, r.stop) for r in runs])]
+        assert torch.equal(some.rows(samples), found[samples])
+        again = cache.read_view(view, None, runs, some.anchor)
+        assert torch.equal(again.rows(samples), found[samples])
+
+
+def test_views_that_are_held_share_the_anchor(made: Path) -> None:
+    """As many bytes as are counted: the anchor's once, whichever view is read first."""
+    cache = LogitCache.open(made)
+    schedule = ViewSchedule([(view,) for view in range(VIEWS)], 0, 2 * VIEWS)
+    plan = plan_slabs([cache], schedule, None, ALL, 30, torch.device("cpu"))
+    assert plan.resident
+    reader = TargetReader([cache], NAME, schedule, plan, cache.labels)
+    storages: dict[int, int] = {}
+    for epoch in range(VIEWS):
+        targets: Any = reader.of_epoch(epoch)
+        parts = [*targets.arrays.values(), *targets.anchor.values(), targets.predictions]
+        parts += [targets.rectified.label_logit, targets.rectified.predicted_logit]
+        parts += [targets.labels, targets.row_of]
+        storages |= {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parts}
+    counted = slab_bytes([cache], SAMPLES, VIEWS)
+    anchor = SAMPLES * cache.anchor_row_bytes
+    assert counted - 2 * anchor < sum(storages.values()) <= counted
+    assert slab_bytes([cache], SAMPLES, VIEWS) < VIEWS * slab_bytes([cache], SAMPLES)
+
+
+def test_targets_in_groups_are_those_of_whole_views(made: Path) -> None:
+    cache = LogitCache.open(made)
+    schedule = ViewSchedule([(view,) for view in range(VIEWS)], 0, VIEWS)
+    budget = 2 * slab_bytes([cache], 30)
+    plan = plan_slabs([cache], schedule, budget, ALL, 10, torch.device("cpu"))
+    assert plan.groups is not None
+    reader = TargetReader([cache], NAME, schedule, plan, cache.labels)
+    for epoch in range(VIEWS):
+        (view,) = schedule.of_epoch(epoch)
+        order, whole = plan.order(ALL, 0, epoch), cache.read_view(view, NAME)
+        for samples in order.split(10):
+            found = reader.of_epoch(epoch).rectified_rows(samples)
+            assert torch.equal(found, whole.rectified_rows(samples))
+
+
+def test_a_pair_of_views_in_groups_reads_the_anchor_once(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, reads, read = LogitCache.open(made), [], BlockGroup.read_anchor
+
+    def counted(blocks: BlockGroup, *what: Any) -> dict[str, Tensor]:
+        reads.append(what)
+        return read(blocks, *what)
+
+    monkeypatch.setattr(BlockGroup, "read_anchor", counted)
+    schedule = ViewSchedule([(1, 2)], 0, 1)
+    plan = plan_slabs([cache], schedule, None, ALL, 30, torch.device("cpu"))
+    targets = TargetReader([cache], None, schedule, plan, cache.labels).of_epoch(0)
+
+    both = targets.rows(ALL.repeat(2))
+
+    assert len(reads) == 1
+    assert torch.equal(both, torch.cat([cache.read_view(v).rows(ALL) for v in (1, 2)]))
+
+
+# ---- in which order it is written -----------------------------------------------------------
+
+
+def test_a_block_is_not_written_before_the_one_it_depends_on(made: Path, mine: Path) -> None:
+    cache = LogitCache.open(mine, writable=True)
+    rows = LogitCache.open(made).read_block(1, 2)
+    cache.commits.forget(BlockId(0, 2))
+
+    with pytest.raises(AnchorError, match="block 2 of view 0 is not there"):
+        cache.write_block(1, 2, rows.logits, rows.predictions, {})
+    assert cache.complete_views == []
+    with pytest.raises(CacheError, match="view 0 of logits is not complete"):
+        cache.read_view(1)
+    with pytest.raises(AnchorError, match="not there"):
+        cache.read_block(1, 2)
+    assert torch.equal(cache.read_block(1, 1).logits, LogitCache.open(made).read_block(1, 1).logits)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("at_once", [1, 2, 9])
+@pytest.mark.parametrize("fitted", [0, 4])
+def test_ranks_share_the_first_view_with_all_that_is_decoded_with_it(
+    job: CacheJob, world: int, at_once: int, fitted: int
+) -> None:
+    missing = in_runs(EVERY, at_once)
+    there = missing[:fitted]
+    runs = anchor_runs([at for at in missing if at not in there], at_once)
+
+    shares = []
+    for rank in range(world):
+        teacher: Any = type("Teacher", (), {"job": type("Job", (), {"ranks": Ranks(rank, world)})})
+        writer = BlockWriter(teacher, None, {}, {}, at_once)  # type: ignore[arg-type]
+        shares.append(with_anchors(missing, there, writer))
+
+    first = [at for at in missing if at.view == 0]
+    every = [at for mine in shares for at in mine]
+    assert len({*every}) == len(every)
+    assert {*first} <= {*every}
+    assert all(run[0].view == 0 for run in runs.values())
+    for mine in shares:  # whoever writes a block of a run wrote the first view's before
+        for number, at in enumerate(mine):
+            own = BlockId(0, at.block)
+            assert own in mine[: number + 1] or own in there
+    left = [at for at in missing if at not in every]
+    assert sorted([*every, *(at for r in range(world) for at in share(left, [], Ranks(r, world)))])
+    assert max(map(len, shares)) - min(map(len, shares)) <= at_once + fitted
+
+
+def test_one_view_alone_is_refused_before_anything_is_written(
+    job: CacheJob, tmp_path: Path
+) -> None:
+    alone = resized(job, SAMPLES, 20, views=1)
+    for run in (cache_teacher, plan_cache):
+        with pytest.raises(CacheError, match="there is one view") as told:
+            run(alone, tmp_path / "c.zarr")
+        assert "--views 2" in told.value.remedy
+    assert not LogitCache.exists(tmp_path / "c.zarr")
+
+
+# ---- what is damaged, and made again --------------------------------------------------------
+
+
+def without_first(store: Path) -> dict[str, bytes]:
+    """All objects of other views."""
+    return {k: c for k, c in tree(store).items() if "/c/1/" in k or "/c/2/" in k}
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        pytest.param(lambda s: flip(s / "anchor_code/c/0/1/0"), id="flipped"),
+        pytest.param(
+            lambda s: (s / "anchor_pair/c/0/1/0").unlink(), id="deleted", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            lambda s: flip(s / "prediction/c/0/1"), id="prediction", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            lambda s: LogitCache.open(s, writable=True).commits.forget(BlockId(0, 1)),
+            id="unmade",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_damaged_block_of_the_first_view_is_told_alone_and_mended(
+    made: Path, mine: Path, job: CacheJob, harm: Callable[[Path], object]
+) -> None:
+    """What depends on it is intact, and stays: on this machine the same bytes come back."""
+    before = {key: (mine / key).stat().st_mtime_ns for key in without_first(mine)}
+    harm(mine)
+
+    faults = verify(mine).faults
+    assert {fault.at for fault in faults if fault.part == "logits"} == {BlockId(0, 1)}
+    assert {fault.part for fault in faults} <= {"logits", f"rectified/{NAME}"}
+    assert {fault.at for fault in faults} == {BlockId(0, 1)}
+    with pytest.raises(CacheError):
+        LogitCache.open(mine).read_view(2)
+
+    assert repair(mine, job, faults).faults == []
+
+    assert tree(mine) == tree(made)
+    assert {key: (mine / key).stat().st_mtime_ns for key in before} == before
+
+
+@pytest.mark.slow
+def test_a_damaged_block_of_another_view_is_told_and_mended(
+    made: Path, mine: Path, job: CacheJob
+) -> None:
+    flip(mine / "logits_code/c/2/0/0")
+
+    faults = verify(mine).faults
+
+    assert {fault.at for fault in faults} == {BlockId(2, 0)}
+    assert repair(mine, job, faults).faults == []
+    assert tree(mine) == tree(made)
+
+
+def moved_anchor(store: Path) -> None:
+    """Another block of the first view in the place of one, as another machine may compute it."""
+    cache = LogitCache.open(store, writable=True)
+    rows = cache.read_block(0, 1)
+    cache.commits.forget(BlockId(0, 1))
+    cache.write_block(0, 1, rows.logits * 1.2, rows.predictions, {})
+
+
+def test_blocks_beside_another_first_view_are_refused_and_computed_again(
+    made: Path, mine: Path, job: CacheJob
+) -> None:
+    moved_anchor(mine)
+    beside = {BlockId(view, 1) for view in (1, 2)}
+
+    cache = LogitCache.open(mine)
+    for read in (lambda: cache.read_view(1), lambda: cache.read_block(2, 1)):
+        with pytest.raises(CacheError, match="written beside another block of view 0"):
+            read()
+    assert torch.equal(cache.read_block(2, 0).logits, LogitCache.open(made).read_block(2, 0).logits)
+    told = {fault.at for fault in verify(mine).faults if fault.part == "logits"}
+    assert told == beside
+    assert set(cache.blocks.stale()) == beside
+
+    summary = cache_teacher(job, mine)
+
+    assert summary.computed_blocks == 2
+    cache = LogitCache.open(mine)
+    assert cache.blocks.stale() == []
+    assert {at for at in EVERY if not cache.rectification(NAME).commits.has(at)} == beside
+    for view in (1, 2):
+        ours, theirs = cache.read_view(view), LogitCache.open(made).read_view(view)
+        assert torch.equal(ours.predictions, theirs.predictions)
+        apart = (ours.rows(ALL) - theirs.rows(ALL)).abs().max()
+        coding = cache.encoding
+        assert isinstance(coding, KltAnchored)
+        assert float(apart) <= 4 * coding.others.step
+    rectify(mine, RectifyConfig())
+    left = {fault.at for fault in verify(mine).faults}
+    assert left <= {BlockId(0, 1)}  # rectified from the rows before: that is told as well
+
+
+@pytest.mark.slow
+def test_repair_computes_what_stood_beside_another_first_view(
+    made: Path, mine: Path, job: CacheJob
+) -> None:
+    moved_anchor(mine)
+
+    assert repair(mine, job, verify(mine).faults).faults == []
+
+    same = {key for key, content in tree(made).items() if tree(mine).get(key) == content}
+    changed = {key for key in tree(made) if key not in same and "/c/" in key}
+    assert changed
+    assert all(key.split("/c/")[1].split("/")[1] == "1" for key in changed)
+
+
+def test_an_anchor_of_another_record_is_told(made: Path, mine: Path) -> None:
+    """Records and objects of two blocks exchanged, each intact."""
+    file = mine / "commits/logits/v00002.json"
+    records = unsealed(file.read_bytes())
+    records[0]["anchor"], records[1]["anchor"] = records[1]["anchor"], records[0]["anchor"]
+    file.write_bytes(seal_records(records))
+
+    assert {f.at for f in verify(mine).faults} == {BlockId(2, 0), BlockId(2, 1)}
+    with pytest.raises(CacheError, match="written beside another block"):
+        LogitCache.open(mine).read_view(2)
+
+
+@pytest.mark.parametrize(
+    "stop_at", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 4, 5, 7))]
+)
+def test_a_run_that_was_stopped_goes_on(
+    job: CacheJob, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    """After the objects of a block, before its record."""
+    out, commit, done = tmp_path / "c.zarr", CommitLog.commit, []
+
+    def stops(log: CommitLog, at: BlockId, record: Record) -> None:
+        if len(done) == stop_at:
+            raise KeyboardInterrupt
+        done.append(at)
+        commit(log, at, record)
+
+    monkeypatch.setattr(CommitLog, "commit", stops)
+    with pytest.raises(KeyboardInterrupt):
+        cache_teacher(job, out)
+    monkeypatch.setattr(CommitLog, "commit", commit)
+    words = Words()
+    assert cache_teacher(job, out, words).computed_blocks == len(EVERY) - stop_at
+    assert words.done[-1] == 1
+    rectify(out, RectifyConfig())
+    assert {k: c for k, c in tree(out).items() if "/c/" in k} == {
+        k: c for k, c in tree(made).items() if "/c/" in k
+    }
+
+
+# ---- students -------------------------------------------------------------------------------
+
+
+def test_targets_are_kept_in_place_where_they_are_decoded(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoded, the first view has other arrays than those beside it."""
+    cache = LogitCache.open(made)
+    views = [cache.read_view(view, NAME) for view in range(VIEWS)]
+    kept = kept_in_place(views[0])
+    assert kept is not None
+    for view in (1, 0, 2):
+        take(kept, views[view])
+        assert torch.equal(kept.rows(ALL), views[view].rows(ALL))
+        assert torch.equal(kept.rectified_rows(ALL), views[view].rectified_rows(ALL))
+    both = EnsembleTargets([views[1], views[2]], cache.labels)
+    assert kept_in_place(both) is not None
+
+    monkeypatch.setattr(in_place, "DECODED_BYTES", 0)
+    assert kept_in_place(views[0]) is None
+    assert kept_in_place(both) is None
