@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from damage import flip, tree
-from helpers import Words, resized
+from helpers import Words, resized, student_of
 from torch import Tensor
 
 from stages import cache_plan
@@ -26,9 +26,9 @@ from stages.errors import AnchorError, CacheError
 from stages.order import ViewSchedule
 from stages.rectify import rectify
 from stages.repair import repair
-from stages.settings import RectifyConfig
+from stages.settings import RectifyConfig, TrainSettings
 from stages.targets import in_place
-from stages.targets.chunks import plan_slabs, slab_bytes
+from stages.targets.chunks import SlabPlan, plan_slabs, slab_bytes
 from stages.targets.ensemble import EnsembleTargets
 from stages.targets.in_place import kept_in_place, take
 from stages.targets.reader import TargetReader
@@ -72,6 +72,15 @@ def shards(store: Path, view: int, block: int) -> set[str]:
     """The arrays at the root that have an object for a block."""
     found = store.glob(f"*/c/{view}/{block}*")
     return {path.relative_to(store).parts[0] for path in found}
+
+
+def planned(cache: LogitCache, schedule: ViewSchedule, memory: int | None = None) -> SlabPlan:
+    """How views are read in batches of ten, in so many bytes."""
+    train = TrainSettings(epochs=3, batch_size=10)
+    config = student_of(
+        cache.path, train=train, slab_memory=None if memory is None else str(memory)
+    )
+    return plan_slabs([cache], schedule, ALL, config, torch.device("cpu"))
 
 
 OF_FIRST = {"prediction", *(f"anchor_{n}" for n in ("code", "pair", "three", "five", "top"))}
@@ -118,7 +127,7 @@ def test_views_that_are_held_share_the_anchor(made: Path) -> None:
     """As many bytes as are counted: the anchor's once, whichever view is read first."""
     cache = LogitCache.open(made)
     schedule = ViewSchedule([(view,) for view in range(VIEWS)], 0, 2 * VIEWS)
-    plan = plan_slabs([cache], schedule, None, ALL, 30, torch.device("cpu"))
+    plan = planned(cache, schedule)
     assert plan.resident
     reader = TargetReader([cache], NAME, schedule, plan, cache.labels)
     storages: dict[int, int] = {}
@@ -138,7 +147,7 @@ def test_targets_in_groups_are_those_of_whole_views(made: Path) -> None:
     cache = LogitCache.open(made)
     schedule = ViewSchedule([(view,) for view in range(VIEWS)], 0, VIEWS)
     budget = 2 * slab_bytes([cache], 30)
-    plan = plan_slabs([cache], schedule, budget, ALL, 10, torch.device("cpu"))
+    plan = planned(cache, schedule, budget)
     assert plan.groups is not None
     reader = TargetReader([cache], NAME, schedule, plan, cache.labels)
     for epoch in range(VIEWS):
@@ -160,7 +169,7 @@ def test_a_pair_of_views_in_groups_reads_the_anchor_once(
 
     monkeypatch.setattr(BlockGroup, "read_anchor", counted)
     schedule = ViewSchedule([(1, 2)], 0, 1)
-    plan = plan_slabs([cache], schedule, None, ALL, 30, torch.device("cpu"))
+    plan = planned(cache, schedule)
     targets = TargetReader([cache], None, schedule, plan, cache.labels).of_epoch(0)
 
     both = targets.rows(ALL.repeat(2))
