@@ -10,7 +10,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -71,8 +70,9 @@ def decode(
         if decoding.exif:
             ImageOps.exif_transpose(image, in_place=True)
         image.info.pop("transparency", None)  # Pillow would warn, and drop it as well
-        pixels = np.array(image if image.mode == mode else image.convert(mode))
-    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+        shown = image if image.mode == mode else image.convert(mode)
+        content, (width, height) = bytearray(shown.tobytes()), shown.size
+    return torch.frombuffer(content, dtype=torch.uint8).view(height, width, -1).permute(2, 0, 1)
 
 
 def in_colour(name: str, dataset: str) -> DatasetError:
