@@ -331,6 +331,7 @@ def test_a_student_decodes_as_the_teacher_did(
 # ---- what shows it on a GPU -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_part_of_the_smoke_test(
     tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
