@@ -42,7 +42,8 @@ def main(study: str, out: str) -> None:
 
     rows = by_temperature(Path(study))
     drawing = Figure(figsize=(4.6 * len(rows), 3.6), layout="constrained")
-    panels = drawing.subplots(1, len(rows), sharey=True, squeeze=False)[0]
+    panels = drawing.subplots(1, len(rows), sharex=True, sharey=True, squeeze=False)[0]
+    every = [row for some in rows.values() for row in some]
     for panel, (temperature, some) in zip(panels, rows.items(), strict=True):
         panel.axhline(0, color="0.6", lw=0.8)
         for i, row in enumerate(sorted(some, key=lambda row: row["bytes"])):
@@ -62,7 +63,7 @@ def main(study: str, out: str) -> None:
         shown = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         panel.set_title(f"students at T = {temperature:g}, {shown} seeds", fontsize=10, loc="left")
         panel.set_xscale("log")
-        ticks = [t for t in (8, 12, 16, 24, 32, 48, 64, 96) if _between(t, some)]
+        ticks = [t for t in (8, 12, 16, 24, 32, 48, 64, 96) if _between(t, every)]
         panel.set_xticks(ticks, [str(t) for t in ticks], minor=False)
         panel.set_xticks([], minor=True)
         panel.set_xlabel("bytes a row on disk", fontsize=9)
