@@ -142,7 +142,7 @@ def views(world: World, turns: int) -> Figures:
 
 def sweep(world: World, folder: Path, turns: int, students: int, epochs: int) -> Figures:
     """Students that differ in their first weights: alone, side by side, together. Whole runs, with
-    their evaluations; side by side with the processes that must start first, which is told.
+    their evaluations; side by side with the processes that must start first, which is reported.
     """
     configs = [_short(world.student(world.plan.students[0], i), epochs) for i in range(students)]
     runs = itertools.count()

@@ -90,7 +90,7 @@ def bench_cache(console: Console, out: str | None = None, **given: Any) -> Repor
 
     # 2) everything that is written goes to a folder of its own
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        # Students first: a dataset or a teacher that does not belong to the cache is told at once.
+        # Students first: whatever does not belong to the cache is reported at once.
         for figures in _student_figures(settings, Path(folder), console):
             report.add(*figures)
         console.say("reading a slab")
@@ -129,7 +129,7 @@ def _student_figures(
         settings.seconds,
     )
     train = bench.splits.train
-    for student in settings.students:  # one that is unknown is told before any is trained
+    for student in settings.students:  # one that is unknown is reported before any is trained
         build_model(student, len(train.class_names), train.shape[0])
     for student in dict.fromkeys(settings.students):
         console.say(f"training {student}")

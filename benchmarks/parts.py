@@ -75,21 +75,21 @@ class SkippedError(Exception):
 
 
 class Result(msgspec.Struct, kw_only=True):
-    """What became of a part. told: what it says, or why it failed or was skipped, in one line.
+    """What became of a part. message: what it says, or why it failed or was skipped, in one line.
     trace: of an error.
     """
 
     name: str
     state: Literal["ok", "failed", "skipped"]
     seconds: float
-    told: str = ""
+    message: str = ""
     trace: str = ""
     ratios: list[Ratio] = []
     figures: list[Figure] = []
 
     @property
     def line(self) -> str:
-        return f"{self.state:<8}{self.seconds:6.1f} s  {self.name}  {self.told}".rstrip()
+        return f"{self.state:<8}{self.seconds:6.1f} s  {self.name}  {self.message}".rstrip()
 
 
 class Run(msgspec.Struct, kw_only=True):
@@ -160,7 +160,9 @@ def run_parts(
         for number, part in enumerate(parts):
             left = ends - time.monotonic()
             if left < _SHORTEST:
-                result = Result(name=part.name, state="skipped", seconds=0, told="no time is left")
+                result = Result(
+                    name=part.name, state="skipped", seconds=0, message="no time is left"
+                )
             else:
                 limit = part.limit * (1 if where.on_gpu else _SLOWER)
                 result = worker.run(number, min(left, limit))
@@ -181,8 +183,8 @@ def this_run(kind: str, where: Where) -> Run:
     with Worker([Part("machine", _STARTING, ask)], where).running() as worker:
         result = worker.run(0, _STARTING)
     if result.state != "ok":
-        raise RuntimeError(result.told)
-    known = msgspec.json.decode(result.told)
+        raise RuntimeError(result.message)
+    known = msgspec.json.decode(result.message)
     return Run(kind=kind, code=code_digest(), commit=_commit(), **known)
 
 
@@ -214,7 +216,7 @@ class Worker:
 
     @contextlib.contextmanager
     def running(self) -> Iterator["Worker"]:
-        """Ended at the end, also where this process is told to end."""
+        """Ended at the end, also where this process is asked to end."""
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             yield self
@@ -228,10 +230,10 @@ class Worker:
         """
         started, part = time.perf_counter(), self._parts[number]
 
-        def failed(told: str) -> Result:
+        def failed(message: str) -> Result:
             self.stop()
             taken = time.perf_counter() - started
-            return Result(name=part.name, state="failed", seconds=taken, told=told)
+            return Result(name=part.name, state="failed", seconds=taken, message=message)
 
         try:
             pipe = self._started()
@@ -285,13 +287,13 @@ def attempted(part: Part, where: Where) -> Result:
     """Run a part here, and catch what it raises."""
     started = time.perf_counter()
 
-    def result(state: Literal["ok", "failed", "skipped"], told: str, trace: str = "") -> Result:
+    def result(state: Literal["ok", "failed", "skipped"], message: str, trace: str = "") -> Result:
         taken = time.perf_counter() - started
-        return Result(name=part.name, state=state, seconds=taken, told=told, trace=trace)
+        return Result(name=part.name, state=state, seconds=taken, message=message, trace=trace)
 
     try:
-        told, found = part.run(where)
-        done = result("ok", told)
+        message, found = part.run(where)
+        done = result("ok", message)
         done.ratios = [one for one in found if isinstance(one, Ratio)]
         done.figures = [one for one in found if isinstance(one, Figure)]
     except SkippedError as reason:

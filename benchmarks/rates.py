@@ -86,11 +86,11 @@ def steps(where: Where, name: str, batch: int, effort: Effort = LESS) -> Found:
     """Epochs from the cache, with hard labels and beside the teacher; captured where that is."""
     here, effort = world(where), effort_of(where, effort)
     config, memory = here.student(name, batch), Memory(where)
-    variants, told = {}, "without captured steps: they need CUDA"
+    variants, note = {}, "without captured steps: they need CUDA"
     if where.on_gpu:
-        variants["captured"], told = _with(config, capture=True), ""
+        variants["captured"], note = _with(config, capture=True), ""
     found = student_figures(here.bench(effort), config, here.job, variants)
-    return told, named(f"{name}, batch {batch}", [*found, *memory.peak()])
+    return note, named(f"{name}, batch {batch}", [*found, *memory.peak()])
 
 
 def together(where: Where, batch: int) -> Found:

@@ -138,16 +138,16 @@ def faster_steps(where: Where, *ways: str) -> Found:
     """A student whose steps are compiled, captured or both, against one whose steps are not."""
     if "capture" in ways and not where.on_gpu:
         raise SkippedError("needs CUDA")
-    told, changed = [], dict.fromkeys(ways, True)
+    found, changed = [], dict.fromkeys(ways, True)
     dtypes: tuple[Dtype, ...] = ("float32",) if "compile" in ways else ("float32", "bfloat16")
     for dtype in dtypes:
         plain, fast = (
             losses_of(trainer_of(where, student(where, where.device, dtype=dtype, **changes)))
             for changes in ({}, changed)
         )
-        told.append(f"{dtype} within {close(fast, plain, dtype, ' and '.join(ways)):.2g}")
+        found.append(f"{dtype} within {close(fast, plain, dtype, ' and '.join(ways)):.2g}")
     trained(where, student(where, where.device, **changed))  # evaluates and saves as well
-    return ", ".join(told), []
+    return ", ".join(found), []
 
 
 def resumed(where: Where) -> Found:

@@ -151,10 +151,10 @@ class StopAfter(Silent):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def check(holds: bool, told: str) -> None:
+def check(holds: bool, message: str) -> None:
     """Raise AssertionError with what was found unless it is as it must be."""
     if not holds:
-        raise AssertionError(told)
+        raise AssertionError(message)
 
 
 def close(ours: list[float], cpus: list[float], dtype: Dtype, of: str) -> float:

@@ -54,7 +54,7 @@ def of_run(run: Run) -> Report:
     for part in run.parts:
         report.add(*part.ratios, *part.figures)
         if part.state != "ok":
-            report.missing.append(f"{part.name}: {part.state}, {part.told}")
+            report.missing.append(f"{part.name}: {part.state}, {part.message}")
     return report
 
 

@@ -107,8 +107,8 @@ def _check_finite(values: Mapping[str, Any]) -> None:
     for key, value in flat(values).items():
         numbers = value if isinstance(value, (list, tuple)) else (value,)
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            told = tuple(value) if isinstance(value, (list, tuple)) else value
-            raise ConfigError(f"{key} must be finite, was {told}")
+            shown = tuple(value) if isinstance(value, (list, tuple)) else value
+            raise ConfigError(f"{key} must be finite, was {shown}")
         if any(isinstance(n, int) and not -(2**63) <= n < 2**63 for n in numbers):
             raise ConfigError(f"{key} must be a number of at most 64 bits")
 

@@ -28,7 +28,7 @@ def check_ranks(command: str | None) -> None:
 
 
 def run_rank(command: click.Group) -> NoReturn:
-    """Run a command line as one of several ranks: an error is told by one of them, and all exit
+    """Run a command line as one of several ranks: an error is reported by one of them, and all exit
     with its code; 1 for a fault of ours, which keeps its traceback.
     """
     from stages.distributed import reported_once

@@ -161,8 +161,8 @@ def show_plan(console: Console, out: str, plan: CachePlan) -> None:
         ],
     )
     show_encodings(console, plan)
-    for doubt in plan.doubts:
-        console.say(f"\nWARNING: {doubt}")
+    for warning in plan.warnings:
+        console.say(f"\nWARNING: {warning}")
 
 
 def _decoding(plan: CachePlan) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ from stages.cache_runs import runs_of, views_at_once
 from stages.device import versions
 from stages.errors import CacheError
 from stages.inputs.probes import PROBES
-from stages.teacher_checks import teacher_doubts
+from stages.teacher_checks import teacher_warnings
 from stages.teacher_pass import TeacherPass, blocks_to_fit, check_finite
 
 MEASURED_SECONDS = 2.0
@@ -53,8 +53,8 @@ class CachePlan:
     encodings: every encoding on real rows of this teacher. bytes_per_view: of a row. free_bytes:
     None where there is no knowing, in an object store. samples_per_second: of one rank, computed
     and written; hours: of all together. fixed_*: of what does not grow with the views: documents,
-    labels, the test split; their seconds are those that are still to come. doubts: whether the
-    teacher knows the dataset, see `teacher_doubts`. normalisation: in words, with its source.
+    labels, the test split; their seconds are those that are still to come. warnings: whether the
+    teacher knows the dataset, see `teacher_warnings`. normalisation: in words, with its source.
 
     views_at_once: made of an image while it is decoded, see `stages.cache_runs`. decodes: images
     that the missing blocks decode, 0 where they are in memory; singly_*: with one view at once.
@@ -74,7 +74,7 @@ class CachePlan:
     ranks: int = 1
     fixed_bytes: float = 0.0
     fixed_seconds: float = 0.0
-    doubts: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     normalisation: str = ""
     views_at_once: int = 1
     decodes: int = 0
@@ -171,7 +171,7 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
         + len(job.splits.test) * _half_row_bytes(encodings, job.num_classes)
         + len(every) * (_RECORD_BYTES + _OBJECT_BYTES * _arrays_of_a_block(coding, ANCHOR + 1)),
         normalisation=job.normalisation,
-        doubts=tuple(teacher_doubts(logits, labels, train.class_names)),
+        warnings=tuple(teacher_warnings(logits, labels, train.class_names)),
         fixed_seconds=(0 if cache else made_seconds + fitted) + (0 if eval_there else tested),
         views_at_once=at_once,
         decodes=_decodes(job, grid, missing, cache is None, at_once),

@@ -37,7 +37,7 @@ from stages.distributed import (
 )
 from stages.errors import CacheError
 from stages.reporting import Reporter, Silent
-from stages.teacher_checks import teacher_doubts
+from stages.teacher_checks import teacher_warnings
 from stages.teacher_pass import TeacherPass, first_rows
 
 __all__ = ["CacheJob", "CacheSummary", "cache_teacher", "prepare"]
@@ -73,8 +73,8 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
         teacher = TeacherPass.of(job, progress)
         with first_rank_first(ranks):
             cache, fitted = opened(teacher, out)
-        for doubt in [] if job.notes_shown else _doubts(job, fitted):
-            reporter.say(f"WARNING: {doubt}")
+        for warning in [] if job.notes_shown else _warnings(job, fitted):
+            reporter.say(f"WARNING: {warning}")
 
         def look() -> tuple[list[BlockId], list[BlockId], int]:
             cache.commits.extent()  # reads all records: damage is reported before hours of work
@@ -140,13 +140,13 @@ def _held(where: Location, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _doubts(job: CacheJob, fitted: Blocks) -> list[str]:
+def _warnings(job: CacheJob, fitted: Blocks) -> list[str]:
     """Whether the teacher knows the dataset, by the rows that the encoding was fitted to."""
     if not fitted:
         return []
     first = [logits for at, logits in fitted.items() if at.view == 0]
     rows, labels = job.seen_rows(first_rows(first, job.num_classes))
-    return teacher_doubts(rows, labels, job.splits.train.class_names)
+    return teacher_warnings(rows, labels, job.splits.train.class_names)
 
 
 def _summary(cache: LogitCache, computed_blocks: int, normalisation: str) -> CacheSummary:

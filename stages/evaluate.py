@@ -1,4 +1,4 @@
-"""A finished run on the test split: how good, how sure of itself, and where it beats its teacher.
+"""A finished run on the test split: how good, how confident, and where it beats its teacher.
 
     pipeline evaluate runs/kd --cache digits.zarr
 
@@ -164,7 +164,7 @@ def _test_images(
 
 
 def _skips(file: str | None, caches: Sequence[str]) -> list[Skip]:
-    """What a list and these caches leave out; caches that cannot be opened are told of later."""
+    """What a list and these caches leave out; caches that cannot be opened are reported later."""
     opened = []
     for path in caches:
         with contextlib.suppress(CacheError, UnansweredError):

@@ -50,8 +50,8 @@ def config_of(settings: RectificationSettings, **more: Any) -> RectifyConfig:
     """What makes a rectification of these settings. Raises CacheError if nothing can."""
     asked = {n: getattr(settings, n) for n in ("method", "space", "temperature")}
     try:
-        sure = settings.trusted_above
-        rule = {} if sure is None else {"wrong": f"confidence:{sure!r}"}
+        above = settings.trusted_above
+        rule = {} if above is None else {"wrong": f"confidence:{above!r}"}
         made = {**asked, "materialise": settings.materialised, **rule, **more}
         return msgspec.convert(made, RectifyConfig)
     except ValueError as error:  # of msgspec, or a ConfigError

@@ -104,12 +104,12 @@ def calibration(confidence: Tensor, right: Tensor, bins: int = BINS) -> Calibrat
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
     which = torch.bucketize(confidence, edges[1:-1])  # upper edges belong to their bin
     rows = which.bincount(minlength=bins).double()
-    sure, hit = (which.bincount(values, minlength=bins) for values in (confidence, hits))
+    summed, hit = (which.bincount(values, minlength=bins) for values in (confidence, hits))
     return Calibration(
         rows=rows,
-        confidence=sure / rows.clamp(min=1),
+        confidence=summed / rows.clamp(min=1),
         accuracy=hit / rows.clamp(min=1),
-        ece=float((hit - sure).abs().sum() / len(confidence)),
+        ece=float((hit - summed).abs().sum() / len(confidence)),
         overconfidence=float(confidence.mean() - hits.mean()),
     )
 

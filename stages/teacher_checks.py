@@ -16,7 +16,7 @@ _MOST_CLASSES = 5_000
 _CONSTANT = 0.995
 
 
-def teacher_doubts(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> list[str]:
+def teacher_warnings(logits: Tensor, labels: Tensor, class_names: Sequence[str]) -> list[str]:
     """What is suspicious about a teacher's rows, a sentence each; nothing if all seems well.
 
     logits: float32 (n, C). labels: int64 (n,), -1 where there are none. Looked for: one answer to

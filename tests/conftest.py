@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DIGITS, cache_config_of, first, job_of, resized
+from helpers import DIGITS, cache_config_of, first, job_of, resized, teacher_of
 from hypothesis import settings
 
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
@@ -18,10 +18,7 @@ from stages.data import Splits, load_data
 from stages.rectify import rectify
 from stages.settings import (
     CacheConfig,
-    ModelSettings,
     RectifyConfig,
-    TeacherConfig,
-    TrainSettings,
 )
 from stages.train_teacher import train_teacher
 
@@ -55,15 +52,8 @@ def digits() -> Splits:
 @pytest.fixture(scope="session")
 def teacher_run(tmp_path_factory: pytest.TempPathFactory, digits: Splits) -> Path:
     """The run directory of a resnet8 after two epochs: right on some rows, wrong on many."""
-    config = TeacherConfig(
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        augment="pad-crop:pad=2",
-        train=TrainSettings(epochs=2),
-        device="cpu",
-    )
     run = tmp_path_factory.mktemp("teacher") / "run"
-    train_teacher(config, run, splits=digits)
+    train_teacher(teacher_of(), run, splits=digits)
     return run
 
 

@@ -20,7 +20,7 @@ import msgspec
 import pytest
 import torch
 from damage import everything, flipped, tree
-from helpers import DIGITS, first
+from helpers import first, student_of
 from safetensors.torch import save
 
 from pipeline.report import write_report
@@ -123,15 +123,13 @@ def _loosen(path: Path) -> None:
 
 
 def student(cache: Path, seed: int, epochs: int) -> StudentConfig:
-    return StudentConfig(
-        cache=str(cache),
-        data=DIGITS,
+    return student_of(
+        cache,
         model=ModelSettings(architecture="resnet8"),
         train=TrainSettings(epochs=epochs, batch_size=20),
         loss=LossSettings(name="kd"),
         bias=BiasSettings(mode="rectify"),
         seed=SeedSettings(init=seed),
-        device="cpu",
     )
 
 
@@ -309,8 +307,8 @@ def _measured(run: Path, cache: Path, world: World) -> bytes:
 def reported(world: World, path: Path) -> object:
     file = write_report([str(path)], str(world.home / "page.html"), overwrite=True)
     page = file.read_text()
-    told = ("1 of 2", "is not recorded", ">?<")
-    if any(words in page for words in told) or (
+    message = ("1 of 2", "is not recorded", ">?<")
+    if any(words in page for words in message) or (
         (path / "commits").exists() and "top-1 on the test split" not in page
     ):
         raise ToldError("what is missing is told as missing")

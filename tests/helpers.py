@@ -25,6 +25,7 @@ from torchvision.transforms.v2 import functional as tv
 from pipeline.cli import main
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits
+from stages.errors import CacheError, UnansweredError
 from stages.inputs.datasets import ImageDataset
 from stages.reporting import Silent
 from stages.settings import (
@@ -32,6 +33,7 @@ from stages.settings import (
     DataSettings,
     ModelSettings,
     StudentConfig,
+    TeacherConfig,
     TeacherSettings,
     TrainSettings,
 )
@@ -136,6 +138,27 @@ def student_of(cache: str | Path, **changes: Any) -> StudentConfig:
         device="cpu",
     )
     return msgspec.structs.replace(config, **changes)
+
+
+def teacher_of(**changes: Any) -> TeacherConfig:
+    """Two epochs of a resnet8 of the digits; keyword arguments replace whole sections."""
+    config = TeacherConfig(
+        data=DIGITS,
+        model=ModelSettings(architecture="resnet8"),
+        augment="pad-crop:pad=2",
+        train=TrainSettings(epochs=2),
+        device="cpu",
+    )
+    return msgspec.structs.replace(config, **changes)
+
+
+def refusal(work: Callable[[], object]) -> str:
+    """The text of the error of a cache that some work ends in; empty if it comes through."""
+    try:
+        work()
+    except (CacheError, UnansweredError) as error:
+        return str(error)
+    return ""
 
 
 def cache_config_of(teacher: str | Path, **changes: Any) -> CacheConfig:

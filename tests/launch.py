@@ -88,9 +88,14 @@ def _outcome(scenario: Scenario) -> dict[str, object]:
     except Exception as error:
         with reported_once() as mine:
             time.sleep(0.3 if mine else 0)
-            told_at = time.monotonic()
-        waited = not mine and time.monotonic() - told_at > 0.1
-        return {"raised": type(error).__name__, "text": str(error), "told": mine, "waited": waited}
+            reported_at = time.monotonic()
+        waited = not mine and time.monotonic() - reported_at > 0.1
+        return {
+            "raised": type(error).__name__,
+            "text": str(error),
+            "reported": mine,
+            "waited": waited,
+        }
 
 
 def _serve() -> int:

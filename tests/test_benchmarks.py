@@ -102,8 +102,8 @@ def test_a_cache_is_measured_and_left_as_it_is(
 def test_what_is_missing_is_named(finished_cache: Path) -> None:
     report = bench_cache(Console(), cache=str(finished_cache), turns=1, device="cpu")
     assert len(report.ratios) == 4
-    told = " ".join(report.missing)
-    assert all(flag in told for flag in ("--dataset", "--student", "--weights"))
+    message = " ".join(report.missing)
+    assert all(flag in message for flag in ("--dataset", "--student", "--weights"))
 
 
 class OtherDigits:

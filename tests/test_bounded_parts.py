@@ -57,11 +57,11 @@ def test_a_part_that_fails_hangs_or_dies_costs_only_itself(tmp_path: Path) -> No
         "dies": "failed",
         "cannot": "skipped",
     }
-    assert results["fails"].told == "ValueError: no such kernel"
+    assert results["fails"].message == "ValueError: no such kernel"
     assert "in fails" in results["fails"].trace
-    assert "given up" in results["hangs"].told
-    assert "exit code 7" in results["dies"].told
-    assert results["cannot"].told == "needs CUDA"
+    assert "given up" in results["hangs"].message
+    assert "exit code 7" in results["dies"].message
+    assert results["cannot"].message == "needs CUDA"
     assert results["well-4"].figures == [Figure(name="answer", value=42, unit="")]
     lines = [line.split() for line in done.stdout.splitlines() if " s  " in line]
     assert [(line[3], line[0]) for line in lines] == [(n, r.state) for n, r in results.items()]
@@ -94,7 +94,7 @@ def test_a_killed_measurement_leaves_what_it_had_and_goes_on(tmp_path: Path) -> 
 def test_no_part_is_begun_when_time_is_up(tmp_path: Path) -> None:
     measured = Measured(tmp_path)
     assert forks.run(measured.words("well-1", "well-2", seconds=0.5)).returncode == 0
-    assert {result.told for result in measured.results.values()} == {"no time is left"}
+    assert {result.message for result in measured.results.values()} == {"no time is left"}
     assert measured.begun == []
 
 
@@ -137,7 +137,7 @@ def test_the_table_shows_the_last_run_of_every_device(tmp_path: Path) -> None:
     Book(path, a_run("H100", "old")).add(measured(7.77))
     Book(path, a_run("H100", "new")).add(measured(1.25))
     Book(path, a_run("H100", kind="smoke")).add(measured(8.88))
-    failed = Result(name="hung", state="failed", seconds=1, told="given up after 9 s")
+    failed = Result(name="hung", state="failed", seconds=1, message="given up after 9 s")
     Book(path, a_run("H200")).add(failed)
     text = tables(tmp_path)
     assert "| a / b | 1.250 |" in text
@@ -162,13 +162,13 @@ def where(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path) -> Where:
 @pytest.mark.slow
 def test_the_smoke_test_rehearsed(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device agrees with itself; and what does not agree is noticed."""
-    told, _ = smoke.stage_one(where, "float32")
-    assert told == "logits within 0, 0 of 2,000 masks flip"
+    message, _ = smoke.stage_one(where, "float32")
+    assert message == "logits within 0, 0 of 2,000 masks flip"
     monkeypatch.setitem(smoke.CLOSE, "bfloat16", 1e-6)
     with pytest.raises(AssertionError, match="logits differ"):
         smoke.stage_one(where, "bfloat16")
-    told, _ = smoke.student_steps(where, "float32", smoke.KD[1:])
-    assert "20 steps, within 0" in told
+    message, _ = smoke.student_steps(where, "float32", smoke.KD[1:])
+    assert "20 steps, within 0" in message
     other = smoke.losses_of(smoke.trainer_of(where, smoke.student(where, "cpu", lr=0.03)))
     ours = smoke.losses_of(smoke.trainer_of(where, smoke.student(where, "cpu")))
     with pytest.raises(AssertionError, match="losses differ"):

@@ -99,8 +99,8 @@ def test_a_killed_rank_leaves_no_store_that_looks_whole(played: Played, rank: in
 def test_a_rank_that_cannot_go_on_stops_the_others(played: Played) -> None:
     first, second = played.ranks("failing")
 
-    assert (second["raised"], second["told"]) == ("ModelError", True)
-    assert (first["raised"], first["told"]) == ("RankError", False)
+    assert (second["raised"], second["reported"]) == ("ModelError", True)
+    assert (first["raised"], first["reported"]) == ("RankError", False)
     assert "another rank has failed" in first["text"]
 
 
@@ -111,7 +111,7 @@ def test_a_second_launch_is_refused_while_any_rank_of_the_first_lives(played: Pl
         for outcome in outcomes:
             assert outcome["raised"] == "CacheError"
             assert "another process is writing" in outcome["text"]
-        assert sum(outcome["told"] for outcome in outcomes) == 1
+        assert sum(outcome["reported"] for outcome in outcomes) == 1
     assert played.found["contested"] == [-9, -9]
 
 

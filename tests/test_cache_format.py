@@ -97,13 +97,15 @@ TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def is_of_type(value: Any, told: str) -> bool:
+def is_of_type(value: Any, documented: str) -> bool:
     """Whether a JSON value is what a table says, such as `array of 2 integers`."""
-    if array := re.fullmatch(r"array of (?:(\d+) )?(.*?)s", told):
+    if array := re.fullmatch(r"array of (?:(\d+) )?(.*?)s", documented):
         assert isinstance(value, list)
         assert array[1] is None or len(value) == int(array[1])
         return all(is_of_type(item, array[2]) for item in value)
-    return isinstance(value, TYPES[told]) and isinstance(value, bool) == (told == "boolean")
+    return isinstance(value, TYPES[documented]) and isinstance(value, bool) == (
+        documented == "boolean"
+    )
 
 
 OPTIONAL = {
@@ -118,10 +120,10 @@ them.
 """
 
 
-def assert_fields(found: Json, told: dict[str, str]) -> None:
-    assert found.keys() == told.keys() - OPTIONAL
+def assert_fields(found: Json, documented: dict[str, str]) -> None:
+    assert found.keys() == documented.keys() - OPTIONAL
     for field, value in found.items():
-        assert is_of_type(value, told[field]), (field, value)
+        assert is_of_type(value, documented[field]), (field, value)
 
 
 @pytest.fixture(scope="module")
@@ -267,9 +269,9 @@ def test_what_xarray_shows(
     stores: dict[str, Path], name: str, arrays: str, expression: str, more: str
 ) -> None:
     store = xarray.open_zarr(stores[name], consolidated=False)
-    told = {array.strip("` ") for array in arrays.split(",")}
+    documented = {array.strip("` ") for array in arrays.split(",")}
     always = {array for array, row in told_arrays(*EVERY).items() if row}
-    assert {str(array) for array in store} == told | always
+    assert {str(array) for array in store} == documented | always
     assert store.attrs["encoding"]["name"] == name
 
     logits = eval(expression, {"store": store})
@@ -292,10 +294,10 @@ def told_arrays(*caches: str) -> dict[str, Row]:
     return {row["array"]: row for row in table("arrays") if row["caches"] in caches}
 
 
-def assert_specs(told: dict[str, Row], specs: dict[str, layout.ArraySpec]) -> None:
-    assert told.keys() == specs.keys()
+def assert_specs(documented: dict[str, Row], specs: dict[str, layout.ArraySpec]) -> None:
+    assert documented.keys() == specs.keys()
     for name, spec in specs.items():
-        row = told[name]
+        row = documented[name]
         stored = "block" if spec.by_block else "whole"
         assert row["dimensions"] == ", ".join(spec.dimensions)
         assert spec.dtype in row["dtype"].split(" or ")
@@ -305,11 +307,11 @@ def assert_specs(told: dict[str, Row], specs: dict[str, layout.ArraySpec]) -> No
 @each_store
 def test_the_table_names_the_arrays_of_every_encoding(stores: dict[str, Path], name: str) -> None:
     coding = LogitCache.open(stores[name]).encoding
-    told = told_arrays(*EVERY, coding.name)
+    documented = told_arrays(*EVERY, coding.name)
 
-    assert_specs(told, all_arrays(10, coding))
+    assert_specs(documented, all_arrays(10, coding))
     documents = {file.parent.name for file in stores[name].glob("*/zarr.json")}
-    assert documents == {*told, "commits", "rectified"}
+    assert documents == {*documented, "commits", "rectified"}
 
 
 def test_the_names_that_are_ours_are_those_of_the_table() -> None:
@@ -374,14 +376,14 @@ def test_the_documents_of_arrays_are_as_told(stores: dict[str, Path], name: str)
         lengths |= kinds | {f"{of}wide": kinds[f"{of}wide"] + 1, f"{of}component": components}
         lengths[f"{of}top_pair"] = (parameters[f"{of}top"] + 1) // 2
     encoding = LogitCache.open(stores[name]).encoding.name
-    told = {stores[name] / array: row for array, row in told_arrays(*EVERY, encoding).items()}
+    documented = {stores[name] / array: row for array, row in told_arrays(*EVERY, encoding).items()}
     group = stores[name] / "rectified" / RECTIFIED
     if group.exists():
         caches = ("rectified", "materialised") if name == MATERIALISED else ("rectified",)
-        told |= {group / array: row for array, row in told_arrays(*caches).items()}
-        assert {file.parent for file in group.glob("*/zarr.json")} <= told.keys()
+        documented |= {group / array: row for array, row in told_arrays(*caches).items()}
+        assert {file.parent for file in group.glob("*/zarr.json")} <= documented.keys()
 
-    for folder, row in told.items():
+    for folder, row in documented.items():
         found = read_json(folder / "zarr.json")
         assert as_text(found) == as_text(expected_document(row, found)), folder
         assert found["shape"] == [lengths[d] for d in row["dimensions"].split(", ")]
@@ -441,8 +443,8 @@ def pattern(key: str) -> str:
         "b00000": r"b\d{5,}",
     }
     text = re.escape(key)
-    for told, expression in meant.items():
-        text = text.replace(told, expression)
+    for documented, expression in meant.items():
+        text = text.replace(documented, expression)
     return text
 
 
@@ -450,11 +452,11 @@ def pattern(key: str) -> str:
 
 
 def test_the_grid_is_that_of_the_layout() -> None:
-    told = program("grid")["block_grid"]
+    documented = program("grid")["block_grid"]
     rows, classes = (1, 7, 300, 8193, 50_000, 131_071, 1_281_167), (2, 10, 1000, 21_841)
     for n, c, most in itertools.product(rows, classes, (1, 100, 9000, 65_536)):
         grid = layout.block_grid(n, c, most)
-        assert told(n, c, most) == (grid.chunk_rows, grid.block_rows), (n, c, most)
+        assert documented(n, c, most) == (grid.chunk_rows, grid.block_rows), (n, c, most)
 
 
 def test_the_table_of_grids() -> None:
@@ -521,8 +523,8 @@ def test_the_encodings_parameters(stores: dict[str, Path]) -> None:
     assert found["klt"]["parameters"].keys() == {"dtype", "step"}
     refined = LogitCache.open(stores["klt-top"])
     assert found["klt-top"]["parameters"] == refined.encoding.parameters
-    (told,) = (row["meaning"] for row in table("encoding") if row["field"] == "parameters")
-    named = set(re.findall(r"[a-z_]+", told.partition("klt-top:")[2].partition(". klt")[0]))
+    (documented,) = (row["meaning"] for row in table("encoding") if row["field"] == "parameters")
+    named = set(re.findall(r"[a-z_]+", documented.partition("klt-top:")[2].partition(". klt")[0]))
     named -= {"numbers", "integers"}
     assert found["klt-top"]["parameters"].keys() == named
     both = named | {f"anchor_{name}" for name in named}
@@ -546,11 +548,11 @@ def test_the_fields_of_a_rectification(stores: dict[str, Path]) -> None:
 @each_store
 def test_the_fields_of_records(stores: dict[str, Path], name: str) -> None:
     parts = {"logits": "logits", "eval": "eval", "rectified": f"rectified/{RECTIFIED}"}
-    for told, part in parts.items():
+    for documented, part in parts.items():
         expected = {
             row["field"]: row["type"]
             for row in table("records")
-            if told in row["parts"].split(", ")
+            if documented in row["parts"].split(", ")
         }
         for file in (stores[name] / "commits" / part).glob("v*.json"):
             beside = name == "klt-anchored" and file.stem != "v00000" and part == "logits"
@@ -600,13 +602,13 @@ def assert_described(store: Path, objects: dict[str, Json]) -> None:
 
 
 def test_the_fields_within_a_rectified_blocks_record(stores: dict[str, Path]) -> None:
-    told = {row["field"]: row["meaning"] for row in table("records")}
+    documented = {row["field"]: row["meaning"] for row in table("records")}
     file = stores["klt"] / "commits/rectified" / RECTIFIED / "v00000.json"
     record = read_json(file)["records"][0]
 
-    assert ", ".join(RectificationSettings.__struct_fields__) == told["settings"]
+    assert ", ".join(RectificationSettings.__struct_fields__) == documented["settings"]
     assert record["settings"].keys() == set(RectificationSettings.__struct_fields__) - OPTIONAL
-    assert all(name in told["statistics"] for name in record["statistics"])
+    assert all(name in documented["statistics"] for name in record["statistics"])
 
 
 def test_a_reader_ignores_fields_that_it_does_not_know(my_copy: Path) -> None:
@@ -694,9 +696,9 @@ def test_the_digests_of_a_store(stores: dict[str, Path], name: str) -> None:
 
 @each_store
 def test_the_digests_of_arrays(stores: dict[str, Path], name: str) -> None:
-    told = attributes(stores[name])["shared_arrays"]
-    assert told.keys() == {"dataset_index", "label", "eval_label"}
-    for array, digest in told.items():
+    documented = attributes(stores[name])["shared_arrays"]
+    assert documented.keys() == {"dataset_index", "label", "eval_label"}
+    for array, digest in documented.items():
         values = np.asarray(LogitCache.open(stores[name]).group[array][:])  # type: ignore[index]
         line = f"{array}\ttorch.{values.dtype}\t{values.shape}\n".encode()
         assert digest == hashlib.sha256(line + values.tobytes()).hexdigest()[:32]
@@ -751,13 +753,13 @@ def test_the_probed_pairs(stores: dict[str, Path], digits: Splits, spec: str) ->
 
     pairs = program("probes")["probed_pairs"](SAMPLES, policy.count)
 
-    told = [
+    documented = [
         zlib.crc32(policy.apply(train.images[[sample]], torch.tensor([sample]), view).numpy())
         for view, sample in pairs
     ]
-    assert told == pixel_probes(train, policy, None)
+    assert documented == pixel_probes(train, policy, None)
     if policy.count is not None:
-        assert told == attributes(stores["klt"])["pixel_probes"]
+        assert documented == attributes(stores["klt"])["pixel_probes"]
 
 
 @pytest.mark.parametrize(
@@ -796,13 +798,13 @@ def test_the_values_of_a_rectification(config: RectifyConfig) -> None:
         logits, labels, predictions, config.method, config.space, config.temperature
     )
 
-    told = [
+    documented = [
         replaced(z, label, prediction, config.method, config.space, config.temperature)
         for z, label, prediction in zip(
             logits.double().numpy(), labels.tolist(), predictions.tolist(), strict=True
         )
     ]
-    np.testing.assert_allclose(told, torch.stack(expected, 1).numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(documented, torch.stack(expected, 1).numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_test_split_is_rows_minus_their_maximum(stores: dict[str, Path]) -> None:

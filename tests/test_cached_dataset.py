@@ -197,9 +197,9 @@ REFUSED: dict[str, tuple[type[PipelineError], Callable[[Tensor, Tensor], Any]]] 
 @pytest.mark.parametrize("name", REFUSED)
 def test_datasets_that_are_refused(name: str, finished_cache: Path, digits: Splits) -> None:
     kind, change = REFUSED[name]
-    with pytest.raises(kind) as told:
+    with pytest.raises(kind) as caught:
         CachedDataset(finished_cache, change(*arrays(digits)))
-    assert len(str(told.value).splitlines()) <= 3
+    assert len(str(caught.value).splitlines()) <= 3
 
 
 def few(split: str) -> TensorDataset:

@@ -285,17 +285,17 @@ def test_a_rectification_of_calibrated_rows(my_cache: Path) -> None:
 def test_the_commands(
     tiny_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def told(*words: str) -> Answer:
+    def message(*words: str) -> Answer:
         return answer_to([*words[:1], str(tiny_copy), *words[1:]], monkeypatch, capsys)
 
-    assert "pipeline calibrate" in told("rectify", "--calibrate").text
-    answer = told("calibrate")
+    assert "pipeline calibrate" in message("rectify", "--calibrate").text
+    answer = message("calibrate")
     found = LogitCache.open(tiny_copy).calibration
     assert answer.code == 0
     assert f"temperature {found:.4g}" in answer.text
     assert "been trained on" in answer.text
-    assert f"temperature {found:.4g}, train rows" in told("inspect").text
-    assert told("rectify", "--calibrate").code == 0
+    assert f"temperature {found:.4g}, train rows" in message("inspect").text
+    assert message("rectify", "--calibrate").code == 0
     assert "pairwise-T4-calibrated" in LogitCache.open(tiny_copy).rectifications
 
 

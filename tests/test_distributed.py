@@ -136,7 +136,7 @@ def test_what_the_first_rank_cannot_do_no_rank_can(outcomes: dict[str, list[Any]
     assert {(r["raised"], r["text"]) for r in ranks} == {
         ("ModelError", "this rank cannot\ndo this")
     }
-    assert [r["told"] for r in ranks] == [True, False, False]
+    assert [r["reported"] for r in ranks] == [True, False, False]
     assert all(r["waited"] for r in ranks[1:])  # else torchrun would stop the one that tells
 
 
@@ -144,9 +144,9 @@ def test_what_the_first_rank_cannot_do_no_rank_can(outcomes: dict[str, list[Any]
 def test_a_fault_of_the_first_rank_keeps_its_traceback(outcomes: dict[str, list[Any]]) -> None:
     first, *others = outcomes["the_first_has_a_fault"]
 
-    assert (first["raised"], first["told"]) == ("ZeroDivisionError", True)
+    assert (first["raised"], first["reported"]) == ("ZeroDivisionError", True)
     for other in others:
-        assert (other["raised"], other["told"]) == ("RankError", False)
+        assert (other["raised"], other["reported"]) == ("RankError", False)
         assert "rank 0 failed: ZeroDivisionError" in other["text"]
 
 
@@ -163,19 +163,19 @@ def test_the_rank_that_failed_tells_and_no_other(
 ) -> None:
     *others, last = outcomes[scenario]
 
-    assert (last["raised"], last["told"]) == ("ModelError", True)
+    assert (last["raised"], last["reported"]) == ("ModelError", True)
     for other in others:
-        assert (other["raised"], other["told"]) == ("RankError", False)
+        assert (other["raised"], other["reported"]) == ("RankError", False)
         assert words in other["text"]
         assert len(other["text"].splitlines()) == 2
 
 
 @pytest.mark.slow
-def test_an_error_before_the_ranks_meet_is_told_once(outcomes: dict[str, list[Any]]) -> None:
+def test_an_error_before_the_ranks_meet_is_reported_once(outcomes: dict[str, list[Any]]) -> None:
     ranks = outcomes["all_cannot_before_they_meet"]
 
     assert [r["raised"] for r in ranks] == ["ModelError"] * 3
-    assert sum(r["told"] for r in ranks) == 1
+    assert sum(r["reported"] for r in ranks) == 1
 
 
 @pytest.mark.slow
@@ -192,6 +192,6 @@ def test_nobody_waits_forever(outcomes: dict[str, list[Any]], scenario: str, wor
 
     assert second == -9 or second["raised"] == "RankError"
     assert first["raised"] == third["raised"] == "RankError"
-    told = [rank for rank in (first, third) if rank["told"]]
-    assert len(told) == 1
-    assert words in told[0]["text"]
+    message = [rank for rank in (first, third) if rank["reported"]]
+    assert len(message) == 1
+    assert words in message[0]["text"]

@@ -503,9 +503,9 @@ def test_what_reads_the_offset_of_rows_has_it_or_is_refused(
     if not LogitCache.open(path).encoding.keeps_offset:
         words = "the loss 'lr' (reads logits themselves|needs whole teacher rows)"
         config = msgspec.structs.replace(student(path), loss=LossSettings(name="lr"))
-        with pytest.raises(PipelineError, match=words) as told:
+        with pytest.raises(PipelineError, match=words) as caught:
             train_student(config, tmp_path / "run", splits=my_splits)
-        assert "--encoding" in told.value.remedy
+        assert "--encoding" in caught.value.remedy
         with pytest.raises(CacheError, match="the space 'logit' reads logits themselves"):
             rectify(path, RectifyConfig(space="logit"))
         rectify(path, RectifyConfig(space="logit", method="swap"))  # which ignores it

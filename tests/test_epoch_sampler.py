@@ -197,7 +197,7 @@ def test_a_state_may_be_what_the_loop_has_done(my_dataset: CachedDataset) -> Non
 
 
 @pytest.mark.parametrize(
-    ("others", "told"),
+    ("others", "message"),
     [
         ({"seed": 1}, "seed"),
         ({"rank": 0, "world": 2}, "world"),
@@ -205,10 +205,10 @@ def test_a_state_may_be_what_the_loop_has_done(my_dataset: CachedDataset) -> Non
     ],
 )
 def test_a_state_of_another_order_is_refused(
-    my_dataset: CachedDataset, others: dict[str, Any], told: str
+    my_dataset: CachedDataset, others: dict[str, Any], message: str
 ) -> None:
     state = EpochSampler(my_dataset).state_dict()
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         EpochSampler(my_dataset, **others).load_state_dict(state)
 
 

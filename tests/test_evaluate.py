@@ -288,9 +288,9 @@ def test_a_place_that_cannot_be_written_is_told_first(out: str, tmp_path: Path) 
 
 def test_a_dataset_that_moved_is_given_by_name(my_copy: Path) -> None:
     changed(my_copy, lambda config: config["data"].update(dataset="folder:gone"))
-    with pytest.raises(DatasetError) as told:
+    with pytest.raises(DatasetError) as caught:
         evaluate_run(my_copy, device="cpu")
-    assert "--dataset" in told.value.remedy
+    assert "--dataset" in caught.value.remedy
     found = evaluate_run(my_copy, OtherImages("digits"), device="cpu")
     assert found.recorded_top1 is None
     assert found.scores.top1 > 0

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 from damage import flip, tree
-from helpers import DIGITS, first, same_weights, student_of, weights
+from helpers import DIGITS, first, same_weights, student_of, teacher_of, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -91,16 +91,14 @@ class World(NamedTuple):
 
 
 def teacher_config(**changes: Any) -> TeacherConfig:
-    config = TeacherConfig(
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8", mean=MEAN, std=STD),
-        augment=POLICY,
-        train=TrainSettings(epochs=1, batch_size=40),
-        seed=SeedSettings(data=SEED),
-        device="cpu",
-        folds=FOLDS,
-    )
-    return msgspec.structs.replace(config, **changes)
+    own: dict[str, Any] = {
+        "model": ModelSettings(architecture="resnet8", mean=MEAN, std=STD),
+        "augment": POLICY,
+        "train": TrainSettings(epochs=1, batch_size=40),
+        "seed": SeedSettings(data=SEED),
+        "folds": FOLDS,
+    }
+    return teacher_of(**{**own, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -95,24 +95,6 @@ def differing(store: Path, truth: Path) -> list[str]:
     return sorted(key for key in {*found, *known} if found.get(key) != known.get(key))
 
 
-@pytest.mark.parametrize(
-    "lost", [pytest.param(n, marks=[] if n in DEFAULT else pytest.mark.slow) for n in LOST]
-)
-def test_repair_brings_every_view_back(
-    plain: Path, job: CacheJob, tmp_path: Path, lost: str
-) -> None:
-    store = Path(shutil.copytree(plain, tmp_path / "c.zarr"))
-    for lose in LOST[lost]:
-        lose(store)
-
-    faults = verify(store).faults
-    assert faults
-    assert repair(store, job, faults).faults == []
-
-    assert LogitCache.open(store).num_views == VIEWS
-    assert differing(store, plain) == []
-
-
 OF_RECTIFIED: dict[str, list[Loss]] = {
     # the rectification alone knows of the last view, and is whole
     "root-lost": [gone(*RECORDS, *SHARDS), shrunk(*DOCUMENTS)],
@@ -127,22 +109,31 @@ OF_RECTIFIED: dict[str, list[Loss]] = {
 }
 
 
+PLAIN = [(name, loses, "plain", name in DEFAULT) for name, loses in LOST.items()]
+RECTIFIED_TOO = [(n, loses, "rectified", n == "root-lost") for n, loses in OF_RECTIFIED.items()]
+
+
 @pytest.mark.parametrize(
-    "lost",
-    [pytest.param(n, marks=[] if n == "root-lost" else pytest.mark.slow) for n in OF_RECTIFIED],
+    ("loses", "whole"),
+    [
+        pytest.param(loses, whole, id=f"{whole}-{name}", marks=[] if quick else pytest.mark.slow)
+        for name, loses, whole, quick in [*PLAIN, *RECTIFIED_TOO]
+    ],
 )
-def test_repair_brings_every_view_of_a_rectification_back(
-    rectified: Path, job: CacheJob, tmp_path: Path, lost: str
+def test_repair_brings_every_view_back(
+    loses: list[Loss], whole: str, job: CacheJob, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    store = Path(shutil.copytree(rectified, tmp_path / "c.zarr"))
-    for lose in OF_RECTIFIED[lost]:
+    truth: Path = request.getfixturevalue(whole)
+    store = Path(shutil.copytree(truth, tmp_path / "c.zarr"))
+    for lose in loses:
         lose(store)
 
     faults = verify(store).faults
     assert faults
     assert repair(store, job, faults).faults == []
 
-    assert differing(store, rectified) == []
+    assert LogitCache.open(store).num_views == VIEWS
+    assert differing(store, truth) == []
 
 
 @pytest.mark.slow

@@ -74,17 +74,17 @@ def test_members_have_the_types_of_the_page(
     name: str, objects: dict[str, tuple[Any, dict[str, Any]]]
 ) -> None:
     thing, given = objects[name]
-    for member, told in table(*TABLES[name]).items():
+    for member, documented in table(*TABLES[name]).items():
         value = value_of(thing, member, given)
-        if match := TYPE.fullmatch(told):
+        if match := TYPE.fullmatch(documented):
             assert value.dtype == getattr(torch, match[1]), member
             letters = match[2].split(", ")
             assert value.ndim == len(letters), member
             for letter, size in zip(letters, value.shape, strict=True):
                 assert SIZES.get(letter, size) == size, member
-        elif told and value is not None:
+        elif documented and value is not None:
             kinds = {kind.__name__ for kind in type(value).__mro__}
-            assert kinds & set(told.split(", ")), (member, told, kinds)
+            assert kinds & set(documented.split(", ")), (member, documented, kinds)
 
 
 @pytest.mark.parametrize("name", ["CachedDataset", "EpochSampler", "CachedEpochs"])

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from helpers import DIGITS, first, job_of, metrics, student_of
+from helpers import first, job_of, metrics, student_of, teacher_of
 from torch import Tensor
 
 from pipeline.console import Console
@@ -23,10 +23,8 @@ from stages.rectify import rectify
 from stages.settings import (
     BiasSettings,
     LossSettings,
-    ModelSettings,
     RectifyConfig,
     StudentConfig,
-    TeacherConfig,
     TrainSettings,
 )
 from stages.train_student import student_trainer, train_student
@@ -154,13 +152,8 @@ def test_a_student_trains_from_it(my_cache: Path, my_splits: Splits, tmp_path: P
 
 
 def test_a_teacher_trains_on_mixed_views(my_splits: Splits, tmp_path: Path) -> None:
-    config = TeacherConfig(
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        augment="pad-crop:pad=1+erasing+cutmix",
-        train=TrainSettings(epochs=2, batch_size=32, lr=0.02),
-        device="cpu",
-    )
+    train = TrainSettings(epochs=2, batch_size=32, lr=0.02)
+    config = teacher_of(augment="pad-crop:pad=1+erasing+cutmix", train=train)
     train_teacher(config, tmp_path / "run", splits=my_splits)
     lines = metrics(tmp_path / "run")
     assert [line["view"] for line in lines] == [0, 1]

@@ -206,10 +206,10 @@ def test_one_broken_image_of_a_batch_is_named(
         (tmp_path / path.parent.name).mkdir(exist_ok=True)
         (tmp_path / path.relative_to(folder)).write_bytes(path.read_bytes())
     train = load_data(settings(tmp_path)).train
-    spoil, told = BROKEN[case]
+    spoil, message = BROKEN[case]
     spoil(tmp_path / "a" / "4.jpg")
     feed = ViewFeed(train, view_policy("resized-crop-flip"), CPU, 16, workers=workers)
-    with pytest.raises(DatasetError, match=told) as caught:
+    with pytest.raises(DatasetError, match=message) as caught:
         list(feed.batches(torch.arange(12), 0, 12))
     assert str(tmp_path / "a" / "4.jpg") in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3
@@ -337,8 +337,8 @@ def test_the_part_of_the_smoke_test(
 ) -> None:
     with pytest.raises(SkippedError):
         gpu_jpegs.decoded_on_gpu(Where("cpu", tmp_path))
-    told, measured = gpu_jpegs.compared(tmp_path / "jpegs", 32, CPU)
-    assert told.startswith("0.00 grey levels apart")  # both are libjpeg-turbo here
+    message, measured = gpu_jpegs.compared(tmp_path / "jpegs", 32, CPU)
+    assert message.startswith("0.00 grey levels apart")  # both are libjpeg-turbo here
     assert len(measured) == 3
     right = nvjpeg._decoded
     monkeypatch.setattr(

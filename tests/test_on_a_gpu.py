@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DIGITS, first
+from helpers import first, student_of
 from pretended_gpu import pretended_gpu
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 
@@ -16,8 +16,6 @@ from stages.settings import (
     BiasMode,
     BiasSettings,
     LossSettings,
-    ModelSettings,
-    StudentConfig,
     TrainSettings,
 )
 from stages.train_student import student_trainer
@@ -38,10 +36,8 @@ def test_two_devices_cannot_be_mixed() -> None:
 def test_steps_of_a_student(
     loss: str, bias: BiasMode, small_cache: Path, digits: Splits, tmp_path: Path
 ) -> None:
-    config = StudentConfig(
-        cache=str(small_cache),
-        data=DIGITS,
-        model=ModelSettings(architecture="helpers:plain"),
+    config = student_of(
+        small_cache,
         loss=LossSettings(name=loss),
         bias=BiasSettings(mode=bias),
         train=TrainSettings(epochs=1, channels_last=False),  # fake weights change no layout

@@ -82,8 +82,8 @@ def test_held_out_is_disjoint_and_of_the_right_size(
 def test_nothing_to_hold_out_or_nothing_left_to_train_on(
     num_samples: int, fraction: float, left: int, out: int
 ) -> None:
-    told = f"{fraction:g} of {num_samples} samples leaves {left} for training and {out} held out"
-    with pytest.raises(ConfigError, match=re.escape(f"data.val_fraction {told}")):
+    message = f"{fraction:g} of {num_samples} samples leaves {left} for training and {out} held out"
+    with pytest.raises(ConfigError, match=re.escape(f"data.val_fraction {message}")):
         held_out(num_samples, fraction, seed=0)
 
 

@@ -223,11 +223,11 @@ def test_a_checkpoint_that_does_not_fit_is_one_error(
 ) -> None:
     rewritten(my_run, change)
     before = contents(my_run)
-    with pytest.raises(RunError, match=r"last\.pt (does not fit|is damaged)") as told:
+    with pytest.raises(RunError, match=r"last\.pt (does not fit|is damaged)") as caught:
         train_student(
             config_of(small_cache, train=trained_for(3)), my_run, resume=True, splits=splits
         )
-    assert len(str(told.value).splitlines()) <= 3
+    assert len(str(caught.value).splitlines()) <= 3
     assert contents(my_run) == before
 
 
@@ -282,10 +282,10 @@ def test_a_full_disk_keeps_the_epochs_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
-        with pytest.raises(RunError, match="cannot be written: No space left") as told:
+        with pytest.raises(RunError, match="cannot be written: No space left") as caught:
             train_student(config, run, splits=splits)
-    assert "Epochs up to 1 are kept" in told.value.remedy
-    assert "--resume" in told.value.remedy
+    assert "Epochs up to 1 are kept" in caught.value.remedy
+    assert "--resume" in caught.value.remedy
     train_student(config, run, resume=True, splits=splits)
     assert same_weights(run, three_epochs)
 
@@ -304,11 +304,11 @@ def test_a_disk_that_takes_no_more_is_one_error(
             main()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    told = capfd.readouterr().err
-    assert ended.value.code == 2, told
-    assert "cannot be written: File too large" in told
-    assert "--resume" in told
-    assert "Traceback" not in told
+    message = capfd.readouterr().err
+    assert ended.value.code == 2, message
+    assert "cannot be written: File too large" in message
+    assert "--resume" in message
+    assert "Traceback" not in message
     assert not list((tmp_path / "run").glob("*.partial"))
 
 

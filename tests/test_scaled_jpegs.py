@@ -114,9 +114,9 @@ def test_a_student_decodes_as_the_teacher_did(folder: Path, tmp_path: Path) -> N
         device="cpu",
     )
     train_student(student, tmp_path / "run")
-    for side, told in ((None, "None, not 16"), (8, "8, not 16")):
+    for side, message in ((None, "None, not 16"), (8, "8, not 16")):
         other = msgspec.structs.replace(student, data=settings(folder, jpeg_side=side))
-        with pytest.raises(IdentityError, match=f"jpeg_side: {told}\n.*--jpeg-side"):
+        with pytest.raises(IdentityError, match=f"jpeg_side: {message}\n.*--jpeg-side"):
             train_student(other, tmp_path / f"run{side}")
     # Probes alone would tell as well.
     policy = view_policy("resized-crop-flip")

@@ -192,8 +192,8 @@ def test_what_the_cache_says_of_itself(gone_on: Gone, reference: LogitCache) -> 
     assert cache.fidelity.rows == 2 * CLASSES * EACH - 1
     assert 2 * TESTED not in cache.eval_shown
     assert len(cache.eval_shown) == CLASSES * TESTED - 1
-    told = CliRunner().invoke(cli, ["inspect", str(gone_on.out)]).output
-    assert "1 train and 1 test samples" in told
+    message = CliRunner().invoke(cli, ["inspect", str(gone_on.out)]).output
+    assert "1 train and 1 test samples" in message
 
 
 @pytest.mark.slow
@@ -335,7 +335,7 @@ def test_what_a_line_may_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("b/3.png", "names no image of a split"),
         ("train", "names no image of a split"),
@@ -346,8 +346,8 @@ def test_what_a_line_may_be(tmp_path: Path) -> None:
         ("test:12", "sample 12"),
     ],
 )
-def test_lines_that_name_nothing(whole: World, tmp_path: Path, line: str, told: str) -> None:
-    with pytest.raises(DatasetError, match=told):
+def test_lines_that_name_nothing(whole: World, tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
         load_data(whole.settings(skip_list(tmp_path, line)))
 
 

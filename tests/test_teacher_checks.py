@@ -20,7 +20,7 @@ from stages.evaluate import evaluate_run
 from stages.inputs.model_input import small_image_notes
 from stages.repair import recorded_job
 from stages.settings import CacheConfig, TeacherSettings
-from stages.teacher_checks import teacher_doubts
+from stages.teacher_checks import teacher_warnings
 from stages.user_code import trusting
 
 ORDER = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
@@ -36,7 +36,7 @@ def rows(top1: float, classes: int = 10, size: int = 4000) -> tuple[Tensor, Tens
 
 
 @pytest.mark.parametrize(
-    ("logits", "labels", "told"),
+    ("logits", "labels", "message"),
     [
         pytest.param(*rows(0.8), None, id="good"),
         pytest.param(*rows(0.2), None, id="poor"),
@@ -56,11 +56,11 @@ def rows(top1: float, classes: int = 10, size: int = 4000) -> tuple[Tensor, Tens
         pytest.param(*(x[:20] for x in rows(0.0)), None, id="too few rows to tell"),
     ],
 )
-def test_doubts(logits: Tensor, labels: Tensor, told: str | None) -> None:
+def test_warnings(logits: Tensor, labels: Tensor, message: str | None) -> None:
     names = [{7: "seven"}.get(c, str(c)) for c in range(logits.shape[1])]
-    doubts = teacher_doubts(logits, labels, names)
-    assert len(doubts) == (0 if told is None else 1)
-    assert told is None or told in doubts[0]
+    warnings = teacher_warnings(logits, labels, names)
+    assert len(warnings) == (0 if message is None else 1)
+    assert message is None or message in warnings[0]
 
 
 # ---- in stage one ---------------------------------------------------------------------------
@@ -127,17 +127,17 @@ def test_a_teacher_whose_order_nobody_knows_is_doubted(
     other, weights = reordered(digits, ORDER), f"{cache_config.teacher.weights}/model.safetensors"
     config = with_teacher(cache_config, weights=weights, architecture="resnet8")
     job, words = prepare(config, other), Words()
-    (doubt,) = plan_cache(job, tmp_path / "plan.zarr").doubts
-    assert "--class-order" in doubt
+    (warning,) = plan_cache(job, tmp_path / "plan.zarr").warnings
+    assert "--class-order" in warning
     cache_teacher(job, tmp_path / "c.zarr", words)
-    assert any(doubt in line for line in words.lines)
+    assert any(warning in line for line in words.lines)
 
 
 def test_a_good_teacher_is_not_doubted(
     tmp_path: Path, cache_config: CacheConfig, digits: Splits
 ) -> None:
     job = prepare(with_teacher(cache_config), digits)
-    assert plan_cache(job, tmp_path / "plan.zarr").doubts == ()
+    assert plan_cache(job, tmp_path / "plan.zarr").warnings == ()
 
 
 def test_evaluate_refuses_another_order(
@@ -153,7 +153,7 @@ def test_evaluate_refuses_another_order(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({}, "of run "),
         ({"weights": "FILE", "architecture": "resnet8"}, "dataset's images"),
@@ -161,12 +161,12 @@ def test_evaluate_refuses_another_order(
     ],
 )
 def test_where_the_normalisation_comes_from_is_told(
-    tmp_path: Path, cache_config: CacheConfig, digits: Splits, changes: dict[str, Any], told: str
+    tmp_path: Path, cache_config: CacheConfig, digits: Splits, changes: dict[str, Any], message: str
 ) -> None:
     if "weights" in changes:
         changes = {**changes, "weights": f"{cache_config.teacher.weights}/model.safetensors"}
     job = prepare(with_teacher(cache_config, **changes), digits)
-    assert told in job.normalisation
+    assert message in job.normalisation
     summary = cache_teacher(job, tmp_path / "c.zarr")
     assert summary.normalisation == job.normalisation
     assert LogitCache.open(tmp_path / "c.zarr").provenance["normalisation"] in job.normalisation

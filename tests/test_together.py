@@ -7,15 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from helpers import (
-    Words,
-    cache_of,
-    first,
-    metrics,
-    same_weights,
-    student_of,
-    without_times,
-)
+from helpers import Words, cache_of, first, metrics, same_weights, student_of, without_times
 from torch import Tensor, nn
 
 from stages.cache import LogitCache
@@ -240,13 +232,13 @@ def test_students_that_cannot_share_a_stream(
     my_cache: Path, my_pairs: Path, my_splits: Splits, tmp_path: Path
 ) -> None:
     one = student(my_cache)
-    for other, told in (
+    for other, message in (
         (student(my_cache, seed=SeedSettings(data=1)), "seed.data"),
         (student(my_cache, views=2), "views"),
         (student(my_cache, train=TrainSettings(epochs=3, batch_size=BATCH)), "train.epochs"),
         (student(my_pairs), "cache"),
     ):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             train_together([one, other], [tmp_path / "a", tmp_path / "b"], splits=my_splits)
     pairs = student(my_cache, loss=LossSettings(name="mlkd"))
     with pytest.raises(ConfigError, match="weak and a strong view"):

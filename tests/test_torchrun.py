@@ -92,7 +92,7 @@ def test_what_runs_in_one_process_says_so(
         main()
 
     assert caught.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {command.split()[0]} runs in one process, this launch has 2")
-    assert all(name in told for name in ON_SEVERAL_RANKS)
-    assert len(told.splitlines()) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {command.split()[0]} runs in one process, this launch has 2")
+    assert all(name in message for name in ON_SEVERAL_RANKS)
+    assert len(message.splitlines()) == 2

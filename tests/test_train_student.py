@@ -24,6 +24,7 @@ from helpers import (
     first,
     same_weights,
     student_of,
+    teacher_of,
     terminate,
     weights,
     without_times,
@@ -50,7 +51,6 @@ from stages.settings import (
     RectifyConfig,
     SeedSettings,
     StudentConfig,
-    TeacherConfig,
     TrainSettings,
 )
 from stages.student_checks import check_students, complete
@@ -92,13 +92,8 @@ def my_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     splits = load_data(DIGITS)
     splits = Splits(first(splits.train, SAMPLES), first(splits.test, 100))
     run, cache = folder / "teacher", folder / "digits.zarr"
-    teacher = TeacherConfig(
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        augment=POLICY,
-        train=TrainSettings(epochs=3, batch_size=16, lr=0.05),
-        device="cpu",
-    )
+    train = TrainSettings(epochs=3, batch_size=16, lr=0.05)
+    teacher = teacher_of(augment=POLICY, train=train)
     train_teacher(teacher, run, splits=splits)
     cache_of(run, cache, splits, views=VIEWS, encoding="float32", batch_size=CACHE_BATCH)
     rectify(cache, RectifyConfig())
@@ -410,9 +405,9 @@ def test_stopped_after_a_last_batch_that_took_one_sample_more(
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "run")
 
 
-@pytest.mark.parametrize(("seconds", "kept", "told"), [(0, 2, 2), (1000, 1, 2)])
+@pytest.mark.parametrize(("seconds", "kept", "message"), [(0, 2, 2), (1000, 1, 2)])
 def test_killed_within_an_epoch_it_repeats_that_epoch(
-    my_world: World, my_whole: Path, tmp_path: Path, seconds: float, kept: int, told: int
+    my_world: World, my_whole: Path, tmp_path: Path, seconds: float, kept: int, message: int
 ) -> None:
     """And those since the last checkpoint, whose lines are dropped. It is killed in the third."""
     config, run = student_config(my_world.cache, bias=RECTIFY), tmp_path / "run"
@@ -421,7 +416,7 @@ def test_killed_within_an_epoch_it_repeats_that_epoch(
     with pytest.raises(KilledError):
         train_student(config, run, splits=my_world.splits, reporter=AtBatch(10, kill))
     state = torch.load(run / "last.pt", weights_only=True)
-    assert (state["position"]["epoch"], len(without_times(run))) == (kept, told)
+    assert (state["position"]["epoch"], len(without_times(run))) == (kept, message)
     train_student(config, run, resume=True, splits=my_world.splits)
     assert same_weights(my_whole, run)
     assert without_times(my_whole) == without_times(run)

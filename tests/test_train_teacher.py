@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import RUN_FILES, first, metrics, same_weights, weights
+from helpers import RUN_FILES, first, metrics, same_weights, teacher_of, weights
 from torch import Tensor
 
 from stages import train_teacher as stage
@@ -31,14 +30,7 @@ def my_splits() -> Splits:
 
 def teacher_config(**changes: Any) -> TeacherConfig:
     """Four epochs of a resnet8 on digits; keyword arguments replace whole sections."""
-    config = TeacherConfig(
-        data=DataSettings(dataset="digits"),
-        model=ModelSettings(architecture="resnet8"),
-        augment="pad-crop:pad=2",
-        train=TrainSettings(epochs=4, batch_size=32),
-        device="cpu",
-    )
-    return msgspec.structs.replace(config, **changes)
+    return teacher_of(**{"train": TrainSettings(epochs=4, batch_size=32), **changes})
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,7 @@ def test_it_may_be_tested_on_another_dataset(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"loss": LossSettings(name="ce")}, "the loss 'ce' needs labels"),
         ({"loss": LossSettings(name="dkd")}, "the loss 'dkd' needs labels"),
@@ -149,11 +149,11 @@ def test_it_may_be_tested_on_another_dataset(
     ],
 )
 def test_what_needs_labels_is_refused(
-    unlabelled: Path, tmp_path: Path, changes: dict[str, object], told: str
+    unlabelled: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(PipelineError) as raised:
         train_student(student(unlabelled, **changes), tmp_path / "run")  # type: ignore[arg-type]
-    assert told in raised.value.cause
+    assert message in raised.value.cause
     assert len(str(raised.value).splitlines()) <= 3
     assert not (tmp_path / "run").exists()
 
@@ -198,9 +198,9 @@ def test_a_cached_dataset_has_no_mask(unlabelled: Path) -> None:
 
 def test_commands_say_so(unlabelled: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke
-    told = run(cli, ["inspect", str(unlabelled)]).output
-    assert "no test split" in told
-    assert "none" in next(line for line in told.splitlines() if "labels" in line)
+    message = run(cli, ["inspect", str(unlabelled)]).output
+    assert "no test split" in message
+    assert "none" in next(line for line in message.splitlines() if "labels" in line)
     page = tmp_path / "page.html"
     result = run(cli, ["report", str(unlabelled), "--out", str(page)])
     assert result.exit_code == 0, result.output

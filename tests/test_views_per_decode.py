@@ -23,6 +23,7 @@ from helpers import (
     resized,
     same_weights,
     student_of,
+    teacher_of,
     terminate,
     weights,
     without_times,
@@ -46,7 +47,6 @@ from stages.settings import (
     ModelSettings,
     RectifyConfig,
     StudentConfig,
-    TeacherConfig,
     TrainSettings,
 )
 from stages.student_checks import check_students, complete
@@ -370,8 +370,8 @@ def test_metrics_count_what_was_shown(my_cache: Path, my_splits: Splits, tmp_pat
     assert [line["lr"] for line in lines] == [line["lr"] for line in singly]
     assert [line["view"] for line in lines] == [line["view"] for line in singly]
     assert "images" not in singly[0]
-    told = " ".join(map(str, lines[0]["views"]))
-    assert any(f"views {told} of" in text for text in words.lines)
+    message = " ".join(map(str, lines[0]["views"]))
+    assert any(f"views {message} of" in text for text in words.lines)
     read = [read_run(tmp_path / name, name) for name in ("run", "singly")]
     assert [getattr(run, "config", {}).get("views") for run in read] == [VIEWS, VIEWS]
 
@@ -586,13 +586,9 @@ def test_mixed_and_unlabelled_images(
 
 def test_a_teacher_is_shown_rounds_as_well(my_splits: Splits, tmp_path: Path) -> None:
     """And ends with the same weights after a stop."""
-    config = TeacherConfig(
-        data=student_of("none").data,
-        model=ModelSettings(architecture="helpers:plain"),
-        augment="pad-crop:pad=1",
-        train=TrainSettings(epochs=5, batch_size=BATCH, views_per_decode=3),
-        device="cpu",
-    )
+    model = ModelSettings(architecture="helpers:plain")
+    train = TrainSettings(epochs=5, batch_size=BATCH, views_per_decode=3)
+    config = teacher_of(model=model, augment="pad-crop:pad=1", train=train)
     train_teacher(config, tmp_path / "whole", splits=my_splits)
     lines = metrics(tmp_path / "whole")
     singly = [view_order(0, epoch, 9) for epoch in range(5)]
@@ -615,7 +611,7 @@ def test_one_view_a_decode_is_the_setting_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--views-per-decode", "0"], "train.views_per_decode must be positive, was 0"),
         (["--views-per-decode", "-1"], "train.views_per_decode must be positive, was -1"),
@@ -628,7 +624,7 @@ def test_one_view_a_decode_is_the_setting_left_out() -> None:
 def test_what_cannot_be_is_told_in_three_lines(
     my_cache: Path,
     words: list[str],
-    told: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -649,7 +645,7 @@ def test_what_cannot_be_is_told_in_three_lines(
     ]
     answer = answer_to([*asked, *words], monkeypatch, capsys)
     assert answer.code == 2
-    assert told in answer.text
+    assert message in answer.text
     assert len(answer.err.strip().splitlines()) <= 3
     assert not (tmp_path / "run").exists()
 

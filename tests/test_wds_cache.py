@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from helpers import student_of
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -25,7 +26,6 @@ from stages.repair import recorded_job
 from stages.settings import (
     CacheConfig,
     DataSettings,
-    ModelSettings,
     StudentConfig,
     TeacherSettings,
     TrainSettings,
@@ -158,15 +158,13 @@ def test_bytes_do_not_depend_on_views_at_once(
     assert held_bytes(job, 2) == held_bytes(folder, 2) + block
 
 
+def student(world: World, cache: LogitCache) -> StudentConfig:
+    data = DataSettings(dataset=world.spec, test="none", workers=0, image_size=8)
+    return student_of(cache.path, data=data, train=TrainSettings(epochs=1, batch_size=8))
+
+
 def test_a_student_and_the_live_teacher(world: World, cached: LogitCache, tmp_path: Path) -> None:
-    config = StudentConfig(
-        cache=str(cached.path),
-        data=DataSettings(dataset=world.spec, test="none", workers=0, image_size=8),
-        model=ModelSettings(architecture="helpers:plain"),
-        train=TrainSettings(epochs=1, batch_size=8),
-        device="cpu",
-    )
-    train_student(config, tmp_path / "run")
+    train_student(student(world, cached), tmp_path / "run")
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert verify_live(cached, recorded_job(cached.path), 20) == []
 
@@ -183,15 +181,8 @@ def test_a_shard_that_changed_after_caching(
 ) -> None:
     other = World(tmp_path)
     other.write({13: picture(99, side)})
-    config = StudentConfig(
-        cache=str(cached.path),
-        data=DataSettings(dataset=other.spec, test="none", workers=0, image_size=8),
-        model=ModelSettings(architecture="helpers:plain"),
-        train=TrainSettings(epochs=1, batch_size=8),
-        device="cpu",
-    )
     with pytest.raises(IdentityError, match=message):
-        train_student(config, tmp_path / "run")
+        train_student(student(other, cached), tmp_path / "run")
 
 
 def test_shards_that_are_gone(world: World, cached: LogitCache, tmp_path: Path) -> None:

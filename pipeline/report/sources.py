@@ -81,9 +81,9 @@ def _look(path: Path, name: str, depth: int, sources: Sources, seen: set[Path]) 
         found = list(read_sweep(path, name))
         for run in found:
             _add(run, sources)
-        told = {run.name for run in found}
+        names = {run.name for run in found}
         for child in _folders(path):  # runs that the sweep has not come to the end of
-            if f"{name}/{child.name}" not in told:
+            if f"{name}/{child.name}" not in names:
                 _look(child, f"{name}/{child.name}", depth - 1, sources, seen)
             else:
                 seen.add(child.resolve())

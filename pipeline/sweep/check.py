@@ -1,4 +1,4 @@
-"""What can be known to be wrong before the first run starts, is told before it starts.
+"""What can be known to be wrong before the first run starts, is reported before it starts.
 
 Each cache, dataset and model is opened once, however many runs use it. Loading the data here also
 downloads it once, where that is asked for, and not in every process.

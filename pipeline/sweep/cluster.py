@@ -1,7 +1,7 @@
 """Runs on Dask distributed: processes of one's own, or an existing scheduler.
 
 No more tasks are handed out than there are workers, so that a worker's death is the fault of the
-one run it was busy with: that run is tried once more, then told.
+one run it was busy with: that run is tried once more, then reported.
 """
 
 import contextlib

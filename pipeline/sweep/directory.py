@@ -131,8 +131,8 @@ class SweepDirectory:
         folder = self.run(run.name)
         with contextlib.suppress(RunError, ValueError):  # one that is damaged is written again
             if (summary := read_summary(folder)) is not None:
-                told = msgspec.convert(summary, Summary)
-                if told.epochs >= run.config.train.epochs:
+                found = msgspec.convert(summary, Summary)
+                if found.epochs >= run.config.train.epochs:
                     return Progress(summary=summary)
         return Progress(epochs=epochs_done(folder) if (folder / "last.pt").exists() else 0)
 
@@ -141,7 +141,7 @@ def _origins(folder: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
     """What a run was made from; ours where it does not say."""
     try:
         found = read_config(folder).get(MADE_FROM)
-    except RunError:  # told when it is gone on with
+    except RunError:  # reported when it is gone on with
         found = None
     return {key: found.get(key) for key in ours} if isinstance(found, dict) else dict(ours)
 

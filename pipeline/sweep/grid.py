@@ -205,11 +205,11 @@ def _settings(sweep: SweepFile) -> Iterator[tuple[list[str], dict[str, Any], dic
     """
     for grid in sweep.runs:
         own, grid = grid.get("label"), {k: v for k, v in grid.items() if k != "label"}
-        told = {key: words(key, _choices(key, value)) for key, value in grid.items()}
-        varied = {key for key in grid if len(told[key]) > 1}
+        described = {key: words(key, _choices(key, value)) for key, value in grid.items()}
+        varied = {key for key in grid if len(described[key]) > 1}
         for chosen in multiplied(grid):
             keys = {k: v for k, v in chosen.items() if not k.startswith("seed.")}
-            shown = [told[k][repr(v)] for k, v in keys.items() if own is None or k in varied]
+            shown = [described[k][repr(v)] for k, v in keys.items() if own is None or k in varied]
             names = [", ".join(([] if own is None else [own]) + shown) or "base"]
             if own is None:
                 names.append(", ".join(f"{key}={value}" for key, value in keys.items()))

@@ -162,7 +162,7 @@ class Ledger:
         for run, outcome in zip(runs, outcomes, strict=True):
             top1 = self._top1[run.name]
             if isinstance(outcome, Failure):
-                result = Result(run, top1, error=outcome.told)
+                result = Result(run, top1, error=outcome.message)
                 if outcome.trace:
                     self._directory.write(f"{run.name}.error.txt", outcome.trace)
             else:

@@ -145,9 +145,9 @@ def _table(dataset: str, results: Sequence[Result], wanted: dict[str, Any] | Non
     names = {group.label for group in compared if group is not None}
     against = f"against {names.pop()}" if len(names) == 1 else "against its baseline"
     teachers = sorted({r.teacher_top1 for r in results if r.teacher_top1 is not None})
-    told = ", ".join(f"{top1:.2%}" for top1 in teachers)
+    shown = ", ".join(f"{top1:.2%}" for top1 in teachers)
     return Table(
-        dataset + (f", teacher {told}" if told else ""),
+        dataset + (f", teacher {shown}" if shown else ""),
         (*_COLUMNS, against, "against the teacher"),
         [_row(group, baseline) for group, baseline in zip(groups, compared, strict=True)],
         [(result.run.name, result.error) for result in results if result.error is not None],

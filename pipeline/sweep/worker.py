@@ -53,7 +53,7 @@ class Place:
 class Failure:
     """Why a run failed, in one line. trace: of an error that is a fault of ours, else empty."""
 
-    told: str
+    message: str
     trace: str = ""
 
 
@@ -93,13 +93,13 @@ def _one(config: StudentConfig, out: str, splits: Splits, watch: "Watch") -> Out
 
 
 def failure(error: BaseException) -> Failure:
-    """An error as it is told."""
+    """An error as it is reported."""
     if isinstance(error, PipelineError):
         sentences = (text.rstrip(".") for text in (error.cause, error.remedy) if text)
         return Failure(" ".join(". ".join(sentences).split()))
     lines = str(error).strip().splitlines()
-    told = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return Failure(told, "".join(traceback.format_exception(error)))
+    message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return Failure(message, "".join(traceback.format_exception(error)))
 
 
 @lru_cache(maxsize=2)

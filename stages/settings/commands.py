@@ -136,8 +136,8 @@ class RectifyConfig(Settings, frozen=True):
     def chosen_name(self) -> str:
         """The name, or the default one: method, temperature, space and rule."""
         space = "" if self.space == "probability-T" else f"-{self.space}"
-        sure = "" if self.trusted_above is None else f"-confidence{self.trusted_above:g}"
-        return self.name or f"{self.method}-T{self.temperature:g}{space}{sure}"
+        rule = "" if self.trusted_above is None else f"-confidence{self.trusted_above:g}"
+        return self.name or f"{self.method}-T{self.temperature:g}{space}{rule}"
 
 
 class RunConfig(Settings, frozen=True, kw_only=True):

@@ -164,7 +164,7 @@ def check_blocks(
 
 
 def _missing_views(cache: LogitCache, part: Part, files: Mapping[int, object]) -> list[Fault]:
-    """The blocks of views that should have records and have none; many are told together."""
+    """The blocks of views that should have records and have none; many are reported together."""
     missing = [view for view in part.views or () if view not in files]
     named = missing[: max(1, _MISSING_NAMED // cache.grid.num_blocks)]
     faults = [fault for view in named for fault in _missing(cache, part, view, {})]
@@ -174,7 +174,7 @@ def _missing_views(cache: LogitCache, part: Part, files: Mapping[int, object]) -
 
 
 def _missing(cache: LogitCache, part: Part, view: int, found: ViewRecords) -> list[Fault]:
-    """The blocks that should have a record and have none; many are told together."""
+    """The blocks that should have a record and have none; many are reported together."""
     if not (found if part.views is None else view in part.views):
         return []
     name, blocks = part.commits.part, cache.grid.num_blocks

@@ -132,9 +132,9 @@ def test_whatever_bytes_are_read_are_compared(
         assert len(other) == objects[key]["bytes"]
         sync(counting.set(key, default_buffer_prototype().buffer.from_bytes(other)))
 
-    with pytest.raises(CacheError, match=r"a/c/0/[01]/0 is damaged: its sha256") as told:
+    with pytest.raises(CacheError, match=r"a/c/0/[01]/0 is damaged: its sha256") as caught:
         arrays.read_rows(checked(array, objects), 0, runs)
-    assert "--repair" in told.value.remedy
+    assert "--repair" in caught.value.remedy
 
 
 def test_spans_that_are_no_parts_are_right_as_well(
@@ -256,9 +256,9 @@ def test_shared_arrays_of_another_cache_are_refused_when_it_is_opened(
     mine, other = copied(caches, tmp_path)
     exchange(mine / array / "c/0", other / array / "c/0")
 
-    with pytest.raises(CacheError, match=f"array '{array}' is damaged") as told:
+    with pytest.raises(CacheError, match=f"array '{array}' is damaged") as caught:
         LogitCache.open(mine)
-    assert "--repair" in told.value.remedy
+    assert "--repair" in caught.value.remedy
     LogitCache.open(mine, check=False)
 
 

@@ -407,9 +407,11 @@ def test_klt_takes_two_bytes_for_tiny_budgets_alone(budget: float, dtype: str) -
 def test_a_budget_below_the_finest_step_is_refused() -> None:
     rows, _ = teacher_rows(500, 20)
 
-    with pytest.raises(CacheError, match="no step of the encoding klt holds a KL of 1e-13") as told:
+    with pytest.raises(
+        CacheError, match="no step of the encoding klt holds a KL of 1e-13"
+    ) as caught:
         Klt.fit(rows, {1.0: 1e-13})
-    assert "--encoding float32" in told.value.remedy
+    assert "--encoding float32" in caught.value.remedy
 
 
 @pytest.mark.parametrize("budget", [PLAIN_KL, 1e-8], ids=["int8", "int16"])

@@ -291,9 +291,9 @@ def test_rows_that_are_not_finite_are_refused(rows: Tensor, value: float) -> Non
 
 
 def test_a_budget_that_no_step_holds_is_told(rows: Tensor) -> None:
-    with pytest.raises(CacheError, match=r"klt-top holds a KL of 1e-13 at T=4") as told:
+    with pytest.raises(CacheError, match=r"klt-top holds a KL of 1e-13 at T=4") as caught:
         KltTop.fit(rows, {4.0: 1e-13})
-    assert "float32" in told.value.remedy
+    assert "float32" in caught.value.remedy
 
 
 @pytest.mark.parametrize("budget", [{1.0: 1e-3}, {4.0: 1e-3}, {1.0: 0.1, 4.0: 2e-3, 10.0: 1e-3}])

@@ -19,7 +19,7 @@ from uuid import uuid4
 import pytest
 from click.testing import CliRunner
 from damage import everything, flipped, records, same, tree, values
-from helpers import Words, resized, student_of
+from helpers import Words, refusal, resized, student_of
 
 from pipeline.cli import cli
 from stages.cache import LogitCache, stores
@@ -367,15 +367,6 @@ def through(server: tuple[str, int], fault: Fault, retry: float = 1) -> Iterator
             thread.join()
 
 
-def what_is_told(work: Callable[[], object]) -> list[str]:
-    """The lines of the error that a command ends in, none if it comes through."""
-    try:
-        work()
-    except (CacheError, UnansweredError) as error:
-        return str(error).splitlines()
-    return []
-
-
 FAULTS: dict[str, Fault] = {
     "healthy": healthy,
     "500-now-and-then": error_first(2, one_of=5),
@@ -500,9 +491,9 @@ def test_a_server_that_goes_away_half_way_is_told_and_the_next_run_completes(
 
     started = time.monotonic()
     with through(server, goes_away, 0.2) as proxy:
-        told = what_is_told(lambda: act(url, one_job))
-        assert len(told) <= 3
-        assert told or proxy.seen["anything"] <= after  # it had everything before
+        message = refusal(lambda: act(url, one_job))
+        assert len(message.splitlines()) <= 3
+        assert message or proxy.seen["anything"] <= after  # it had everything before
     assert time.monotonic() - started < SECONDS
 
     act(url, one_job)

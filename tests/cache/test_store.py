@@ -314,9 +314,11 @@ def test_array_metadata_changed_by_hand_are_noticed(
     document.write_text(json.dumps(json.loads(document.read_text()) | change))
 
     (key,) = change
-    with pytest.raises(CacheError, match=f"array '{name}' is not what was written: {key}") as told:
+    with pytest.raises(
+        CacheError, match=f"array '{name}' is not what was written: {key}"
+    ) as caught:
         LogitCache.open(path)
-    assert "pipeline verify CACHE --repair" in told.value.remedy
+    assert "pipeline verify CACHE --repair" in caught.value.remedy
 
 
 def test_room_for_more_views_than_are_committed_is_no_damage(path: Path) -> None:

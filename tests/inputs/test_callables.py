@@ -237,9 +237,9 @@ def test_the_line_of_the_users_code_is_named(module: str) -> None:
 
 def test_code_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    for source, told in (("1 / 0", "ZeroDivisionError"), ("x = (", "SyntaxError")):
+    for source, message in (("1 / 0", "ZeroDivisionError"), ("x = (", "SyntaxError")):
         name = write(tmp_path, source)
-        with pytest.raises(DatasetError, match=rf"importing .*{told}.*{name}\.py:1"):
+        with pytest.raises(DatasetError, match=rf"importing .*{message}.*{name}\.py:1"):
             load_dataset(f"{name}:x", "train")
 
 
@@ -325,6 +325,6 @@ def test_without_workers_a_fault_of_ours_keeps_its_traceback(module: str) -> Non
     ],
 )
 def test_what_torch_says_of_workers(error: Exception, cause: str, remedy: str) -> None:
-    told = worker_error(error, 4)
-    assert cause in told.cause
-    assert remedy in told.remedy
+    message = worker_error(error, 4)
+    assert cause in message.cause
+    assert remedy in message.remedy

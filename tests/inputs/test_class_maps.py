@@ -87,7 +87,7 @@ def test_pooling_adds_probabilities_and_restricting_divides_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "classes", "aliases", "error", "told"),
+    ("text", "classes", "aliases", "error", "message"),
     [
         ("auto", ["cat", "pug_dog", "emu"], PETS, ModelError, "2 of 3 classes: 'cat', 'emu'"),
         ("auto", ["tabby_ca"], PETS, ModelError, "did you mean 'tabby cat'"),
@@ -108,14 +108,14 @@ def test_pooling_adds_probabilities_and_restricting_divides_them() -> None:
         ("a: [0, 1]\nb: 1", ["a", "b"], PETS, ModelError, "output 1 of the teacher to 'a'"),
     ],
 )
-def test_wrong_maps(tmp_path, text, classes, aliases, error, told) -> None:  # type: ignore[no-untyped-def]
+def test_wrong_maps(tmp_path, text, classes, aliases, error, message) -> None:  # type: ignore[no-untyped-def]
     wanted = text
     if text not in ("auto", "none"):
         (tmp_path / "map.yaml").write_text(text)
         wanted = str(tmp_path / "map.yaml")
     with pytest.raises(error) as raised:
         class_groups(wanted, classes, aliases, 5, "the teacher")
-    assert told in raised.value.cause + raised.value.remedy
+    assert message in raised.value.cause + raised.value.remedy
     assert len(str(raised.value).splitlines()) <= 3
 
 

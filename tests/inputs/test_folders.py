@@ -108,8 +108,8 @@ def test_what_is_not_taken_is_counted_in_one_line(tmp_path: Path) -> None:
     }
     (note,) = train(tmp_path).notes
     assert len(note.splitlines()) == 1
-    for told in ("2 dangling link", "2 .txt", "2 special file", f"check-data folder:{tmp_path}"):
-        assert told in note
+    for message in ("2 dangling link", "2 .txt", "2 special file", f"check-data folder:{tmp_path}"):
+        assert message in note
 
 
 def test_links_in_a_circle_end(tmp_path: Path) -> None:

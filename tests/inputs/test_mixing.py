@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import teacher_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from noise import noise, noise_dataset
@@ -374,14 +375,8 @@ def test_held_out_samples_would_be_partners(tmp_path: Any) -> None:
     from helpers import DIGITS
     from msgspec.structs import replace
 
-    from stages.settings import ModelSettings, TeacherConfig
     from stages.train_teacher import train_teacher
 
-    config = TeacherConfig(
-        data=replace(DIGITS, val_fraction=0.1),
-        model=ModelSettings(architecture="resnet8"),
-        augment="pad-crop:pad=1+mixup",
-        device="cpu",
-    )
+    config = teacher_of(data=replace(DIGITS, val_fraction=0.1), augment="pad-crop:pad=1+mixup")
     with pytest.raises(ConfigError, match="--val-fraction"):
         train_teacher(config, tmp_path / "run")

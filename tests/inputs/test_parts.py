@@ -158,7 +158,7 @@ def test_exif_orientation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "reading", "told"),
+    ("spec", "reading", "message"),
     [
         ("digits", {"test": "1.5"}, "no share"),
         ("digits", {"test": "0"}, "no share"),
@@ -181,7 +181,7 @@ def test_exif_orientation(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_read(  # type: ignore[no-untyped-def]
-    spec, reading, told, single: Path, alone: Path, tmp_path: Path
+    spec, reading, message, single: Path, alone: Path, tmp_path: Path
 ) -> None:
     places = {"ALONE": alone, "SINGLE": single, "EMPTY": tmp_path}
 
@@ -192,7 +192,7 @@ def test_what_cannot_be_read(  # type: ignore[no-untyped-def]
 
     with pytest.raises(DatasetError) as raised:
         load_splits(placed(spec), **{key: placed(value) for key, value in reading.items()})
-    assert told in f"{raised.value.cause} {raised.value.remedy}"
+    assert message in f"{raised.value.cause} {raised.value.remedy}"
     assert len(str(raised.value).splitlines()) <= 3
 
 

@@ -397,7 +397,7 @@ def test_folders_of_transformers_that_cannot_be_used(vit: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("name", "more", "told"),
+    ("name", "more", "message"),
     [
         ("hf-model:TMP/nowhere", {}, "hf-model:"),
         ("hf-model:", {}, "hf-model:"),
@@ -448,7 +448,7 @@ def test_folders_of_transformers_that_cannot_be_used(vit: Path, tmp_path: Path, 
     ],
 )
 def test_teachers_that_cannot_be(  # type: ignore[no-untyped-def]
-    name, more, told, places, files: Path, monkeypatch: pytest.MonkeyPatch
+    name, more, message, places, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name.startswith(("hf-model:", "clip:")) and "weights" not in more:
         pytest.importorskip("transformers" if name.startswith("hf") else "open_clip")
@@ -458,7 +458,7 @@ def test_teachers_that_cannot_be(  # type: ignore[no-untyped-def]
         more = {key: value.replace(place, str(path)) for key, value in more.items()}
     with pytest.raises(PipelineError) as raised:
         load_teacher(settings(name, **more), CLASSES, 3)
-    assert told in f"{raised.value.cause} {raised.value.remedy}"
+    assert message in f"{raised.value.cause} {raised.value.remedy}"
     assert len(str(raised.value).splitlines()) <= 3
 
 

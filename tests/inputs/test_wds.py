@@ -128,8 +128,8 @@ def test_samples_are_those_of_the_library(tmp_path: Path) -> None:
     assert len(dataset) == len(truth) == 4
     for i, (_, parts) in enumerate(truth):
         image = next(parts[e] for e in ("jpg", "jpeg", "png", "webp") if e in parts)
-        told = json.loads(parts.get("json", b"{}"))
-        label = int(parts["cls"]) if "cls" in parts else told.get("label", told.get("cls"))
+        fields = json.loads(parts.get("json", b"{}"))
+        label = int(parts["cls"]) if "cls" in parts else fields.get("label", fields.get("cls"))
         assert torch.equal(dataset.load(i), pixels_of(image))
         assert dataset.labels[i] == label
     assert dataset.class_names == ("0", "1")

@@ -209,9 +209,9 @@ def one_clear_error(error: PipelineError) -> None:
 def test_what_is_wrong_is_named(
     tmp_path: Path, text: str | None, override: str | None, named: str
 ) -> None:
-    with pytest.raises(ConfigError, match=named) as told:
+    with pytest.raises(ConfigError, match=named) as caught:
         teacher(tmp_path, text, {}, *filter(None, [override]))
-    one_clear_error(told.value)
+    one_clear_error(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "weights"])
@@ -219,9 +219,9 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
     path = tmp_path if kind == "folder" else tmp_path / "given"
     if kind == "weights":
         path.write_bytes(b"\xff\xfe\x80\x81")
-    with pytest.raises(ConfigError, match=str(path)) as told:
+    with pytest.raises(ConfigError, match=str(path)) as caught:
         read_config(TeacherConfig, str(path), NEEDED, [])
-    one_clear_error(told.value)
+    one_clear_error(caught.value)
 
 
 def test_a_flag_below_a_value_in_the_file(tmp_path: Path) -> None:

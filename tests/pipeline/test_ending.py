@@ -83,11 +83,11 @@ def test_an_absurd_number_is_one_error(
     ]
     for value in ABSURD:
         assert run([name, *needed(cli.commands[name]), option, value], monkeypatch) == 2, value
-        told = capsys.readouterr().err
-        assert "Traceback" not in told
-        assert sum(line.lower().startswith("error:") for line in told.splitlines()) == 1
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        assert sum(line.lower().startswith("error:") for line in message.splitlines()) == 1
         if value in ("nan", "inf", "", "x") or (whole and value == str(10**23)):
-            assert key in told.replace("-", "_"), (value, told)
+            assert key in message.replace("-", "_"), (value, message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-out"]
 
 
@@ -114,10 +114,10 @@ def test_an_output_that_takes_nothing_is_one_error(
     monkeypatch.setattr(sys, "stdout", output)
     assert run([name, str(small_copy)], monkeypatch) == code
     output.close()  # the interpreter's own last flush would fail here
-    told = capfd.readouterr().err
-    assert "Traceback" not in told
-    assert ("cannot write the output" in told) == (code == 2)
-    assert code == 2 or told == ""
+    message = capfd.readouterr().err
+    assert "Traceback" not in message
+    assert ("cannot write the output" in message) == (code == 2)
+    assert code == 2 or message == ""
 
 
 def test_help_that_nobody_can_read(tmp_path: Path) -> None:
@@ -174,10 +174,10 @@ def test_a_stopped_command_says_what_is_kept(
     finally:
         signal.signal(signal.SIGINT, before)
     assert signal.getsignal(signal.SIGTERM) is handler
-    told = capsys.readouterr().err.strip().splitlines()
-    assert len(told) == 2
-    assert f"{name} was stopped by " in told[0]
-    assert told[1] == KEPT.get(name, told[1])
+    message = capsys.readouterr().err.strip().splitlines()
+    assert len(message) == 2
+    assert f"{name} was stopped by " in message[0]
+    assert message[1] == KEPT.get(name, message[1])
 
 
 def test_what_is_kept_depends_on_what_was_asked_for() -> None:
@@ -225,9 +225,9 @@ def test_a_pass_and_a_rectification_that_are_stopped_go_on(
     words += " --augment pad-crop:pad=2 --encoding float32 --device cpu --set block_rows=200"
 
     process = forks.Started(["-m", "pipeline", *words.split()])
-    told = stop(process, lambda: committed(out) > 0, signal.SIGINT)
-    assert process.returncode == 130, told
-    assert told.strip().splitlines()[-1] == KEPT["cache-teacher"]
+    message = stop(process, lambda: committed(out) > 0, signal.SIGINT)
+    assert process.returncode == 130, message
+    assert message.strip().splitlines()[-1] == KEPT["cache-teacher"]
     cache = LogitCache.open(out)
     missing = len(cache.commits.missing(range(6)))
     assert 0 < missing < 6 * cache.grid.num_blocks
@@ -244,8 +244,8 @@ def test_a_pass_and_a_rectification_that_are_stopped_go_on(
     assert cache_teacher(prepare(config), out).computed_blocks == missing
 
     process = forks.Started(["-m", "pipeline", "rectify", str(out)])
-    told = stop(process, lambda: committed(out, "rectified/pairwise-T4") > 0, signal.SIGTERM)
-    assert process.returncode == 143, told
-    assert told.strip().splitlines()[-1] == KEPT["rectify"]
+    message = stop(process, lambda: committed(out, "rectified/pairwise-T4") > 0, signal.SIGTERM)
+    assert process.returncode == 143, message
+    assert message.strip().splitlines()[-1] == KEPT["rectify"]
     rectify(out, RectifyConfig())
     assert verify(out).faults == []

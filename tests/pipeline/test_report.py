@@ -212,7 +212,7 @@ def test_a_report_is_replaced_and_nothing_else(run: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("paths", "out", "told"),
+    ("paths", "out", "message"),
     [
         (["gone"], "r.html", "nothing lies at gone"),
         (["notes"], "r.html", "notes holds neither a cache nor a run"),
@@ -227,13 +227,13 @@ def test_a_report_is_replaced_and_nothing_else(run: Path, tmp_path: Path) -> Non
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
 def test_what_cannot_be_is_told(
-    everything: Path, monkeypatch: pytest.MonkeyPatch, paths: list[str], out: str, told: str
+    everything: Path, monkeypatch: pytest.MonkeyPatch, paths: list[str], out: str, message: str
 ) -> None:
     monkeypatch.chdir(everything)
     answer = CliRunner().invoke(cli, ["report", *paths, "--out", out])
     assert isinstance(answer.exception, PipelineError)
-    assert told in answer.exception.cause
-    assert answer.exception.remedy or "URL" in told
+    assert message in answer.exception.cause
+    assert answer.exception.remedy or "URL" in message
     assert not Path("r.html").exists()
 
 

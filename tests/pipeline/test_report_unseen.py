@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import DIGITS, cache_of, first
+from helpers import cache_of, first, teacher_of
 from PIL import Image
 from reports import Element, page_of
 from test_report_numbers import naive_ece, rows_of, softmax
@@ -19,7 +19,7 @@ from stages.calibrate import calibrate
 from stages.data import Splits
 from stages.inputs.views import view_policy
 from stages.rectify import rectify
-from stages.settings import ModelSettings, RectifyConfig, TeacherConfig, TrainSettings
+from stages.settings import RectifyConfig, TrainSettings
 from stages.suspects import suspected_labels
 from stages.train_teacher import train_folds
 
@@ -37,14 +37,7 @@ def my_caches(
 ) -> tuple[Path, Path]:
     """Two views of 80 digits: of two folds, with labels that may be wrong, and of one teacher."""
     folder, splits = tmp_path_factory.mktemp("unseen"), my_splits
-    config = TeacherConfig(
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        augment="pad-crop:pad=2",
-        train=TrainSettings(epochs=3, batch_size=20),
-        device="cpu",
-        folds=2,
-    )
+    config = teacher_of(train=TrainSettings(epochs=3, batch_size=20), folds=2)
     train_folds(config, folder / "t", splits=splits)
     folds = cache_of(folder / "t", folder / "folds.zarr", splits, encoding="float32")
     one = cache_of(teacher_run, folder / "one.zarr", splits, encoding="float32")

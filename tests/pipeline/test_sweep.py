@@ -148,12 +148,12 @@ def killed(folder: Path) -> Killed:
     try:
         wait_for(out / "long-s0" / "last.pt", sweep)
     finally:
-        told = sweep.stdout + sweep.stderr
+        message = sweep.stdout + sweep.stderr
         workers = psutil.Process(sweep.pid).children(recursive=True)
         sweep.kill()
         sweep.wait()
     ended, table = gone(workers), (out / "table.md").read_text()
-    return Killed(file, out, told, lines(out), table, ended)
+    return Killed(file, out, message, lines(out), table, ended)
 
 
 @pytest.mark.slow
@@ -182,10 +182,10 @@ def test_a_killed_sweep_goes_on_bit_by_bit(
     assert not (out / "long-s0" / "summary.json").exists()
     finished = (out / "ce-s0" / "last.pt").stat().st_mtime_ns
 
-    with pytest.raises(RunError) as told:
+    with pytest.raises(RunError) as caught:
         run_sweep(killed.file, Console(), scheduler=scheduler)
 
-    assert told.value.cause.startswith("2 of 4 runs failed: diverges-s0 (")
+    assert caught.value.cause.startswith("2 of 4 runs failed: diverges-s0 (")
     assert "1 of 4 runs are finished already" in capsys.readouterr().out
     assert (out / "ce-s0" / "last.pt").stat().st_mtime_ns == finished
     for run in check_runs(expand(read_sweep(killed.file))).runs:
@@ -217,9 +217,9 @@ def test_a_stopped_sweep_ends_its_workers_and_says_how_to_go_on(
     workers = psutil.Process(sweep.pid).children(recursive=True)
     os.killpg(sweep.pid, number)  # as a terminal does it: to all of them
 
-    _, told = sweep.communicate(timeout=60)
+    _, message = sweep.communicate(timeout=60)
     assert sweep.returncode == 128 + number
-    first, second = told.strip().splitlines()[:2]  # click ends the line of ^C
+    first, second = message.strip().splitlines()[:2]  # click ends the line of ^C
     assert first.startswith("error: sweep was stopped by ")
     assert "same command" in second
     assert gone(workers)
@@ -253,9 +253,9 @@ def test_a_run_whose_worker_died_is_tried_once_more(
             time.sleep(0.05)
         with pytest.raises(RunError):  # no worker is left to wait for
             list(cluster.trained(client, groups[:1], tmp_path, place))
-    (told,) = found.pop("c-2")
-    assert isinstance(told, Failure)
-    assert "died again" in told.told
+    (message,) = found.pop("c-2")
+    assert isinstance(message, Failure)
+    assert "died again" in message.message
     assert found == {name: [name] for name in ("a-0", "b-1", "d-0")}
 
 

@@ -246,26 +246,26 @@ def test_a_sweep_is_held_by_one_process(folder: Path) -> None:
 
 def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(folder: Path) -> None:
     file = sweep_file([{"loss.name": ["ce", "kd"]}], seeds=[0, 1], out="out", workers=2)
-    told = CliRunner().invoke(cli, ["sweep", str(file), "--dry-run"], catch_exceptions=False)
+    answer = CliRunner().invoke(cli, ["sweep", str(file), "--dry-run"], catch_exceptions=False)
 
-    assert told.exit_code == 0
-    assert "4 runs" in told.output
-    assert "kd-s1" in told.output
-    assert "loss.name=kd" in told.output
-    assert "unknown until the first run has finished, with 2 workers" in told.output
+    assert answer.exit_code == 0
+    assert "4 runs" in answer.output
+    assert "kd-s1" in answer.output
+    assert "loss.name=kd" in answer.output
+    assert "unknown until the first run has finished, with 2 workers" in answer.output
     assert not (folder / "out").exists()
 
     runs = check_runs(expand(read_sweep(file))).runs
     directory = recorded(folder / "out", runs)
     start(directory, runs[0], epochs=30, done=True)
     start(directory, runs[1], epochs=15)
-    told = CliRunner().invoke(
+    answer = CliRunner().invoke(
         cli, ["sweep", str(file), "--dry-run", "--workers", "1"], catch_exceptions=False
     )
 
-    assert "done" in told.output
-    assert "15 of 30 epochs" in told.output
-    assert "estimated time: 2 min 30 s, with 1 worker\n" in told.output  # 30 s, 60 s, 60 s
+    assert "done" in answer.output
+    assert "15 of 30 epochs" in answer.output
+    assert "estimated time: 2 min 30 s, with 1 worker\n" in answer.output  # 30 s, 60 s, 60 s
 
 
 def test_settings_that_hard_labels_ignore_are_named_once(

@@ -147,7 +147,7 @@ def test_a_baseline_that_no_run_is_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "message"),
     [
         ({}, None),
         ({"epochs": 3}, "train.epochs"),
@@ -156,11 +156,11 @@ def test_a_baseline_that_no_run_is_is_refused() -> None:
     ],
 )
 def test_a_difference_says_what_else_differs_than_loss_and_bias(
-    other: dict[str, Any], told: str | None
+    other: dict[str, Any], message: str | None
 ) -> None:
     found = [Result(run("ce"), None, summary(0.4)), Result(run("kd", **other), None, summary(0.5))]
     (table,) = tables(found, None)
-    end = f"n 1; other {told})" if told else "n 1)"
+    end = f"n 1; other {message})" if message else "n 1)"
     assert table.rows[1][5] == f"+10.00 (p -, {end}"
 
 

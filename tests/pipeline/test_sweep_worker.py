@@ -63,18 +63,18 @@ def test_somebody_elses_folder_is_left_alone(config: StudentConfig) -> None:
     Path("run").mkdir()
     Path("run/thesis.tex").touch()
 
-    (told,) = train([config], ["run"], place())
+    (message,) = train([config], ["run"], place())
 
-    assert isinstance(told, Failure)
-    assert "run holds something else than a run" in told.told
-    assert not told.trace
+    assert isinstance(message, Failure)
+    assert "run holds something else than a run" in message.message
+    assert not message.trace
     assert [file.name for file in Path("run").iterdir()] == ["thesis.tex"]
 
 
 def test_a_worker_that_does_not_see_the_folder_says_so(config: StudentConfig) -> None:
-    (told,) = train([config], ["run"], Place("/nowhere/at/all"))
+    (message,) = train([config], ["run"], Place("/nowhere/at/all"))
 
-    assert told == Failure("/nowhere/at/all is not there: workers must see the same paths")
+    assert message == Failure("/nowhere/at/all is not there: workers must see the same paths")
 
 
 def test_a_group_that_cannot_go_together_is_trained_one_by_one(
@@ -83,12 +83,12 @@ def test_a_group_that_cannot_go_together_is_trained_one_by_one(
     broken = msgspec.structs.replace(config, model=ModelSettings(architecture="resnet7"))
     other = msgspec.structs.replace(config, loss=LossSettings(name="ce"))
 
-    first, told, last = train([config, broken, other], ["a", "b", "c"], place())
+    first, message, last = train([config, broken, other], ["a", "b", "c"], place())
 
     assert isinstance(first, dict)
     assert isinstance(last, dict)
-    assert isinstance(told, Failure)
-    assert "unknown model 'resnet7'" in told.told
+    assert isinstance(message, Failure)
+    assert "unknown model 'resnet7'" in message.message
     train_student(config, "alone", splits=digits)
     assert same_weights(Path("a"), Path("alone"))
 
@@ -111,8 +111,8 @@ def test_a_run_waits_for_who_still_trains_it(monkeypatch: pytest.MonkeyPatch) ->
 def test_errors_are_one_line_and_faults_of_ours_keep_their_trace() -> None:
     assert failure(RunError("It broke.", "Mend it.")) == Failure("It broke. Mend it")
     assert failure(RunError("it broke")) == Failure("it broke")
-    assert failure(KeyError()).told == "KeyError"
-    assert failure(ValueError("one\ntwo")).told == "ValueError: one"
+    assert failure(KeyError()).message == "KeyError"
+    assert failure(ValueError("one\ntwo")).message == "ValueError: one"
     assert "ValueError: one\ntwo" in failure(ValueError("one\ntwo")).trace
 
 

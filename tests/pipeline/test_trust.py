@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import DIGITS, Answer, answer_to, cache_of
+from helpers import DIGITS, Answer, answer_to, cache_of, teacher_of
 
 from pipeline.sweep.worker import Place, settle
 from stages import cache_plan
@@ -17,7 +17,6 @@ from stages.data import Splits
 from stages.inputs.views import transforms
 from stages.settings import (
     ModelSettings,
-    TeacherConfig,
     TrainSettings,
 )
 from stages.train_teacher import train_teacher
@@ -47,12 +46,10 @@ def theirs(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path, digits: 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         train_teacher(
-            TeacherConfig(
-                data=DIGITS,
+            teacher_of(
                 model=ModelSettings(architecture="stranger:net"),
                 augment="none",
                 train=TrainSettings(epochs=1, lr=0.01),
-                device="cpu",
             ),
             folder / "run",
             splits=digits,

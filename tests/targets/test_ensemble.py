@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import DIGITS, first, metrics, student_of
+from helpers import first, metrics, student_of, teacher_of
 from torch import Tensor
 
 from stages.cache import LogitCache
@@ -25,9 +25,7 @@ from stages.settings import (
     BiasSettings,
     CacheConfig,
     LossSettings,
-    ModelSettings,
     StudentConfig,
-    TeacherConfig,
     TrainSettings,
 )
 from stages.targets.ensemble import EnsembleTargets, check_members
@@ -108,13 +106,7 @@ def my_caches(
     with two views, `seed` of other views.
     """
     folder = tmp_path_factory.mktemp("ensemble")
-    teacher = TeacherConfig(
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        augment="pad-crop:pad=2",
-        train=TrainSettings(epochs=1, lr=0.05),
-        device="cpu",
-    )
+    teacher = teacher_of(train=TrainSettings(epochs=1, lr=0.05))
     train_teacher(teacher, folder / "run", splits=my_splits)
     weights = msgspec.structs.replace(cache_config.teacher, weights=str(folder / "run"))
     changes: dict[str, dict[str, Any]] = {

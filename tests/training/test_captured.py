@@ -316,9 +316,9 @@ def test_what_cuda_does_not_record_is_said_and_trained_as_ever(
         train_student(captured(plain), tmp_path / "run", splits=my_splits)
         monkeypatch.undo()
     assert_same_runs(plain_run(plain), tmp_path / "run")
-    told = (tmp_path / "run" / "log.txt").read_text()
-    assert "steps are not recorded: CUDA does not record them: operation not permitted" in told
-    assert "and more" not in told
+    message = (tmp_path / "run" / "log.txt").read_text()
+    assert "steps are not recorded: CUDA does not record them: operation not permitted" in message
+    assert "and more" not in message
 
 
 class Stopper(Silent):

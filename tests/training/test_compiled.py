@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import DIGITS, first, weights
+from helpers import first, student_of, teacher_of, weights
 from torch import Tensor, nn
 
 from pipeline.cli import cli
@@ -23,8 +23,6 @@ from stages.settings import (
     BiasSettings,
     LossSettings,
     ModelSettings,
-    StudentConfig,
-    TeacherConfig,
     TrainSettings,
 )
 from stages.train_teacher import train_teacher
@@ -68,13 +66,8 @@ def test_every_model_of_a_process_is_compiled(monkeypatch: pytest.MonkeyPatch) -
 @needs_compiler
 def test_a_compiled_run_is_the_run_and_goes_on_uncompiled(digits: Splits, tmp_path: Path) -> None:
     splits = Splits(first(digits.train, 70), first(digits.test, 50))  # batches of 32, 32 and 6
-    config = TeacherConfig(
-        data=DIGITS,
-        model=ModelSettings(architecture="test_compiled:tiny"),
-        train=TrainSettings(epochs=3, batch_size=32),
-        augment="pad-crop:pad=2",
-        device="cpu",
-    )
+    model = ModelSettings(architecture="test_compiled:tiny")
+    config = teacher_of(model=model, train=TrainSettings(epochs=3, batch_size=32))
     train_teacher(config, tmp_path / "plain", splits=splits)
 
     class KilledError(Exception): ...
@@ -173,17 +166,11 @@ class Lines(Targets):
 
 
 def task_of(loss: str, bias: BiasMode) -> CachedTask:
-    config = StudentConfig(
-        cache="",
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        loss=student_loss(LossSettings(name=loss)).settings,
-        bias=BiasSettings(mode=bias),
-        train=TrainSettings(epochs=2),
-    )
+    chosen = student_loss(LossSettings(name=loss))
+    config = student_of("", loss=chosen.settings, bias=BiasSettings(mode=bias))
     reader: Any = SimpleNamespace(of_epoch=lambda _: Lines())
     schedule: Any = SimpleNamespace(of_epoch=lambda _: (0,))
-    task = CachedTask(Student.of(config), schedule, reader, LABELS)
+    task = CachedTask(Student(config, chosen), schedule, reader, LABELS)
     task.start_epoch(0)
     return task
 

@@ -155,9 +155,9 @@ def test_a_checkpoint_with_any_bit_flipped_is_told(my_run: RunDirectory) -> None
     for bad in (*harmed, torch_saved(STATE)):  # the last without a digest
         (my_run.path / "last.pt").write_bytes(bad)
         before = tree(my_run.path)
-        with pytest.raises(RunError, match=r"last\.pt is damaged") as told:
+        with pytest.raises(RunError, match=r"last\.pt is damaged") as caught:
             goes_on(my_run)
-        assert "--overwrite" in told.value.remedy
+        assert "--overwrite" in caught.value.remedy
         assert tree(my_run.path) == before
 
 
@@ -208,11 +208,11 @@ def test_files_are_replaced_whole(
         raise OSError(errno.ENOSPC, "No space left on device") if full else KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(RunError if full else KeyboardInterrupt) as told:
+    with pytest.raises(RunError if full else KeyboardInterrupt) as caught:
         WRITES[name](my_run, 1)
     assert (my_run.path / name).read_bytes() == before
-    if isinstance(told.value, RunError):
-        assert "--resume" in told.value.remedy
+    if isinstance(caught.value, RunError):
+        assert "--resume" in caught.value.remedy
         assert not (my_run.path / f"{name}.partial").exists()
     monkeypatch.undo()
     WRITES[name](my_run, 1)
@@ -379,7 +379,7 @@ def test_damage_is_told_or_changes_nothing(tmp_path: Path, name: str) -> None:
     run.save_weights(nn.Linear(2, 2).state_dict())
     run.save_summary({"last": {"test_top1": 0.5}, "epochs": 1})
     file, right = run.path / name, read_everything(run.path)
-    content, told = file.read_bytes(), 0
+    content, message = file.read_bytes(), 0
     random = torch.Generator().manual_seed(0)
     for place in torch.randint(len(content) * 8, (100,), generator=random).tolist():
         flipped = bytearray(content)
@@ -388,10 +388,10 @@ def test_damage_is_told_or_changes_nothing(tmp_path: Path, name: str) -> None:
         try:
             assert read_everything(run.path)[0].items() >= right[0].items()
         except RunError:
-            told += 1
+            message += 1
         else:
             assert name == "summary.json" or place < 8 * content.index(b"\n")
-    assert told >= 70
+    assert message >= 70
     for part in (b"", content[: len(content) // 2]):
         file.write_bytes(part)
         with pytest.raises(RunError, match=re.escape(name)):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import DIGITS, AtBatch, first, metrics
+from helpers import AtBatch, first, metrics, teacher_of
 from torch import Tensor, nn
 
 from stages.data import Splits
@@ -23,7 +23,7 @@ from stages.inputs.views import view_policy
 from stages.objectives.losses import ce
 from stages.order import sample_order
 from stages.reporting import Silent
-from stages.settings import ModelSettings, TeacherConfig, TrainSettings
+from stages.settings import ModelSettings, TrainSettings
 from stages.training.history import selected_epoch, summarise
 from stages.training.learner import Learner
 from stages.training.models import build
@@ -78,12 +78,7 @@ def my_trainer(my_splits: Splits, tmp_path: Path) -> MakeTrainer:
         task: Task | None = None,
         samples: Tensor | None = None,
     ) -> Trainer:
-        config = TeacherConfig(
-            data=DIGITS,
-            model=ModelSettings(architecture="helpers:plain"),
-            train=settings,
-            device="cpu",
-        )
+        config = teacher_of(model=ModelSettings(architecture="helpers:plain"), train=settings)
         every = my_splits.train.shown if samples is None else samples
         policy, showing = view_policy("pad-crop:pad=2"), Showing(every, every[:0])
         stream = open_stream(config, my_splits, policy, None, showing, CPU)

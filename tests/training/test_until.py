@@ -171,9 +171,9 @@ def test_it_is_switched_off_after_the_first_epoch_that_is_better(
     assert 0 < on < EPOCHS
     assert [line["weight_loss"] for line in lines] == [0.9] * on + [0.0] * (EPOCHS - on)
     assert {line["teacher_val_top1"] for line in lines} == {teacher}
-    told = [text for text in said if f"no distillation after epoch {on}" in text]
-    assert len(told) == 1
-    assert told[0] in (path / "log.txt").read_text()
+    message = [text for text in said if f"no distillation after epoch {on}" in text]
+    assert len(message) == 1
+    assert message[0] in (path / "log.txt").read_text()
     assert any(f"{teacher:.2%} of 90 held-out samples" in text for text in said)
 
 

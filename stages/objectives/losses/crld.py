@@ -1,4 +1,4 @@
-"""CRLD: KD within the weak and the strong view of a sample, and across them, where it is sure."""
+"""CRLD: KD within the weak and strong view of a sample, and across them, where it is confident."""
 
 from torch import Tensor
 
@@ -44,11 +44,11 @@ def crld(
     None; across views a term weighs sqrt(w_i w_j), so that rows of weight 0 are as if they were not
     there. Returns float32, (). Raises ConfigError for rows of one view. Needs whole rows.
     """
-    sure = whole(teacher_logits, "crld", 1.0)
+    unsoftened = whole(teacher_logits, "crld", 1.0)
     check_two_views(student_logits, "crld")
     student, t = centred(student_logits.flatten(0, 1)), temperature
     teacher = centred(whole(teacher_logits, "crld", t).reshape(student.shape))
-    confident = sure.reshape(student.shape).softmax(1).amax(1).chunk(2)
+    confident = unsoftened.reshape(student.shape).softmax(1).amax(1).chunk(2)
     within, across = confident[0] >= sure_weak, confident[1] >= sure_strong
     if standardise:
         student, teacher = standardised(student), standardised(teacher)

@@ -1,4 +1,4 @@
-"""RLD: what the teacher is sure of goes to the label, and no class above the label is copied."""
+"""RLD: the teacher's confidence goes to the label, and no class above the label is copied."""
 
 from torch import Tensor
 
@@ -46,8 +46,8 @@ def rld(
     """
     t, ta = temperature, temperature if sure_temperature is None else sure_temperature
     student, teacher, classes = paired(student_logits, teacher_logits, labels, ta)
-    sure = one_and_rest(teacher / ta, _surest(teacher_logits, teacher))
-    scd = ta**2 * binary_kl(sure, one_and_rest(student / ta, classes))
+    confident = one_and_rest(teacher / ta, _most_confident(teacher_logits, teacher))
+    scd = ta**2 * binary_kl(confident, one_and_rest(student / ta, classes))
     student, teacher, classes = paired(student_logits, teacher_logits, labels, t)
     above = teacher >= teacher.gather(1, classes[:, None])  # the label among them
     if partial(teacher_logits):
@@ -58,6 +58,6 @@ def rld(
     return reduced(alpha * scd + beta * mcd, reduction)
 
 
-def _surest(given: TeacherRows, rows: Tensor) -> Tensor:
+def _most_confident(given: TeacherRows, rows: Tensor) -> Tensor:
     """The likeliest class; of rows known in part among the kept ones: the rest is no class."""
     return (rows[:, :-1] if partial(given) else rows).argmax(1)

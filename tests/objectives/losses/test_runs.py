@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 import torch
-from helpers import DIGITS, first, metrics
+from helpers import first, metrics, student_of
 from row_losses import Row, averaged, by_formula
 from safetensors.torch import load_file, save_file
 from test_dist import formula as dist_formula
@@ -94,15 +94,11 @@ class Shown(NamedTuple):
 
 def student_config(world: World, *names: str, **changes: Any) -> StudentConfig:
     one, *also = (str(world.caches[name]) for name in names)
-    config = StudentConfig(
-        cache=one,
-        also=tuple(also),
-        data=DIGITS,
-        model=ModelSettings(architecture="resnet8"),
-        train=TrainSettings(epochs=1, batch_size=1000, lr=1e-12, weight_decay=0),
-        device="cpu",
-    )
-    return msgspec.structs.replace(config, **changes)
+    own: dict[str, Any] = {
+        "model": ModelSettings(architecture="resnet8"),
+        "train": TrainSettings(epochs=1, batch_size=1000, lr=1e-12, weight_decay=0),
+    }
+    return student_of(one, also=tuple(also), **{**own, **changes})
 
 
 def run(world: World, out: Path, *names: str, **changes: Any) -> Shown:
@@ -168,16 +164,16 @@ REFUSED: Mapping[str, tuple[LossSettings, type[PipelineError], str]] = {
 }
 
 
-@pytest.mark.parametrize(("settings", "kind", "told"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("settings", "kind", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused_before_there_is_a_run(
-    my_world: World, tmp_path: Path, settings: LossSettings, kind: type[PipelineError], told: str
+    my_world: World, tmp_path: Path, settings: LossSettings, kind: type[PipelineError], message: str
 ) -> None:
     for number, names in enumerate((["part"], ["whole", "part"])):
         config = student_config(my_world, *names, loss=settings)
         with pytest.raises(kind) as refused:
             train_student(config, tmp_path / str(number), splits=my_world.splits)
         if names == ["part"]:
-            assert told in str(refused.value)
+            assert message in str(refused.value)
         assert not (tmp_path / str(number)).exists()
 
 
