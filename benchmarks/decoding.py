@@ -39,6 +39,7 @@ from benchmarks.measure import (
     peak_memory,
     seconds,
 )
+from benchmarks.table import show_report
 from benchmarks.view_epochs import measure_epochs
 from pipeline.console import Console
 from stages.cache_job import CacheJob, prepare
@@ -218,28 +219,6 @@ def measure_passes(report: Report, job: CacheJob, turns: int) -> bool:
     return peak.bytes <= bound
 
 
-def show(report: Report, title: str) -> None:
-    console = Console()
-    console.table(
-        title,
-        ("what", "an image or in all", ""),
-        [(f.name, f"{f.value:,.3g}", f.unit) for f in report.figures],
-    )
-    console.table(
-        "in turns",
-        ("what", "ratio", "turns", "seconds of both"),
-        [
-            (
-                r.name,
-                f"{r.median:.2f}",
-                f"{min(r.ratios):.2f} to {max(r.ratios):.2f}",
-                f"{np.median(r.ours):.2f}, {np.median(r.yardstick):.2f}",
-            )
-            for r in report.ratios
-        ],
-    )
-
-
 PARTS = ("steps", "passes", "epochs")
 
 
@@ -283,9 +262,8 @@ def main(work: Path, turns: int, only: tuple[str, ...], out: str | None, **made:
     finally:
         shutil.rmtree(work)
     sized = f"JPEGs of {WIDTH} x {HEIGHT}, views of {SIZE}"
-    show(report, f"{made['images']} {sized}, {made['workers']} workers")
-    if out:
-        report.write(out)
+    title = f"{made['images']} {sized}, {made['workers']} workers"
+    show_report(Console(), title, report, out)
     sys.exit(not bounded)
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import click
 
-from benchmarks import parts
-from benchmarks.parts import Book, Part, Result, Where, run_parts, this_run
+from benchmarks.book import RATES, SMOKE, Book, Result
+from benchmarks.parts import Part, Where, run_parts, this_run
 from benchmarks.rates import RATES, REHEARSED
 from benchmarks.smoke import SMOKE
 from benchmarks.table import RESULTS, write_table
@@ -65,7 +65,7 @@ def main(
 
 
 def _kind(smoke: bool, quick: bool) -> str:
-    return (parts.SMOKE if smoke else parts.RATES) + (", quick" if quick else "")
+    return (SMOKE if smoke else RATES) + (", quick" if quick else "")
 
 
 def measure(

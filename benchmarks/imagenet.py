@@ -32,16 +32,12 @@ from benchmarks.imagenet_data import (
     row_order,
     synthetic_splits,
 )
+from benchmarks.imagenet_plan import show_plan
 from benchmarks.measure import Figure, Report, new_report, peak_memory, seconds
-from pipeline.console import Console, size
+from pipeline.console import Console
 from stages.cache import LogitCache
 from stages.cache.encoding import FIT_ROWS, fit_encoding, measure_all
-from stages.cache.encoding.floats import Float16, Float32
-from stages.cache.encoding.klt import Klt
 from stages.cache.encoding.topk import TopK
-from stages.cache.encoding.uint8 import Uint8
-from stages.cache.layout import block_grid
-from stages.cache_plan import count_files
 from stages.inputs.counter_hash import permute
 from stages.objectives.losses import DEFINITIONS, TemperedRows
 from stages.rectify import rectify
@@ -49,7 +45,7 @@ from stages.settings import DataSettings, ModelSettings, RectifyConfig, StudentC
 from stages.train_student import train_student
 from stages.verify import verify
 
-VIEWS, BATCH, MOST_KLT_CLASSES = 300, 1024, 4096
+BATCH, MOST_KLT_CLASSES = 1024, 4096
 SLAB_MEMORY = "1GB"
 LOSSES = ("ce", "kd", "dkd", "nkd", "rld")
 Figures = list[Figure]
@@ -258,7 +254,7 @@ def main(
         _measure(console, report, losses, shape, "of topk rows")
     finally:
         shutil.rmtree(work)
-    _show_plan(console, report, shape, teacher)
+    show_plan(console, report, *shape, teacher)
     peaks = [figure for figure in report.figures if figure.unit == "GiB"]
     worst = max(peaks, key=lambda figure: figure.value)
     console.say(f"\nlargest peak: {worst.value:.2f} GiB, {worst.name}; the bound is {bound:g} GiB")
@@ -278,36 +274,6 @@ def _measure(
         f"{step.__name__} {given[-1]}",
         ("what", "value", ""),
         [(figure.name, f"{figure.value:,.4g}", figure.unit) for figure in figures],
-    )
-
-
-def _show_plan(console: Console, report: Report, shape: Shape, teacher: float) -> None:
-    """What so many views would take: arithmetic on bytes a row and rows a second."""
-    value = {figure.name: figure.value for figure in report.figures}
-    rows, classes = shape
-    blocks = block_grid(rows, classes).num_blocks
-    passes = rows * VIEWS / 3600
-    table = []
-    for coding in (Float32(), Float16(), Uint8(), Klt(*torch.empty(3, 1)), TopK(classes)):
-        name = coding.name
-        if f"{name}: row" not in value:
-            continue  # klt, of many classes
-        row = value.get(f"{name}: row of the view", value[f"{name}: row"])
-        speed = value.get(f"write {name}: speed")
-        table.append(
-            (
-                name,
-                f"{row:.1f}" + ("" if speed else " (of few rows)"),
-                size(row * rows * VIEWS),
-                f"{count_files(coding, VIEWS, blocks):,}",
-                f"{passes / speed:.1f}" if speed else "",
-            )
-        )
-    columns = ("encoding", "bytes a row, measured", "on disk", "objects", "hours to write")
-    console.table(f"plan for {VIEWS} views of {rows:,} rows: arithmetic", columns, table)
-    console.say(
-        f"a teacher of {teacher:,.0f} images/s takes {passes / teacher:,.1f} hours, "
-        "and blocks are written meanwhile"
     )
 
 

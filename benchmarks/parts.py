@@ -10,7 +10,6 @@ import contextlib
 import gc
 import multiprocessing
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -24,21 +23,16 @@ import msgspec
 import psutil
 import torch
 
+from benchmarks.book import Result, Run, code_digest, commit
 from benchmarks.measure import Figure, Ratio, machine
 from stages.device import choose_device, versions
 from stages.errors import PipelineError
-from stages.files import replace_file
-from stages.inputs.run_files import sha256
 
-ROOT = Path(__file__).parents[1]
-SMOKE, RATES = "smoke", "rates"
-"""Kinds of runs; others are rehearsals."""
-_SOURCES = ("benchmarks", "stages")
 _SHORTEST, _STARTING = 1.0, 120.0
 """Seconds that must be left for a part to be begun; and that a machine has to say what it is."""
 _SLOWER = 8
 """Limits are those of a GPU; times this without one."""
-_TOLD = 160
+_LONGEST_MESSAGE = 160
 """Letters of an error in one line."""
 _FORKS = multiprocessing.get_context("fork")
 """torch is imported already, and a GPU is never asked for in the process that forks."""
@@ -72,81 +66,6 @@ class Part:
 
 class SkippedError(Exception):
     """What a part raises that cannot be done here; its message says why."""
-
-
-class Result(msgspec.Struct, kw_only=True):
-    """What became of a part. message: what it says, or why it failed or was skipped, in one line.
-    trace: of an error.
-    """
-
-    name: str
-    state: Literal["ok", "failed", "skipped"]
-    seconds: float
-    message: str = ""
-    trace: str = ""
-    ratios: list[Ratio] = []
-    figures: list[Figure] = []
-
-    @property
-    def line(self) -> str:
-        return f"{self.state:<8}{self.seconds:6.1f} s  {self.name}  {self.message}".rstrip()
-
-
-class Run(msgspec.Struct, kw_only=True):
-    """All parts of one kind on one machine with one state of the code. code: a digest of the
-    sources. commit: where there is a repository.
-    """
-
-    kind: str
-    machine: dict[str, object]
-    versions: dict[str, str]
-    code: str
-    commit: str = ""
-    parts: list[Result] = []
-
-    def same(self, other: "Run") -> bool:
-        """Whether results of both belong together."""
-        ours, theirs = (
-            (r.kind, r.code, r.machine.get("device"), r.versions.get("torch"))
-            for r in (self, other)
-        )
-        return ours == theirs
-
-
-@dataclass
-class Book:
-    """A JSON file of runs, the latest last, to which results are added one by one."""
-
-    path: Path
-    run: Run
-
-    def __post_init__(self) -> None:
-        runs = read_runs(self.path) if self.path.exists() else []
-        for known in runs:
-            if known.same(self.run):
-                self.run = known
-        self._others = [run for run in runs if run is not self.run]
-
-    @property
-    def done(self) -> set[str]:
-        """The names of parts that need not be repeated."""
-        return {part.name for part in self.run.parts if part.state == "ok"}
-
-    def add(self, result: Result) -> None:
-        """Keep a result in place of an earlier one of the same part; of a part that has succeeded
-        a failure does not replace the figures.
-        """
-        if result.state != "ok" and result.name in self.done:
-            return
-        others = [part for part in self.run.parts if part.name != result.name]
-        self.run.parts = [*others, result]
-        encoded = msgspec.json.format(msgspec.json.encode([*self._others, self.run]), indent=1)
-        replace_file(self.path, encoded + b"\n")
-
-
-def read_runs(path: Path) -> list[Run]:
-    """Those of a book. Raises msgspec.ValidationError for another file."""
-    return msgspec.json.decode(path.read_bytes(), type=list[Run])
 
 
 def run_parts(
@@ -185,22 +104,7 @@ def this_run(kind: str, where: Where) -> Run:
     if result.state != "ok":
         raise RuntimeError(result.message)
     known = msgspec.json.decode(result.message)
-    return Run(kind=kind, code=code_digest(), commit=_commit(), **known)
-
-
-def code_digest(root: Path = ROOT) -> str:
-    """12 hexadecimal digits: the same for the same sources, in a repository or out of it."""
-    files = sorted(file for name in _SOURCES for file in (root / name).rglob("*.py"))
-    lines = [f"{file.relative_to(root)} {sha256(file.read_bytes())}\n" for file in files]
-    return sha256("".join(lines).encode())[:12]
-
-
-def _commit() -> str:
-    words = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
-    with contextlib.suppress(OSError):
-        found = subprocess.run(words, capture_output=True, text=True)
-        return found.stdout.strip() if found.returncode == 0 else ""
-    return ""
+    return Run(kind=kind, code=code_digest(), commit=commit(), **known)
 
 
 # ---- the process --------------------------------------------------------------------------------
@@ -300,10 +204,9 @@ def attempted(part: Part, where: Where) -> Result:
         done = result("skipped", str(reason))
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        named = (
-            lines[0] if isinstance(error, PipelineError) else f"{type(error).__name__}: {lines[0]}"
-        )
-        done = result("failed", named[:_TOLD], traceback.format_exc())
+        kind = "" if isinstance(error, PipelineError) else f"{type(error).__name__}: "
+        message = f"{kind}{lines[0]}"[:_LONGEST_MESSAGE]
+        done = result("failed", message, traceback.format_exc())
     gc.collect()
     if where.on_gpu and done.state != "failed":
         torch.cuda.empty_cache()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarks.book import RATES, Run, read_runs
 from benchmarks.measure import Figure, Ratio, Report
-from benchmarks.parts import RATES, Run, read_runs
 from pipeline.console import Console
 
 HERE = Path(__file__).parent

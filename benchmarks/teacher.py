@@ -95,17 +95,22 @@ def teacher_figures(
         unit="ms",
         note=f"{FIXED}, {each} views at once",
     )
-    rates = [
+    rates = _rates(ratio, each * len(order), note)
+    busy = _busy(LogitCache.open(out, writable=True), logits.cpu(), taken)
+    return [ratio, *([fixed] if small else []), *rates, *busy]
+
+
+def _rates(ratio: Ratio, images: int, note: str) -> list[Figure]:
+    """Images a second of stage one and of bare forwards, of so many images in a turn."""
+    return [
         Figure(
             name=f"{what}, training images",
-            value=each * len(order) / statistics.median(times),
+            value=images / statistics.median(times),
             unit="images/s",
             note=note,
         )
         for what, times in (("stage one", ratio.ours), ("bare forward", ratio.yardstick))
     ]
-    busy = _busy(LogitCache.open(out, writable=True), logits.cpu(), taken)
-    return [ratio, *([fixed] if small else []), *rates, *busy]
 
 
 def _busy(cache: LogitCache, logits: Tensor, forward_seconds: float) -> list[Ratio | Figure]:

@@ -95,7 +95,7 @@ def calibrate(path: str | Path, on: Rows = "train", reporter: Reporter | None = 
     return found
 
 
-def with_calibration(config: RectifyConfig, path: str | Path) -> RectifyConfig:
+def with_calibration(config: RectifyConfig, cache: LogitCache) -> RectifyConfig:
     """The settings of a rectification of calibrated rows: rows divided by t and softened by T are
     rows softened by t T, so that it is one at this temperature, under a name that says so.
 
@@ -103,7 +103,7 @@ def with_calibration(config: RectifyConfig, path: str | Path) -> RectifyConfig:
     """
     if not config.calibrate:
         return config
-    by = LogitCache.open(path, check=False).calibration
+    by = cache.calibration
     return msgspec.structs.replace(
         config,
         calibrate=False,

@@ -84,7 +84,7 @@ def rectify(
     """
     reporter = reporter or Silent()
     cache = LogitCache.open(path, writable=True)
-    config = with_calibration(config, path)
+    config = with_calibration(config, cache)
     cache.require_labels("rectification")
     check_unmixed(cache.identity.views.policy, "rectification")
     settings = settings_of(config)

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.book import Book
 from benchmarks.gpu import measure
 from benchmarks.measure import Figure
-from benchmarks.parts import Book, Found, Part, SkippedError, Where, this_run
+from benchmarks.parts import Found, Part, SkippedError, Where, this_run
 
 
 def well(where: Where) -> Found:

@@ -10,8 +10,9 @@ import msgspec
 import pytest
 
 from benchmarks import epochs, rates, smoke, training
+from benchmarks.book import Book, Result, Run, code_digest, read_runs
 from benchmarks.measure import Figure, Ratio
-from benchmarks.parts import Book, Result, Run, Where, code_digest, read_runs
+from benchmarks.parts import Where
 from benchmarks.table import tables
 
 SCRIPT = Path(__file__).parent / "bounded_parts.py"

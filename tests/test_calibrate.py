@@ -271,15 +271,15 @@ def test_a_run_goes_on_with_the_same_temperature_only(
 def test_a_rectification_of_calibrated_rows(my_cache: Path) -> None:
     """Is one at the product of both temperatures, and verify computes the same."""
     cache = LogitCache.open(my_cache)
-    config = with_calibration(RectifyConfig(temperature=2.0, calibrate=True), my_cache)
+    config = with_calibration(RectifyConfig(temperature=2.0, calibrate=True), cache)
     assert config.temperature == 2.0 * cache.calibration
     assert config.name == "pairwise-T2-calibrated"
     settings = cache.rectification("pairwise-T4-calibrated").settings
     assert settings.temperature == 4.0 * cache.calibration
     assert not verify(my_cache).faults
     named = RectifyConfig(name="mine", calibrate=True)
-    assert with_calibration(named, my_cache).chosen_name == "mine"
-    assert with_calibration(RectifyConfig(), my_cache) == RectifyConfig()
+    assert with_calibration(named, cache).chosen_name == "mine"
+    assert with_calibration(RectifyConfig(), cache) == RectifyConfig()
 
 
 def test_the_commands(

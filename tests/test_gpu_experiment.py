@@ -6,8 +6,8 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.book import RATES, Result, Run
 from benchmarks.measure import Figure
-from benchmarks.parts import RATES, Result, Run
 from pipeline.config import read_config
 from pipeline.console import Console
 from results.cifar100.gpu import carry, experiment, run
