@@ -13,7 +13,7 @@ from stages.files import replace_file
 from stages.inputs.run_files import sha256
 
 ROOT = Path(__file__).parents[1]
-SMOKE, RATES = "smoke", "rates"
+SMOKE_RUN, RATES_RUN = "smoke", "rates"
 """Kinds of runs; others are rehearsals."""
 _SOURCES = ("benchmarks", "stages")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.book import RATES, SMOKE, Book, Result
+from benchmarks.book import RATES_RUN, SMOKE_RUN, Book, Result
 from benchmarks.parts import Part, Where, run_parts, this_run
 from benchmarks.rates import RATES, REHEARSED
 from benchmarks.smoke import SMOKE
@@ -65,7 +65,7 @@ def main(
 
 
 def _kind(smoke: bool, quick: bool) -> str:
-    return (SMOKE if smoke else RATES) + (", quick" if quick else "")
+    return (SMOKE_RUN if smoke else RATES_RUN) + (", quick" if quick else "")
 
 
 def measure(

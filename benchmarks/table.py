@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.book import RATES, Run, read_runs
+from benchmarks.book import RATES_RUN, Run, read_runs
 from benchmarks.measure import Figure, Ratio, Report
 from pipeline.console import Console
 
@@ -44,7 +44,7 @@ def tables(results: Path = RESULTS) -> str:
 
 def latest(runs: Sequence[Run]) -> list[Run]:
     """Of every device the run that was added to last, without those that only smoke-test."""
-    found = {run.machine["device"]: run for run in runs if run.kind == RATES}
+    found = {run.machine["device"]: run for run in runs if run.kind == RATES_RUN}
     return [*found.values()]
 
 

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.book import RATES, Result, Run
+from benchmarks.book import RATES_RUN, Result, Run
 from benchmarks.measure import Figure
 from pipeline.config import read_config
 from pipeline.console import Console
@@ -32,7 +32,7 @@ NAMES = {
 def book(device: str, names: dict[str, float]) -> Run:
     figures = [Figure(name=name, value=value, unit="images/s") for name, value in names.items()]
     parts = [Result(name="all", state="ok", seconds=1, figures=figures)]
-    return Run(kind=RATES, machine={"device": device}, versions={}, code="", parts=parts)
+    return Run(kind=RATES_RUN, machine={"device": device}, versions={}, code="", parts=parts)
 
 
 def nothing(piece: str) -> bool:
