@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -27,6 +27,7 @@ from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, UnansweredError
 from stages.inputs.datasets import ImageDataset
+from stages.inputs.feed import Batch
 from stages.reporting import Silent
 from stages.settings import (
     CacheConfig,
@@ -37,6 +38,7 @@ from stages.settings import (
     TeacherSettings,
     TrainSettings,
 )
+from stages.training.cached_task import CachedTask
 from stages.training.run_directory import RunDirectory
 
 SHARED_DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -150,6 +152,26 @@ def teacher_of(**changes: Any) -> TeacherConfig:
         device="cpu",
     )
     return msgspec.structs.replace(config, **changes)
+
+
+class SeenBatch(NamedTuple):
+    """What a task was given: dataset indices int64 (B,), and a copy of the student's logits."""
+
+    task: CachedTask
+    samples: Tensor
+    logits: Tensor
+
+
+def seen_batches(patch: pytest.MonkeyPatch) -> list[SeenBatch]:
+    """Every batch that students of a cache learn from from now on."""
+    seen, loss_parts = list[SeenBatch](), CachedTask.loss_parts
+
+    def spy(task: CachedTask, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        seen.append(SeenBatch(task, batch.samples, logits.detach().clone()))
+        return loss_parts(task, logits, batch)
+
+    patch.setattr(CachedTask, "loss_parts", spy)
+    return seen
 
 
 def refusal(work: Callable[[], object]) -> str:

@@ -11,7 +11,15 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from helpers import AtBatch, metrics, same_weights, student_of, terminate
+from helpers import (
+    AtBatch,
+    SeenBatch,
+    metrics,
+    same_weights,
+    seen_batches,
+    student_of,
+    terminate,
+)
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,7 +45,6 @@ from stages.settings import (
 )
 from stages.sizes import parse_bytes
 from stages.train_student import train_student
-from stages.training.cached_task import CachedTask
 from stages.training.run_directory import RunDirectory
 
 # Two workers are what is tested, also where a container grants one core.
@@ -281,17 +288,8 @@ TIGHT = "6kB"
 
 
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[CachedTask, Tensor]]:
-    """The task and the samples of every batch that is trained on."""
-    batches: list[tuple[CachedTask, Tensor]] = []
-    loss_parts = CachedTask.loss_parts
-
-    def spy(task: CachedTask, logits: Tensor, batch: Any) -> dict[str, Tensor]:
-        batches.append((task, batch.samples))
-        return loss_parts(task, logits, batch)
-
-    monkeypatch.setattr(CachedTask, "loss_parts", spy)
-    return batches
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[SeenBatch]:
+    return seen_batches(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +334,7 @@ def test_an_epoch_in_groups_shows_every_sample_once(
     trainer.fit()
     assert len(shown) == 2 * 5
     for epoch in range(2):
-        order = torch.cat([samples for _, samples in shown[5 * epoch : 5 * epoch + 5]])
+        order = torch.cat([seen.samples for seen in shown[5 * epoch : 5 * epoch + 5]])
         assert torch.equal(order.sort().values, torch.arange(SAMPLES))
         assert torch.equal(order, trainer.stream.order(torch.arange(SAMPLES), 0, epoch))
         chunks = cache.row_of[order] // cache.grid.chunk_rows

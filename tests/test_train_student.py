@@ -23,6 +23,7 @@ from helpers import (
     cache_of,
     first,
     same_weights,
+    seen_batches,
     student_of,
     teacher_of,
     terminate,
@@ -57,7 +58,6 @@ from stages.student_checks import check_students, complete
 from stages.train_student import train_student
 from stages.train_teacher import train_teacher
 from stages.training import run_directory
-from stages.training.cached_task import CachedTask
 
 SAMPLES, VIEWS, CACHE_BATCH = 211, 6, 90
 POLICY = "pad-crop:pad=2"
@@ -318,20 +318,13 @@ def test_saved_weights_give_the_accuracy_that_was_reported(my_world: World, my_w
 def test_held_out_samples_are_never_trained_on(
     my_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown: set[int] = set()
-    loss_parts = CachedTask.loss_parts
-
-    def spy(task: CachedTask, logits: Tensor, batch: Any) -> dict[str, Tensor]:
-        shown.update(batch.samples.tolist())
-        return loss_parts(task, logits, batch)
-
-    monkeypatch.setattr(CachedTask, "loss_parts", spy)
+    seen = seen_batches(monkeypatch)
     data = msgspec.structs.replace(DIGITS, val_fraction=0.25)
     summary = train_student(
         student_config(my_world.cache, data=data), tmp_path / "run", splits=my_world.splits
     )
     training, _ = held_out(SAMPLES, 0.25, seed=0)
-    assert shown == set(training.tolist())
+    assert {sample for batch in seen for sample in batch.samples.tolist()} == {*training.tolist()}
     assert summary["selected"]["val_top1"] == max(
         line["val_top1"] for line in without_times(tmp_path / "run")
     )

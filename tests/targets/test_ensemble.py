@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import first, metrics, student_of, teacher_of
+from helpers import (
+    first,
+    metrics,
+    seen_batches,
+    student_of,
+    teacher_of,
+)
 from torch import Tensor
 
 from stages.cache import LogitCache
@@ -31,7 +37,6 @@ from stages.settings import (
 from stages.targets.ensemble import EnsembleTargets, check_members
 from stages.train_student import student_trainer, train_student
 from stages.train_teacher import train_teacher
-from stages.training.cached_task import CachedTask
 from stages.training.run_directory import RunDirectory
 
 SAMPLES, CLASSES, VIEWS, IMAGES = 60, 7, 3, 150
@@ -145,16 +150,10 @@ def test_two_teachers(
         loss=LossSettings(ce_weight=0.0, weight=1.0),
         train=TrainSettings(epochs=1, batch_size=IMAGES, lr=1e-12, weight_decay=0),
     )
-    shown: list[tuple[Tensor, Tensor]] = []
-    loss_parts = CachedTask.loss_parts
-
-    def spy(task: CachedTask, logits: Tensor, batch: Any) -> dict[str, Tensor]:
-        shown.append((batch.samples, logits.detach().double()))
-        return loss_parts(task, logits, batch)
-
-    monkeypatch.setattr(CachedTask, "loss_parts", spy)
+    shown = seen_batches(monkeypatch)
     train_student(config, tmp_path / "run", splits=my_splits)
-    ((samples, logits),) = shown
+    ((_, samples, logits),) = shown
+    logits = logits.double()
     (line,) = metrics(tmp_path / "run")
     caches = [LogitCache.open(my_caches[name]) for name in ("first", "other")]
     means = {}

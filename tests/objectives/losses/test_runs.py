@@ -8,7 +8,12 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 import torch
-from helpers import first, metrics, student_of
+from helpers import (
+    first,
+    metrics,
+    seen_batches,
+    student_of,
+)
 from row_losses import Row, averaged, by_formula
 from safetensors.torch import load_file, save_file
 from test_dist import formula as dist_formula
@@ -36,7 +41,6 @@ from stages.settings import (
 )
 from stages.student_checks import complete
 from stages.train_student import train_student
-from stages.training.cached_task import CachedTask
 
 SAMPLES = 80
 
@@ -103,17 +107,10 @@ def student_config(world: World, *names: str, **changes: Any) -> StudentConfig:
 
 def run(world: World, out: Path, *names: str, **changes: Any) -> Shown:
     """A run of one batch."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    loss_parts = CachedTask.loss_parts
-
-    def spy(task: CachedTask, logits: Tensor, batch: Any) -> dict[str, Tensor]:
-        seen.append((batch.samples, logits.detach().clone()))
-        return loss_parts(task, logits, batch)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CachedTask, "loss_parts", spy)
+        seen = seen_batches(patch)
         train_student(student_config(world, *names, **changes), out, splits=world.splits)
-    ((samples, logits),) = seen
+    ((_, samples, logits),) = seen
     (line,) = metrics(out)
     return Shown(samples, logits, world.splits.train.labels[samples], line)
 
