@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.parts import Run
+from benchmarks.book import Run
 from stages.errors import ConfigError
 
 FIGURES: Mapping[str, Sequence[str]] = {

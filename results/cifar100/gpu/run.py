@@ -25,7 +25,7 @@ from types import FrameType
 
 import click
 
-from benchmarks.parts import RATES, read_runs
+from benchmarks.book import RATES_RUN, read_runs
 from benchmarks.table import GPU, RESULTS
 from pipeline.console import Console
 from pipeline.ranks import tell
@@ -55,7 +55,7 @@ def planned_here(here: Experiment, rates: Path, seconds: float, sizes: tuple[Siz
         raise ConfigError(
             f"{rates} is not there", "Measure first: python -m benchmarks.gpu --seconds 150."
         )
-    runs = [each for each in read_runs(rates) if each.kind.startswith(RATES)]
+    runs = [each for each in read_runs(rates) if each.kind.startswith(RATES_RUN)]
     known = Rates.of(runs, device_name(choose_device(here.device)))
     work = Work(*here.samples, here.left, here.full_epochs)
     return plan(work, known, here.done, seconds, sizes)
