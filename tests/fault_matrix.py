@@ -56,9 +56,9 @@ Tree = Mapping[str, bytes]
 
 @dataclass(frozen=True)
 class World:
-    """A cache of two views with a rectification, and runs of a student of it.
+    """A cache of some views with a rectification, and runs of a student of it.
 
-    trees: `cache`, its records of view 1 a file a block; `before`, when it had one view; `mended`,
+    trees: `cache`, its records of view 1 a file a block; `before`, with one view less; `mended`,
     with all records compacted, as repair leaves it; `other`, of another view seed; `finished`, a
     run of three epochs; `half` and `early`, after two and one; `another`, of other first weights;
     `another-half`, that one after two.
@@ -67,21 +67,23 @@ class World:
     home: Path
     job: CacheJob
     trees: Mapping[str, Tree]
+    views: int
 
     @property
     def config(self) -> StudentConfig:
         return student(self.home / "cache", 0, EPOCHS)
 
 
-def make_world(job: CacheJob, home: Path) -> World:
+def make_world(job: CacheJob, home: Path, encoding: str = "klt", views: int = 2) -> World:
     """job: any of the digits; its teacher is taken."""
     trees: dict[str, Tree] = {}
+    changes = {"encoding": encoding, "views": views - 1}
     for name, seed in (("cache", 0), ("other", 1)):
-        mine, path = _tiny(job, seed), home / name
+        mine, path = _tiny(job, seed=seed, **changes), home / name
         cache_teacher(mine, path)
         rectify(path, RectifyConfig())
         before = tree(path)
-        more = msgspec.structs.replace(mine.config, views=2)
+        more = msgspec.structs.replace(mine.config, views=views)
         cache_teacher(dataclasses.replace(mine, config=more), path)
         rectify(path, RectifyConfig())
         compact = tree(path)
@@ -89,7 +91,7 @@ def make_world(job: CacheJob, home: Path) -> World:
         trees[name] = tree(path)
         if name == "cache":
             trees |= {"before": before, "mended": compact}
-    splits = _tiny(job, 0).splits
+    splits = _tiny(job, **changes).splits
     for name, half, early, seed in (
         ("finished", "half", "early", 0),
         ("another", "another-half", "another-early", 1),
@@ -98,16 +100,14 @@ def make_world(job: CacheJob, home: Path) -> World:
         snapshots = _snapshots(config, home / "run", splits)
         trees |= dict(zip((early, half, name), snapshots, strict=True))
         shutil.rmtree(home / "run")
-    return World(home, _tiny(job, 0), trees)
+    return World(home, _tiny(job, **changes), trees, views)
 
 
-def _tiny(job: CacheJob, seed: int) -> CacheJob:
+def _tiny(job: CacheJob, **changes: Any) -> CacheJob:
     """60 samples in two blocks, a test split of 20."""
     splits = Splits(first(job.splits.train, 60), first(job.splits.test, 20))
-    replace = msgspec.structs.replace
-    return prepare(
-        replace(job.config, views=1, block_rows=30, encoding="klt", seed=seed, device="cpu"), splits
-    )
+    config = msgspec.structs.replace(job.config, block_rows=30, device="cpu", **changes)
+    return prepare(config, splits)
 
 
 def _loosen(path: Path) -> None:
@@ -233,9 +233,9 @@ def digest(tensors: list[torch.Tensor]) -> str:
 def opened(world: World, store: Path) -> object:
     cache = LogitCache.open(store)
     rectifications = [cache.rectification(name) for name in cache.rectifications]
-    views = [cache.complete_views, *(r.commits.complete(2) for r in rectifications)]
+    views = [cache.complete_views, *(r.commits.complete(world.views) for r in rectifications)]
     known = [cache.fidelity, *(r.statistics for r in rectifications)]
-    if views != [[0, 1], [0, 1]] or not all(known):
+    if views != 2 * [[*range(world.views)]] or not all(known):
         raise ToldError("what is missing is told as missing")
     return (
         cache.num_views,
@@ -252,7 +252,7 @@ def opened(world: World, store: Path) -> object:
 
 
 def read(world: World, store: Path) -> object:
-    return digest(everything(store))
+    return digest(everything(store, world.views))
 
 
 def trained(world: World, store: Path) -> object:
@@ -307,7 +307,8 @@ def _measured(run: Path, cache: Path, world: World) -> bytes:
 def reported(world: World, path: Path) -> object:
     file = write_report([str(path)], str(world.home / "page.html"), overwrite=True)
     page = file.read_text()
-    message = ("1 of 2", "is not recorded", ">?<")
+    less = (f"{views} of {world.views}" for views in range(world.views))
+    message = (*less, "is not recorded", ">?<")
     if any(words in page for words in message) or (
         (path / "commits").exists() and "top-1 on the test split" not in page
     ):

@@ -1,10 +1,12 @@
 """Caches whose views depend on the first one: what is read, told, mended and computed again."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from damage import flip, tree
@@ -21,6 +23,7 @@ from stages.cache_blocks import BlockWriter, share, with_anchors
 from stages.cache_plan import plan_cache
 from stages.cache_runs import anchor_runs, in_runs
 from stages.cache_teacher import CacheJob, cache_teacher
+from stages.cached_dataset import CachedDataset
 from stages.distributed import Ranks
 from stages.errors import AnchorError, CacheError
 from stages.order import ViewSchedule
@@ -411,3 +414,40 @@ def test_targets_are_kept_in_place_where_they_are_decoded(
     monkeypatch.setattr(in_place, "DECODED_BYTES", 0)
     assert kept_in_place(views[0]) is None
     assert kept_in_place(both) is None
+
+
+def test_a_dataset_gives_the_teachers_rows(
+    made: Path, job: CacheJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches that mix the first view with another, and two others."""
+    # The digest in its identity is of all digits; these are the first of them.
+    monkeypatch.setattr("stages.cache_images.check_identity", lambda *_: None)
+    train, cache = job.splits.train, LogitCache.open(made)
+    assert train.images is not None
+    images = list(zip(train.images, train.labels.tolist(), strict=True))
+    dataset = CachedDataset(made, images, rectified=NAME)
+    for views in ((0, 1), (2, 1)):
+        indices = [view * SAMPLES + sample for sample in (7, 3, 88) for view in views]
+        items = dataset.__getitems__(indices)
+        for index, item in zip(indices, items, strict=True):
+            view, sample = divmod(index, SAMPLES)
+            targets = cache.read_view(view, NAME)
+            expected = targets.rectified_rows(torch.tensor([sample]), 4.0)[0]
+            torch.testing.assert_close(item.teacher_logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_views_at_once_leave_the_same_bytes(
+    made: Path, job: CacheJob, tmp_path: Path, at_once: int
+) -> None:
+    """Without what the encoding was fitted to: all blocks come in runs."""
+    out = Path(shutil.copytree(made, tmp_path / "c.zarr"))
+    cache = LogitCache.open(out, writable=True)
+    for at in EVERY:
+        cache.commits.forget(at)
+    config = msgspec.structs.replace(job.config, views_at_once=at_once)
+
+    summary = cache_teacher(dataclasses.replace(job, config=config), out)
+
+    assert summary.computed_blocks == len(EVERY)
+    assert tree(out) == tree(made)

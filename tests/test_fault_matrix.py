@@ -58,6 +58,19 @@ def test_a_cell_of_every_object_harm_and_reader(matrix: Matrix) -> None:
     assert figures["detected"] > len(chosen) / 3
 
 
+@pytest.mark.slow
+def test_a_cell_of_every_object_of_views_that_depend_on_the_first(
+    small_job: CacheJob, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    home = tmp_path_factory.mktemp("anchored")
+    world = make_world(small_job, home, "klt-anchored:step=0.4,top=3", 3)
+    matrix = Matrix(world)
+    chosen = [cell for cell in sample(matrix) if cell.what == "cache"]
+    assert {"anchor_code", "logits_code", "klt_predictor"} < {c.key.split("/")[0] for c in chosen}
+
+    assert check(matrix, chosen)["detected"] > len(chosen) / 3
+
+
 @pytest.mark.exhaustive
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("what", "reader"), READERS)
