@@ -121,7 +121,8 @@ def _calibrated(where: Location, attributes: RootAttributes, job: CacheJob) -> E
     try:
         return restored(attributes.encoding, job.num_classes, lambda name: read_array(group, name))
     except CacheError as error:
-        again = _with_config(job, encoding=attributes.encoding.name)
+        asked, name = job.config.encoding, attributes.encoding.name
+        again = _with_config(job, encoding=name if asked == "auto" else asked)
         coding = TeacherPass.of(again).fitted_encoding()[1]
         if coding.digest() != attributes.encoding.digest:
             raise CacheError(

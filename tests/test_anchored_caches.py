@@ -286,6 +286,20 @@ def test_a_damaged_block_of_the_first_view_is_told_alone_and_mended(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("array", ["klt_predictor/c/0/0", "anchor_center/c/0/0"])
+def test_what_it_was_fitted_to_is_fitted_again(
+    made: Path, mine: Path, job: CacheJob, array: str
+) -> None:
+    """With the parameters that were asked for, to the same two views."""
+    flip(mine / array)
+
+    faults = verify(mine).faults
+    assert faults
+    assert repair(mine, job, faults).faults == []
+    assert tree(mine) == tree(made)
+
+
+@pytest.mark.slow
 def test_a_damaged_block_of_another_view_is_told_and_mended(
     made: Path, mine: Path, job: CacheJob
 ) -> None:

@@ -38,7 +38,7 @@ def blocks_of(store: dict[str, bytes]) -> set[str]:
         pytest.param("float32", 1, 1, id="a-few"),
         pytest.param("float32", 50, 50, id="many", marks=pytest.mark.slow),
         pytest.param("klt", 50, 50, id="klt-many", marks=pytest.mark.slow),
-        pytest.param("klt-anchored", 50, 10, id="klt-anchored-many", marks=pytest.mark.slow),
+        pytest.param("klt-anchored", 20, 5, id="klt-anchored-many", marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_run_again_equals_undisturbed(
