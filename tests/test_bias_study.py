@@ -103,3 +103,7 @@ def test_methods_are_compared_by_seed(tmp_path: Path) -> None:
     )  # 10, 18, 11: deviation 4.36, 4.303 * 4.36 / sqrt(3)
     assert [*primary.values()] == ["r", "+1.33 ± 1.43", "3", "0.057", "0.057"]
     assert (settings["KD"], settings["correct"]) == ("0.5, T 1", "0.1, T 4")
+    lines = [json.loads(line) for line in STUDY.scores([tmp_path / "r"]).splitlines()]
+    assert len(lines) == 3 * (1 + len(STUDY.METHODS))
+    kd = [line["test_top1"] for line in lines if line["run"] == "KD, CE 0.5, T 1"]
+    assert kd == [0.5, 0.6, 0.55]

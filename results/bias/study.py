@@ -181,6 +181,22 @@ def compare(regimes: Sequence[Path]) -> str:
     return "\n\n".join([means, against, primary, settings])
 
 
+def scores(regimes: Sequence[Path]) -> str:
+    """JSON lines: every run of the final sweeps."""
+    lines = [
+        {
+            "regime": regime.name,
+            "run": line["label"],
+            "seed": line["seed"],
+            "test_top1": round(line["summary"]["last"]["test_top1"], 4),
+            "teacher_top1": line["teacher_top1"],
+        }
+        for regime in regimes
+        for line in results(regime / "final")
+    ]
+    return "\n".join(map(json.dumps, lines)) + "\n"
+
+
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float, float]:
     """Mean difference over common seeds, half of its 95 % interval, p of the paired t-test."""
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
@@ -246,7 +262,9 @@ def main() -> None:
     grid.add_argument("--out", type=Path, required=True)
     grid.add_argument("--on", choices=BASES, default="pixels")
     commands.add_parser("final").add_argument("--out", type=Path, required=True)
-    commands.add_parser("compare").add_argument("regimes", type=Path, nargs="+")
+    comparison = commands.add_parser("compare")
+    comparison.add_argument("regimes", type=Path, nargs="+")
+    comparison.add_argument("--runs-to", type=Path, help="JSON lines of every run, for others")
     given = parser.parse_args()
     if given.command == "grid":
         write_grid(given.out, given.cache, given.dataset, given.on)
@@ -254,6 +272,8 @@ def main() -> None:
         write_final(given.out)
     else:
         print(compare(given.regimes))
+        if given.runs_to:
+            given.runs_to.write_text(scores(given.regimes))
 
 
 if __name__ == "__main__":

@@ -98,13 +98,22 @@ class BiasSettings(Settings, frozen=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        other = self.schedule not in (None, "cosine") or self.reduction not in (None, "subset")
-        if self.as_published and (other or not self.weighs):
+        if not self.as_published:
+            return
+        if not self.weighs:
             raise ConfigError(
-                "--as-published is for --bias rectify or eliminate, and says bias.schedule and "
-                f"bias.reduction; these were {self.mode}, {self.schedule}, {self.reduction}",
-                "Leave --as-published out, or the others.",
+                f"--as-published is for --bias rectify or eliminate, not for '{self.mode}'",
+                "Leave it out.",
             )
+        for key, value, published in (
+            ("schedule", self.schedule, "cosine" if self.mode == "rectify" else "constant"),
+            ("reduction", self.reduction, "subset"),
+        ):
+            if value not in (None, published):
+                raise ConfigError(
+                    f"--as-published means bias.{key}={published}, and bias.{key} was '{value}'",
+                    "Leave one of the two out.",
+                )
 
     @property
     def chosen_schedule(self) -> Schedule:
