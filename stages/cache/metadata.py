@@ -27,6 +27,7 @@ from stages.cache.storage import (
     Location,
     ask,
     first_entry,
+    folders,
     open_store,
     read_object,
     remove_half_written,
@@ -108,8 +109,9 @@ def unfinished_group(where: Location) -> zarr.Group:
     if read_object(store, "zarr.json") is None:
         # A copy: zarr keeps the dict and changes it with the attributes.
         return zarr.create_group(store, zarr_format=3, attributes=dict(UNFINISHED))
-    for name in layout.FOLDERS:
-        ask(store, store.delete_dir(name))
+    for name in folders(store, ""):
+        if name in layout.FOLDERS:
+            ask(store, store.delete_dir(name))
     return open_group(where, writable=True)
 
 

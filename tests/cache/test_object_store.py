@@ -400,7 +400,7 @@ def test_writing_over_a_bad_connection_gives_the_same_bytes(
         rectify(url, RectifyConfig())
 
     with through(server, fault) as proxy:
-        until_it_works(write, 120 if fault is cut_first else 2)
+        until_it_works(write, 60 if fault is cut_first else 2)
 
     assert values(objects(url)) == values(tree(one_cache))
     assert records(url) == records(one_cache)
