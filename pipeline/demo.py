@@ -58,10 +58,7 @@ HALF = LossSettings(ce_weight=0.5, weight=0.5)
 STUDENTS: dict[str, tuple[LossSettings, BiasSettings]] = {
     "hard labels": (LossSettings(name="ce"), BiasSettings()),
     "KD": (HALF, BiasSettings()),
-    "KD, bias-aware": (
-        HALF,
-        BiasSettings(mode="rectify"),
-    ),
+    "KD, bias-aware": (HALF, BiasSettings(mode="rectify")),
 }
 
 

@@ -116,25 +116,28 @@ class BiasSettings(Settings, frozen=True):
                 )
 
     @property
+    def _published(self) -> bool:
+        """Whether what is left out is as published. Runs that were made before `as_published` name
+        a reduction, and no schedule where it is the published one.
+        """
+        return self.mode != "rectify" or self.as_published or self.reduction is not None
+
+    @property
     def chosen_schedule(self) -> Schedule:
-        """The schedule; where settings leave it out and name a reduction, the published one."""
-        resolved = self.resolved()
-        return resolved.schedule or ("cosine" if self.mode == "rectify" else "constant")
+        """The schedule, or the default of the mode."""
+        cosine = self.mode == "rectify" and self._published
+        return self.schedule or ("cosine" if cosine else "constant")
 
     @property
     def chosen_reduction(self) -> Reduction:
         """The reduction, or the default of the mode."""
-        return self.resolved().reduction or "subset"
+        return self.reduction or ("subset" if self._published else "batch")
 
     def resolved(self) -> "BiasSettings":
-        """What is meant, in the words of runs that were made before `as_published`: a reduction,
-        and a schedule unless it is the published one.
-        """
-        if self.mode == "rectify" and not self.as_published and self.reduction is None:
-            schedule = self.schedule or "constant"
-            return msgspec.structs.replace(self, schedule=schedule, reduction="batch")
+        """The same in the words of runs that were made before `as_published`."""
+        schedule = self.schedule if self._published else self.chosen_schedule
         return msgspec.structs.replace(
-            self, reduction=self.reduction or "subset", as_published=False
+            self, schedule=schedule, reduction=self.chosen_reduction, as_published=False
         )
 
 
