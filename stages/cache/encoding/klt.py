@@ -90,7 +90,7 @@ class Klt(Encoding):
                 f"klt is for up to {_MOST_CLASSES:,} classes, not {logits.shape[1]:,}",
                 "Use --encoding klt-top or topk.",
             )
-        check_step(step := given.get("step"))
+        check_step(cls.name, step := given.get("step"))
         check_range(logits, torch.finfo(torch.float32).max, cls.name)
         mean = logits.double().mean(0)
         basis = eigenbasis(logits.double() - mean).float().contiguous()

@@ -32,7 +32,7 @@ def checked(name: str, logits: Tensor, given: Mapping[str, Any]) -> tuple[int, f
             f"{name} refines 1 to {classes} classes of {classes}, not {top}",
             f"Give --encoding {name}:top=NUMBER.",
         )
-    check_step(step)
+    check_step(name, step)
     check_range(logits, torch.finfo(torch.float32).max, name)
     return int(top), step
 
@@ -67,10 +67,10 @@ def _step(exponent: int) -> float:
     return float(_SEARCHED_FROM * 2 ** (-exponent / _STEPS_PER_OCTAVE))
 
 
-def check_step(step: float | None) -> None:
-    """Raise CacheError for a step that cannot be."""
+def check_step(name: str, step: float | None) -> None:
+    """Raise CacheError for a step that an encoding cannot have."""
     if step is not None and not 0 < step <= COARSEST_STEP:
         raise CacheError(
-            f"klt takes a step above 0 and up to {COARSEST_STEP:g}, not {step}",
-            "Give --encoding klt:step=NUMBER.",
+            f"{name} takes a step above 0 and up to {COARSEST_STEP:g}, not {step}",
+            f"Give --encoding {name}:step=NUMBER.",
         )
