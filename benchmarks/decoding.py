@@ -46,7 +46,7 @@ from stages.cache_job import CacheJob, prepare
 from stages.cache_runs import held_bytes
 from stages.inputs.buffers import Slots
 from stages.inputs.feed import Normalise
-from stages.inputs.views.boxes import Boxes, cut_out
+from stages.inputs.views.boxes import FILTERS, Boxes, cut_out, resample
 from stages.settings import CacheConfig, DataSettings, TeacherSettings
 from stages.teacher_pass import TeacherPass
 
@@ -110,7 +110,9 @@ def steps(job: CacheJob, folder: Path) -> dict[str, Callable[[], float]]:
         "draw the crop": lambda: policy.draw(samples, 0, height, width),
         "crop, mirror and resize": lambda: rendered(whole),
         "the same, colours in planes": lambda: rendered(planes),
-        "of it torch's resampler": lambda: [resampled(crop) for crop in crops],
+        "of it torch's resampler": lambda: [
+            resample(crop, (SIZE, SIZE), FILTERS["bilinear"]) for crop in crops
+        ],
         "into the shared place": lambda: torch.stack(
             [image.permute(1, 2, 0) for image in shown], out=place
         ),
@@ -118,19 +120,6 @@ def steps(job: CacheJob, folder: Path) -> dict[str, Callable[[], float]]:
         "to float32, normalise": lambda: normalise(batch.permute(0, 3, 1, 2)),
     }
     return {name: functools.partial(cpu_seconds, work) for name, work in works.items()}
-
-
-def resampled(crop: Tensor) -> Tensor:
-    """What no view of another size can do without. crop: (C, H, W), dense, channels last."""
-    channels, height, width = crop.shape
-    strides = (channels * height * width, *crop.stride())  # or the result has channels first
-    return torch.nn.functional.interpolate(
-        crop.as_strided((1, channels, height, width), strides),
-        (SIZE, SIZE),
-        mode="bilinear",
-        align_corners=False,
-        antialias=True,
-    )
 
 
 class BareViews(Dataset[Tensor]):

@@ -157,7 +157,9 @@ class Workers:
 
     def _of_threads(self) -> Iterator[Answer | PipelineError]:
         """What threads answer, each a request at a time, and some requests ahead."""
-        with ThreadPoolExecutor(self._threads, initializer=use, initargs=(self._device,)) as pool:
+        with ThreadPoolExecutor(
+            self._threads, initializer=_decode_on, initargs=(self._device,)
+        ) as pool:
             ahead: deque[Future[Answer | PipelineError]] = deque()
             for request in self._plan:
                 ahead.append(pool.submit(self._rendered.__getitems__, request))
@@ -211,7 +213,7 @@ class Workers:
         return self._buffers.empty(*shape)
 
 
-def use(device: torch.device) -> None:
+def _decode_on(device: torch.device) -> None:
     """Decode on the GPU of a rank, in a new thread."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)

@@ -102,11 +102,11 @@ class TargetReader:
         views = {view: self._read_view(view, read) for view in part.views}
         return JoinedTargets(views) if len(views) > 1 else views[part.views[0]]
 
-    def _read_view(self, view: int, read: "_Read") -> Targets:
+    def _read_view(self, view: int, read: _Read) -> Targets:
         members = [self._read_member(which, view, read) for which in range(len(self._caches))]
         return members[0] if len(members) == 1 else EnsembleTargets(members, self._labels)
 
-    def _read_member(self, which: int, view: int, read: "_Read") -> ViewTargets:
+    def _read_member(self, which: int, view: int, read: _Read) -> ViewTargets:
         shared, device = read.shared.get(which), self._upload.device
         anchor = None if shared is None else shared.anchor
         targets = self._caches[which].read_view(view, self._rectified, read.runs, anchor)

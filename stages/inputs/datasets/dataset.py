@@ -86,8 +86,7 @@ class ImageDataset:
 
     def load_each(self, samples: Sequence[int]) -> list[Tensor]:
         """As `load` gives each; on a GPU decoded in one go."""
-        many = getattr(self.load, "many", None)
-        return [self.load(i) for i in samples] if many is None else list(many(samples))
+        return loaded(self.load, samples)
 
     @property
     def skipped(self) -> Tensor:
@@ -222,6 +221,12 @@ def without(samples: Tensor, skipped: Tensor) -> Tensor:
 def unlabelled(size: int) -> Tensor:
     """int64 (N,): the labels of images that have none."""
     return torch.full((size,), -1)
+
+
+def loaded(load: Callable[[int], Tensor], samples: Sequence[int]) -> list[Tensor]:
+    """What `load` gives of each, by its `many` where it has that."""
+    many = getattr(load, "many", None)
+    return [load(i) for i in samples] if many is None else list(many(samples))
 
 
 def in_memory(load: Callable[[int], Tensor], size: int, feeding: Feeding) -> Tensor | None:

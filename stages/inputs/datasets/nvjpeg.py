@@ -86,7 +86,7 @@ def _unusable() -> str:
     try:
         _decoded([_bytes(content.getvalue())], "RGB")
     except RuntimeError as error:  # such as a torchvision that was built without nvJPEG
-        return str(error).splitlines()[0][:120]
+        return _first_line(error)
     return ""
 
 
@@ -123,17 +123,20 @@ def _broken(
     error: RuntimeError,
 ) -> DatasetError:
     """Which image it was: the first that cannot be decoded alone either."""
-    told = str(error)
     for content, name in zip(contents, names, strict=True):
         try:
             _decoded([content], mode)
         except RuntimeError as own:
-            told = (str(own) or type(own).__name__).splitlines()[0]
             return DatasetError(
-                f"cannot read image {name}: {told[:120]}",
+                f"cannot read image {name}: {_first_line(own)}",
                 f"Replace the file. {left_out(dataset)}",
             )
     return DatasetError(
-        f"{len(contents)} images cannot be decoded at a time: {told.splitlines()[0][:120]}",
+        f"{len(contents)} images cannot be decoded at a time: {_first_line(error)}",
         "Use a smaller batch size, or fewer --workers.",
     )
+
+
+def _first_line(error: RuntimeError) -> str:
+    """What went wrong, in one short line."""
+    return (str(error) or type(error).__name__).splitlines()[0][:120]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import DatasetError
-from stages.inputs.datasets.dataset import Skip
+from stages.inputs.datasets.dataset import Skip, loaded
 from stages.inputs.datasets.listing import split_of_folder
 from stages.inputs.datasets.manifest import FolderListing
 from stages.inputs.datasets.parts import taking
@@ -129,8 +129,7 @@ class Blackened:
     def many(self, indices: Sequence[int]) -> list[Tensor]:
         """As each by itself."""
         shown = [index for index in indices if index not in self.skipped]
-        each = getattr(self.load, "many", lambda some: [self.load(i) for i in some])
-        images = iter(each(shown) if shown else [])
+        images = iter(loaded(self.load, shown) if shown else [])
         black = torch.zeros(self.shape, dtype=torch.uint8)
         return [black if index in self.skipped else next(images) for index in indices]
 

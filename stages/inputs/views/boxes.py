@@ -69,10 +69,10 @@ def cut_out(
         crop = crop[None].contiguous(memory_format=torch.channels_last)[0]
     if mirrored:
         crop = crop.flip(-1)
-    return _resized(crop, size, interpolation) if resized else crop.contiguous()
+    return resample(crop, size, interpolation) if resized else crop.contiguous()
 
 
-def _resized(crop: Tensor, size: Sequence[int], interpolation: InterpolationMode) -> Tensor:
+def resample(crop: Tensor, size: Sequence[int], interpolation: InterpolationMode) -> Tensor:
     """A dense crop (C, H, W), channels last in memory, as torchvision resizes it: through torch's
     own function where that gives the same pixels, as torchvision takes twice as long to call it.
     """
