@@ -38,6 +38,7 @@ from stages.settings import (
     TeacherSettings,
     TrainSettings,
 )
+from stages.train_student import train_student
 from stages.training.cached_task import CachedTask
 from stages.training.run_directory import RunDirectory
 
@@ -140,6 +141,25 @@ def student_of(cache: str | Path, **changes: Any) -> StudentConfig:
         device="cpu",
     )
     return msgspec.structs.replace(config, **changes)
+
+
+def student_of_photographs(data: DataSettings, folder: Path) -> StudentConfig:
+    """A cache of two views of photographs, FOLDER/cache.zarr, and a student that has learned from
+    it, FOLDER/run: its settings.
+    """
+    torch.manual_seed(0)
+    config = CacheConfig(
+        data=data,
+        teacher=TeacherSettings(architecture="helpers:plain"),
+        views=2,
+        augment="resized-crop-flip",
+        device="cpu",
+    )
+    cache_teacher(prepare(config), folder / "cache.zarr")
+    train = TrainSettings(epochs=1, batch_size=4)
+    student = student_of(folder / "cache.zarr", data=data, train=train)
+    train_student(student, folder / "run")
+    return student
 
 
 def teacher_of(**changes: Any) -> TeacherConfig:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from helpers import smooth
+from helpers import smooth, student_of_photographs
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -17,7 +17,6 @@ from benchmarks import gpu_jpegs
 from benchmarks.parts import SkippedError, Where
 from stages.cache import LogitCache
 from stages.cache_images import named_images
-from stages.cache_teacher import cache_teacher, prepare
 from stages.data import load_data
 from stages.errors import ConfigError, DatasetError, IdentityError
 from stages.inputs.datasets import ImageDataset, Skip, load_dataset, nvjpeg
@@ -25,12 +24,7 @@ from stages.inputs.datasets.compressed import decode
 from stages.inputs.feed import ViewFeed
 from stages.inputs.views import view_policy
 from stages.settings import (
-    CacheConfig,
     DataSettings,
-    ModelSettings,
-    StudentConfig,
-    TeacherSettings,
-    TrainSettings,
 )
 from stages.train_student import train_student
 
@@ -296,26 +290,10 @@ def test_what_does_not_go_together(changes: dict[str, Any]) -> None:
 def test_a_student_decodes_as_the_teacher_did(
     folder: Path, tmp_path: Path, calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    config = CacheConfig(
-        data=settings(folder),
-        teacher=TeacherSettings(architecture="helpers:plain"),
-        views=2,
-        augment="resized-crop-flip",
-        device="cpu",
-    )
-    cache_teacher(prepare(config), tmp_path / "cache.zarr")
-    cache = LogitCache.open(tmp_path / "cache.zarr")
+    student = student_of_photographs(settings(folder), tmp_path)
+    cache = LogitCache.open(student.cache)
     assert cache.identity.dataset.decoder == "nvjpeg"
     assert named_images(cache, f"folder:{folder}").decoder == "nvjpeg"
-    student = StudentConfig(
-        cache=str(cache.path),
-        data=settings(folder),
-        model=ModelSettings(architecture="helpers:plain"),
-        train=TrainSettings(epochs=1, batch_size=4),
-        device="cpu",
-    )
-    train_student(student, tmp_path / "run")
     pillow = msgspec.structs.replace(student, data=settings(folder, decoder=None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(IdentityError, match=r"decoder: None, not nvjpeg\n.*--decoder"):

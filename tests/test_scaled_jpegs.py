@@ -8,24 +8,18 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from helpers import smooth
+from helpers import smooth, student_of_photographs
 from torch.nn.functional import avg_pool2d
 
 from stages.cache import LogitCache
 from stages.cache_images import named_images
-from stages.cache_teacher import cache_teacher, prepare
 from stages.data import load_data
 from stages.errors import IdentityError
 from stages.inputs.datasets import load_dataset
 from stages.inputs.probes import pixel_probes
 from stages.inputs.views import view_policy
 from stages.settings import (
-    CacheConfig,
     DataSettings,
-    ModelSettings,
-    StudentConfig,
-    TeacherSettings,
-    TrainSettings,
 )
 from stages.train_student import train_student
 
@@ -94,26 +88,10 @@ def test_every_kind_of_dataset_decodes_alike(folder: Path, tmp_path: Path) -> No
 
 
 def test_a_student_decodes_as_the_teacher_did(folder: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = CacheConfig(
-        data=settings(folder, jpeg_side=16),
-        teacher=TeacherSettings(architecture="helpers:plain"),
-        views=2,
-        augment="resized-crop-flip",
-        device="cpu",
-    )
-    cache_teacher(prepare(config), tmp_path / "cache.zarr")
-    cache = LogitCache.open(tmp_path / "cache.zarr")
+    student = student_of_photographs(settings(folder, jpeg_side=16), tmp_path)
+    cache = LogitCache.open(student.cache)
     assert cache.identity.dataset.jpeg_side == 16
     assert named_images(cache, f"folder:{folder}").jpeg_side == 16
-    student = StudentConfig(
-        cache=str(cache.path),
-        data=settings(folder, jpeg_side=16),
-        model=ModelSettings(architecture="helpers:plain"),
-        train=TrainSettings(epochs=1, batch_size=4),
-        device="cpu",
-    )
-    train_student(student, tmp_path / "run")
     for side, message in ((None, "None, not 16"), (8, "8, not 16")):
         other = msgspec.structs.replace(student, data=settings(folder, jpeg_side=side))
         with pytest.raises(IdentityError, match=f"jpeg_side: {message}\n.*--jpeg-side"):
