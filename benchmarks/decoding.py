@@ -42,13 +42,13 @@ from benchmarks.measure import (
 from benchmarks.table import show_report
 from benchmarks.view_epochs import measure_epochs
 from pipeline.console import Console
-from stages.cache_job import CacheJob, prepare
-from stages.cache_runs import held_bytes
 from stages.inputs.buffers import Slots
 from stages.inputs.feed import Normalise
 from stages.inputs.views.boxes import FILTERS, Boxes, cut_out, resample
 from stages.settings import CacheConfig, DataSettings, TeacherSettings
-from stages.teacher_pass import TeacherPass
+from stages.teacher.job import CacheJob, prepare
+from stages.teacher.logits import TeacherPass
+from stages.teacher.runs import held_bytes
 
 SIZE, BATCH = 224, 32
 SLACK = 64 * 2**20

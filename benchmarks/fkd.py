@@ -36,11 +36,11 @@ from benchmarks.table import show_report
 from pipeline.console import Console
 from stages.cache import LogitCache
 from stages.cache.layout import BlockId
-from stages.cache_job import CacheJob, prepare
 from stages.cache_teacher import cache_teacher
 from stages.inputs.views.boxes import Boxes
 from stages.settings import CacheConfig, DataSettings, TeacherSettings
-from stages.teacher_pass import TeacherPass
+from stages.teacher.job import CacheJob, prepare
+from stages.teacher.logits import TeacherPass
 
 CLASSES = 1000
 LABELS = "marginal_smoothing_k5"

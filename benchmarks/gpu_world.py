@@ -13,7 +13,6 @@ from benchmarks.measure import Figure
 from benchmarks.parts import Measured, Where
 from benchmarks.synthetic import noise_splits
 from benchmarks.training import Bench
-from stages.cache_job import CacheJob, prepare
 from stages.cache_teacher import cache_teacher
 from stages.data import Splits
 from stages.inputs.models import build_model
@@ -26,6 +25,7 @@ from stages.settings import (
     TeacherSettings,
     TrainSettings,
 )
+from stages.teacher.job import CacheJob, prepare
 
 TEACHER = "resnet32x4"
 LARGE = {"resnet50": 256, "vit_b_16": 256}

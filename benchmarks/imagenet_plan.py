@@ -9,7 +9,7 @@ from stages.cache.encoding.klt import Klt
 from stages.cache.encoding.topk import TopK
 from stages.cache.encoding.uint8 import Uint8
 from stages.cache.layout import block_grid
-from stages.cache_plan import count_files
+from stages.teacher.plan import count_files
 
 VIEWS = 300
 

@@ -19,7 +19,6 @@ from pipeline.config import convert
 from pipeline.console import Console
 from pipeline.evaluation import check_json
 from stages.cache import LogitCache
-from stages.cache_job import CacheJob
 from stages.data import load_data, skips_of
 from stages.device import choose_device
 from stages.errors import CacheError, ConfigError, ViewError
@@ -34,6 +33,7 @@ from stages.settings import (
     StudentConfig,
     TrainSettings,
 )
+from stages.teacher.job import CacheJob
 
 _FIXED_COSTS = 20_000
 """Samples; stage two on fewer is mostly starting and ending, and not held to its target."""

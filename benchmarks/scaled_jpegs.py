@@ -17,9 +17,9 @@ from benchmarks.jpegs import jpeg
 from benchmarks.measure import Figure, alternately, new_report, seconds
 from benchmarks.table import show_report
 from pipeline.console import Console
-from stages.cache_job import CacheJob, prepare
 from stages.settings import CacheConfig, DataSettings, TeacherSettings
-from stages.teacher_pass import TeacherPass
+from stages.teacher.job import CacheJob, prepare
+from stages.teacher.logits import TeacherPass
 
 SIZES = ((375, 500), (900, 1200), (1500, 2000))
 """Height and width: ImageNet's, and photographs."""

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from benchmarks.parts import Where
 from stages.cache import LogitCache
-from stages.cache_job import prepare
 from stages.cache_teacher import cache_teacher
 from stages.data import Splits, load_data
 from stages.errors import StoppedError
@@ -29,6 +28,7 @@ from stages.settings import (
     TeacherSettings,
     TrainSettings,
 )
+from stages.teacher.job import prepare
 from stages.train_student import student_trainer, train_student
 from stages.train_teacher import train_teacher
 from stages.training.run_directory import RunDirectory

@@ -12,12 +12,12 @@ from torch import Tensor
 from benchmarks.measure import Figure, Ratio, alternately, seconds, steadily
 from stages import device
 from stages.cache import LogitCache
-from stages.cache_job import CacheJob, prepare
 from stages.cache_teacher import cache_teacher
 from stages.data import Splits
 from stages.errors import ConfigError
 from stages.settings import CacheConfig, Dtype
-from stages.teacher_pass import TeacherPass
+from stages.teacher.job import CacheJob, prepare
+from stages.teacher.logits import TeacherPass
 
 PASS_TARGET = 1.05
 FIXED = "mostly fixed costs"

@@ -17,7 +17,6 @@ from benchmarks.epochs import OnlineStudent, TimedStudent
 from benchmarks.measure import Figure, Laps, Ratio, in_turns, steadily
 from benchmarks.teacher import forward
 from stages.cache import LogitCache
-from stages.cache_job import CacheJob
 from stages.data import Splits
 from stages.device import choose_device
 from stages.errors import ConfigError
@@ -26,6 +25,7 @@ from stages.objectives.losses import mixed_ce
 from stages.order import held_out, view_order
 from stages.reporting import Silent
 from stages.settings import LossSettings, StudentConfig
+from stages.teacher.job import CacheJob
 from stages.train_student import student_trainer
 from stages.training.learner import Learner
 from stages.training.models import build

@@ -5,9 +5,9 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.measure import Ratio, Report, in_turns, seconds
-from stages.cache_job import CacheJob
 from stages.cache_teacher import cache_teacher
 from stages.settings import ModelSettings, StudentConfig, TrainSettings
+from stages.teacher.job import CacheJob
 from stages.train_student import student_trainer
 from stages.training.run_directory import RunDirectory
 from stages.training.trainer import Trainer

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.cache import LogitCache
-from stages.cache_job import CacheJob, prepare
 from stages.cache_teacher import cache_teacher
 from stages.data import Splits, load_data
 from stages.settings import (
@@ -19,6 +18,7 @@ from stages.settings import (
     TeacherSettings,
     TrainSettings,
 )
+from stages.teacher.job import CacheJob, prepare
 from stages.train_teacher import train_teacher
 
 VIEWS = 3

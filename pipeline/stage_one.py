@@ -9,12 +9,12 @@ from pipeline.check_data import amount_of
 from pipeline.console import Console
 from pipeline.tables import show_cached, show_plan
 from stages.cache.storage import check_place
-from stages.cache_job import CacheJob, begun_at
-from stages.cache_plan import plan_cache
 from stages.cache_teacher import cache_teacher, prepare
 from stages.check_data import check_sample
 from stages.distributed import first_rank_does, first_rank_first, launched_ranks, process_group
 from stages.settings import CacheConfig
+from stages.teacher.job import CacheJob, begun_at
+from stages.teacher.plan import plan_cache
 
 
 def run_stage_one(console: Console, config: CacheConfig, place: CachePlace) -> None:

@@ -8,11 +8,11 @@ from pipeline.console import Console, counted, duration, size
 from stages.cache import LogitCache
 from stages.cache.encoding import Encoding, Fidelity
 from stages.cache.identity import FoldsIdentity
-from stages.cache_job import normalisation_text
-from stages.cache_plan import CachePlan
 from stages.cache_teacher import CacheSummary
 from stages.settings import TeacherConfig
 from stages.sizes import KL_TEMPERATURES
+from stages.teacher.job import normalisation_text
+from stages.teacher.plan import CachePlan
 from stages.verify import Fault, Verified
 
 MOST_FAULTS = 50

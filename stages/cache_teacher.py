@@ -5,9 +5,9 @@ r"""Stage one: run the teacher once, keep its logits for every view of every sam
     torchrun --nproc-per-node=8 -m pipeline cache-teacher ...
 
 Blocks are computed one after another, or several views of the same rows at once, so that an image
-is decoded once for them (`cache_runs.py`): each in the same batches whatever was done before. They
-are written by another thread meanwhile; of several ranks each has its own, and the bytes are the
-same.
+is decoded once for them (`teacher/runs.py`): each in the same batches whatever was done before.
+They are written by another thread meanwhile; of several ranks each has its own, and the bytes are
+the same.
 Running the same command again computes what is missing.
 """
 
@@ -23,10 +23,6 @@ from stages.cache.commits import Record
 from stages.cache.layout import BlockId
 from stages.cache.lock import exclusive, joined
 from stages.cache.storage import Location, check_place, location
-from stages.cache_blocks import BlockWriter, beside_anchors, see, share, with_anchors
-from stages.cache_job import CacheJob, prepare
-from stages.cache_of_job import Blocks, opened
-from stages.cache_runs import in_runs, views_at_once
 from stages.device import device_name, versions
 from stages.distributed import (
     Ranks,
@@ -37,8 +33,12 @@ from stages.distributed import (
 )
 from stages.errors import CacheError
 from stages.reporting import Reporter, Silent
-from stages.teacher_checks import teacher_warnings
-from stages.teacher_pass import TeacherPass, first_rows
+from stages.teacher.blocks import BlockWriter, beside_anchors, see, share, with_anchors
+from stages.teacher.checks import teacher_warnings
+from stages.teacher.job import CacheJob, prepare
+from stages.teacher.logits import TeacherPass, first_rows
+from stages.teacher.runs import in_runs, views_at_once
+from stages.teacher.store import Blocks, opened
 
 __all__ = ["CacheJob", "CacheSummary", "cache_teacher", "prepare"]
 

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from stages.cache import LogitCache
 from stages.cache.encoding import check_temperature
 from stages.cache.targets import ViewTargets
-from stages.cache_images import (
+from stages.cached_images import (
     MOST_VIEWS,
     CleanImages,
     Pixels,

@@ -15,7 +15,7 @@ from stages.inputs.datasets.dataset import without
 
 class Stream(IntEnum):
     """What seed.data draws, each for itself. 4 is the order of rows, which is the view seed's:
-    `stages.cache_job`.
+    `stages.teacher.job`.
     """
 
     SAMPLES = 1

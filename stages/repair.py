@@ -27,11 +27,11 @@ from stages.cache.rectified import RectificationSettings
 from stages.cache.storage import Location, folders, location, read_object, write_object
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.errors import CacheError
-from stages.recorded import check_teacher, recorded_job, trusted_attributes
 from stages.rectify import config_of, rectify
 from stages.reporting import Reporter, Silent
 from stages.settings import RectifyConfig
-from stages.teacher_pass import TeacherPass
+from stages.teacher.logits import TeacherPass
+from stages.teacher.recorded import check_teacher, recorded_job, trusted_attributes
 from stages.verify import Fault, Verified, verify
 from stages.verify.documents import root_faults
 from stages.verify.known_views import known_views, rectified_views

@@ -17,7 +17,6 @@ from torch import Tensor
 from stages.data import Splits, chosen_policy, load_data, split_digests
 from stages.device import choose_device
 from stages.errors import ConfigError, RunError
-from stages.fold_teachers import fold_folder
 from stages.folds import fold_map
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Batch, plain_view
@@ -25,6 +24,7 @@ from stages.objectives.losses import mixed_ce
 from stages.order import SINGLES, Rounds, held_out, view_order
 from stages.reporting import Reporter, Silent
 from stages.settings import TeacherConfig
+from stages.teacher.folds import fold_folder
 from stages.training.learner import Learner
 from stages.training.models import build
 from stages.training.run_directory import RunDirectory

@@ -13,15 +13,11 @@ from damage import flip, tree
 from helpers import Words, resized, student_of
 from torch import Tensor
 
-from stages import cache_plan
 from stages.cache import LogitCache
 from stages.cache.blocks import BlockGroup
 from stages.cache.commits import CommitLog, Record, seal_records, unsealed
 from stages.cache.encoding.klt_anchored import KltAnchored
 from stages.cache.layout import BlockId
-from stages.cache_blocks import BlockWriter, share, with_anchors
-from stages.cache_plan import plan_cache
-from stages.cache_runs import anchor_runs, in_runs
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.cached_dataset import CachedDataset
 from stages.distributed import Ranks
@@ -35,7 +31,10 @@ from stages.targets.chunks import SlabPlan, plan_slabs, slab_bytes
 from stages.targets.ensemble import EnsembleTargets
 from stages.targets.in_place import kept_in_place, take
 from stages.targets.reader import TargetReader
-from stages.teacher_pass import TeacherPass
+from stages.teacher.blocks import BlockWriter, share, with_anchors
+from stages.teacher.logits import TeacherPass
+from stages.teacher.plan import plan_cache
+from stages.teacher.runs import anchor_runs, in_runs
 from stages.verify import verify, verify_live
 
 SAMPLES, VIEWS, BLOCKS = 90, 3, 3
@@ -63,7 +62,7 @@ def made(job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_plan, "MEASURED_SECONDS", 0.05)
+    monkeypatch.setattr("stages.teacher.plan.MEASURED_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -436,7 +435,7 @@ def test_a_dataset_gives_the_teachers_rows(
 ) -> None:
     """Batches that mix the first view with another, and two others."""
     # The digest in its identity is of all digits; these are the first of them.
-    monkeypatch.setattr("stages.cache_images.check_identity", lambda *_: None)
+    monkeypatch.setattr("stages.cached_images.check_identity", lambda *_: None)
     train, cache = job.splits.train, LogitCache.open(made)
     assert train.images is not None
     images = list(zip(train.images, train.labels.tolist(), strict=True))

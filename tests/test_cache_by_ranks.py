@@ -8,8 +8,8 @@ from typing import Any
 import forks
 import pytest
 
-from stages.cache_blocks import share
 from stages.distributed import Ranks
+from stages.teacher.blocks import share
 
 VIEWS, BLOCKS = 3, 7
 EVERY = [[view, block] for view in range(VIEWS) for block in range(BLOCKS)]

@@ -9,16 +9,15 @@ import torch
 from helpers import first
 from torch import Tensor
 
-from stages import cache_plan
 from stages.cache import LogitCache
 from stages.cache.encoding import ENCODINGS
 from stages.cache.encoding.base import PLAIN_BUDGET
-from stages.cache_plan import CachePlan, plan_cache
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, IdentityError
 from stages.settings import CacheConfig
-from stages.teacher_pass import TeacherPass
+from stages.teacher.logits import TeacherPass
+from stages.teacher.plan import CachePlan, measured_teacher, plan_cache
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def few(digits: Splits) -> Splits:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_plan, "MEASURED_SECONDS", 0.05)
+    monkeypatch.setattr("stages.teacher.plan.MEASURED_SECONDS", 0.05)
 
 
 def files_and_bytes(store: Path) -> tuple[int, int]:
@@ -245,7 +244,7 @@ def test_the_teacher_is_measured_on_the_rows_encodings_are_fitted_to(
         return of_views(teacher, samples, views)
 
     monkeypatch.setattr(TeacherPass, "of_views", spy)
-    logits, pace = cache_plan.measured_teacher(job)
+    logits, pace = measured_teacher(job)
 
     assert pace > 0
     warm_up, *timed = runs

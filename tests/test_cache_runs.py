@@ -11,20 +11,19 @@ import torch
 from helpers import resized
 from torch import Tensor
 
-from stages import cache_plan, cache_runs
 from stages.cache import LogitCache
 from stages.cache.blocks import BackgroundWriter
 from stages.cache.commits import CommitLog
 from stages.cache.layout import BlockId
-from stages.cache_job import CacheJob
-from stages.cache_plan import plan_cache
-from stages.cache_runs import held_bytes, in_runs, runs_of, views_at_once
 from stages.cache_teacher import cache_teacher
 from stages.data import Splits
 from stages.errors import ConfigError
 from stages.inputs.feed import ViewFeed
 from stages.inputs.views import view_policy
-from stages.teacher_pass import TeacherPass
+from stages.teacher.job import CacheJob
+from stages.teacher.logits import TeacherPass
+from stages.teacher.plan import plan_cache
+from stages.teacher.runs import held_bytes, in_runs, runs_of, views_at_once
 
 VIEWS = 5
 
@@ -187,7 +186,7 @@ def test_runs_hold_every_block_once_in_few_passes(at_once: int) -> None:
 def test_views_at_once_are_chosen_from_memory(
     job: CacheJob, free: int, asked: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_runs, "free_memory", lambda: free)
+    monkeypatch.setattr("stages.teacher.runs.free_memory", lambda: free)
     assert views_at_once(with_views(job, asked)) == expected
     in_memory = dataclasses.replace(
         job,
@@ -201,10 +200,10 @@ def test_what_is_held_is_bounded(job: CacheJob, monkeypatch: pytest.MonkeyPatch)
     of 16 images of 64 pixels.
     """
     assert held_bytes(job, 4) == (4 + 2 + 1) * 4 * 10 * 30 + 2 * 4 * 16 * 64
-    monkeypatch.setattr(cache_runs, "MOST_BYTES", held_bytes(job, 4) - 1)
-    monkeypatch.setattr(cache_runs, "free_memory", lambda: 2**40)
+    monkeypatch.setattr("stages.teacher.runs.MOST_BYTES", held_bytes(job, 4) - 1)
+    monkeypatch.setattr("stages.teacher.runs.free_memory", lambda: 2**40)
     assert views_at_once(job) == 3
-    monkeypatch.setattr(cache_runs, "free_memory", lambda: held_bytes(job, 4) - 1)
+    monkeypatch.setattr("stages.teacher.runs.free_memory", lambda: held_bytes(job, 4) - 1)
     with pytest.raises(ConfigError) as refused:
         views_at_once(with_views(job, 4))
     assert "--views-at-once" in refused.value.remedy
@@ -213,7 +212,7 @@ def test_what_is_held_is_bounded(job: CacheJob, monkeypatch: pytest.MonkeyPatch)
 def test_the_plan_counts_decodes(
     job: CacheJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_plan, "MEASURED_SECONDS", 0.05)
+    monkeypatch.setattr("stages.teacher.plan.MEASURED_SECONDS", 0.05)
     plan = plan_cache(with_views(job, 3), tmp_path / "c.zarr")
 
     assert (plan.decodes, plan.singly_decodes) == (60 * 3, 60 * VIEWS)  # view 0; 1 to 3; 4

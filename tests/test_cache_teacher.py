@@ -33,7 +33,7 @@ from stages.inputs.cifar_models import cifar_model
 from stages.inputs.views import view_policy
 from stages.repair import repair
 from stages.settings import CacheConfig, TeacherSettings
-from stages.teacher_pass import TeacherPass
+from stages.teacher.logits import TeacherPass
 from stages.verify import verify
 
 Objects = Callable[[Path], dict[str, bytes]]

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache_job import CacheJob
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import ConfigError, IdentityError, ModelError, PipelineError, RunError
@@ -35,6 +34,7 @@ from stages.settings import (
     TeacherSettings,
     TrainSettings,
 )
+from stages.teacher.job import CacheJob
 from stages.train_student import train_student
 from stages.train_teacher import train_folds, train_teacher
 from stages.verify import verify, verify_live

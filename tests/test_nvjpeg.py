@@ -16,7 +16,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from benchmarks import gpu_jpegs
 from benchmarks.parts import SkippedError, Where
 from stages.cache import LogitCache
-from stages.cache_images import named_images
+from stages.cached_images import named_images
 from stages.data import load_data
 from stages.errors import ConfigError, DatasetError, IdentityError
 from stages.inputs.datasets import ImageDataset, Skip, load_dataset, nvjpeg

@@ -12,7 +12,7 @@ from helpers import smooth, student_of_photographs
 from torch.nn.functional import avg_pool2d
 
 from stages.cache import LogitCache
-from stages.cache_images import named_images
+from stages.cached_images import named_images
 from stages.data import load_data
 from stages.errors import IdentityError
 from stages.inputs.datasets import load_dataset

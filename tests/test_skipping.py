@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from pipeline.cli import cli
 from stages import CachedDataset, CachedEpochs
 from stages.cache import LogitCache
-from stages.cache_job import begun_at
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.check_data import check_data, check_sample, write_skip_list
 from stages.data import load_data
@@ -37,6 +36,7 @@ from stages.settings import (
     TeacherSettings,
     TrainSettings,
 )
+from stages.teacher.job import begun_at
 from stages.train_student import student_trainer, train_student
 from stages.training.run_directory import RunDirectory
 from stages.verify import verify, verify_live, verify_pixels

@@ -14,12 +14,12 @@ from damage import flip
 
 from pipeline.cli import cli
 from stages.cache import LogitCache
-from stages.cache_job import CacheJob
 from stages.errors import CacheError, ConfigError
 from stages.rectify import rectify
 from stages.repair import repair
 from stages.settings import RectifyConfig
 from stages.suspects import Suspect, suspected_labels
+from stages.teacher.job import CacheJob
 from stages.verify import verify
 
 SURE = 0.2

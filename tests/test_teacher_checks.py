@@ -12,7 +12,6 @@ from helpers import Words
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache_plan import plan_cache
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import ModelError, PipelineError
@@ -20,7 +19,8 @@ from stages.evaluate import evaluate_run
 from stages.inputs.model_input import small_image_notes
 from stages.repair import recorded_job
 from stages.settings import CacheConfig, TeacherSettings
-from stages.teacher_checks import teacher_warnings
+from stages.teacher.checks import teacher_warnings
+from stages.teacher.plan import plan_cache
 from stages.user_code import trusting
 
 ORDER = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
@@ -68,7 +68,7 @@ def test_warnings(logits: Tensor, labels: Tensor, message: str | None) -> None:
 
 @pytest.fixture(autouse=True)
 def measured_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.cache_plan.MEASURED_SECONDS", 0.01)
+    monkeypatch.setattr("stages.teacher.plan.MEASURED_SECONDS", 0.01)
 
 
 def reordered(digits: Splits, order: list[int]) -> Splits:

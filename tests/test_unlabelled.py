@@ -25,7 +25,6 @@ from stages.errors import PipelineError
 from stages.evaluate import OtherImages, evaluate_run
 from stages.inputs.datasets import load_dataset, load_splits
 from stages.objectives.losses import DEFINITIONS, LearningLoss
-from stages.recorded import recorded_job
 from stages.rectify import rectify
 from stages.repair import repair
 from stages.settings import (
@@ -39,6 +38,7 @@ from stages.settings import (
     TeacherConfig,
     TrainSettings,
 )
+from stages.teacher.recorded import recorded_job
 from stages.train_student import train_student
 from stages.train_teacher import train_teacher
 from stages.verify import verify

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from stages.cache import LogitCache
-from stages.cache_runs import held_bytes
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.errors import ChangedImagesError, IdentityError
 from stages.inputs.cifar_models import cifar_model
@@ -30,7 +29,8 @@ from stages.settings import (
     TeacherSettings,
     TrainSettings,
 )
-from stages.teacher_pass import TeacherPass
+from stages.teacher.logits import TeacherPass
+from stages.teacher.runs import held_bytes
 from stages.train_student import train_student
 from stages.verify import verify_live
 

@@ -4,11 +4,11 @@ import torch
 
 from stages.cache import LogitCache
 from stages.cache.encoding import row_kl
-from stages.cache_job import CacheJob
 from stages.data import Splits, cached_policy, check_dataset
 from stages.errors import DatasetError, IdentityError, ViewError
 from stages.reporting import Reporter, Silent
-from stages.teacher_pass import TeacherPass
+from stages.teacher.job import CacheJob
+from stages.teacher.logits import TeacherPass
 from stages.verify.faults import Fault
 
 _NOISE = {"float32": 1e-4, "bfloat16": 5e-3, "float16": 5e-3}

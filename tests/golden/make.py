@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stages.cache_job import prepare
 from stages.cache_teacher import cache_teacher
 from stages.data import Splits, load_data
 from stages.rectify import rectify
@@ -30,7 +29,8 @@ from stages.settings import (
     TeacherSettings,
     TrainSettings,
 )
-from stages.teacher_pass import TeacherPass
+from stages.teacher.job import prepare
+from stages.teacher.logits import TeacherPass
 from stages.train_teacher import train_teacher
 
 HERE = Path(__file__).parent.absolute()

@@ -23,9 +23,9 @@ from stages.errors import PipelineError
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.models import build_model, load_model
 from stages.inputs.teachers import KINDS, load_teacher
-from stages.recorded import recorded_job
 from stages.settings import CacheConfig, DataSettings, TeacherSettings
-from stages.teacher_pass import TeacherPass
+from stages.teacher.logits import TeacherPass
+from stages.teacher.recorded import recorded_job
 from stages.user_code import trusting
 
 CLASSES = ("cat", "dog", "tree_frog")

@@ -16,7 +16,6 @@ from torch import nn
 
 from pipeline.cli import cli
 from pipeline.options import GROUPS
-from stages import cache_plan
 from stages.cache import LogitCache
 from stages.inputs.cifar_models import cifar_model
 from stages.rectify import rectify
@@ -75,7 +74,7 @@ def my_pipeline(
     """Runs `pipeline` with these words, in this process, in the working directory."""
     monkeypatch.chdir(my_folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(cache_plan, "MEASURED_SECONDS", 0.0)
+    monkeypatch.setattr("stages.teacher.plan.MEASURED_SECONDS", 0.0)
 
     return lambda words: answer_to(words.split(), monkeypatch, capsys)
 

@@ -12,7 +12,6 @@ import yaml
 from helpers import DIGITS, Answer, answer_to, cache_of, teacher_of
 
 from pipeline.sweep.worker import Place, settle
-from stages import cache_plan
 from stages.data import Splits
 from stages.inputs.views import transforms
 from stages.settings import (
@@ -75,7 +74,7 @@ def here(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "stranger", raising=False)
-    monkeypatch.setattr(cache_plan, "MEASURED_SECONDS", 0.0)
+    monkeypatch.setattr("stages.teacher.plan.MEASURED_SECONDS", 0.0)
     transforms._made.cache_clear()
     return folder
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from stages.cache.encoding import Encoding, fit_encoding, fit_rows, views_to_fit
 from stages.cache.layout import MAX_BLOCK_BYTES, BlockGrid, BlockId, block_grid
-from stages.cache_job import CacheJob
 from stages.data import clean_view
 from stages.device import forward
 from stages.errors import ModelError
-from stages.fold_teachers import mean_logits
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import ViewFeed
 from stages.inputs.views import ViewPolicy
+from stages.teacher.folds import mean_logits
+from stages.teacher.job import CacheJob
 
 
 @dataclass(frozen=True)

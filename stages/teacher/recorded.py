@@ -9,8 +9,6 @@ from stages.cache.arrays import open_group
 from stages.cache.identity import differences, identity_from_json
 from stages.cache.metadata import RootAttributes
 from stages.cache.storage import Location, location
-from stages.cache_job import Begun
-from stages.cache_teacher import CacheJob, prepare
 from stages.errors import (
     CacheError,
     ChangedImagesError,
@@ -22,6 +20,7 @@ from stages.errors import (
 from stages.inputs.checkpoints import weights_file
 from stages.inputs.datasets.shards import fixed_folder
 from stages.settings import CacheConfig
+from stages.teacher.job import Begun, CacheJob, prepare
 from stages.user_code import FOLDERS, check_trusted
 
 _CHANGED = ("dataset.images: ", "dataset.num_samples: ", "dataset.labels: ")

@@ -12,13 +12,13 @@ from stages.cache.identity import differences
 from stages.cache.layout import BlockId
 from stages.cache.metadata import NewCache
 from stages.cache.storage import remove_half_written
-from stages.cache_job import CacheJob
 from stages.data import skipped_samples
 from stages.device import device_name, versions
 from stages.errors import IdentityError
 from stages.inputs.probes import pixel_probes
 from stages.sizes import budget_in_words
-from stages.teacher_pass import TeacherPass
+from stages.teacher.job import CacheJob
+from stages.teacher.logits import TeacherPass
 
 Blocks = dict[BlockId, Tensor]
 """(view, block) -> float32 logits (n, C)."""

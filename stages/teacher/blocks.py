@@ -13,12 +13,12 @@ from stages.cache import LogitCache
 from stages.cache.blocks import BackgroundWriter
 from stages.cache.commits import Record
 from stages.cache.layout import ANCHOR, BlockId
-from stages.cache_job import CacheJob
-from stages.cache_of_job import Blocks
-from stages.cache_runs import anchor_runs, runs_of, waiting
 from stages.distributed import Ranks, first_rank_does
 from stages.errors import CacheError
-from stages.teacher_pass import TeacherPass
+from stages.teacher.job import CacheJob
+from stages.teacher.logits import TeacherPass
+from stages.teacher.runs import anchor_runs, runs_of, waiting
+from stages.teacher.store import Blocks
 
 _SHOWN_SECONDS = 90.0
 """What one machine wrote, another sees within this on a network file system."""

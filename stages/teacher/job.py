@@ -23,11 +23,6 @@ from stages.data import Splits, chosen_policy, clean_view, dataset_identity, loa
 from stages.device import device_of_rank, place
 from stages.distributed import ALONE, Ranks
 from stages.errors import ViewError
-from stages.fold_teachers import (
-    FoldTeachers,
-    check_unmixed_folds,
-    load_teachers,
-)
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Skip, Statistics
 from stages.inputs.feed import Normalise, ViewFeed
@@ -41,7 +36,12 @@ from stages.inputs.model_outputs import sample_outputs, sample_pixels
 from stages.inputs.models import Model
 from stages.inputs.views import Plain, ViewPolicy
 from stages.settings import CacheConfig, TeacherSettings
-from stages.teacher_classes import output_names, teacher_outputs, weights_of
+from stages.teacher.folds import (
+    FoldTeachers,
+    check_unmixed_folds,
+    load_teachers,
+)
+from stages.teacher.outputs import output_names, teacher_outputs, weights_of
 
 _ROW_ORDER = 4  # a stream of the view seed, apart from those of training
 

@@ -26,14 +26,14 @@ from stages.cache.encoding import (
 from stages.cache.layout import ANCHOR, BlockGrid, BlockId, block_grid
 from stages.cache.metadata import NewCache
 from stages.cache.storage import location
-from stages.cache_job import CacheJob
-from stages.cache_of_job import open_existing
-from stages.cache_runs import runs_of, views_at_once
 from stages.device import versions
 from stages.errors import CacheError
 from stages.inputs.probes import PROBES
-from stages.teacher_checks import teacher_warnings
-from stages.teacher_pass import TeacherPass, blocks_to_fit, check_finite
+from stages.teacher.checks import teacher_warnings
+from stages.teacher.job import CacheJob
+from stages.teacher.logits import TeacherPass, blocks_to_fit, check_finite
+from stages.teacher.runs import runs_of, views_at_once
+from stages.teacher.store import open_existing
 
 MEASURED_SECONDS = 2.0
 MOST_SECONDS = 20.0
@@ -56,7 +56,7 @@ class CachePlan:
     labels, the test split; their seconds are those that are still to come. warnings: whether the
     teacher knows the dataset, see `teacher_warnings`. normalisation: in words, with its source.
 
-    views_at_once: made of an image while it is decoded, see `stages.cache_runs`. decodes: images
+    views_at_once: made of an image while it is decoded, see `stages.teacher.runs`. decodes: images
     that the missing blocks decode, 0 where they are in memory; singly_*: with one view at once.
     """
 

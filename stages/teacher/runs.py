@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from stages.cache.layout import ANCHOR, BlockId, block_grid
-from stages.cache_job import CacheJob
 from stages.errors import ConfigError
 from stages.sizes import in_words
 from stages.targets.memory import free_memory
+from stages.teacher.job import CacheJob
 
 MOST_VIEWS = 8
 """Views at once where none are asked for: with more, decoding is a small part of the work."""
