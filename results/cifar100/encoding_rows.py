@@ -19,6 +19,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from peers import k_largest
 from torch import Tensor
 
 from stages.cache.encoding import Fidelity, fit_encoding, measure, row_bytes_on_disk, row_kl
@@ -113,11 +114,8 @@ def of_encoding(
 
 def of_peer(name: str, size: float, k: int, dtype: torch.dtype, logits: Tensor) -> dict[str, Any]:
     """What a reader of the k largest probabilities at T=1 has."""
-    top = logits.softmax(1).topk(k)
-    values = top.values.to(dtype).float()
-    rest = (1 - values.sum(1, keepdim=True)).clamp(min=1e-8) / (logits.shape[1] - k)
-    found = rest.expand_as(logits).scatter(1, top.indices, values.clamp(min=1e-8)).log()
-    least = found.gather(1, top.indices[:, :5]).amin(1)
+    found = k_largest(logits, k, dtype)
+    least = found.gather(1, logits.topk(5).indices).amin(1)
     return {
         "format": name,
         "bytes": size,

@@ -12,6 +12,7 @@ Every command may be stopped and given again. `summary` writes encodings_study.m
 this file, of the runs that have finished.
 """
 
+import functools
 import json
 import math
 import statistics
@@ -19,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
+from peers import k_largest, sampled
 from recode import recoded
 
 from stages.cache import LogitCache
+from stages.cache.encoding import row_kl
 
 HERE, FOLDER = Path(__file__).parent, Path("runs/encodings-study")
 CACHES = {
@@ -31,6 +35,15 @@ CACHES = {
     "klt-top-coarse": ("klt-top", "0.06@1,0.016@4"),
     "topk-10": ("topk:k=10,temperatures=1/4", None),
 }
+DRAWS = 50
+PEERS = {
+    "five-largest": (57.0, k_largest, {"k": 5}),
+    "ten-largest": (44.0, k_largest, {"k": 10, "dtype": torch.float16}),
+    "fifty-draws": (None, sampled, {"draws": DRAWS}),
+}
+"""What others keep (FKD, TinyViT, random sampling KD), in the bytes of their own records; of draws,
+a byte for each class and one for its count. What a reader has of it is kept as a float32 cache.
+"""
 EXACT = "float32"
 STUDENTS_T = {  # two-sided 95 % of Student's t, by degrees of freedom
     1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262,
@@ -48,8 +61,11 @@ def caches() -> None:
     """Write the rows of the float32 cache in every other encoding."""
     exact = LogitCache.open(FOLDER / f"{EXACT}.zarr")
     for name, (spec, max_kl) in CACHES.items():
-        cache = recoded(exact, FOLDER / f"{name}.zarr", spec, max_kl)
-        print(name, f"{bytes_a_row(cache):.1f} bytes a row", cache.fidelity)
+        recoded(exact, FOLDER / f"{name}.zarr", spec, max_kl)
+    for name, (_, kept, settings) in PEERS.items():
+        torch.manual_seed(0)
+        change = functools.partial(kept, **settings)
+        recoded(exact, FOLDER / f"{name}.zarr", EXACT, change=change)
 
 
 @main.command()
@@ -57,7 +73,7 @@ def caches() -> None:
 def summary(students: str) -> None:
     """Mean differences to the exact rows, with 95 % intervals."""
     top1 = finished(Path(students))
-    rows = [row for name in (EXACT, *CACHES) for row in compared(name, top1)]
+    rows = [row for name in (EXACT, *CACHES, *PEERS) for row in compared(name, top1)]
     lines = [
         "| cache | bytes a row | KL T=1 | KL T=4 | student's T | top-1 | to exact rows | n |",
         "|---|---|---|---|---|---|---|---|",
@@ -86,8 +102,7 @@ def finished(students: Path) -> dict[tuple[str, float], dict[int, float]]:
 
 def compared(name: str, top1: dict[tuple[str, float], dict[int, float]]) -> list[dict[str, Any]]:
     """A row for each temperature: differences to the students of the exact rows, seed by seed."""
-    cache, rows = LogitCache.open(FOLDER / f"{name}.zarr"), []
-    assert cache.fidelity is not None
+    size, kls, rows = *bytes_and_kl(name), []
     for temperature in sorted(t for known, t in top1 if known == name):
         ours, theirs = top1[name, temperature], top1.get((EXACT, temperature), {})
         differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
@@ -99,9 +114,9 @@ def compared(name: str, top1: dict[tuple[str, float], dict[int, float]]) -> list
         rows.append(
             {
                 "cache": name,
-                "bytes": bytes_a_row(cache),
-                "kl_1": cache.fidelity.known_kl(1.0),
-                "kl_4": cache.fidelity.known_kl(4.0),
+                "bytes": size,
+                "kl_1": kls[0],
+                "kl_4": kls[1],
                 "temperature": temperature,
                 "top1": statistics.mean(ours.values()),
                 "difference": statistics.mean(differences) if differences else math.nan,
@@ -113,10 +128,19 @@ def compared(name: str, top1: dict[tuple[str, float], dict[int, float]]) -> list
     return rows
 
 
-def bytes_a_row(cache: LogitCache) -> float:
-    """On disk, of the blocks alone."""
-    there = cache.commits.extent()
-    return there.bytes / there.rows
+def bytes_and_kl(name: str) -> tuple[float, tuple[float, float]]:
+    """Of a row: on disk, of the blocks alone, or in a peer's own records; and at T=1 and 4."""
+    cache = LogitCache.open(FOLDER / f"{name}.zarr")
+    if name not in PEERS:
+        there, known = cache.commits.extent(), cache.fidelity
+        assert known is not None
+        return there.bytes / there.rows, (known.known_kl(1.0), known.known_kl(4.0))
+    exact = LogitCache.open(FOLDER / f"{EXACT}.zarr").read_block(0, 0).logits
+    kept = cache.read_block(0, 0).logits
+    drawn = (kept > kept.amin(1, keepdim=True)).sum(1).double().mean().item()
+    size, _, _ = PEERS[name]
+    kl_1, kl_4 = (float(row_kl(exact, kept, t).mean()) for t in (1.0, 4.0))
+    return size or 2 * drawn, (kl_1, kl_4)
 
 
 if __name__ == "__main__":

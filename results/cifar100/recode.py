@@ -1,6 +1,9 @@
 """A float32 cache with its rows in another encoding, as stage one would have written it."""
 
+from collections.abc import Callable
 from pathlib import Path
+
+from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.encoding import fit_encoding, fit_rows
@@ -9,10 +12,16 @@ from stages.cache.metadata import NewCache
 from stages.sizes import parse_budget
 
 
-def recoded(exact: LogitCache, path: Path, spec: str, max_kl: str | None = None) -> LogitCache:
+def recoded(
+    exact: LogitCache,
+    path: Path,
+    spec: str,
+    max_kl: str | None = None,
+    change: Callable[[Tensor], Tensor] = lambda logits: logits,
+) -> LogitCache:
     """The cache at `path`, made or completed. The encoding is fitted to the exact first rows.
 
-    spec: as of --encoding. max_kl: as of --max-kl.
+    spec: as of --encoding. max_kl: as of --max-kl. change: what is kept of logits, float32 (n, C).
     """
     if not LogitCache.exists(path):
         some = slice(fit_rows(exact.num_classes))
@@ -38,7 +47,7 @@ def recoded(exact: LogitCache, path: Path, spec: str, max_kl: str | None = None)
         for block in range(exact.grid.num_blocks):
             if not cache.commits.has(BlockId(view, block)):
                 rows = exact.read_block(view, block)
-                cache.write_block(view, block, rows.logits, rows.predictions, {})
+                cache.write_block(view, block, change(rows.logits), rows.predictions, {})
     if not cache.eval_commits.is_complete(0):
         cache.write_eval_logits(exact.eval_logits()[0], {})
         cache.write_fidelity()
