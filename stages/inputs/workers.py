@@ -35,6 +35,8 @@ from stages.inputs.views import Shown, reseeds
 
 _AHEAD = 2
 """Requests that each worker has at a time."""
+_LEAST = 32
+"""Images of a request, if its batch has as many: each request costs some of its own."""
 _SPARE = 1.25
 """Places are larger than the first requests by this: views at once divide batches unevenly."""
 
@@ -80,7 +82,7 @@ class Workers:
         """Each of these views of each part, int64 (b,). Raises the errors of images, and
         DatasetError where workers fail.
         """
-        pieces = [part.split(-(-len(part) // len(views))) for part in parts]
+        pieces = [part.split(-(-max(len(part), _LEAST) // len(views))) for part in parts]
         plan = self._plan
         plan.pieces, plan.views = [piece for some in pieces for piece in some], views
         self._passes += 1
