@@ -71,18 +71,6 @@ BASES: dict[str, dict[str, Any]] = {
         },
         "device": "cpu",
     },
-    "pixels-16": {  # images at half of their size, as results/cifar100/halve.py makes them
-        "model": {"architecture": "resnet9_w8"},
-        "train": {
-            "epochs": 4,
-            "batch_size": 256,
-            "lr": 0.2,
-            "nesterov": True,
-            "weight_decay": 5e-4,
-            "schedule": "onecycle",
-        },
-        "device": "cpu",
-    },
     "features": {
         "model": {"architecture": "features:student"},
         "train": {
@@ -99,33 +87,29 @@ BASES: dict[str, dict[str, Any]] = {
 
 CHOSEN_ON: dict[str, dict[str, Any]] = {
     "pixels": {"val_fraction": 0.1},
-    "pixels-16": {"val_fraction": 0.1},
     "features": {"eval_dataset": "features:choosing"},
 }
 """The samples on which the settings are chosen; none of them is scored."""
 
 
-def runs(methods: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Hard labels, and these methods at every setting, as runs of a sweep file."""
+def runs() -> Iterator[dict[str, Any]]:
+    """Every method at every setting, as runs of a sweep file."""
     yield {"label": HARD, "loss.name": "ce"}
-    for method, ce, t in product(methods, CE_WEIGHTS, TEMPERATURES):
-        keys = METHODS[method]
+    for (method, keys), ce, t in product(METHODS.items(), CE_WEIGHTS, TEMPERATURES):
         weights = {"loss.ce_weight": ce, "loss.weight": round(1 - ce, 3), "loss.temperature": t}
         own = {k: v.format(T=t) if isinstance(v, str) else v for k, v in keys.items()}
         label = f"{method}, CE {ce:g}, T {t}"
         yield {"label": label, "loss.name": "kd", **weights, **own}
 
 
-def write_grid(
-    out: Path, cache: str, dataset: str, on: str = "pixels", methods: Sequence[str] = (*METHODS,)
-) -> Path:
-    """The sweep file of all settings of these methods."""
+def write_grid(out: Path, cache: str, dataset: str, on: str = "pixels") -> Path:
+    """The sweep file of all settings."""
     sweep = {
         "out": str(out / "grid"),
         "base": {**BASES[on], "cache": cache, "data": {"dataset": dataset, **CHOSEN_ON[on]}},
         "seeds": GRID_SEEDS,
         "together": True,
-        "runs": [*runs(methods)],
+        "runs": [*runs()],
     }
     return _written(out / "grid.yaml", sweep)
 
@@ -139,7 +123,7 @@ def write_final(out: Path, seeds: Sequence[int] = FINAL_SEEDS) -> Path:
         key = "val_top1" if "val_top1" in selected else "test_top1"
         held_out[line["label"]].append(selected[key])
     chosen = []
-    for method in dict.fromkeys(method_of(run["label"]) for run in grid["runs"]):
+    for method in (HARD, *METHODS):
         mine = [run for run in grid["runs"] if method_of(run["label"]) == method]
         if missing := [r["label"] for r in mine if len(held_out[r["label"]]) < len(grid["seeds"])]:
             raise SystemExit(f"not finished: {missing[0]} and {len(missing) - 1} more")
@@ -165,8 +149,8 @@ def compare(regimes: Sequence[Path]) -> str:
     a 95 % interval, paired by seed; and each regime's primary comparison, with p of the paired
     t-test and after Holm's correction over all regimes. Then the settings that were chosen.
     """
+    methods = [HARD, *METHODS]
     top1s = {regime: _top1s(regime) for regime in regimes}
-    methods = [m for m in (HARD, *METHODS) if all(m in found for found in top1s.values())]
     teachers = {r: 100 * next(iter(results(r / "final")))["teacher_top1"] for r in regimes}
     means = _table(
         ["regime", "teacher", *methods],
@@ -192,7 +176,7 @@ def compare(regimes: Sequence[Path]) -> str:
         rows.append([regime.name, f"{mean:+.2f} ± {half:.2f}", seeds, f"{p:.2g}", f"{after:.2g}"])
     primary = _table(["regime", f"{PRIMARY} against KD", "seeds", "p", "Holm"], rows)
     settings = _table(
-        ["regime", *methods[1:]], [[r.name, *(_chosen(r)[m] for m in methods[1:])] for r in regimes]
+        ["regime", *METHODS], [[r.name, *(_chosen(r)[m] for m in METHODS)] for r in regimes]
     )
     return "\n\n".join([means, against, primary, settings])
 
@@ -277,14 +261,13 @@ def main() -> None:
     grid.add_argument("--dataset", required=True)
     grid.add_argument("--out", type=Path, required=True)
     grid.add_argument("--on", choices=BASES, default="pixels")
-    grid.add_argument("--methods", choices=METHODS, nargs="+", default=[*METHODS])
     commands.add_parser("final").add_argument("--out", type=Path, required=True)
     comparison = commands.add_parser("compare")
     comparison.add_argument("regimes", type=Path, nargs="+")
     comparison.add_argument("--runs-to", type=Path, help="JSON lines of every run, for others")
     given = parser.parse_args()
     if given.command == "grid":
-        write_grid(given.out, given.cache, given.dataset, given.on, given.methods)
+        write_grid(given.out, given.cache, given.dataset, given.on)
     elif given.command == "final":
         write_final(given.out)
     else:

@@ -37,11 +37,10 @@ CACHES = {
 }
 DRAWS = 50
 PEERS = {
-    "five-largest": (57.0, k_largest, {"k": 5}),
     "ten-largest": (44.0, k_largest, {"k": 10, "dtype": torch.float16}),
     "fifty-draws": (None, sampled, {"draws": DRAWS}),
 }
-"""What others keep (FKD, TinyViT, random sampling KD), in the bytes of their own records; of draws,
+"""What others keep (TinyViT, random sampling KD), in the bytes of their own records; of draws,
 a byte for each class and one for its count. What a reader has of it is kept as a float32 cache.
 """
 EXACT = "float32"
