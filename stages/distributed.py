@@ -33,7 +33,7 @@ _REPORTING, _POLL_SECONDS = timedelta(seconds=10), 0.1
 _AGAIN = "Run the same command again: what is finished is kept."
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _groups, _counts = itertools.count(), itertools.count()
-"""Numbers of groups and counts. Every rank counts alike, so equal numbers mean the same object."""
+"""Every rank counts alike: equal numbers mean the same object."""
 
 Result = TypeVar("Result")
 
@@ -62,8 +62,7 @@ ALONE = Ranks()
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     """The rank that torchrun gave this process. Raises ConfigError where it makes no sense."""
-    given = {name: environment[name] for name in _NAMES if name in environment}
-    if not given:
+    if not (given := {name: environment[name] for name in _NAMES if name in environment}):
         return ALONE
     shown = ", ".join(f"{name}={value}" for name, value in given.items())
     remedy = f"Start with torchrun, which sets {', '.join(_NAMES)}, or unset them all."
@@ -110,9 +109,7 @@ def process_group(
 
 def barrier(ranks: Ranks) -> None:
     """Wait until every rank is here. Raises RankError if one ended instead."""
-    if ranks.world > 1:
-        with _together():
-            dist.all_reduce(torch.zeros(1))
+    summed(ranks, torch.zeros(1))
 
 
 def summed(ranks: Ranks, value: Tensor) -> Tensor:
@@ -164,8 +161,8 @@ def first_rank_does(ranks: Ranks, work: Callable[[], Result]) -> Result:
 
 @contextlib.contextmanager
 def first_rank_first(ranks: Ranks) -> Iterator[None]:
-    """Every rank runs what is inside, rank 0 before the others, so that what it downloads or keeps
-    on disk is there for them. Where it fails, they raise as in `first_rank_does`, and do not begin.
+    """Every rank runs what is inside, the first before the others: what it downloads or keeps is
+    there for them. Where it fails, they raise as in `first_rank_does`, and do not begin.
     """
     if not ranks.first:
         _answer_of_first(ranks)
@@ -176,44 +173,47 @@ def first_rank_first(ranks: Ranks) -> Iterator[None]:
     broadcast_object(ranks, (None, None))
 
 
-class SharedCount:
-    """A number that all ranks add to. Every rank makes its counts in the same order."""
+class SharedProgress:
+    """A number that all ranks add to. Every rank makes its own of each in the same order.
 
-    def __init__(self, ranks: Ranks) -> None:
+    shown: called with the number and with `total`, what is expected, whenever it is looked at.
+    """
+
+    def __init__(
+        self, ranks: Ranks, shown: Callable[[int, int], object] | None = None, total: int = 0
+    ) -> None:
         self._ranks, self._key, self._own = ranks, f"count{next(_counts)}", 0
+        self._shown, self.total = shown, total
 
     def add(self, number: int = 0) -> int:
         """Add to it; what all ranks have added so far."""
-        self._own += number
-        if self._ranks.world == 1:
-            return self._own
-        with _together():
-            return int(_meeting_place(self._ranks).add(self._key, number))
+        self._own = done = self._own + number
+        if self._ranks.world > 1:
+            with _together():
+                done = int(_meeting_place(self._ranks).add(self._key, number))
+        if self._shown is not None:
+            self._shown(done, self.total)
+        return done
 
-
-def wait_for_all(
-    ranks: Ranks, progress: Callable[[], object], timeout: timedelta = TIMEOUT
-) -> None:
-    """Wait until every rank is here, however long, as long as `progress()` changes now and then.
-
-    For the end of work that takes hours, where a barrier would time out. Raises RankError if a rank
-    has failed, or nothing has changed for `timeout`.
-    """
-    if ranks.world == 1:
-        return
-    arrived = SharedCount(ranks)
-    here = arrived.add(1)
-    known, since = progress(), time.monotonic()
-    while here < ranks.world:
-        time.sleep(_POLL_SECONDS)
-        here = arrived.add()
-        if _failures(ranks):
-            raise RankError("another rank has failed", _AGAIN)
-        if (now := progress()) != known:
-            known, since = now, time.monotonic()
-        elif time.monotonic() - since > timeout.total_seconds():
-            raise RankError(f"{ranks.world - here} other rank(s) make no progress", _AGAIN)
-    barrier(ranks)
+    def wait_for_all(self, timeout: timedelta = TIMEOUT) -> None:
+        """Wait until every rank is here, however long, as long as they add something now and then.
+        Raises RankError if one has failed, or nothing is added for `timeout`.
+        """
+        ranks = self._ranks
+        if ranks.world == 1:
+            return
+        here = (arrived := SharedProgress(ranks)).add(1)
+        known, since = self.add(), time.monotonic()
+        while here < ranks.world:
+            time.sleep(_POLL_SECONDS)
+            here = arrived.add()
+            if _failures(ranks):
+                raise RankError("another rank has failed", _AGAIN)
+            if (now := self.add()) != known:
+                known, since = now, time.monotonic()
+            elif time.monotonic() - since > timeout.total_seconds():
+                raise RankError(f"{ranks.world - here} other rank(s) make no progress", _AGAIN)
+        barrier(ranks)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from stages.errors import CacheError
 from stages.rectify import config_of, rectify
 from stages.reporting import Reporter, Silent
 from stages.settings import RectifyConfig
-from stages.teacher.logits import TeacherPass
+from stages.teacher.logits import FirstRows, TeacherPass
 from stages.teacher.recorded import check_teacher, recorded_job, trusted_attributes
 from stages.verify import Fault, Verified, verify
 from stages.verify.documents import root_faults
@@ -123,7 +123,8 @@ def _calibrated(where: Location, attributes: RootAttributes, job: CacheJob) -> E
     except CacheError as error:
         asked, name = job.config.encoding, attributes.encoding.name
         again = _with_config(job, encoding=name if asked == "auto" else asked)
-        coding = TeacherPass.of(again).fitted_encoding()[1]
+        blocks = TeacherPass.of(again).first_blocks()
+        coding = FirstRows.of_blocks(again, blocks).fitted(again.config)
         if coding.digest() != attributes.encoding.digest:
             raise CacheError(
                 f"the calibration of {where} is damaged and cannot be computed again here",

@@ -6,7 +6,6 @@ Every scenario runs on three ranks that are forks of this process. In the first,
 store at which they meet. Prints one JSON object: scenario -> what became of each rank.
 """
 
-import functools
 import json
 import os
 import signal
@@ -18,13 +17,12 @@ from launch import Launcher
 
 from stages.distributed import (
     Ranks,
-    SharedCount,
+    SharedProgress,
     barrier,
     broadcast_object,
     first_rank_does,
     first_rank_first,
     process_group,
-    wait_for_all,
 )
 from stages.errors import ModelError
 
@@ -36,24 +34,19 @@ def agree(ranks: Ranks) -> object:
     found = []
     for _ in range(2):
         with process_group(ranks):
-            count = SharedCount(ranks)
+            seen: list[int] = []
+            count = SharedProgress(ranks, lambda done, total, seen=seen: seen.append(done))
             value = broadcast_object(ranks, {"rank": ranks.rank})
             worked = first_rank_does(ranks, lambda: os.getpid())
             with first_rank_first(ranks):
                 time.sleep(0.2)
                 began = time.monotonic()
             count.add(10 + ranks.rank)
-            seen: list[int] = []
             time.sleep(0.25 * ranks.rank)
-            wait_for_all(ranks, functools.partial(look, seen, count))
+            count.wait_for_all()
             barrier(ranks)
             found.append([value, worked == os.getpid(), began, count.add(), len(seen)])
     return found
-
-
-def look(seen: list[int], count: SharedCount) -> int:
-    seen.append(count.add())
-    return len(seen)
 
 
 def the_first_cannot(ranks: Ranks) -> object:
@@ -78,7 +71,7 @@ def one_cannot_while_others_have_finished(ranks: Ranks) -> None:
         if ranks.rank == 2:
             time.sleep(0.3)
             refuse()
-        wait_for_all(ranks, lambda: 0)
+        SharedProgress(ranks).wait_for_all()
 
 
 def all_cannot_before_they_meet(ranks: Ranks) -> None:
@@ -103,7 +96,7 @@ def one_stands_still(ranks: Ranks) -> None:
     with process_group(ranks):
         if ranks.rank == 1:
             time.sleep(2)
-        wait_for_all(ranks, lambda: 0, timeout=timedelta(seconds=1))
+        SharedProgress(ranks).wait_for_all(timeout=timedelta(seconds=1))
 
 
 def refuse() -> None:

@@ -31,10 +31,9 @@ from stages.targets.chunks import SlabPlan, plan_slabs, slab_bytes
 from stages.targets.ensemble import EnsembleTargets
 from stages.targets.in_place import kept_in_place, take
 from stages.targets.reader import TargetReader
-from stages.teacher.blocks import BlockWriter, share, with_anchors
 from stages.teacher.logits import TeacherPass
 from stages.teacher.plan import plan_cache
-from stages.teacher.runs import anchor_runs, in_runs
+from stages.teacher.runs import in_runs, my_anchor_runs, my_runs
 from stages.verify import verify, verify_live
 
 SAMPLES, VIEWS, BLOCKS = 90, 3, 3
@@ -202,31 +201,27 @@ def test_a_block_is_not_written_before_the_one_it_depends_on(made: Path, mine: P
 @pytest.mark.parametrize("at_once", [1, 2, 9])
 @pytest.mark.parametrize("fitted", [0, 4])
 def test_ranks_share_the_first_view_with_all_that_is_decoded_with_it(
-    job: CacheJob, world: int, at_once: int, fitted: int
+    world: int, at_once: int, fitted: int
 ) -> None:
-    missing = in_runs(EVERY, at_once)
-    there = missing[:fitted]
-    runs = anchor_runs([at for at in missing if at not in there], at_once)
+    order = in_runs(EVERY, at_once)
+    there, missing = order[:fitted], order[fitted:]
 
-    shares = []
-    for rank in range(world):
-        teacher: Any = type("Teacher", (), {"job": type("Job", (), {"ranks": Ranks(rank, world)})})
-        writer = BlockWriter(teacher, None, {}, {}, at_once)  # type: ignore[arg-type]
-        shares.append(with_anchors(missing, there, writer))
+    shares = [my_anchor_runs(missing, at_once, Ranks(rank, world)) for rank in range(world)]
 
-    first = [at for at in missing if at.view == 0]
-    every = [at for mine in shares for at in mine]
+    assert all(run.views[0] == 0 for runs in shares for run in runs)
+    every = [BlockId(v, run.block) for runs in shares for run in runs for v in run.views]
     assert len({*every}) == len(every)
-    assert {*first} <= {*every}
-    assert all(run[0].view == 0 for run in runs.values())
-    for mine in shares:  # whoever writes a block of a run wrote the first view's before
-        for number, at in enumerate(mine):
-            own = BlockId(0, at.block)
-            assert own in mine[: number + 1] or own in there
+    assert {at for at in missing if at.view == 0} <= {*every}
+    assert {at.block for at in every} == {at.block for at in missing if at.view == 0}
     left = [at for at in missing if at not in every]
-    rest = [at for r in range(world) for at in share(left, [], Ranks(r, world))]
-    assert sorted([*every, *rest]) == sorted(missing)
-    assert max(map(len, shares)) - min(map(len, shares)) <= at_once + fitted
+    rest = [
+        BlockId(v, run.block)
+        for rank in range(world)
+        for run in my_runs(left, at_once, Ranks(rank, world))
+        for v in run.views
+    ]
+    assert sorted([*every, *rest, *there]) == sorted(EVERY)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_one_view_alone_is_refused_before_anything_is_written(

@@ -8,8 +8,9 @@ from typing import Any
 import forks
 import pytest
 
+from stages.cache.layout import BlockId
 from stages.distributed import Ranks
-from stages.teacher.blocks import share
+from stages.teacher.runs import my_runs
 
 VIEWS, BLOCKS = 3, 7
 EVERY = [[view, block] for view in range(VIEWS) for block in range(BLOCKS)]
@@ -116,13 +117,12 @@ def test_a_second_launch_is_refused_while_any_rank_of_the_first_lives(played: Pl
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-@pytest.mark.parametrize("fitted", [0, 2, 9])
-def test_shares_are_disjoint_and_cover_what_is_missing(world: int, fitted: int) -> None:
-    missing = [(view, block) for view in range(3) for block in range(3)]
+@pytest.mark.parametrize("at_once", [1, 2, 9])
+def test_shares_are_disjoint_and_cover_what_is_missing(world: int, at_once: int) -> None:
+    missing = [BlockId(view, block) for view in range(3) for block in range(3)]
 
-    shares = [share(missing, missing[:fitted], Ranks(rank, world)) for rank in range(world)]
+    shares = [my_runs(missing, at_once, Ranks(rank, world)) for rank in range(world)]
 
-    assert sorted(pair for pairs in shares for pair in pairs) == missing
-    assert shares[0][:fitted] == missing[:fitted]  # it has them already
-    rest = [len(shares[0]) - fitted, *map(len, shares[1:])]
-    assert max(rest) - min(rest) <= 1
+    blocks = [[(view, run.block) for run in runs for view in run.views] for runs in shares]
+    assert sorted(at for of_rank in blocks for at in of_rank) == missing
+    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1

@@ -12,7 +12,6 @@ from helpers import resized
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.blocks import BackgroundWriter
 from stages.cache.commits import CommitLog
 from stages.cache.layout import BlockId
 from stages.cache_teacher import cache_teacher
@@ -20,6 +19,7 @@ from stages.data import Splits
 from stages.errors import ConfigError
 from stages.inputs.feed import ViewFeed
 from stages.inputs.views import view_policy
+from stages.teacher.blocks import BackgroundWriter
 from stages.teacher.job import CacheJob
 from stages.teacher.logits import TeacherPass
 from stages.teacher.plan import plan_cache

@@ -12,7 +12,7 @@ from stages.device import device_of_rank
 from stages.distributed import (
     ALONE,
     Ranks,
-    SharedCount,
+    SharedProgress,
     barrier,
     broadcast_object,
     first_rank_does,
@@ -20,7 +20,6 @@ from stages.distributed import (
     launched_ranks,
     process_group,
     reported_once,
-    wait_for_all,
 )
 from stages.errors import ConfigError
 
@@ -87,12 +86,12 @@ def test_each_rank_has_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_alone_everything_is_a_plain_call() -> None:
-    alone, count = ALONE, SharedCount(ALONE)
+    alone, count = ALONE, SharedProgress(ALONE)
 
     with process_group(alone), reported_once() as mine:
         assert mine
         barrier(alone)
-        wait_for_all(alone, lambda: 0)
+        count.wait_for_all()
         assert broadcast_object(alone, 3) == 3
         assert first_rank_does(alone, lambda: 4) == 4
         with first_rank_first(alone):

@@ -11,14 +11,11 @@ nothing is read twice.
 
 import asyncio
 import hashlib
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import zarr
@@ -151,50 +148,6 @@ class BlockGroup:
     @cached_property
     def _opened(self) -> dict[str, zarr.Array[Any]]:
         return {}
-
-
-Item = TypeVar("Item")
-
-
-class BackgroundWriter(Generic[Item]):
-    """Calls `write` for every item, in order, in another thread. waiting: how many items may wait.
-
-    A failure is raised by the next `put`, or at the end of `running`.
-    """
-
-    def __init__(self, write: Callable[[Item], None], waiting: int = 2) -> None:
-        self._write = write
-        self._queue: queue.Queue[Item | None] = queue.Queue(maxsize=waiting)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="cache-writer", daemon=True)
-
-    def put(self, item: Item) -> None:
-        """Hand over an item; waits while as many others do as may."""
-        self._raise()
-        self._queue.put(item)
-
-    @contextmanager
-    def running(self) -> Iterator["BackgroundWriter[Item]"]:
-        """The writer at work; on leaving, everything handed over is written or an error raised."""
-        self._thread.start()
-        try:
-            yield self
-        finally:
-            self._queue.put(None)
-            self._thread.join()
-        self._raise()
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._error is None:  # after a failure the queue is only emptied
-                try:
-                    self._write(item)
-                except BaseException as error:
-                    self._error = error
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
 
 
 # ---- bytes that are what the records say ----------------------------------------------------

@@ -1,84 +1,79 @@
-"""Which blocks each rank of stage one computes and writes, and in which order.
+"""Blocks are computed by this rank of stage one, and written by another thread meanwhile.
 
 Where views depend on one of them, its blocks are written first, by whichever ranks, and with them
 what is made of the same decoded images; the rest once all of them are there.
 """
 
+import queue
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.blocks import BackgroundWriter
-from stages.cache.commits import Record
 from stages.cache.layout import ANCHOR, BlockId
-from stages.distributed import Ranks, first_rank_does
+from stages.distributed import SharedProgress, first_rank_does
 from stages.errors import CacheError
-from stages.teacher.job import CacheJob
 from stages.teacher.logits import TeacherPass
-from stages.teacher.runs import anchor_runs, runs_of, waiting
-from stages.teacher.store import Blocks
+from stages.teacher.runs import Run, my_anchor_runs, my_runs, waiting
+from stages.teacher.store import OpenedCache
 
 _SHOWN_SECONDS = 90.0
 """What one machine wrote, another sees within this on a network file system."""
 
 
-def share(missing: list[BlockId], fitted: list[BlockId], ranks: Ranks) -> list[BlockId]:
-    """The missing (view, block) pairs that are this rank's to write: a run of them, so that most
-    views are one rank's. Those that fitting the encoding computed are with the first rank.
-    """
-    rest = [pair for pair in missing if pair not in fitted]
-    mine = [rest[i] for i in ranks.share(len(rest))]
-    return [*fitted, *mine] if ranks.first else mine
-
-
-@dataclass(frozen=True)
-class BlockWriter:
-    """What this rank computes and writes. fitted: those that have been computed already."""
-
-    teacher: TeacherPass
-    cache: LogitCache
-    record: Record
-    fitted: Blocks
-    at_once: int
-
-    def write(self, mine: list[BlockId]) -> None:
-        """Compute these blocks and commit them; of the same rows those of low views first."""
-        job, cache = self.teacher.job, self.cache
-        there = [at for at in mine if at in self.fitted]
-        with BackgroundWriter(self._write, waiting(job, self.at_once)).running() as writer:
-            for at in there:
-                writer.put((at, self.fitted.pop(at)))
-            for run in runs_of([at for at in mine if at not in there], self.at_once):
-                samples = cache.dataset_index[cache.grid.rows(run.block)]
-                computed = self.teacher.finite_of_views(samples, run.views)
-                for view in run.views:
-                    writer.put((BlockId(view, run.block), computed.pop(0)))
-
-    def _write(self, computed: tuple[BlockId, Tensor]) -> None:
-        at, logits = computed
-        self.cache.write_block(*at, logits, logits.argmax(1), self.record)
-
-
-def with_anchors(
-    missing: list[BlockId], there: list[BlockId], blocks: BlockWriter
+def write_missing(
+    teacher: TeacherPass, work: OpenedCache, progress: SharedProgress
 ) -> list[BlockId]:
-    """Of what is missing this rank's blocks of the view that others depend on, and those that are
-    made of the same decoded images.
+    """Compute and commit what a cache lacks, all ranks together; which blocks these were."""
+    ranks, cache, missing, left = teacher.job.ranks, work.cache, work.missing, work.left
+    progress.total = _rows(cache, missing)
+    if cache.encoding.of_anchor:
+        _write(teacher, work, my_anchor_runs(left, work.at_once, ranks))
+        progress.wait_for_all()
+        left = _beside_anchors(teacher, work)
+        missing = [*{*missing, *left}]
+        progress.total = _rows(cache, missing)
+    _write(teacher, work, my_runs(left, work.at_once, ranks))
+    teacher.feed.close()
+    progress.wait_for_all()
+    return missing
+
+
+def _rows(cache: LogitCache, blocks: Sequence[BlockId]) -> int:
+    return sum(cache.grid.length(block) for _, block in blocks)
+
+
+def _write(teacher: TeacherPass, work: OpenedCache, runs: Sequence[Run]) -> None:
+    """Commit the blocks that have been computed to fit the encoding, then compute and commit those
+    of these runs.
     """
-    ranks = blocks.teacher.job.ranks
-    runs = anchor_runs([at for at in missing if at not in there], blocks.at_once)
-    mine = [at for anchor in share([*runs], [], ranks) for at in runs[anchor]]
-    return [*there, *mine] if ranks.first else mine
+    cache = work.cache
+
+    def write(computed: tuple[BlockId, Tensor]) -> None:
+        at, logits = computed
+        cache.write_block(*at, logits, logits.argmax(1), work.record)
+
+    with BackgroundWriter(write, waiting(teacher.job, work.at_once)).running() as writer:
+        for at in [*work.fitted]:
+            writer.put((at, work.fitted.pop(at)))
+        for run in runs:
+            samples = cache.dataset_index[cache.grid.rows(run.block)]
+            computed = teacher.finite_of_views(samples, run.views)
+            for view in run.views:
+                writer.put((BlockId(view, run.block), computed.pop(0)))
 
 
-def beside_anchors(cache: LogitCache, missing: list[BlockId], job: CacheJob) -> list[BlockId]:
+def _beside_anchors(teacher: TeacherPass, work: OpenedCache) -> list[BlockId]:
     """What is missing now that the view is whole that others depend on: blocks that were written
     beside an earlier one of it are unmade.
     """
+    job, cache = teacher.job, work.cache
     if job.ranks.world > 1:
-        see(cache, [at for at in missing if at.view == ANCHOR])
+        see(cache, [at for at in work.missing if at.view == ANCHOR])
 
     def look() -> list[BlockId]:
         cache.forget_stale()
@@ -103,3 +98,47 @@ def see(cache: LogitCache, blocks: list[BlockId]) -> None:
                 "Give --out on a file system that all ranks share, then run the command again.",
             )
         time.sleep(1)
+
+
+Item = TypeVar("Item")
+
+
+class BackgroundWriter(Generic[Item]):
+    """Calls `write` for every item, in order, in another thread. waiting: how many items may wait.
+
+    A failure is raised by the next `put`, or at the end of `running`.
+    """
+
+    def __init__(self, write: Callable[[Item], None], waiting: int = 2) -> None:
+        self._write = write
+        self._queue: queue.Queue[Item | None] = queue.Queue(maxsize=waiting)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="cache-writer", daemon=True)
+
+    def put(self, item: Item) -> None:
+        """Hand over an item; waits while as many others do as may."""
+        self._raise()
+        self._queue.put(item)
+
+    @contextmanager
+    def running(self) -> Iterator["BackgroundWriter[Item]"]:
+        """The writer at work; on leaving, everything handed over is written or an error raised."""
+        self._thread.start()
+        try:
+            yield self
+        finally:
+            self._queue.put(None)
+            self._thread.join()
+        self._raise()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._error is None:  # after a failure the queue is only emptied
+                try:
+                    self._write(item)
+                except BaseException as error:
+                    self._error = error
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error

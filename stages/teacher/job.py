@@ -17,6 +17,7 @@ from stages.cache.identity import (
     ViewsIdentity,
     identity_from_json,
 )
+from stages.cache.layout import BlockGrid, block_grid
 from stages.cache.metadata import RootAttributes, read_attributes
 from stages.cache.storage import location
 from stages.data import Splits, chosen_policy, clean_view, dataset_identity, load_data, skips_of
@@ -50,13 +51,15 @@ _ROW_ORDER = 4  # a stream of the view seed, apart from those of training
 class CacheJob:
     """Everything stage one needs, loaded and checked; make it with `prepare`.
 
-    normalised: where the normalisation comes from. notes_shown: `notes` have been printed already.
-    folds: where there are several teachers, each of its own samples; `model` is then the first.
+    clean: the view of the test split. normalised: where the normalisation comes from. notes_shown:
+    `notes` have been printed already. folds: where there are several teachers, each of its own
+    samples; `model` is then the first.
     """
 
     config: CacheConfig
     splits: Splits
     policy: ViewPolicy
+    clean: Plain
     image_size: int | None
     model: Model
     normalise: Normalise
@@ -89,13 +92,10 @@ class CacheJob:
         samples = len(self.splits.train)
         return permute(torch.arange(samples), samples, self.config.seed, _ROW_ORDER)
 
-    def seen_rows(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the first rows' logits, float32 (n, C), those whose samples the teacher has seen; and
-        their labels, int64 (m,).
-        """
-        samples, train = self.row_order[: len(logits)], self.splits.train
-        seen = ~torch.isin(samples, train.skipped)
-        return logits[seen], train.labels[samples[seen]]
+    @property
+    def grid(self) -> BlockGrid:
+        """How the rows of a new cache are cut into blocks."""
+        return block_grid(len(self.splits.train), self.num_classes, self.config.block_rows)
 
     def feed(self, dataset: ImageDataset, policy: ViewPolicy) -> ViewFeed:
         """Views of a dataset as this teacher sees them."""
@@ -145,7 +145,8 @@ def prepare(
     models, folds = load_teachers(teacher, splits)
     model = models[0]
     image_size = teacher.image_size or config.data.image_size or model.image_size
-    policy = _policy(config, clean_view(model, image_size, config.data.resize))
+    clean = clean_view(model, image_size, config.data.resize)
+    policy = _policy(config, clean)
     if folds is not None:
         check_unmixed_folds(policy)
     pixels = sample_pixels(train, policy, image_size)
@@ -179,6 +180,7 @@ def prepare(
         config=config,
         splits=splits,
         policy=policy,
+        clean=clean,
         image_size=image_size,
         model=replace(model, module=modules[0], notes=(*model.notes, *notes)),
         normalise=Normalise(mean, std, model.channels, device, config.channels_last),

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from stages.cache.encoding import Encoding, fit_encoding, fit_rows, views_to_fit
-from stages.cache.layout import MAX_BLOCK_BYTES, BlockGrid, BlockId, block_grid
-from stages.data import clean_view
+from stages.cache.layout import MAX_BLOCK_BYTES, BlockGrid, BlockId
 from stages.device import forward
 from stages.errors import ModelError
-from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import ViewFeed
-from stages.inputs.views import ViewPolicy
+from stages.settings import CacheConfig
 from stages.teacher.folds import mean_logits
 from stages.teacher.job import CacheJob
+
+Blocks = dict[BlockId, Tensor]
+"""(view, block) -> float32 logits (n, C)."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,19 @@ class TeacherPass:
     job: CacheJob
     feed: ViewFeed
     split: str | None = None
-    progress: Callable[[int], None] = lambda rows: None
+    progress: Callable[[int], object] = lambda rows: None
 
     @classmethod
     def of(
-        cls, job: CacheJob, progress: Callable[[int], None] = lambda rows: None
+        cls, job: CacheJob, progress: Callable[[int], object] = lambda rows: None
     ) -> "TeacherPass":
         """The teacher on views of the training split."""
-        return cls(job, _feed(job, job.splits.train, job.policy), None, progress)
+        return cls(job, job.feed(job.splits.train, job.policy), None, progress)
 
     @classmethod
     def on_test(cls, job: CacheJob) -> "TeacherPass":
         """The teacher on the test split, view 0."""
-        view = clean_view(job.model, job.image_size, job.config.data.resize)
-        return cls(job, _feed(job, job.splits.test, view), "the test split")
+        return cls(job, job.feed(job.splits.test, job.clean), "the test split")
 
     def logits(self, samples: Tensor, view: int) -> Tensor:
         """The teacher's float32 logits (n, C) for one view of some samples, on the CPU; of several
@@ -114,39 +114,58 @@ class TeacherPass:
             check_finite(logits, samples, self.split or f"view {view}")
         return found
 
-    def fitted_encoding(self) -> tuple[dict[BlockId, Tensor], Encoding]:
-        """The encoding asked for, fitted to the first rows of view 0, with an anchor also of
-        view 1; and the blocks that these are, float32 (n, C), so that nothing is computed twice.
+    def first_blocks(self) -> Blocks:
+        """The blocks whose rows the encoding is fitted to: the first of view 0, with an anchor also
+        of view 1. They are to be kept, so that nothing is computed twice.
         """
-        job, order = self.job, self.job.row_order
-        grid = block_grid(len(order), job.num_classes, job.config.block_rows)
+        job, grid = self.job, self.job.grid
         views = views_to_fit(job.config.encoding, job.config.views)
-        numbers = range(blocks_to_fit(grid, job.num_classes))
-        found = [self.finite_of_views(order[grid.rows(block)], views) for block in numbers]
-        each = dict(zip(views, zip(*found, strict=True), strict=True))  # of a view all blocks
-        rows, labels = job.seen_rows(first_rows(each[0], job.num_classes))
-        second = None
-        if 1 in each:
-            second, _ = job.seen_rows(first_rows(each[1], job.num_classes))
-        blocks = {BlockId(view, block): each[view][block] for view in views for block in numbers}
-        config = job.config
-        return blocks, fit_encoding(config.encoding, rows, labels, config.budget, second)
+        found = {
+            block: self.finite_of_views(job.row_order[grid.rows(block)], views)
+            for block in range(blocks_to_fit(grid, job.num_classes))
+        }
+        return {BlockId(v, block): found[block][k] for k, v in enumerate(views) for block in found}
 
 
-def _feed(job: CacheJob, dataset: ImageDataset, policy: ViewPolicy) -> ViewFeed:
-    """Views of a dataset as this teacher sees them."""
-    return ViewFeed(dataset, policy, job.device, job.image_size, job.config.data.workers)
+@dataclass(frozen=True)
+class FirstRows:
+    """The rows that an encoding is fitted to and the teacher is judged by, of samples that it has
+    seen.
+
+    rows: float32 (n, C), of view 0. labels: int64 (n,). second: as rows, of view 1, where it is
+    needed.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    second: Tensor | None = None
+
+    @classmethod
+    def of(cls, job: CacheJob, rows: Tensor, second: Tensor | None = None) -> "FirstRows":
+        """rows, second: of the first samples in the order of rows, those that are left out too."""
+        samples, train = job.row_order[: len(rows)], job.splits.train
+        seen = ~torch.isin(samples, train.skipped)
+        labels = train.labels[samples[seen]]
+        return cls(rows[seen], labels, None if second is None else second[seen])
+
+    @classmethod
+    def of_blocks(cls, job: CacheJob, blocks: Blocks) -> "FirstRows":
+        """blocks: as of `TeacherPass.first_blocks`."""
+        most = fit_rows(job.num_classes)
+        of_view: dict[int, list[Tensor]] = {}
+        for at, logits in blocks.items():
+            of_view.setdefault(at.view, []).append(logits[:most])
+        rows = [torch.cat(parts)[:most] for parts in of_view.values()]
+        return cls.of(job, *rows)
+
+    def fitted(self, config: CacheConfig) -> Encoding:
+        """The encoding asked for. Raises CacheError if it does not hold the KL asked for."""
+        return fit_encoding(config.encoding, self.rows, self.labels, config.budget, self.second)
 
 
 def blocks_to_fit(grid: BlockGrid, num_classes: int) -> int:
     """How many blocks of view 0 an encoding is fitted to."""
     return -(-min(fit_rows(num_classes), grid.num_rows) // grid.block_rows)
-
-
-def first_rows(blocks: Sequence[Tensor], num_classes: int) -> Tensor:
-    """Those of a view's first blocks that an encoding is fitted to: float32 (n, C)."""
-    most = fit_rows(num_classes)
-    return torch.cat([block[:most] for block in blocks])[:most]
 
 
 def check_finite(logits: Tensor, samples: Tensor, where: str) -> None:

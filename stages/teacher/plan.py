@@ -18,12 +18,11 @@ from stages.cache.encoding import (
     Measured,
     checked_rows,
     compare,
-    fit_encoding,
     fit_rows,
     measure_all,
     views_to_fit,
 )
-from stages.cache.layout import ANCHOR, BlockGrid, BlockId, block_grid
+from stages.cache.layout import ANCHOR, BlockGrid, BlockId
 from stages.cache.metadata import NewCache
 from stages.cache.storage import location
 from stages.device import versions
@@ -31,7 +30,7 @@ from stages.errors import CacheError
 from stages.inputs.probes import PROBES
 from stages.teacher.checks import teacher_warnings
 from stages.teacher.job import CacheJob
-from stages.teacher.logits import TeacherPass, blocks_to_fit, check_finite
+from stages.teacher.logits import FirstRows, TeacherPass, blocks_to_fit, check_finite
 from stages.teacher.runs import runs_of, views_at_once
 from stages.teacher.store import open_existing
 
@@ -131,21 +130,19 @@ def plan_cache(job: CacheJob, out: str | Path) -> CachePlan:
     computed_per_second = measured_teacher(job, at_once)[1] if at_once > 1 else singly
     cache = open_existing(job, out)
     second = _second_view(job, len(logits), len(logits) / singly, cache)
-    logits, labels = job.seen_rows(logits)
+    first = FirstRows.of(job, logits, second)
+    logits, labels, second = first.rows, first.labels, first.second
 
     # 2) the encodings, on its rows
     started = time.perf_counter()
-    if cache is not None:
-        coding = cache.encoding
-    else:
-        coding = fit_encoding(config.encoding, logits, labels, config.budget, second)
+    coding = first.fitted(config) if cache is None else cache.encoding
     fitted = time.perf_counter() - started
     coding.encode(logits, labels)  # raises where a logit is out of its range
     encodings = measure_all(logits, labels, config.budget, coding, second, config.views)
     chosen = next(m for m in encodings if m.coding is coding)
 
     # 3) what a whole run is then
-    grid = cache.grid if cache else block_grid(len(train), job.num_classes, config.block_rows)
+    grid = cache.grid if cache else job.grid
     write = _write_seconds(job, coding, logits, labels, grid)
     # On a GPU blocks are written while others are computed; on CPUs both want the same cores.
     whole = operator.add if job.device.type == "cpu" else max
@@ -203,9 +200,9 @@ def _decodes(
 def _second_view(
     job: CacheJob, rows: int, seconds: float, cache: LogitCache | None
 ) -> Tensor | None:
-    """The first rows of view 1, without samples that are left out: float32 (n, C). None where there
-    is one view, or where it takes long and the encoding that is asked for does not need it.
-    seconds: what as many rows of view 0 took.
+    """The first rows of view 1: float32 (n, C). None where there is one view, or where it takes
+    long and the encoding that is asked for does not need it. seconds: what as many rows of view 0
+    took.
     """
     asked = job.config.encoding if cache is None else cache.encoding.name
     needed = 1 in views_to_fit(asked, job.config.views)
@@ -215,7 +212,7 @@ def _second_view(
     logits = teacher.logits(job.row_order[:rows], 1)
     teacher.feed.close()
     check_finite(logits, job.row_order[:rows], "view 1")
-    return job.seen_rows(logits)[0]
+    return logits
 
 
 def measured_teacher(job: CacheJob, at_once: int = 1) -> tuple[Tensor, float]:

@@ -1,13 +1,16 @@
-"""How many views stage one makes of an image while it is decoded, and in which order blocks come.
+"""Which blocks each rank of stage one computes, in which order, and how many views at once.
 
 A run is one block's rows in several views. Every image of it is decoded once, and every view of it
 is one block, computed in the same batches as if it were alone: its bytes do not depend on the run.
+Where views depend on one of them, its blocks come first, and with them what is made of the same
+decoded images.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from stages.cache.layout import ANCHOR, BlockId, block_grid
+from stages.cache.layout import ANCHOR, BlockId
+from stages.distributed import Ranks
 from stages.errors import ConfigError
 from stages.sizes import in_words
 from stages.targets.memory import free_memory
@@ -45,14 +48,20 @@ def in_runs(blocks: Sequence[BlockId], at_once: int) -> list[BlockId]:
     return [BlockId(view, run.block) for run in runs_of(blocks, at_once) for view in run.views]
 
 
-def anchor_runs(blocks: Sequence[BlockId], at_once: int) -> dict[BlockId, list[BlockId]]:
-    """Of these pairs those of the view that others depend on, and with each the pairs of its run:
-    what is made of the same decoded images, that view first.
+def my_runs(blocks: Sequence[BlockId], at_once: int, ranks: Ranks) -> list[Run]:
+    """Those of these blocks that are a rank's: neighbours in their order, so that most views are
+    one rank's.
+    """
+    ordered = in_runs(blocks, at_once)
+    return runs_of([ordered[i] for i in ranks.share(len(ordered))], at_once)
+
+
+def my_anchor_runs(blocks: Sequence[BlockId], at_once: int, ranks: Ranks) -> list[Run]:
+    """Of the runs that begin with the view that others depend on those that are a rank's: blocks
+    of that view, and what is made of the same decoded images.
     """
     runs = [run for run in runs_of(blocks, at_once) if ANCHOR in run.views]
-    return {
-        BlockId(ANCHOR, run.block): [BlockId(view, run.block) for view in run.views] for run in runs
-    }
+    return [runs[i] for i in ranks.share(len(runs))]
 
 
 def waiting(job: CacheJob, at_once: int) -> int:
@@ -65,12 +74,10 @@ def held_bytes(job: CacheJob, at_once: int) -> int:
     wait and of the one that is written, and one more where images are read in another order; and
     twice the pixels of a batch in every view, as workers sent them and put together.
     """
-    rows = len(job.splits.train)
-    grid = block_grid(rows, job.num_classes, job.config.block_rows)
-    block = 4 * job.num_classes * grid.block_rows
+    block = 4 * job.num_classes * job.grid.block_rows
     channels, *sides = job.splits.train.shape
     height, width = (job.image_size or side for side in sides)
-    batch = channels * height * width * min(job.config.batch_size, rows)
+    batch = channels * height * width * min(job.config.batch_size, len(job.splits.train))
     blocks = at_once + waiting(job, at_once) + 1 + job.splits.train.in_order
     return block * blocks + 2 * batch * at_once
 

@@ -1,45 +1,110 @@
-"""The cache that a job goes on with, compared with what the job is of; or a new one."""
+"""The cache of a job, for all ranks of a launch: opened and compared with the job, or made."""
 
+import contextlib
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from torch import Tensor
 
 from stages.cache import LogitCache
+from stages.cache.commits import Record
 from stages.cache.encoding import Encoding, is_encoding
 from stages.cache.identity import differences
 from stages.cache.layout import BlockId
+from stages.cache.lock import exclusive, joined
 from stages.cache.metadata import NewCache
-from stages.cache.storage import remove_half_written
+from stages.cache.storage import Location, location, remove_half_written
 from stages.data import skipped_samples
 from stages.device import device_name, versions
-from stages.errors import IdentityError
+from stages.distributed import first_rank_does, first_rank_first
+from stages.errors import CacheError, IdentityError
 from stages.inputs.probes import pixel_probes
 from stages.sizes import budget_in_words
+from stages.teacher.checks import teacher_warnings
 from stages.teacher.job import CacheJob
-from stages.teacher.logits import TeacherPass
-
-Blocks = dict[BlockId, Tensor]
-"""(view, block) -> float32 logits (n, C)."""
+from stages.teacher.logits import Blocks, FirstRows, TeacherPass
+from stages.teacher.runs import views_at_once
 
 
-def opened(teacher: TeacherPass, out: str | Path) -> tuple[LogitCache, Blocks]:
-    """The cache, with room for all views; and the blocks that fitting its encoding has computed.
+@dataclass(frozen=True)
+class OpenedCache:
+    """A cache and what is to be done with it; all ranks have the same `missing`, `left` and
+    `at_once`.
 
-    Raises IdentityError if it was made otherwise, CacheError if it cannot be written.
+    fitted: the blocks that fitting its encoding has computed here. missing: those that are not
+    committed; left: of these, those that are not computed. at_once: views that are made of a
+    decoded image. record: what the record of each block has of its maker. warnings: whether the
+    teacher fits the dataset.
     """
+
+    cache: LogitCache
+    fitted: Blocks
+    missing: list[BlockId]
+    left: list[BlockId]
+    at_once: int
+    record: Record
+    warnings: list[str]
+
+
+@contextlib.contextmanager
+def opened(teacher: TeacherPass, out: str | Path) -> Iterator[OpenedCache]:
+    """The cache at `out`, made if there is none, with room for all views; the ranks of this launch
+    hold it until the end.
+
+    Raises IdentityError if it was made otherwise, CacheError if it cannot be written or is held by
+    another launch.
+    """
+    job, where = teacher.job, location(out)
+    with contextlib.ExitStack() as held:
+        shared = job.ranks.world > 1
+        first_rank_does(job.ranks, lambda: held.enter_context(_held(where, shared)))
+        if not job.ranks.first:
+            held.enter_context(joined(where))
+        with first_rank_first(job.ranks):
+            cache, fitted, warnings = _made_or_open(teacher, out)
+
+        def look() -> tuple[list[BlockId], list[BlockId], int]:
+            cache.commits.extent()  # reads all records: damage is reported before hours of work
+            missing = cache.commits.missing(range(job.config.views))
+            return missing, [at for at in missing if at not in fitted], views_at_once(job)
+
+        missing, left, at_once = first_rank_does(job.ranks, look)
+        record: Record = {"device": device_name(job.device), "versions": versions()}
+        yield OpenedCache(cache, fitted, missing, left, at_once, record, warnings)
+
+
+@contextlib.contextmanager
+def _held(where: Location, shared: bool) -> Iterator[None]:
+    """The store's folder, made and locked."""
+    if isinstance(where, Path):
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CacheError(
+                f"cannot make {where}: {error.strerror}", "Choose another --out."
+            ) from error
+    with exclusive(where, shared):
+        yield
+
+
+def _made_or_open(teacher: TeacherPass, out: str | Path) -> tuple[LogitCache, Blocks, list[str]]:
+    """The cache; of a new one the blocks that were computed to fit its encoding, and warnings."""
     job, fitted = teacher.job, Blocks()
+    warnings: list[str] = []
     cache = open_existing(job, out)
     if cache is None:
-        fitted, coding = teacher.fitted_encoding()
-        cache = LogitCache.create(out, _new_cache(job, coding))
+        fitted = teacher.first_blocks()
+        first = FirstRows.of_blocks(job, fitted)
+        cache = LogitCache.create(out, _new_cache(job, first.fitted(job.config)))
+        warnings = teacher_warnings(first.rows, first.labels, job.splits.train.class_names)
     _check_skips(job, cache)
     if job.ranks.first:
         remove_half_written(cache.path)
         cache.add_skips(skipped_samples(job.splits))
         cache.grow(job.config.views)
-    return cache, fitted
+    return cache, fitted, warnings
 
 
 def open_existing(job: CacheJob, out: str | Path) -> LogitCache | None:

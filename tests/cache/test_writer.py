@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.cache.blocks import BackgroundWriter
 from stages.cache.lock import exclusive
 from stages.errors import CacheError, ModelError
+from stages.teacher.blocks import BackgroundWriter
 
 
 def failing(at: int, error: BaseException, written: list[int]) -> Callable[[int], None]:
