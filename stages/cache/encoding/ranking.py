@@ -20,14 +20,13 @@ def leading(rows: Tensor, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
     bits = (rows.shape[1] - 1).bit_length()
     dtype = torch.int32 if _EXACT_BITS + bits < 32 else torch.int64
     mask, given = 2**bits - 1, first[:, None]
-    reversed_classes = mask - torch.arange(rows.shape[1], dtype=dtype, device=rows.device)
-    keys = torch.add(reversed_classes, rows.to(dtype), alpha=2**bits)
-    keys.scatter_(1, given, torch.iinfo(dtype).min)
+    lowest_first = torch.arange(mask, mask - rows.shape[1], -1, dtype=dtype, device=rows.device)
+    keys = torch.add(lowest_first, rows.to(dtype), alpha=2**bits)
+    # Entries stay below 2^24 - 1, see `klt_integers`: this is the largest key.
+    keys.scatter_(1, given, (2 ** (_EXACT_BITS + bits) - 1 - given).to(dtype))
     find = largest_on_host if keys.device.type == "cpu" else largest
-    found = find(keys, count - 1)
-    classes = mask - (found & mask).long()
-    entries = (found >> bits).to(rows.dtype)
-    return torch.cat([given, classes], 1), torch.cat([rows.gather(1, given), entries], 1)
+    classes = (mask - (find(keys, count) & mask)).long()
+    return classes, rows.gather(1, classes)
 
 
 def largest(keys: Tensor, count: int) -> Tensor:
@@ -39,8 +38,6 @@ def largest(keys: Tensor, count: int) -> Tensor:
 
 def largest_on_host(keys: Tensor, count: int) -> Tensor:
     """As `largest`: NumPy parts a row several times as fast as torch does."""
-    if not count:
-        return keys[:, :0]
     parted = np.partition(keys.numpy(), -count, axis=1)[:, -count:]
     parted.sort(axis=1)
     return torch.from_numpy(parted[:, ::-1].copy())
