@@ -34,11 +34,14 @@ def imported(spec: str, kind: str, error: type[PipelineError]) -> Any:
     module, _, attribute = spec.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as cause:
-        raise error(
-            f"cannot import {kind} '{spec}': {cause}",
+    except (ImportError, AttributeError, ValueError, TypeError) as cause:  # the last for .a:b
+        remedy, file = (
             "module:callable must be importable from the current directory.",
-        ) from cause
+            Path(module),
+        )
+        if file.suffix == ".py":
+            remedy = f"Give the module, not its file: {file.stem}:{attribute}, in {file.parent}."
+        raise error(f"cannot import {kind} '{spec}': {cause}", remedy) from cause
 
 
 def error_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from stages.errors import ConfigError
-from stages.user_code import check_trusted, modules_in, trust, trusted, trusting
+from stages.user_code import check_trusted, imported, modules_in, trust, trusted, trusting
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,11 @@ def test_trust_ends_with_its_block() -> None:
         trust("two")
         assert trusted() == before | {"one", "two"}
     assert trusted() == before
+
+
+@pytest.mark.parametrize("spec", ["net.py:make", "./net.py:make", "/a/net.py:make"])
+def test_a_file_is_no_module(spec: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        imported(spec, "model", ConfigError)
+
+    assert "net:make" in caught.value.remedy
