@@ -48,7 +48,7 @@ from benchmarks.measure import Figure, new_report, peak_memory, seconds
 from benchmarks.synthetic_cache import CLASSES, TEST_SAMPLES, labels_of, new_cache
 from pipeline.console import Console
 from stages.cache import LogitCache
-from stages.cache.commits import seal_records
+from stages.cache.records import seal_records
 from stages.cache.storage import write_object
 from stages.rectify import rectify
 from stages.settings import RectifyConfig

@@ -1,9 +1,10 @@
-"""Where and in which precision a model computes; which libraries did it."""
+"""Where and in which precision a model computes, and with which random numbers."""
 
 import contextlib
 import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -116,3 +117,28 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.processor() or platform.machine()})"
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """What torch's generators will draw next: uint8 tensors."""
+
+    cpu_generator: Tensor
+    cuda_generator: Tensor | None
+
+    @staticmethod
+    def now(device: torch.device) -> "RandomState":
+        """What they would draw now."""
+        on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return RandomState(torch.get_rng_state(), on_gpu)
+
+    def differs_on_gpu(self, other: "RandomState") -> bool:
+        """Whether the GPU's generator was used in between."""
+        mine, others = self.cuda_generator, other.cuda_generator
+        return mine is not None and others is not None and not torch.equal(mine, others)
+
+    def restore(self) -> None:
+        """Let the generators go on from here."""
+        torch.set_rng_state(self.cpu_generator)
+        if self.cuda_generator is not None:
+            torch.cuda.set_rng_state(self.cuda_generator.cpu())

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.cache.commits import Record
+from stages.cache.records import Record
 
 _PAIRS_AT_ONCE = 2**20
 """Of confused classes, before equal ones are counted together."""

@@ -22,8 +22,9 @@ import torch
 from helpers import DIGITS, cache_config_of, committed, first
 from launch import Launch, Launcher
 
-from stages.cache.commits import CommitLog, Record
+from stages.cache.commits import CommitLog
 from stages.cache.layout import BlockId
+from stages.cache.records import Record
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits, load_data
 from stages.distributed import Ranks, process_group

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.commits import seal_records, unsealed
 from stages.cache.metadata import sealed
+from stages.cache.records import seal_records, unsealed
 from stages.errors import CacheError
 from stages.verify import verify
 

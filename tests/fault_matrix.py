@@ -25,7 +25,7 @@ from safetensors.torch import save
 
 from pipeline.report import write_report
 from stages.cache import LogitCache
-from stages.cache.commits import seal_records
+from stages.cache.records import seal_records
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import PipelineError

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.blocks import BlockGroup
-from stages.cache.commits import CommitLog, Record, seal_records, unsealed
+from stages.cache.commits import CommitLog
 from stages.cache.encoding.klt_anchored import KltAnchored
 from stages.cache.layout import BlockId
+from stages.cache.records import Record, seal_records, unsealed
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.cached_dataset import CachedDataset
 from stages.distributed import Ranks

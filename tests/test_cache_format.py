@@ -23,11 +23,11 @@ from helpers import cache_of, first
 from numpy.typing import NDArray
 
 from stages.cache import LogitCache, layout
-from stages.cache.commits import seal_records, unsealed
 from stages.cache.encoding import ENCODINGS, EncodingAttributes, Fidelity
 from stages.cache.encoding.topk import TopK
 from stages.cache.identity import Identity, weights_digest
 from stages.cache.metadata import RootAttributes, all_arrays, sealed
+from stages.cache.records import seal_records, unsealed
 from stages.cache.rectified import RectificationSettings
 from stages.data import Splits
 from stages.inputs.probes import pixel_probes

@@ -13,8 +13,8 @@ from damage import edit_attributes, edit_json, edit_record, flip, tree
 from helpers import resized
 
 from stages.cache import LogitCache
-from stages.cache.commits import seal_records, unsealed
 from stages.cache.identity import identity_from_json
+from stages.cache.records import seal_records, unsealed
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.errors import CacheError
 from stages.rectify import rectify

@@ -31,8 +31,8 @@ from zarr.storage import LocalStore
 
 from stages.cache import LogitCache
 from stages.cache.blocks import described
-from stages.cache.commits import seal_records, unsealed
 from stages.cache.layout import BlockId
+from stages.cache.records import seal_records, unsealed
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits
 from stages.errors import CacheError, IdentityError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.reading import fair_draw
+from stages.calibrate import fair_draw
 from stages.scores import Calibration, calibration
 
 MAX_ROWS = 50_000

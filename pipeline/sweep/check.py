@@ -30,8 +30,8 @@ from stages.settings import DataSettings, ModelSettings, SeedSettings, StudentCo
 from stages.student_checks import check_one_stream, check_students, complete, made_from
 from stages.targets.chunks import plan_slabs
 from stages.targets.ensemble import teacher_top1
-from stages.training.compiled import check_compiler
 from stages.training.objective import Student
+from stages.training.passes import check_compiler
 
 
 @dataclass

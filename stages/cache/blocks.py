@@ -25,8 +25,9 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import StorePath, WrapperStore
 
 from stages.cache.arrays import encode_shard, get_array, read_rows
-from stages.cache.commits import CommitLog, Record
+from stages.cache.commits import CommitLog
 from stages.cache.layout import ANCHOR, ArraySpec, BlockGrid, BlockId, block_key
+from stages.cache.records import Record
 from stages.cache.storage import write_object
 from stages.errors import AnchorError, CacheError
 

@@ -1,32 +1,21 @@
 """Which blocks exist: one small JSON record a block, written after its objects.
 
-A block exists if and only if its record does. Records lie under commits/<part>/, one file a block
-while a view is being written, one file a view once it is complete. Each is a JSON object of its
-records and the sha256 of their text, so that a record cannot change unnoticed:
-
-    commits/<part>/v00003/b00000.json   {"digest": ..., "records": [one record]}
-    commits/<part>/v00003.json          {"digest": ..., "records": [all of view 3, by block]}
-
-Compaction writes the second before it removes the first, so that a kill in between loses nothing;
-readers take the union. Only complete views are compacted, so that names say which views are
-complete: one listing opens a cache of any size, and a view's records are read when it is used.
+A block exists if and only if its record does. Records have one file a block while a view is being
+written, one file a view once it is complete. Compaction writes the second before it removes the
+first, so that a kill in between loses nothing; readers take the union. Only complete views are
+compacted, so that names say which views are complete: one listing opens a cache of any size, and a
+view's records are read when it is used.
 """
 
-import hashlib
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from zarr.abc.store import Store
-
 from stages.cache.layout import BlockId, Extent
+from stages.cache.records import Record, RecordFiles, ViewRecords, seal_records
 from stages.cache.storage import (
     ask,
-    folders,
-    list_objects,
     read_object,
     read_objects,
     sizes_of,
@@ -34,14 +23,6 @@ from stages.cache.storage import (
 )
 from stages.errors import CacheError
 
-Record = dict[str, Any]
-ViewRecords = dict[int, Record]
-"""The committed blocks of one view: block -> record."""
-
-_NUMBER = r"(\d{5}|[1-9]\d{5,})"
-_VIEW = re.compile(rf"v{_NUMBER}(\.json)?")
-_BLOCK = re.compile(rf"v{_NUMBER}/b{_NUMBER}\.json")
-_SEALED = re.compile(rb'\{"digest":"([0-9a-f]{64})","records":(\[.*\])\}', re.DOTALL)
 _VIEWS_KEPT = 8
 """Views whose records are cached: those of a rectification may be large."""
 _FILES_AT_ONCE = 16
@@ -51,24 +32,8 @@ _OBJECTS_AT_ONCE = 256
 _REPAIR = "Run `pipeline verify CACHE --repair`: it computes {} again."
 
 
-def seal_records(records: list[Record]) -> bytes:
-    """The bytes of a file of records."""
-    text = json.dumps(records, sort_keys=True, separators=(",", ":")).encode()
-    digest = hashlib.sha256(text).hexdigest().encode()
-    return b'{"digest":"%s","records":%s}' % (digest, text)
-
-
-def unsealed(content: bytes) -> list[Record]:
-    """The records in a file. Raises ValueError unless it is what was written."""
-    match = _SEALED.fullmatch(content)
-    if match is None or hashlib.sha256(match[2]).hexdigest().encode() != match[1]:
-        raise ValueError("its digest does not match")
-    records: list[Record] = json.loads(match[2])
-    return records
-
-
 @dataclass
-class CommitLog:
+class CommitLog(RecordFiles):
     """The records of one part of a cache: `logits`, `eval` or `rectified/<name>`.
 
     Which views there are is looked up once and kept up by `commit`; see `reread`. Whatever gives
@@ -76,14 +41,7 @@ class CommitLog:
     another cache's. identity: the digest of the cache's; None where any will do.
     """
 
-    store: Store
-    part: str
-    num_blocks: int
-    identity: str | None = None
     _known: dict[int, ViewRecords] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._prefix = f"commits/{self.part}/"
 
     # ---- which views and blocks there are -------------------------------------------------
 
@@ -91,10 +49,8 @@ class CommitLog:
     def _listed(self) -> dict[int, bool]:
         """The views that have a file or a folder, and whether they are compacted."""
         listed: dict[int, bool] = {}
-        for name in folders(self.store, self._prefix.rstrip("/")):
-            if match := _VIEW.fullmatch(name):
-                view, compacted = int(match[1]), match[2] is not None
-                listed[view] = compacted or listed.get(view, False)
+        for view, compacted in self.named_views():
+            listed[view] = compacted or listed.get(view, False)
         return listed
 
     @property
@@ -149,7 +105,7 @@ class CommitLog:
         """The committed blocks of one view."""
         records = self._known.get(view)
         if records is None:
-            records = self._read(view, read_object(self.store, self._view_key(view)))
+            records = self._read(view, read_object(self.store, self.view_key(view)))
             self.hold(view, records)
         return records
 
@@ -164,7 +120,7 @@ class CommitLog:
         wanted = self.views if views is None else list(views)
         for start in range(0, len(wanted), _FILES_AT_ONCE):
             some = wanted[start : start + _FILES_AT_ONCE]
-            contents = read_objects(self.store, [self._view_key(view) for view in some])
+            contents = read_objects(self.store, [self.view_key(view) for view in some])
             for view, content in zip(some, contents, strict=True):
                 known = self._known.get(view)
                 yield view, self._read(view, content) if known is None else known
@@ -184,82 +140,23 @@ class CommitLog:
             sum(int(d["bytes"]) for record in records for d in record["objects"].values()),
         )
 
-    def files(self) -> dict[int, list[str]]:
-        """By view the keys of its blocks' files of records; none of one that is compacted."""
-        blocks: dict[int, list[str]] = {}
-        for key in sorted(list_objects(self.store, self._prefix)):
-            name = key.removeprefix(self._prefix)
-            if match := _BLOCK.fullmatch(name):
-                blocks.setdefault(int(match[1]), []).append(key)
-            elif (match := _VIEW.fullmatch(name)) and match[2]:
-                blocks.setdefault(int(match[1]), [])
-        return dict(sorted(blocks.items()))
-
-    def inspect(
-        self, files: Mapping[int, list[str]] | None = None
-    ) -> Iterator[tuple[int, ViewRecords, list[str]]]:
-        """Of each view in `files` the records that are intact, and the keys of damaged files."""
-        for view, block_keys in (self.files() if files is None else files).items():
-            found, damaged = self._parsed(view, block_keys)
-            yield view, found, damaged
-
-    def block_files(self, view: int) -> list[str]:
-        """The keys of a view's records that have a file a block."""
-        listed = list_objects(self.store, f"{self._folder(view)}/")
-        return [key for key in listed if _BLOCK.fullmatch(key.removeprefix(self._prefix))]
-
     def _read(self, view: int, whole: bytes | None) -> ViewRecords:
         """The records of a view; `whole` is what its one file holds, None if there is none."""
         if whole is not None:
-            found, damaged = self._unpacked(view, {self._view_key(view): whole})
+            found, damaged = self.unpacked(view, {self.view_key(view): whole})
         else:
-            found, damaged = self._parsed(view, self.block_files(view))
+            found, damaged = self.parsed(view, self.block_files(view))
         if damaged:
             cause = f"commit record {damaged[0]} is not readable"
             raise CacheError(cause, _REPAIR.format("those blocks"))
         return found
 
-    def _parsed(self, view: int, block_keys: list[str]) -> tuple[ViewRecords, list[str]]:
-        """The records in these files and in the view's one file; the keys that are damaged."""
-        contents = dict(zip(block_keys, read_objects(self.store, block_keys), strict=True))
-        # Last: a view compacted meanwhile is then found under its one file.
-        contents[self._view_key(view)] = read_object(self.store, self._view_key(view))
-        return self._unpacked(view, contents)
-
-    def _unpacked(
-        self, view: int, files: Mapping[str, bytes | None]
-    ) -> tuple[ViewRecords, list[str]]:
-        """The records in these files, later ones first; the keys of those that are damaged."""
-        found: ViewRecords = {}
-        damaged: list[str] = []
-        for key, content in files.items():
-            if content is None:  # compacted, or removed, since it was listed
-                continue
-            try:
-                records = {int(record["block"]): record for record in unsealed(content)}
-                owner = self._owner(view).items()
-                if any(record[n] != value for record in records.values() for n, value in owner):
-                    raise ValueError("these are the records of something else")
-                named = _BLOCK.fullmatch(key.removeprefix(self._prefix))
-                if named and [*records] != [int(named[2])]:
-                    raise ValueError("this is the record of another block")
-            except (TypeError, KeyError, ValueError):
-                damaged.append(key)
-            else:
-                found |= records
-        return found, damaged
-
-    def _owner(self, view: int) -> Record:
-        """What each record has to say of where it belongs: part, view and cache."""
-        owner: Record = {"part": self.part, "view": view}
-        return owner if self.identity is None else {**owner, "identity_digest": self.identity}
-
     # ---- changes --------------------------------------------------------------------------
 
     def commit(self, at: BlockId, record: Record) -> None:
         """Make a block exist. Its objects must lie in the store already."""
-        record = {**record, **self._owner(at.view), "block": at.block}
-        write_object(self.store, self._block_key(at), seal_records([record]))
+        record = {**record, **self.owner(at.view), "block": at.block}
+        self.put(at, record)
         if "_listed" in self.__dict__:
             self._listed.setdefault(at.view, False)
         if (known := self._known.get(at.view)) is not None:
@@ -270,25 +167,24 @@ class CommitLog:
         if not self.is_complete(view):
             return
         whole = [self.of_view(view)[block] for block in range(self.num_blocks)]
-        write_object(self.store, self._view_key(view), seal_records(whole))
-        ask(self.store, self.store.delete_dir(self._folder(view)))
+        write_object(self.store, self.view_key(view), seal_records(whole))
+        ask(self.store, self.store.delete_dir(self.view_folder(view)))
         self._listed[view] = True
 
     def compact_rest(self) -> None:
         """Compact the views that a killed writer had completed and not compacted."""
-        for name in folders(self.store, self._prefix.rstrip("/")):
-            if (match := _VIEW.fullmatch(name)) and not match[2]:
-                self.compact(int(match[1]))
+        for view, compacted in self.named_views():
+            if not compacted:
+                self.compact(view)
 
     def forget(self, at: BlockId) -> None:
         """Unmake a block, so that its stage computes it again. Only for the single writer."""
         found = self.of_view(at.view)
         left = {b: r for b, r in found.items() if b != at.block and b < self.num_blocks}
         for other, record in left.items():  # a file a block again, before that of the view goes
-            key = self._block_key(BlockId(at.view, other))
-            write_object(self.store, key, seal_records([record]))
-        ask(self.store, self.store.delete(self._view_key(at.view)))
-        ask(self.store, self.store.delete(self._block_key(at)))
+            self.put(BlockId(at.view, other), record)
+        ask(self.store, self.store.delete(self.view_key(at.view)))
+        ask(self.store, self.store.delete(self.block_key(at)))
         self._listed[at.view] = False
         self.hold(at.view, left)
 
@@ -299,7 +195,7 @@ class CommitLog:
 
     def clear(self) -> None:
         """Forget every record, of a part that is made anew."""
-        ask(self.store, self.store.delete_dir(self._prefix.rstrip("/")))
+        ask(self.store, self.store.delete_dir(self.folder))
         self.reread()
 
     # ---- objects --------------------------------------------------------------------------
@@ -326,15 +222,6 @@ class CommitLog:
                 what = "is missing" if there is None else f"has {there} bytes, not {size}"
                 cause = f"{self.store}: object {key} {what}"
                 raise CacheError(cause, _REPAIR.format("that block"))
-
-    def _folder(self, view: int) -> str:
-        return f"{self._prefix}v{view:05d}"
-
-    def _view_key(self, view: int) -> str:
-        return f"{self._folder(view)}.json"
-
-    def _block_key(self, at: BlockId) -> str:
-        return f"{self._folder(at.view)}/b{at.block:05d}.json"
 
 
 def _objects(view: int, records: ViewRecords) -> dict[str, Any]:

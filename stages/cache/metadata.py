@@ -19,10 +19,10 @@ from torch import Tensor
 from stages.cache import layout
 from stages.cache.arrays import array_digest, create_array, open_group
 from stages.cache.calibrated import Calibrated
-from stages.cache.commits import seal_records, unsealed
 from stages.cache.encoding import Encoding, EncodingAttributes, Fidelity, encoding_attributes
 from stages.cache.identity import Identity, SkippedSample
 from stages.cache.layout import ArraySpec
+from stages.cache.records import seal_records, unsealed
 from stages.cache.storage import (
     Location,
     ask,

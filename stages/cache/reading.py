@@ -292,25 +292,3 @@ class CacheReader(CacheDescription):
         """A rectification, opened afresh. Raises CacheError if there is none of this name."""
         self._rectifications[name] = open_rectification(self, name)
         return self._rectifications[name]
-
-
-def fair_draw(
-    cache: CacheReader, max_rows: int, max_values: int, max_views: int
-) -> list[tuple[int, slice]]:
-    """Runs of rows of the complete views, (view, rows): all of them, or other samples in every view
-    where that is too much. Rows lie in random order, so that a run is a fair draw.
-
-    At most `max_rows` rows and `max_values` logits, but one row a view, of at most `max_views`
-    views where not all rows are taken. Raises CacheError where no view is complete.
-    """
-    views, samples = cache.complete_views, cache.num_samples
-    if not views:
-        raise CacheError(
-            f"no view of {cache.path} is complete", "Run `pipeline cache-teacher` again."
-        )
-    budget = max(1, min(max_rows, max_values // cache.num_classes))
-    if len(views) * samples > budget and len(views) > max_views:
-        views = [views[at * len(views) // max_views] for at in range(max_views)]
-    each = min(samples, max(1, budget // len(views)))
-    starts = [turn * each % (samples - each + 1) for turn in range(len(views))]
-    return [(view, slice(start, start + each)) for view, start in zip(views, starts, strict=True)]

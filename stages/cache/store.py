@@ -19,12 +19,12 @@ from torch import Tensor
 from stages.cache import arrays, layout, metadata
 from stages.cache.blocks import described
 from stages.cache.calibrated import Calibrated
-from stages.cache.commits import Record
 from stages.cache.encoding import Fidelity, checked_rows, combined, compare
 from stages.cache.identity import SkippedSample
 from stages.cache.layout import BlockId
 from stages.cache.metadata import NewCache
 from stages.cache.reading import CacheReader
+from stages.cache.records import Record
 from stages.cache.rectified import Rectification, RectificationSettings, create_rectification
 from stages.cache.storage import location, write_object
 from stages.errors import CacheError

@@ -9,12 +9,12 @@ from pathlib import Path
 import msgspec
 
 from stages.cache import LogitCache
-from stages.cache.commits import Record
 from stages.cache.encoding import Encoding, is_encoding
 from stages.cache.identity import differences
 from stages.cache.layout import BlockId
 from stages.cache.lock import exclusive, joined
 from stages.cache.metadata import NewCache
+from stages.cache.records import Record
 from stages.cache.storage import Location, location, remove_half_written
 from stages.data import skipped_samples
 from stages.device import device_name, versions

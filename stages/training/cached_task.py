@@ -14,8 +14,8 @@ from stages.objectives.losses import TeacherRows, mixed_ce
 from stages.order import ViewSchedule
 from stages.targets.in_place import kept_in_place, take
 from stages.targets.reader import TargetReader
-from stages.training.compiled import Compiled
 from stages.training.objective import Objective, Student
+from stages.training.passes import Compiled
 from stages.training.until import Until
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stages.training.random_state import RandomState
+from stages.device import RandomState
 
 TRIES = 3
 """Calls before work is recorded: kernels are chosen, memory is taken, states begin. The last of

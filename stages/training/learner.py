@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from stages.device import check_precision, place
+from stages.device import RandomState, check_precision, place
 from stages.distributed import summed, take_from_first
 from stages.errors import PipelineError, RunError
 from stages.inputs.feed import Batch, Normalise
@@ -20,7 +20,6 @@ from stages.training.graphs import WaitError
 from stages.training.history import EpochShown, said, selected_epoch, summarise
 from stages.training.models import InitialModel, check_model
 from stages.training.passes import Passes
-from stages.training.random_state import RandomState
 from stages.training.run_directory import RunDirectory
 from stages.training.run_folder import MADE_FROM
 from stages.training.stream import BatchStream

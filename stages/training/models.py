@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from stages.cache.identity import weights_digest
+from stages.device import RandomState
 from stages.errors import ConfigError
 from stages.inputs.datasets import ImageDataset, Statistics
 from stages.inputs.feed import Normalise
@@ -14,7 +15,6 @@ from stages.inputs.model_outputs import check_output, check_trained_on_one, samp
 from stages.inputs.models import Model, build_model, load_model
 from stages.reporting import Reporter
 from stages.settings import ModelSettings, RunConfig, SeedSettings
-from stages.training.random_state import RandomState
 from stages.training.stream import BatchStream
 
 

@@ -12,14 +12,14 @@ from stages.distributed import Ranks, summed
 from stages.settings import TrainSettings
 from stages.training.graphs import all_tensors
 from stages.training.optimise import (
+    Schedule,
     make_optimizer,
     read_rate_from,
     restore_optimizer,
     state_of,
     states_of,
 )
-from stages.training.rates import Schedule
-from stages.training.working import WorkingWeights
+from stages.training.passes import WorkingWeights
 
 
 class Trained:

@@ -23,9 +23,9 @@ from stages.distributed import summed
 from stages.errors import PipelineError, RunError, StoppedError
 from stages.inputs.run_files import yaml_text
 from stages.reporting import Reporter
-from stages.training.compiled import prepare_compiler
 from stages.training.history import said
 from stages.training.learner import Learner
+from stages.training.passes import prepare_compiler
 from stages.training.stream import BatchStream
 
 Outcome = dict[str, Any] | PipelineError

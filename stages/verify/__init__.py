@@ -9,8 +9,8 @@ with the dataset, that its pixels are still those the teacher saw (`pixels`).
 """
 
 from stages.cache import LogitCache, metadata
-from stages.cache.commits import ViewRecords
 from stages.cache.layout import BlockId
+from stages.cache.records import ViewRecords
 from stages.cache.storage import Location, location
 from stages.errors import CacheError
 from stages.reporting import Reporter, Silent

@@ -12,8 +12,9 @@ from zarr.abc.store import Store
 
 from stages.cache import LogitCache
 from stages.cache.blocks import BlockGroup
-from stages.cache.commits import CommitLog, Record, ViewRecords
+from stages.cache.commits import CommitLog
 from stages.cache.layout import ANCHOR, BlockId, threads_at_once
+from stages.cache.records import Record, ViewRecords
 from stages.cache.rectified import Rectification
 from stages.cache.storage import read_object
 from stages.errors import AnchorError, CacheError

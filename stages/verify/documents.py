@@ -13,8 +13,8 @@ from zarr.core.metadata.v3 import ArrayV3Metadata
 from stages.cache import LogitCache, layout, metadata
 from stages.cache.arrays import get_array, open_group
 from stages.cache.blocks import BlockGroup
-from stages.cache.commits import unsealed
 from stages.cache.layout import BlockId
+from stages.cache.records import unsealed
 from stages.cache.storage import Location, entries, folders, read_object
 from stages.errors import CacheError
 from stages.folds import fold_faults

@@ -11,8 +11,9 @@ from zarr.storage import LocalStore
 
 from stages.cache import commits
 from stages.cache.blocks import described
-from stages.cache.commits import CommitLog, Record, seal_records, unsealed
+from stages.cache.commits import CommitLog
 from stages.cache.layout import BlockId
+from stages.cache.records import Record, seal_records, unsealed
 from stages.cache.storage import list_objects, read_object, write_object
 from stages.errors import CacheError
 

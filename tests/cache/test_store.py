@@ -16,11 +16,11 @@ from torch import Tensor
 from pipeline.console import Console
 from pipeline.tables import show_cache
 from stages.cache import LogitCache, metadata
-from stages.cache.commits import unsealed
 from stages.cache.encoding.floats import Float32
 from stages.cache.identity import DatasetIdentity, Identity, TeacherIdentity, ViewsIdentity
 from stages.cache.layout import BlockId
 from stages.cache.metadata import NewCache, sealed
+from stages.cache.records import unsealed
 from stages.cache.rectified import RectificationSettings
 from stages.errors import CacheError
 from stages.verify.documents import document_faults

@@ -28,8 +28,8 @@ from stages.settings import (
 from stages.train_teacher import train_teacher
 from stages.training import compiled
 from stages.training.cached_task import CachedTask
-from stages.training.compiled import Compiled, check_compiler
 from stages.training.objective import Student, student_loss
+from stages.training.passes import Compiled, check_compiler
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(

@@ -11,8 +11,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, MultiStepLR,
 
 from stages.errors import ConfigError
 from stages.settings import TrainSettings
-from stages.training.optimise import make_optimizer, restore_optimizer
-from stages.training.rates import Schedule
+from stages.training.optimise import Schedule, make_optimizer, restore_optimizer
 
 STEPS = 5  # an epoch
 

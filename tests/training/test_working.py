@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from stages.settings import TrainSettings
 from stages.training.graphs import NoWaits
-from stages.training.working import WorkingWeights
+from stages.training.passes import WorkingWeights
 
 
 class Standardised(nn.Conv2d):
