@@ -117,13 +117,9 @@ def rectify_command(config: RectifyConfig, at: CacheAt) -> None:
     """Stage two: mark which rows the teacher has wrong, and store what they should say."""
     from pipeline.console import Console
     from pipeline.stage_two import show_rectification, show_suspects
-    from stages.cache import LogitCache
-    from stages.calibrate import with_calibration
     from stages.rectify import rectify
 
     console = Console()
-    if config.calibrate:
-        config = with_calibration(config, LogitCache.open(at.cache, check=False))
     statistics = rectify(at.cache, config, console)
     show_rectification(console, config.chosen_name, statistics)
     if config.trusted_above is not None:

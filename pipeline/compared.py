@@ -1,10 +1,12 @@
-"""Which settings decide a result, and in which of them runs may differ to be compared.
+"""In which settings runs differ, which of them decide a result, and what groups of runs are called.
 
 The report, the tables of a sweep and its estimates all go by this list.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from stages.settings import keys_deciding
 
@@ -38,3 +40,25 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys in which settings differ, in alphabetical order; values as text."""
     keys = sorted({key for each in settings for key in each})
     return [key for key in keys if len({str(each.get(key)) for each in settings}) > 1]
+
+
+def words(key: str, values: Sequence[Any]) -> dict[str, str]:
+    """A few words for every value of a setting, by its repr; different for different values."""
+    short = {repr(value): _words(key, value) for value in values}
+    if len(set(short.values())) == len(short):
+        return short
+    return {repr(value): f"{key}={value}" for value in values}
+
+
+def _words(key: str, value: Any) -> str:
+    name = key.rsplit(".", 1)[-1]
+    if isinstance(value, str) and value not in ("none", "auto"):
+        path = key == "cache" or "/" in value
+        return value.rstrip("/").rsplit("/", 1)[-1].removesuffix(".zarr") if path else value
+    if isinstance(value, str) and name in ("mode", "name"):
+        return f"{key.split('.')[0]} {value}"
+    if isinstance(value, list):
+        text = ",".join(map(str, value))
+    else:  # as YAML writes it: true, null, 0.5
+        text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    return f"{name}={text}"

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import msgspec
 import yaml
 
-from pipeline.console import visible
 from pipeline.home import expanded_values
+from pipeline.output import visible
 from stages.errors import ConfigError, PipelineError
 from stages.inputs.run_files import FastLoader, check_depth
 from stages.schema import alternatives, settings_of

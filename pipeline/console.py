@@ -1,7 +1,6 @@
 """What a person sees: bars and tables on a terminal, plain lines in a log, rank 0 only."""
 
 import os
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,25 +18,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from pipeline.ending import CLOSED, cannot_write, drop_output
+from pipeline.output import CLOSED, cannot_write, drop_output, visible
 from stages.errors import RunError
 
 LOG_SECONDS = 10.0
 """In a log, a running task says how far it is this often."""
-
-
-_UNSEEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
-    "\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
-)
-"""Control, bidirectional and zero-width characters; surrogates of file names that are no UTF-8."""
-
-
-def visible(text: str, keep: str = "") -> str:
-    r"""The text with characters that a terminal or a browser would obey written out: U+202E becomes
-    \u202e. keep: characters that stay as they are.
-    """
-    return _UNSEEN.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
 
 
 class _Output(Rich):

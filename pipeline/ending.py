@@ -13,10 +13,10 @@ from collections.abc import Collection, Iterator
 
 import click
 
+from pipeline.output import CLOSED, cannot_write, drop_output
 from pipeline.ranks import tell
 from stages.errors import ConfigError, PipelineError, RunError
 
-CLOSED = 128 + signal.SIGPIPE
 _SAME = "Run the same command again to go on."
 _NOTHING = "Nothing was written."
 _UNFINISHED = "Run the same command again."
@@ -130,14 +130,3 @@ def _flushed(code: int, more: str = "") -> int:
         drop_output()
         _tell(RunError(*cannot_write(error)))
     return code
-
-
-def cannot_write(error: OSError) -> tuple[str, str]:
-    """Cause and remedy of an output that takes nothing more."""
-    return f"cannot write the output: {error.strerror}", "Send it somewhere else."
-
-
-def drop_output() -> None:
-    """Let what is left of the output go nowhere: the interpreter would try again at its end."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import click
 
+from pipeline.output import visible
 from stages.errors import ConfigError, PipelineError
 
 NEWLINE = "\n"
@@ -47,8 +48,6 @@ def run_rank(command: click.Group) -> NoReturn:
 def tell(error: Exception) -> None:
     """Cause and remedy, what click has to say (Ctrl-C is its Abort), or the traceback."""
     if isinstance(error, PipelineError):
-        from pipeline.console import visible
-
         click.echo(f"error: {visible(error.cause, keep=NEWLINE)}", err=True)
         if error.remedy:
             click.echo(visible(error.remedy, keep=NEWLINE), err=True)

@@ -3,11 +3,10 @@
 import msgspec
 
 from stages.cache import LogitCache
-from stages.cache.calibrated import CALIBRATED
 from stages.cache.encoding import check_temperature
 from stages.errors import CacheError, ConfigError
 from stages.inputs.views import check_unmixed
-from stages.settings import StudentConfig
+from stages.settings import CALIBRATED, StudentConfig
 from stages.targets.ensemble import NOT_RECTIFIED
 from stages.training.objective import StudentLoss
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stages.cache import LogitCache
-from stages.cache.calibrated import CALIBRATED, Calibrated, Rows
+from stages.cache.calibrated import Calibrated, Rows
 from stages.cache.lock import exclusive
 from stages.errors import CacheError
 from stages.inputs.views import check_unmixed
@@ -106,7 +106,7 @@ def with_calibration(config: RectifyConfig, cache: LogitCache) -> RectifyConfig:
     return msgspec.structs.replace(
         config,
         calibrate=False,
-        name=config.name or config.chosen_name + CALIBRATED,
+        name=config.chosen_name,
         temperature=config.temperature * by,
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import compared
-from pipeline.labels import words
+from pipeline.compared import words
 from pipeline.runs import Run, Spread, spread
 
 TELLING = (

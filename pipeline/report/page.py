@@ -7,7 +7,8 @@ from typing import Any
 
 import jinja2
 
-from pipeline.console import counted, duration, percent, visible
+from pipeline.console import counted, duration, percent
+from pipeline.output import visible
 from pipeline.report.cache import Options, cache_part, compare_unseen
 from pipeline.report.figures import pattern
 from pipeline.report.groups import Group, comparable, grouped, settings_text, unlike

@@ -22,8 +22,8 @@ from typing import Annotated, Any
 
 import msgspec
 
+from pipeline.compared import words
 from pipeline.config import check_key, convert, put, read_yaml
-from pipeline.labels import words
 from stages.errors import ConfigError
 from stages.schema import Settings, about, check_bounds, settings_of
 from stages.settings import MOST_WORKERS, StudentConfig

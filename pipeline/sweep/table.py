@@ -15,7 +15,8 @@ import msgspec
 
 from pipeline.compared import budget, deciding, differing
 from pipeline.config import convert, flat, put
-from pipeline.console import Console, visible
+from pipeline.console import Console
+from pipeline.output import visible
 from pipeline.runs import spread
 from pipeline.sweep.directory import Result
 from pipeline.sweep.grid import Run

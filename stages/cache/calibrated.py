@@ -6,8 +6,6 @@ import msgspec
 
 Rows = Literal["train", "test"]
 """Which rows it was fitted on: those of the views, or of the test split."""
-CALIBRATED = "-calibrated"
-"""How the name of a rectification of calibrated rows ends, unless one is given."""
 
 
 class Calibrated(msgspec.Struct, frozen=True):

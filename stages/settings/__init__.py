@@ -4,6 +4,7 @@
 """
 
 from stages.settings.commands import (
+    CALIBRATED,
     CONFIGS,
     CacheConfig,
     RectifyConfig,
@@ -39,6 +40,7 @@ from stages.settings.sections import (
 )
 
 __all__ = [
+    "CALIBRATED",
     "CONFIGS",
     "MAX_BLOCK_ROWS",
     "MOST_IN_A_BATCH",

@@ -31,6 +31,8 @@ from stages.settings.sections import (
 )
 from stages.sizes import parse_budget, parse_bytes
 
+CALIBRATED = "-calibrated"
+"""How the name of a rectification of calibrated rows ends, unless one is given."""
 _NAME = re.compile(r"(?!zarr\.json)[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}(?<!\.partial)", re.IGNORECASE)
 """What can name a group of the store: on any disk, and apart from what the store itself uses."""
 
@@ -134,10 +136,11 @@ class RectifyConfig(Settings, frozen=True):
 
     @property
     def chosen_name(self) -> str:
-        """The name, or the default one: method, temperature, space and rule."""
+        """The name, or the default one: method, temperature, space, rule, and `-calibrated`."""
         space = "" if self.space == "probability-T" else f"-{self.space}"
         rule = "" if self.trusted_above is None else f"-confidence{self.trusted_above:g}"
-        return self.name or f"{self.method}-T{self.temperature:g}{space}{rule}"
+        calibrated = CALIBRATED if self.calibrate else ""
+        return self.name or f"{self.method}-T{self.temperature:g}{space}{rule}{calibrated}"
 
 
 class RunConfig(Settings, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zarr.storage import LocalStore
 
-from stages.cache import commits
+from stages.cache import commits, records
 from stages.cache.blocks import described
 from stages.cache.commits import CommitLog
 from stages.cache.layout import BlockId
@@ -230,7 +230,7 @@ def test_a_record_that_goes_after_it_was_listed_is_skipped(
     commit(tmp_path, (0, 0), (0, 1), (0, 2), (1, 0))
     log(tmp_path).compact(0)
     before = dict(log(tmp_path).records)
-    monkeypatch.setattr(commits, "list_objects", listed_before)
+    monkeypatch.setattr(records, "list_objects", listed_before)
 
     assert dict(log(tmp_path).records) == before
     assert set(before) == {(0, 0), (0, 1), (0, 2), (1, 0)}
@@ -252,7 +252,8 @@ def test_a_view_compacted_while_its_records_are_read_is_found_under_its_one_file
     shutil.copytree(folder, tmp_path / "aside")
     log(tmp_path).compact(0)
     shutil.copytree(tmp_path / "aside", folder)  # compaction writes the one file first
-    monkeypatch.setattr(commits, "read_object", compacted_now)
+    for reader in (commits, records):
+        monkeypatch.setattr(reader, "read_object", compacted_now)
 
     assert dict(log(tmp_path).records) == expected
 

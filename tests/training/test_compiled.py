@@ -26,7 +26,7 @@ from stages.settings import (
     TrainSettings,
 )
 from stages.train_teacher import train_teacher
-from stages.training import compiled
+from stages.training import passes
 from stages.training.cached_task import CachedTask
 from stages.training.objective import Student, student_loss
 from stages.training.passes import Compiled, check_compiler
@@ -56,7 +56,7 @@ def test_every_model_of_a_process_is_compiled(monkeypatch: pytest.MonkeyPatch) -
         torch, "compile", lambda model, **_: real(model, backend=backend, dynamic=False)
     )
     for size in range(1, 13):
-        compiled.prepare_compiler(CPU, models=1)
+        passes.prepare_compiler(CPU, models=1)
         forward = Compiled(nn.Linear(3, size), 2, CPU, graphs=False)
         forward(torch.zeros(2, 3))
     assert len(compiled_models) == 12
@@ -110,14 +110,14 @@ def test_only_whole_batches_are_compiled(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
+    monkeypatch.setattr(passes.shutil, "which", lambda _: None)
     with pytest.raises(ConfigError, match=r"needs a compiler: g\+\+") as caught:
         check_compiler(CPU)
     assert caught.value.remedy == "Leave --compile out."
 
 
 def test_without_a_compiler_no_run_begins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
+    monkeypatch.setattr(passes.shutil, "which", lambda _: None)
     command = ["train-teacher", "--dataset", "digits", "--model", "resnet8", "--compile"]
     with pytest.raises(ConfigError, match="--compile needs a compiler"):
         CliRunner().invoke(
@@ -222,7 +222,7 @@ def test_a_compiled_loss_is_the_loss(
         return real(function, backend=backend, dynamic=False, fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", compile_)
-    compiled.torch._dynamo.reset()
+    torch._dynamo.reset()
     plain, fast = task_of(loss, bias), task_of(loss, bias)
     fast.compile(8)
     for epoch, size in ((0, 8), (0, 8), (1, 8), (1, 4)):

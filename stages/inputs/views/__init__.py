@@ -8,7 +8,7 @@ identities.
 """
 
 from stages.inputs.views.augment import RandAugment, TrivialAugment
-from stages.inputs.views.boxes import Boxes, render
+from stages.inputs.views.boxes import Boxes
 from stages.inputs.views.crops import PadCrop, PadCropFlip, Plain, ResizedCropFlip
 from stages.inputs.views.erasing import Erasing
 from stages.inputs.views.layers import ON_TOP, Composed, Layer
@@ -46,7 +46,6 @@ __all__ = [
     "check_view",
     "known_policy",
     "mixes",
-    "render",
     "reseeds",
     "view_policy",
 ]

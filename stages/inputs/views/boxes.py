@@ -39,29 +39,18 @@ class Boxes(Drawn):
 FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 
 
-def render(
-    image: Tensor,
-    boxes: Boxes,
-    i: int,
-    size: Sequence[int],
-    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
-) -> Tensor:
-    """Cut box i out of one image (uint8 (C, H, W)), mirror it, resize it to `size` if it differs.
-
-    Zeros outside the image. Resampling is torchvision's, antialiased, on the CPU, for teacher and
-    student alike. Returns uint8 (C, *size), contiguous.
-    """
-    (box,) = boxes[slice(i, i + 1)].each()
-    return cut_out(image, box, size, interpolation).contiguous()
-
-
 def cut_out(
     image: Tensor,
     box: Box,
     size: Sequence[int],
     interpolation: InterpolationMode = InterpolationMode.BILINEAR,
 ) -> Tensor:
-    """As `render`; where it resized, channels are last in memory, as decoders lay them out."""
+    """Cut a box out of an image, mirror it, resize it to `size` if it differs: uint8 (C, *size).
+
+    image: uint8 (C, H, W); zeros outside of it. Resampling is torchvision's, antialiased, on the
+    CPU, for teacher and student alike; where it resized, channels are last in memory, as decoders
+    lay them out.
+    """
     top, left, height, width, mirrored = box
     crop = tv.crop(image, top, left, height, width)
     if resized := (height, width) != tuple(size):

@@ -3,7 +3,7 @@
 A policy draws where a crop starts, how large it is and whether it is mirrored. Rendering a box to
 the input size of a teacher or a student is another step (`boxes.py`), so that both can look at the
 same crop at different sizes. Where a policy only moves pixels, whole batches are cropped by
-indexing, on CPU or GPU, with the same bytes as `render` gives for one image.
+indexing, on CPU or GPU, with the same bytes as `cut_out` gives for one image.
 """
 
 import math
@@ -86,7 +86,7 @@ class PadCrop(CropPolicy):
         return Boxes(offset // side - self.pad, offset % side - self.pad, height, width, mirrored)
 
     def crop(self, images: Tensor, drawn: Any) -> Tensor:
-        """As `render` for every image, by indexing, on any device."""
+        """As `cut_out` for every image, by indexing, on any device."""
         height, width = images.shape[-2:]
         padded = torch.nn.functional.pad(images, [self.pad] * 4)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2p+1, 2p+1, H, W)
