@@ -62,7 +62,7 @@ def made(job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.teacher.plan.MEASURED_SECONDS", 0.05)
+    monkeypatch.setattr("stages.teacher.measure.MEASURED_SECONDS", 0.05)
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from stages.data import Splits
 from stages.errors import CacheError, IdentityError
 from stages.settings import CacheConfig
 from stages.teacher.logits import TeacherPass
-from stages.teacher.plan import CachePlan, measured_teacher, plan_cache
+from stages.teacher.measure import measured_teacher
+from stages.teacher.plan import CachePlan, plan_cache
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def few(digits: Splits) -> Splits:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.teacher.plan.MEASURED_SECONDS", 0.05)
+    monkeypatch.setattr("stages.teacher.measure.MEASURED_SECONDS", 0.05)
 
 
 def files_and_bytes(store: Path) -> tuple[int, int]:

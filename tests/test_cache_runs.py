@@ -212,7 +212,7 @@ def test_what_is_held_is_bounded(job: CacheJob, monkeypatch: pytest.MonkeyPatch)
 def test_the_plan_counts_decodes(
     job: CacheJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.teacher.plan.MEASURED_SECONDS", 0.05)
+    monkeypatch.setattr("stages.teacher.measure.MEASURED_SECONDS", 0.05)
     plan = plan_cache(with_views(job, 3), tmp_path / "c.zarr")
 
     assert (plan.decodes, plan.singly_decodes) == (60 * 3, 60 * VIEWS)  # view 0; 1 to 3; 4

@@ -68,7 +68,7 @@ def test_warnings(logits: Tensor, labels: Tensor, message: str | None) -> None:
 
 @pytest.fixture(autouse=True)
 def measured_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.teacher.plan.MEASURED_SECONDS", 0.01)
+    monkeypatch.setattr("stages.teacher.measure.MEASURED_SECONDS", 0.01)
 
 
 def reordered(digits: Splits, order: list[int]) -> Splits:

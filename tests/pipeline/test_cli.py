@@ -74,7 +74,7 @@ def my_pipeline(
     """Runs `pipeline` with these words, in this process, in the working directory."""
     monkeypatch.chdir(my_folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr("stages.teacher.plan.MEASURED_SECONDS", 0.0)
+    monkeypatch.setattr("stages.teacher.measure.MEASURED_SECONDS", 0.0)
 
     return lambda words: answer_to(words.split(), monkeypatch, capsys)
 

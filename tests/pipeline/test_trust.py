@@ -74,7 +74,7 @@ def here(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "stranger", raising=False)
-    monkeypatch.setattr("stages.teacher.plan.MEASURED_SECONDS", 0.0)
+    monkeypatch.setattr("stages.teacher.measure.MEASURED_SECONDS", 0.0)
     transforms._made.cache_clear()
     return folder
 
