@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import fnmatch
+import io
 import json
 import os
 import signal
 import sys
+import tarfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ from torchvision.transforms.v2 import functional as tv
 from pipeline.cli import main
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits
-from stages.errors import CacheError, UnansweredError
+from stages.errors import CacheError, PipelineError, UnansweredError
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Batch
 from stages.reporting import Silent
@@ -65,6 +67,36 @@ def smooth(seed: int, height: int, width: int) -> Image.Image:
     few = np.random.default_rng(seed).integers(0, 256, (3, 5, 7), dtype=np.uint8)
     pixels = tv.resize(torch.from_numpy(few), [height, width], antialias=True)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def write_shard(path: Path, members: Mapping[str, bytes]) -> Path:
+    """A tar file with these members: name -> content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def members_of(files: Sequence[Path], labels: Sequence[int]) -> dict[str, bytes]:
+    """What a shard holds of image files of these classes, in their order."""
+    found: dict[str, bytes] = {}
+    for i, (file, label) in enumerate(zip(files, labels, strict=True)):
+        found |= {f"{i:04}{file.suffix}": file.read_bytes(), f"{i:04}.cls": str(label).encode()}
+    return found
+
+
+def save_table(path: Path, files: Sequence[Path], labels: Sequence[int]) -> None:
+    """The same as a dataset of Hugging Face's; skips the test where the package is missing."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    image, label = datasets.Image(), datasets.ClassLabel(names=["a", "b"])
+    features = datasets.Features({"image": image, "label": label})
+    rows = {"image": [*map(str, files)], "label": [*labels]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(train=table).save_to_disk(str(path))
 
 
 class Words:
@@ -192,6 +224,16 @@ def seen_batches(patch: pytest.MonkeyPatch) -> list[SeenBatch]:
 
     patch.setattr(CachedTask, "loss_parts", spy)
     return seen
+
+
+@contextlib.contextmanager
+def refused(error: type[PipelineError], cause: str, remedy: str = "") -> Iterator[None]:
+    """Inside, one error of at most three lines, whose cause and remedy have these words."""
+    with pytest.raises(error) as raised:
+        yield
+    assert cause in raised.value.cause
+    assert remedy in raised.value.remedy
+    assert len(str(raised.value).splitlines()) <= 3
 
 
 def refusal(work: Callable[[], object]) -> str:

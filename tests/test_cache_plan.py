@@ -40,16 +40,11 @@ def files_and_bytes(store: Path) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("changes", "blocks"),
     [
-        pytest.param({"block_rows": 65_536, "views": 16}, 16, id="one-block-a-view"),
-        pytest.param({"block_rows": 100, "views": 3}, 9, id="several-blocks"),
-        *(
-            pytest.param(
-                {"block_rows": 150, "views": 2, "encoding": encoding},
-                4,
-                id=encoding,
-                marks=[] if encoding == "klt" else pytest.mark.slow,
-            )
-            for encoding in ("float16", "uint8", "klt", "topk:k=4")
+        ({"block_rows": 100, "views": 3}, 9),
+        ({"block_rows": 150, "views": 2, "encoding": "klt"}, 4),
+        pytest.param({"block_rows": 65_536, "views": 16}, 16, marks=pytest.mark.slow),
+        pytest.param(
+            {"block_rows": 150, "views": 2, "encoding": "topk:k=4"}, 4, marks=pytest.mark.slow
         ),
     ],
 )
@@ -66,10 +61,7 @@ def test_a_plan_foretells_what_is_written(
     assert plan.blocks == plan.missing_blocks == blocks
     name = config.encoding.partition(":")[0]
     assert plan.encoding == {"auto": "float32"}.get(name, name)
-    assert [m.coding.name for m in plan.encodings] == list(ENCODINGS)
-    assert plan.encodings[0].fidelity.rows == 300
     assert plan.missing_share == 1
-    assert plan.samples_per_second > 0
     assert plan.device == "cpu"
     assert plan.fixed_seconds > 0  # fitting, making the store, the test split
     assert plan.hours * 3600 == pytest.approx(
@@ -84,10 +76,14 @@ def test_a_plan_foretells_what_is_written(
     assert plan.total_bytes - plan.fixed_bytes == pytest.approx(shards, rel=0.25)
 
 
-def test_a_plan_measures_every_encoding(
+def test_a_plan_takes_the_smallest_encoding(
     cache_config: CacheConfig, few: Splits, tmp_path: Path
 ) -> None:
-    plan = plan_cache(prepare(cache_config, few), tmp_path / "c.zarr")
+    def planned(max_kl: float) -> CachePlan:
+        config = msgspec.structs.replace(cache_config, max_kl=max_kl)
+        return plan_cache(prepare(config, few), tmp_path / "c.zarr")
+
+    plan, exact = planned(5e-3), planned(1e-12)
 
     found = {m.coding.name: m for m in plan.encodings}
     assert list(found) == list(ENCODINGS)
@@ -98,75 +94,38 @@ def test_a_plan_measures_every_encoding(
     for measured in found.values():
         assert measured.fidelity.rows == 300
         assert measured.decoded_per_second > 0
-    assert plan.bytes_per_view == found["float32"].row_bytes
-
-
-@pytest.mark.parametrize(
-    ("max_kl", "chosen"),
-    [pytest.param(5e-3, "klt", id="loose"), pytest.param(1e-12, "float32", id="nothing-but-exact")],
-)
-def test_a_plan_takes_the_smallest_encoding_that_holds_the_kl(
-    cache_config: CacheConfig, few: Splits, tmp_path: Path, max_kl: float, chosen: str
-) -> None:
-    config = msgspec.structs.replace(cache_config, max_kl=max_kl)
-
-    plan = plan_cache(prepare(config, few), tmp_path / "c.zarr")
-
-    assert plan.encoding == chosen
-    able = [m for m in plan.encodings if m.fidelity.mean_kl[0] <= max_kl]
+    assert (plan.encoding, exact.encoding) == ("klt", "float32")
+    able = [m for m in plan.encodings if m.fidelity.mean_kl[0] <= 5e-3]
     assert plan.bytes_per_view == min(m.row_bytes for m in able)
 
 
-def test_a_plan_for_a_kl_that_nobody_holds_is_refused(
+def test_a_plan_counts_what_is_missing(
     cache_config: CacheConfig, few: Splits, tmp_path: Path
 ) -> None:
-    config = msgspec.structs.replace(cache_config, encoding="topk:k=2", max_kl=1e-9)
+    out, replace = tmp_path / "c.zarr", msgspec.structs.replace
+    made = replace(cache_config, encoding="topk:k=4", views=2, block_rows=100)
+    cache_teacher(prepare(made, few), out)
 
-    with pytest.raises(CacheError, match="holds a mean KL of 1e-09"):
-        plan_cache(prepare(config, few), tmp_path / "c.zarr")
-    assert not (tmp_path / "c.zarr").exists()
+    plan = plan_cache(prepare(made, few), out)
 
+    assert (plan.blocks, plan.missing_blocks, plan.hours) == (6, 0, 0)
+    dataclasses.replace(plan, free_bytes=0).check_fits(out)
 
-def test_a_plan_for_a_cache_keeps_that_caches_encoding(
-    cache_config: CacheConfig, few: Splits, tmp_path: Path
-) -> None:
-    config = msgspec.structs.replace(cache_config, encoding="topk:k=4", views=1)
-    cache_teacher(prepare(config, few), tmp_path / "c.zarr")
-    config = msgspec.structs.replace(config, encoding="auto", views=2)
+    (out / "commits/logits/v00001.json").unlink()
+    asked = replace(made, encoding="auto", views=4, block_rows=65_536)
+    plan = plan_cache(prepare(asked, few), out)
 
-    plan = plan_cache(prepare(config, few), tmp_path / "c.zarr")
-
+    assert (plan.blocks, plan.missing_blocks) == (12, 9)
+    assert plan.missing_share == pytest.approx(9 / 12)
+    assert plan.fixed_seconds == 0  # the store is made, and the test split is there
+    assert plan.hours == pytest.approx(3 * 300 / plan.samples_per_second / 3600)
     assert plan.encoding == "topk"
     chosen = next(m for m in plan.encodings if m.coding.name == plan.encoding)
-    assert chosen.coding.parameters == LogitCache.open(tmp_path / "c.zarr").encoding.parameters
+    assert chosen.coding.parameters == LogitCache.open(out).encoding.parameters
     assert plan.bytes_per_view == chosen.row_bytes
 
 
-def test_a_plan_counts_what_is_missing(
-    cache_copy: Path, cache_config: CacheConfig, digits: Splits
-) -> None:
-    (cache_copy / "commits/logits/v00001.json").unlink()
-    job = prepare(msgspec.structs.replace(cache_config, views=5), digits)
-
-    plan = plan_cache(job, cache_copy)
-
-    assert (plan.blocks, plan.missing_blocks) == (15, 9)
-    assert plan.missing_share == pytest.approx(9 / 15)
-    assert plan.fixed_seconds == 0  # the store is made, and the test split is there
-    assert plan.hours == pytest.approx(3 * 1000 / plan.samples_per_second / 3600)
-
-
-def test_a_plan_for_a_cache_keeps_that_caches_grid(
-    finished_cache: Path, cache_config: CacheConfig, digits: Splits
-) -> None:
-    config = msgspec.structs.replace(cache_config, views=5, block_rows=65_536)
-
-    plan = plan_cache(prepare(config, digits), finished_cache)
-
-    assert (plan.blocks, plan.missing_blocks) == (15, 6)
-
-
-def test_a_plan_for_another_cache_is_refused(
+def test_another_cache_is_refused(
     finished_cache: Path, cache_config: CacheConfig, digits: Splits
 ) -> None:
     job = prepare(msgspec.structs.replace(cache_config, seed=1), digits)
@@ -193,18 +152,11 @@ PLAN = CachePlan(
 @pytest.mark.parametrize(
     ("changes", "fits"),
     [
-        pytest.param({}, True, id="room"),
-        pytest.param({"free_bytes": 99_999}, False, id="one-byte-short"),
-        pytest.param({"free_bytes": 100_000}, True, id="just-enough"),
-        pytest.param({"free_bytes": 0}, False, id="full"),
-        pytest.param({"free_bytes": 0, "missing_blocks": 0}, True, id="nothing-missing"),
-        pytest.param({"free_bytes": 100_000, "fixed_bytes": 10**6}, True, id="rest-is-there"),
-        pytest.param(
-            {"free_bytes": 499_999, "fixed_bytes": 10**5, "missing_blocks": 20}, False, id="all"
-        ),
-        pytest.param(
-            {"free_bytes": 500_000, "fixed_bytes": 10**5, "missing_blocks": 20}, True, id="new"
-        ),
+        ({"free_bytes": 99_999}, False),
+        ({"free_bytes": 100_000, "fixed_bytes": 10**6}, True),  # the rest is there
+        ({"free_bytes": 0, "missing_blocks": 0}, True),
+        ({"free_bytes": 499_999, "fixed_bytes": 10**5, "missing_blocks": 20}, False),
+        ({"free_bytes": 500_000, "fixed_bytes": 10**5, "missing_blocks": 20}, True),
     ],
 )
 def test_only_what_is_missing_must_fit(changes: dict[str, Any], fits: bool) -> None:
@@ -218,26 +170,11 @@ def test_only_what_is_missing_must_fit(changes: dict[str, Any], fits: bool) -> N
         assert "--views" in caught.value.remedy
 
 
-def test_a_finished_cache_needs_nothing(
-    finished_cache: Path, cache_config: CacheConfig, digits: Splits
-) -> None:
-    plan = plan_cache(prepare(cache_config, digits), finished_cache)
-
-    assert (plan.blocks, plan.missing_blocks, plan.hours) == (9, 0, 0)
-    dataclasses.replace(plan, free_bytes=0).check_fits(finished_cache)
-
-
-def test_what_does_not_grow_with_the_views_takes_its_time_once() -> None:
-    plan = dataclasses.replace(PLAN, missing_blocks=20, ranks=4, fixed_seconds=7.0)
-
-    assert plan.hours * 3600 == pytest.approx(1000 * 10 / 4 / 100 + 7)
-
-
-def test_the_teacher_is_measured_on_the_rows_encodings_are_fitted_to(
-    cache_config: CacheConfig, digits: Splits, monkeypatch: pytest.MonkeyPatch
+def test_the_rows_that_are_measured(
+    cache_config: CacheConfig, few: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In runs that grow, each in whole batches; the rows that come back are the first ones."""
-    job = prepare(msgspec.structs.replace(cache_config, batch_size=64), digits)
+    job = prepare(msgspec.structs.replace(cache_config, batch_size=64), few)
     order, runs, of_views = job.row_order, [], TeacherPass.of_views
 
     def spy(teacher: TeacherPass, samples: Tensor, views: Sequence[int]) -> list[Tensor]:
@@ -250,26 +187,26 @@ def test_the_teacher_is_measured_on_the_rows_encodings_are_fitted_to(
     assert pace > 0
     warm_up, *timed = runs
     assert warm_up == order[:64].tolist()
-    assert [len(run) for run in timed[:5]] == [64, 128, 256, 512, 1024]
+    assert [len(run) for run in timed[:3]] == [64, 128, 256]
     asked = [sample for run in timed for sample in run]
-    assert asked[:1000] == order.tolist()
-    assert asked[1000:1984] == order.tolist()[:984]  # and round again
+    assert asked[:448] == [*order.tolist(), *order.tolist()[:148]]  # and round again
     torch.testing.assert_close(logits, of_views(TeacherPass.of(job), order, [0])[0])
 
 
 @pytest.mark.parametrize(
-    ("ranks", "missing", "seconds"),
+    ("ranks", "missing", "fixed", "seconds"),
     [
-        pytest.param(1, 20, 100, id="alone"),
-        pytest.param(4, 20, 25, id="divided"),
-        pytest.param(8, 20, 15, id="three-blocks-at-the-most"),
-        pytest.param(64, 5, 5, id="more-ranks-than-blocks"),
-        pytest.param(2, 0, 0, id="nothing-missing"),
+        pytest.param(1, 20, 0, 100, id="alone"),
+        pytest.param(4, 20, 0, 25, id="divided"),
+        pytest.param(4, 20, 7, 32, id="what-does-not-grow-takes-its-time-once"),
+        pytest.param(8, 20, 0, 15, id="three-blocks-at-the-most"),
+        pytest.param(64, 5, 0, 5, id="more-ranks-than-blocks"),
+        pytest.param(2, 0, 0, 0, id="nothing-missing"),
     ],
 )
-def test_time_is_that_of_the_rank_with_the_most_blocks(
-    ranks: int, missing: int, seconds: float
+def test_time_is_that_of_the_last_rank(
+    ranks: int, missing: int, fixed: float, seconds: float
 ) -> None:
-    plan = dataclasses.replace(PLAN, ranks=ranks, missing_blocks=missing)
+    plan = dataclasses.replace(PLAN, ranks=ranks, missing_blocks=missing, fixed_seconds=fixed)
 
     assert plan.hours * 3600 == pytest.approx(seconds)

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 from damage import flip, tree
-from helpers import DIGITS, first, same_weights, student_of, teacher_of, weights
+from helpers import cache_config_of, first, same_weights, teacher_of, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -35,7 +35,6 @@ from stages.settings import (
     TrainSettings,
 )
 from stages.teacher.job import CacheJob
-from stages.train_student import train_student
 from stages.train_teacher import train_folds, train_teacher
 from stages.verify import verify, verify_live
 from stages.verify.documents import whole_array_faults
@@ -43,8 +42,6 @@ from stages.verify.documents import whole_array_faults
 SAMPLES, FOLDS, SEED = 120, 3, 5
 POLICY = "pad-crop:pad=2"
 MEAN, STD = (0.3,), (0.4,)
-
-# ---- the map --------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=40), st.integers(2, 7), st.integers(-9, 9))
@@ -76,8 +73,6 @@ def test_the_map_is_pinned() -> None:
 
 PINNED = [2, 3, 0, 0, 3, 2, 2, 0, 1, 1, 2, 3, 0, 1, 3, 1, 1, 2, 3, 0]
 
-# ---- teachers and a cache of them -----------------------------------------------------------
-
 
 class World(NamedTuple):
     """Three teachers of 120 digits, and the cache of two views of them in two blocks each."""
@@ -88,6 +83,9 @@ class World(NamedTuple):
     job: CacheJob
     cache: Path
     fold_of: Tensor
+
+    def config_of(self, teachers: Path) -> CacheConfig:
+        return msgspec.structs.replace(self.config, teacher=TeacherSettings(weights=str(teachers)))
 
 
 def teacher_config(**changes: Any) -> TeacherConfig:
@@ -106,15 +104,8 @@ def my_world(digits: Splits, tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("folds")
     splits = Splits(first(digits.train, SAMPLES), first(digits.test, 30))
     train_folds(teacher_config(), folder / "t", splits=splits)
-    config = CacheConfig(
-        data=DIGITS,
-        teacher=TeacherSettings(weights=str(folder / "t")),
-        views=2,
-        augment=POLICY,
-        block_rows=60,
-        batch_size=16,
-        device="cpu",
-    )
+    how = {"augment": POLICY, "block_rows": 60, "batch_size": 16}
+    config = cache_config_of(folder / "t", **how)
     job = prepare(config, splits)
     cache_teacher(job, folder / "c.zarr")
     fold_of = fold_map(splits.train.labels, FOLDS, SEED)
@@ -129,9 +120,7 @@ def zeroed(dataset: ImageDataset, which: Tensor) -> ImageDataset:
     return dataclasses.replace(dataset, images=images, load=images.__getitem__)
 
 
-def test_a_teacher_is_the_same_whatever_the_images_of_its_fold(
-    my_world: World, tmp_path: Path
-) -> None:
+def test_a_teacher_does_not_depend_on_its_fold(my_world: World, tmp_path: Path) -> None:
     for fold in (0, 2):
         black = zeroed(my_world.splits.train, my_world.fold_of == fold)
         splits = Splits(black, my_world.splits.test)
@@ -188,30 +177,6 @@ def test_every_row_is_of_the_teacher_that_has_not_seen_it(my_world: World) -> No
     assert torch.equal(labels, test.labels)
 
 
-def test_views_appended_are_those_of_one_run(my_world: World, tmp_path: Path) -> None:
-    one = msgspec.structs.replace(my_world.config, views=1)
-    cache_teacher(prepare(one, my_world.splits), tmp_path / "c.zarr")
-    cache_teacher(my_world.job, tmp_path / "c.zarr")
-    for array in ("logits", "prediction"):
-        parts = {k: v for k, v in tree(tmp_path / "c.zarr").items() if k.startswith(f"{array}/c/")}
-        whole = {k: v for k, v in tree(my_world.cache).items() if k.startswith(f"{array}/c/")}
-        assert parts == whole
-
-
-def test_a_student_learns_from_it(my_world: World, tmp_path: Path) -> None:
-    config = student_of(my_world.cache, train=TrainSettings(epochs=1, batch_size=40))
-    summary = train_student(config, tmp_path / "run", splits=my_world.splits)
-    assert summary["epochs"] == 1
-
-
-# ---- what verify finds, and repair mends ----------------------------------------------------
-
-
-def test_it_is_intact_and_its_teachers_say_the_same(my_world: World) -> None:
-    assert not verify(my_world.cache).faults
-    assert not verify_live(LogitCache.open(my_world.cache), my_world.job, 100)
-
-
 def test_rows_of_a_teacher_that_has_seen_them_are_found(my_world: World, tmp_path: Path) -> None:
     """Of a cache whose bytes are intact, written with two teachers exchanged."""
     folds = my_world.job.folds
@@ -221,6 +186,7 @@ def test_rows_of_a_teacher_that_has_seen_them_are_found(my_world: World, tmp_pat
         my_world.job, folds=dataclasses.replace(folds, modules=(two, one, three))
     )
     cache_teacher(wrong, tmp_path / "c.zarr")
+    assert not verify_live(LogitCache.open(my_world.cache), my_world.job, 100)
     cache = LogitCache.open(tmp_path / "c.zarr")
     assert not verify(tmp_path / "c.zarr").faults
     assert [fault.where for fault in verify_live(cache, my_world.job, 100)] == ["live teacher"]
@@ -234,9 +200,7 @@ def test_rows_of_a_teacher_that_has_seen_them_are_found(my_world: World, tmp_pat
         ({"count": 2}, "2 folds and the weights of 3 teachers"),
     ],
 )
-def test_folds_that_are_not_those_stated_are_found(
-    my_world: World, changes: dict[str, Any], named: str
-) -> None:
+def test_folds_that_were_not_stated(my_world: World, changes: dict[str, Any], named: str) -> None:
     replace, cache = msgspec.structs.replace, LogitCache.open(my_world.cache)
     teacher = cache.identity.teacher
     stated = replace(teacher, folds=replace(teacher.folds, **changes))
@@ -248,29 +212,20 @@ def test_folds_that_are_not_those_stated_are_found(
 
 def test_a_damaged_block_is_computed_again(my_world: World, tmp_path: Path) -> None:
     path = Path(shutil.copytree(my_world.cache, tmp_path / "c.zarr"))
+    assert not verify(path).faults
     flip(path / "logits/c/1/0/0")
     faults = verify(path).faults
     assert faults
     assert not repair(path, my_world.job, faults).faults
-    key = "logits/c/1/0/0"
-    assert tree(path)[key] == tree(my_world.cache)[key]
+    assert tree(path)["logits/c/1/0/0"] == tree(my_world.cache)["logits/c/1/0/0"]
 
-
-# ---- what is refused ------------------------------------------------------------------------
 
 Change = Callable[[Path], None]
 
 
 def exchange(teachers: Path) -> None:
-    (teachers / "fold-0").rename(teachers / "x")
-    (teachers / "fold-1").rename(teachers / "fold-0")
-    (teachers / "x").rename(teachers / "fold-1")
-
-
-def replace_last(teachers: Path, splits: Splits, **changes: Any) -> None:
-    shutil.rmtree(teachers / "fold-2")
-    config = teacher_config(fold=2, **changes)
-    train_folds(config, teachers, splits=splits)
+    for one, other in (("fold-0", "x"), ("fold-1", "fold-0"), ("x", "fold-1")):
+        (teachers / one).rename(teachers / other)
 
 
 @pytest.mark.parametrize(
@@ -281,27 +236,28 @@ def replace_last(teachers: Path, splits: Splits, **changes: Any) -> None:
         (lambda path: (path / "fold-2" / "summary.json").unlink(), "not trained to its end"),
     ],
 )
-def test_folders_that_are_not_one_training(
+def test_folders_of_several_trainings(
     my_world: World, tmp_path: Path, change: Change, named: str
 ) -> None:
     teachers = Path(shutil.copytree(my_world.teachers, tmp_path / "t"))
     change(teachers)
-    config = msgspec.structs.replace(
-        my_world.config, teacher=TeacherSettings(weights=str(teachers))
-    )
+    config = my_world.config_of(teachers)
     with pytest.raises(ModelError, match=named):
         prepare(config, my_world.splits)
 
 
 def test_other_teachers_are_not_gone_on_with(my_world: World, tmp_path: Path) -> None:
     teachers = Path(shutil.copytree(my_world.teachers, tmp_path / "t"))
-    replace_last(teachers, my_world.splits, seed=SeedSettings(data=SEED, init=1))
-    config = msgspec.structs.replace(
-        my_world.config, teacher=TeacherSettings(weights=str(teachers))
-    )
+    config = my_world.config_of(teachers)
+
+    def replace_last(**changes: Any) -> None:
+        shutil.rmtree(teachers / "fold-2")
+        train_folds(teacher_config(fold=2, **changes), teachers, splits=my_world.splits)
+
+    replace_last(seed=SeedSettings(data=SEED, init=1))
     with pytest.raises(ModelError, match="differ in their seed"):
         prepare(config, my_world.splits)
-    replace_last(teachers, my_world.splits, train=TrainSettings(epochs=2, batch_size=40))
+    replace_last(train=TrainSettings(epochs=2, batch_size=40))
     with pytest.raises(IdentityError, match=r"teacher\.folds\.weights"):
         cache_teacher(prepare(config, my_world.splits), my_world.cache)
 

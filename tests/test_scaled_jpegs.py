@@ -1,14 +1,12 @@
 """JPEGs decoded at a part of their size: at which, to which pixels; a student must agree."""
 
-import io
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-from helpers import smooth, student_of_photographs
+from helpers import members_of, save_table, smooth, student_of_photographs, write_shard
 from torch.nn.functional import avg_pool2d
 
 from stages.cache import LogitCache
@@ -37,13 +35,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(folder: Path, **changes: Any) -> DataSettings:
-    found = DataSettings(
-        dataset=f"folder:{folder}", test="none", feeding="stream", workers=0, image_size=16
-    )
-    return msgspec.structs.replace(found, **changes)
+    own = {"test": "none", "feeding": "stream", "workers": 0, "image_size": 16, **changes}
+    return DataSettings(dataset=f"folder:{folder}", **own)
 
 
-@pytest.mark.parametrize("side", [None, 8, 16, 17, 20, 33, 64, 1000])
+@pytest.mark.parametrize("side", [None, 8, 17, 33, 64])
 def test_both_sides_keep_so_many_pixels(folder: Path, side: int | None) -> None:
     whole = load_data(settings(folder)).train
     dataset = load_data(settings(folder, jpeg_side=side)).train
@@ -61,25 +57,11 @@ def test_both_sides_keep_so_many_pixels(folder: Path, side: int | None) -> None:
 
 
 def test_every_kind_of_dataset_decodes_alike(folder: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     train = load_data(settings(folder, jpeg_side=16)).train
     files = [folder / label / name for label in "ab" for name in SIDES]
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for i, file in enumerate(files):
-            for name, content in (
-                (f"{i}{file.suffix}", file.read_bytes()),
-                (f"{i}.cls", b"01"[i // 4 : i // 4 + 1]),
-            ):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
-    )
-    rows = {"image": [str(file) for file in files], "label": [0] * 4 + [1] * 4}
-    table = datasets.Dataset.from_dict(rows, features=features)
-    datasets.disable_progress_bars()
-    datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "hf"))
+    labels = [0] * 4 + [1] * 4
+    write_shard(tmp_path / "x.tar", members_of(files, labels))
+    save_table(tmp_path / "hf", files, labels)
     for spec in (f"wds:{tmp_path}/x.tar", f"hf:{tmp_path}/hf"):
         other = load_dataset(spec, "train", test="none", feeding="stream", jpeg_side=16)
         assert other.jpeg_side == 16

@@ -5,31 +5,22 @@ import multiprocessing
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    AtBatch,
-    SeenBatch,
-    metrics,
-    same_weights,
-    seen_batches,
-    student_of,
-    terminate,
-)
+from helpers import AtBatch, metrics, same_weights, student_of, terminate
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stages import train_student as stage
 from stages.cache import LogitCache
 from stages.cache.targets import ViewTargets
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits, cached_policy, load_data
-from stages.errors import ConfigError, IdentityError, RunError
+from stages.errors import IdentityError, RunError
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.probes import pixel_probes
@@ -44,7 +35,7 @@ from stages.settings import (
     TrainSettings,
 )
 from stages.sizes import parse_bytes
-from stages.train_student import train_student
+from stages.train_student import student_trainer, train_student
 from stages.training.run_directory import RunDirectory
 
 # Two workers are what is tested, also where a container grants one core.
@@ -70,54 +61,60 @@ def jpeg(i: int, quality: int = 80, seed: int = 0) -> bytes:
 @pytest.fixture(scope="module", autouse=True)
 def remembered_probes() -> Iterator[None]:
     """Probes of photographs take half the time of short runs: once a dataset and size is enough."""
-    known: list[tuple[ImageDataset, int | None, list[int]]] = []
+    known: dict[Any, list[int]] = {}
 
     def remembered(dataset: ImageDataset, policy: Any, image_size: int | None = None) -> list[int]:
-        for before, size, probes in known:
-            if before is dataset and size == image_size:
-                return probes
-        known.append((dataset, image_size, pixel_probes(dataset, policy, image_size)))
-        return known[-1][2]
+        key = (id(dataset.load), image_size)
+        if key not in known:
+            known[key] = pixel_probes(dataset, policy, image_size)
+        return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stages.inputs.probes.pixel_probes", remembered)
         yield
 
 
+class World(NamedTuple):
+    """120 photographs for training and 20 for testing, in four classes, and a cache of them."""
+
+    folder: Path
+    splits: Splits
+    config: CacheConfig
+    cache: Path
+
+    def student(self, workers: int = 2, **changes: Any) -> StudentConfig:
+        train = TrainSettings(epochs=2, batch_size=25, lr=0.05)
+        sized = data(self.folder, workers, image_size=STUDENT_SIZE)
+        return student_of(self.cache, **{"data": sized, "train": train, **changes})
+
+    def trainer(self, config: StudentConfig, out: Path) -> Any:
+        return student_trainer([config], [RunDirectory(out)], self.splits)
+
+
+def data(folder: Path, workers: int = 2, **more: Any) -> DataSettings:
+    return DataSettings(dataset=f"folder:{folder}", feeding="stream", workers=workers, **more)
+
+
+def write(root: Path, split: str, numbers: range, content: Callable[[int], bytes] = jpeg) -> None:
+    for i in numbers:
+        path = root / split / f"class{i % CLASSES}" / f"{i:04}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content(i))
+
+
 @pytest.fixture(scope="module")
-def my_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 photographs for training and 20 for testing, in four classes."""
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Six blocks a view. The teacher is a resnet8 that has learned nothing yet; its logits differ
+    from image to image.
+    """
     root = tmp_path_factory.mktemp("photographs")
-    for split, numbers in (("train", range(SAMPLES)), ("val", range(SAMPLES, SAMPLES + 20))):
-        for i in numbers:
-            path = root / split / f"class{i % CLASSES}" / f"{i:04}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(jpeg(i))
-    return root
-
-
-def data(folder: Path, workers: int = 2) -> DataSettings:
-    return DataSettings(dataset=f"folder:{folder}", feeding="stream", workers=workers)
-
-
-@pytest.fixture(scope="module")
-def my_splits(my_folder: Path) -> Splits:
-    return load_data(data(my_folder))
-
-
-@pytest.fixture(scope="module")
-def my_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a resnet8 that has learned nothing yet; its logits differ from image to image."""
+    write(root / "images", "train", range(SAMPLES))
+    write(root / "images", "val", range(SAMPLES, SAMPLES + 20))
     torch.manual_seed(3)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save_file(cifar_model("resnet8", CLASSES, 3).state_dict(), path)
-    return path
-
-
-def cache_config(folder: Path, weights: Path, workers: int = 2) -> CacheConfig:
-    """Six blocks a view."""
-    return CacheConfig(
-        data=data(folder, workers),
+    weights = root / "teacher.safetensors"
+    save_file(cifar_model("resnet8", CLASSES, 3).state_dict(), weights)
+    config = CacheConfig(
+        data=data(root / "images"),
         teacher=TeacherSettings(
             architecture="resnet8", weights=str(weights), image_size=TEACHER_SIZE
         ),
@@ -128,45 +125,26 @@ def cache_config(folder: Path, weights: Path, workers: int = 2) -> CacheConfig:
         block_rows=SAMPLES // 6,
         device="cpu",
     )
-
-
-@pytest.fixture(scope="module")
-def my_cache(
-    tmp_path_factory: pytest.TempPathFactory, my_folder: Path, my_weights: Path, my_splits: Splits
-) -> Path:
-    path = tmp_path_factory.mktemp("cache") / "photographs.zarr"
-    cache_teacher(prepare(cache_config(my_folder, my_weights), my_splits), path)
-    return path
-
-
-def student_config(cache: Path, folder: Path, workers: int = 2, **changes: Any) -> StudentConfig:
-    sized = msgspec.structs.replace(data(folder, workers), image_size=STUDENT_SIZE)
-    train = TrainSettings(epochs=2, batch_size=25, lr=0.05)
-    return student_of(cache, **{"data": sized, "train": train, **changes})
-
-
-# ---- a teacher and a student of different input sizes ---------------------------------------
+    splits = load_data(config.data)
+    cache_teacher(prepare(config, splits), root / "cache.zarr")
+    return World(root / "images", splits, config, root / "cache.zarr")
 
 
 Drawn = dict[tuple[int, int], tuple[int, ...]]
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Drawn]:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
     """Every box of the policy that is drawn, by (sample, view)."""
-    kind = type(view_policy(POLICY))
-    seen: Drawn = {}
+    kind, seen = type(view_policy(POLICY)), Drawn()
     draw = kind.draw
 
     def spy(policy: Any, samples: Tensor, view: int | Tensor, *sizes: Tensor) -> Any:
         boxes = draw(policy, samples, view, *sizes)
         views = torch.as_tensor(view).expand(len(samples)).tolist()
         corners = (boxes.top, boxes.left, boxes.height, boxes.width, boxes.mirrored)
-        for pair, box in zip(
-            zip(samples.tolist(), views, strict=True),
-            torch.stack(corners, 1).tolist(),
-            strict=True,
-        ):
+        pairs = zip(samples.tolist(), views, strict=True)
+        for pair, box in zip(pairs, torch.stack(corners, 1).tolist(), strict=True):
             assert seen.setdefault(pair, tuple(box)) == tuple(box)
         return boxes
 
@@ -175,102 +153,65 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Drawn]:
 
 
 def test_teacher_and_student_look_at_the_same_crops(
-    my_cache: Path,
-    my_folder: Path,
-    my_weights: Path,
-    my_splits: Splits,
-    array_bytes: Callable[[Path], dict[str, bytes]],
-    tmp_path: Path,
-    drawn: Drawn,
+    world: World, array_bytes: Callable[[Path], dict[str, bytes]], tmp_path: Path, drawn: Drawn
 ) -> None:
     """Only the rendering differs. In one process, so that every box can be seen: its cache is that
     of two workers.
     """
-    config = cache_config(my_folder, my_weights, workers=0)
-    cache_teacher(prepare(config, my_splits), tmp_path / "cache.zarr")
-    assert array_bytes(tmp_path / "cache.zarr") == array_bytes(my_cache)
+    config = msgspec.structs.replace(world.config, data=data(world.folder, workers=0))
+    cache_teacher(prepare(config, world.splits), tmp_path / "cache.zarr")
+    assert array_bytes(tmp_path / "cache.zarr") == array_bytes(world.cache)
     every_pair = {(sample, view) for sample in range(SAMPLES) for view in range(VIEWS)}
     assert every_pair <= drawn.keys()
     by_teacher = dict(drawn)
     drawn.clear()
-    train_student(
-        student_config(tmp_path / "cache.zarr", my_folder, workers=0),
-        tmp_path / "run",
-        splits=my_splits,
-    )
+    train_student(world.student(workers=0), tmp_path / "run", splits=world.splits)
     shown = {line["view"] for line in metrics(tmp_path / "run")}
     assert len(shown) == 2
     assert {(s, v) for s, v in every_pair if v in shown} <= drawn.keys()
     assert all(drawn[pair] == by_teacher[pair] for pair in drawn.keys() & by_teacher.keys())
 
 
-def test_each_model_sees_its_own_size(
-    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path
-) -> None:
-    trainer = stage.student_trainer(
-        [student_config(my_cache, my_folder, workers=0)],
-        [RunDirectory(tmp_path / "run")],
-        my_splits,
-    )
-    order = torch.arange(8)
-    (batch,) = trainer.stream.feed.batches(order, 1, 8)
+def test_each_model_sees_its_own_size(world: World, tmp_path: Path) -> None:
+    stream = world.trainer(world.student(workers=0), tmp_path / "run").stream
+    (batch,) = stream.feed.batches(torch.arange(8), 1, 8)
     assert batch.pixels.shape == (8, 3, STUDENT_SIZE, STUDENT_SIZE)
-    assert trainer.stream.evaluations["test"].feed.image_size == STUDENT_SIZE
-    assert LogitCache.open(my_cache).identity.teacher.image_size == TEACHER_SIZE
-    unsized = student_config(my_cache, my_folder, data=data(my_folder, workers=0))
-    trainer = stage.student_trainer([unsized], [RunDirectory(tmp_path / "two")], my_splits)
-    assert trainer.stream.feed.image_size == TEACHER_SIZE
+    assert stream.evaluations["test"].feed.image_size == STUDENT_SIZE
+    assert LogitCache.open(world.cache).identity.teacher.image_size == TEACHER_SIZE
+    unsized = world.student(data=data(world.folder, workers=0))
+    assert world.trainer(unsized, tmp_path / "two").stream.feed.image_size == TEACHER_SIZE
 
 
-def test_probes_are_of_the_teachers_size_and_checked_by_the_student(
-    my_cache: Path,
-    my_folder: Path,
-    my_splits: Splits,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_probes_are_of_the_teachers_size(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = LogitCache.open(my_cache)
-    policy = cached_policy(cache)
-    assert cache.pixel_probes == pixel_probes(my_splits.train, policy, TEACHER_SIZE)
-    assert cache.pixel_probes != pixel_probes(my_splits.train, policy, STUDENT_SIZE)
-    asked: list[int | None] = []
+    cache, train = LogitCache.open(world.cache), world.splits.train
+    policy, asked = cached_policy(cache), list[int | None]()
+    assert cache.pixel_probes == pixel_probes(train, policy, TEACHER_SIZE)
+    assert cache.pixel_probes != pixel_probes(train, policy, STUDENT_SIZE)
 
     def spy(dataset: ImageDataset, policy: Any, image_size: int | None) -> list[int]:
         asked.append(image_size)
-        return pixel_probes(dataset, policy, image_size)
+        return cache.pixel_probes
 
     monkeypatch.setattr("stages.inputs.probes.pixel_probes", spy)
-    stage.student_trainer(
-        [student_config(my_cache, my_folder)], [RunDirectory(tmp_path / "run")], my_splits
-    )
+    world.trainer(world.student(), tmp_path / "run")
     assert asked == [TEACHER_SIZE]
 
 
-def test_other_pixels_in_files_of_the_same_size_are_refused(
-    my_cache: Path, my_folder: Path, tmp_path: Path
-) -> None:
+def test_other_pixels_in_files_of_the_same_size_are_refused(world: World, tmp_path: Path) -> None:
     """Paths and sizes say nothing; the probes do. What follows a JPEG's end is not read."""
-    for i in range(SAMPLES):
-        path = tmp_path / "train" / f"class{i % CLASSES}" / f"{i:04}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = jpeg(i)
-        other = jpeg(i, quality=20) if i < 40 else whole
-        path.write_bytes(other.ljust(len(whole), b"\0"))
-    (tmp_path / "val").symlink_to(my_folder / "val")
+    write(tmp_path, "train", range(40), lambda i: jpeg(i, quality=20).ljust(len(jpeg(i)), b"\0"))
+    write(tmp_path, "train", range(40, SAMPLES))
+    (tmp_path / "val").symlink_to(world.folder / "val")
     with pytest.raises(IdentityError, match=r"of 256 pixel probes of .* differ"):
-        train_student(student_config(my_cache, tmp_path), tmp_path / "run")
+        train_student(world._replace(folder=tmp_path).student(), tmp_path / "run")
 
 
-# ---- workers --------------------------------------------------------------------------------
-
-
-def test_workers_are_gone_when_a_run_ends(
-    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path
-) -> None:
+def test_workers_are_gone_when_a_run_ends(world: World, tmp_path: Path) -> None:
     """Also where it was stopped; and a feed that is used again has workers again."""
     before = set(multiprocessing.active_children())
-    config = student_config(my_cache, my_folder, workers=2)
-    trainer = stage.student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
+    trainer = world.trainer(world.student(), tmp_path / "run")
     trainer.reporter = AtBatch(3, terminate)
     with pytest.raises(RunError, match="SIGTERM"):
         trainer.fit()
@@ -281,75 +222,57 @@ def test_workers_are_gone_when_a_run_ends(
     assert set(multiprocessing.active_children()) <= before
 
 
-# ---- bounded slab memory --------------------------------------------------------------------
-
 TIGHT = "6kB"
 """Two of a view's six chunks at a time, and two to come."""
 
 
-@pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> list[SeenBatch]:
-    return seen_batches(monkeypatch)
-
-
 @pytest.fixture(scope="module")
-def my_tight(
-    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def tight(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, list[Tensor]]:
     """A whole run of two epochs of five batches each, in three groups of 40 samples, read by two
-    workers.
+    workers. Each batch learns from the rows that the whole view has for it. Its directory, its
+    stream, and the samples of its batches.
     """
     run = tmp_path_factory.mktemp("tight") / "run"
-    config = student_config(my_cache, my_folder, slab_memory=TIGHT)
-    train_student(config, run, splits=my_splits)
-    return run
+    trainer, cache = world.trainer(world.student(slab_memory=TIGHT), run), world.cache
+    task, shown, views = trainer.learner.task, list[Tensor](), list[int]()
+    loss_parts, start = task.loss_parts, task.start_epoch
 
-
-def test_an_epoch_in_groups_shows_every_sample_once(
-    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path, shown: Any
-) -> None:
-    """With two workers; each batch learns from the rows that the whole view has for it."""
-    config = student_config(my_cache, my_folder, slab_memory=TIGHT)
-    cache, views = LogitCache.open(my_cache), []
-    trainer = stage.student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
-    loss_parts = trainer.learner.task.loss_parts
-
-    def compare(logits: Tensor, batch: Any) -> dict[str, Tensor]:
-        targets = trainer.learner.task.targets  # type: ignore[attr-defined]
-        whole = cache.read_view(views[-1])
+    def compare(logits: Tensor, batch: Any) -> Any:
+        whole, asked = LogitCache.open(cache).read_view(views[-1]), batch.samples
         for _ in range(2):  # any question, any number of times
-            assert torch.equal(targets.rows(batch.samples), whole.rows(batch.samples))
-            assert torch.equal(targets.wrong(batch.samples), whole.wrong(batch.samples))
-            assert targets.kept(batch.samples) is None
+            assert torch.equal(task.targets.rows(asked), whole.rows(asked))
+            assert torch.equal(task.targets.wrong(asked), whole.wrong(asked))
+            assert task.targets.kept(asked) is None
+        shown.append(asked)
         return loss_parts(logits, batch)
 
-    def start_epoch(epoch: int) -> tuple[int, ...]:
-        shown_at_once = start(epoch)
-        views.extend(shown_at_once)
-        return shown_at_once
+    def start_epoch(epoch: int) -> Any:
+        views.extend(start(epoch))
+        return (views[-1],)
 
-    start = trainer.learner.task.start_epoch
-    trainer.learner.task.start_epoch = start_epoch  # type: ignore[method-assign]
-    trainer.learner.task.loss_parts = compare  # type: ignore[method-assign]
+    task.loss_parts, task.start_epoch = compare, start_epoch
     trainer.fit()
+    return run, trainer.stream, shown
+
+
+def test_groups_show_every_sample_once(world: World, tight: tuple[Path, Any, list[Tensor]]) -> None:
+    cache, (_, stream, shown) = LogitCache.open(world.cache), tight
     assert len(shown) == 2 * 5
     for epoch in range(2):
-        order = torch.cat([seen.samples for seen in shown[5 * epoch : 5 * epoch + 5]])
+        order = torch.cat(shown[5 * epoch : 5 * epoch + 5])
         assert torch.equal(order.sort().values, torch.arange(SAMPLES))
-        assert torch.equal(order, trainer.stream.order(torch.arange(SAMPLES), 0, epoch))
+        assert torch.equal(order, stream.order(torch.arange(SAMPLES), 0, epoch))
         chunks = cache.row_of[order] // cache.grid.chunk_rows
         assert [len(set(part.tolist())) for part in chunks.split(40)] == [2, 2, 2]
         assert len(set(chunks.tolist())) == 6
 
 
-def test_the_baseline_sees_the_same_order(
-    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path
-) -> None:
-    kd = student_config(my_cache, my_folder, 0, slab_memory=TIGHT)
-    ce = msgspec.structs.replace(kd, loss=LossSettings(name="ce"))
+def test_the_baseline_sees_the_same_order(world: World, tmp_path: Path) -> None:
     streams = [
-        stage.student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits).stream
-        for config in (kd, ce)
+        world.trainer(
+            world.student(0, slab_memory=TIGHT, loss=LossSettings(name=name)), tmp_path / "run"
+        ).stream
+        for name in ("kd", "ce")
     ]
     samples = torch.arange(SAMPLES)
     for epoch in range(2):
@@ -358,37 +281,25 @@ def test_the_baseline_sees_the_same_order(
         assert not torch.equal(one, sample_order(samples, 0, epoch))  # it goes by groups
 
 
-@pytest.mark.parametrize("batches", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5)), 8])
+@pytest.mark.parametrize("batches", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_a_run_in_groups_resumes_exactly(
-    my_cache: Path,
-    my_folder: Path,
-    my_splits: Splits,
-    my_tight: Path,
-    tmp_path: Path,
-    batches: int,
+    world: World, tight: tuple[Path, Any, list[Tensor]], tmp_path: Path, batches: int
 ) -> None:
-    """Stopped within a group, at the end of an epoch, and before a batch across two groups. In one
-    process, to the weights of the run with two workers.
+    """Stopped within a group, and before a batch across two groups. In one process, to the weights
+    of the run with two workers.
     """
-    config = student_config(my_cache, my_folder, 0, slab_memory=TIGHT)
-    trainer = stage.student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
+    config = world.student(0, slab_memory=TIGHT)
+    trainer = world.trainer(config, tmp_path / "run")
     trainer.reporter = AtBatch(batches, terminate)
     with pytest.raises(RunError, match="SIGTERM"):
         trainer.fit()
-    train_student(config, tmp_path / "run", resume=True, splits=my_splits)
-    assert same_weights(tmp_path / "run", my_tight)
+    train_student(config, tmp_path / "run", resume=True, splits=world.splits)
+    assert same_weights(tmp_path / "run", tight[0])
 
 
-def test_memory_is_bounded(
-    my_cache: Path,
-    my_folder: Path,
-    my_splits: Splits,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_memory_is_bounded(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At every read, what is alive of this and earlier slabs is within the budget."""
-    alive: list[weakref.ref[Tensor]] = []
-    resident: list[int] = []
+    alive, resident = list[weakref.ref[Tensor]](), list[int]()
     read_view = LogitCache.read_view
 
     def counted(cache: LogitCache, *which: Any) -> ViewTargets:
@@ -400,22 +311,10 @@ def test_memory_is_bounded(
         return targets
 
     monkeypatch.setattr(LogitCache, "read_view", counted)
-    config = student_config(
-        my_cache, my_folder, 0, slab_memory=TIGHT, train=TrainSettings(epochs=2, batch_size=12)
-    )
-    train_student(config, tmp_path / "run", splits=my_splits)
+    train = TrainSettings(epochs=2, batch_size=12)
+    config = world.student(0, slab_memory=TIGHT, train=train)
+    train_student(config, tmp_path / "run", splits=world.splits)
     assert len(resident) == 2 * 3
-    one_group = 40 * (LogitCache.open(my_cache).row_bytes - 8) + 8 * (40 + SAMPLES)
+    one_group = 40 * (LogitCache.open(world.cache).row_bytes - 8) + 8 * (40 + SAMPLES)
     assert max(resident) <= 2 * one_group <= parse_bytes(TIGHT, "")
     assert max(resident) > one_group  # the next group is read ahead
-
-
-def test_too_little_memory(
-    my_cache: Path, my_folder: Path, my_splits: Splits, tmp_path: Path
-) -> None:
-    config = student_config(my_cache, my_folder, slab_memory="3.5kB")
-    with pytest.raises(ConfigError, match=r"3.5kB is too small.*\nGive --slab-memory 4.8kB"):
-        train_student(config, tmp_path / "run", splits=my_splits)
-    assert not (tmp_path / "run").exists()
-    offered = student_config(my_cache, my_folder, 0, slab_memory="4.8kB")
-    assert stage.student_trainer([offered], [RunDirectory(tmp_path / "run")], my_splits)

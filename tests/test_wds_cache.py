@@ -2,8 +2,6 @@
 
 import io
 import os
-import tarfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from helpers import student_of
+from helpers import members_of, student_of, write_shard
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -45,18 +43,12 @@ def picture(seed: int, side: int = 9) -> bytes:
     return content.getvalue()
 
 
-def write_shard(path: Path, start: int, images: dict[int, bytes]) -> None:
-    """Eight images of each of three classes, numbered as a folder lists them, in four shards."""
-    with tarfile.open(path, "w") as tar:
-        for i in range(start, start + 3 * EACH // SHARDS):
-            for extension, content in (("bmp", images[i]), ("cls", str(i // EACH).encode())):
-                info = tarfile.TarInfo(f"{i:04}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-
 @dataclass(frozen=True)
 class World:
+    """Eight images of each of three classes, numbered as a folder lists them, in four shards and in
+    a folder.
+    """
+
     root: Path
 
     @property
@@ -65,14 +57,18 @@ class World:
 
     def write(self, changed: dict[int, bytes] | None = None) -> None:
         images = {i: picture(i) for i in range(3 * EACH)} | (changed or {})
-        (self.root / "shards").mkdir(exist_ok=True)
-        for shard in range(SHARDS):
-            path = self.root / "shards" / f"a-{shard}.tar"
-            write_shard(path, shard * 3 * EACH // SHARDS, images)
         for i, content in images.items():
             path = self.root / "folder" / str(i // EACH) / f"{i:04}.bmp"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+        paths = sorted((self.root / "folder").rglob("*.bmp"))
+        for shard, some in enumerate(np.array_split(paths, SHARDS)):
+            members = members_of(some, [int(path.parent.name) for path in some])
+            write_shard(self.root / "shards" / f"a-{shard}.tar", members)
+
+    def student(self, cache: LogitCache) -> StudentConfig:
+        data = DataSettings(dataset=self.spec, test="none", workers=0, image_size=8)
+        return student_of(cache.path, data=data, train=TrainSettings(epochs=1, batch_size=8))
 
     def job(self, spec: str, **changes: Any) -> CacheJob:
         config = CacheConfig(
@@ -119,7 +115,7 @@ def test_it_is_the_cache_of_the_same_images_in_a_folder(world: World, cached: Lo
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
-def test_a_run_of_rows_reads_each_shard_once_and_onwards(
+def test_shards_are_read_once_and_onwards(
     world: World, tmp_path: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = world.job(world.spec, views_at_once=at_once)
@@ -137,6 +133,8 @@ def test_a_run_of_rows_reads_each_shard_once_and_onwards(
     teacher.feed.close()
     assert len(read) == 12
     assert read == sorted(read)
+    folder = world.job(f"folder:{world.root}/folder", views_at_once=at_once)
+    assert held_bytes(job, 2) == held_bytes(folder, 2) + 4 * 3 * 12  # a block of rows in order
     assert rows.tolist() != sorted(rows.tolist())
     for view, logits in enumerate(found):
         for row in (0, 7, 11):
@@ -144,27 +142,8 @@ def test_a_run_of_rows_reads_each_shard_once_and_onwards(
             torch.testing.assert_close(logits[row : row + 1], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_bytes_do_not_depend_on_views_at_once(
-    world: World,
-    cached: LogitCache,
-    tmp_path: Path,
-    array_bytes: Callable[[Path], dict[str, bytes]],
-) -> None:
-    job = world.job(world.spec, views_at_once=2)
-    cache_teacher(job, tmp_path / "two.zarr")
-    assert array_bytes(tmp_path / "two.zarr") == array_bytes(Path(cached.path))
-    folder = world.job(f"folder:{world.root}/folder", views_at_once=2)
-    block = 4 * 3 * 12
-    assert held_bytes(job, 2) == held_bytes(folder, 2) + block
-
-
-def student(world: World, cache: LogitCache) -> StudentConfig:
-    data = DataSettings(dataset=world.spec, test="none", workers=0, image_size=8)
-    return student_of(cache.path, data=data, train=TrainSettings(epochs=1, batch_size=8))
-
-
 def test_a_student_and_the_live_teacher(world: World, cached: LogitCache, tmp_path: Path) -> None:
-    train_student(student(world, cached), tmp_path / "run")
+    train_student(world.student(cached), tmp_path / "run")
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert verify_live(cached, recorded_job(cached.path), 20) == []
 
@@ -182,7 +161,7 @@ def test_a_shard_that_changed_after_caching(
     other = World(tmp_path)
     other.write({13: picture(99, side)})
     with pytest.raises(IdentityError, match=message):
-        train_student(student(other, cached), tmp_path / "run")
+        train_student(other.student(cached), tmp_path / "run")
 
 
 def test_shards_that_are_gone(world: World, cached: LogitCache, tmp_path: Path) -> None:

@@ -42,10 +42,12 @@ def test_places_are_apart() -> None:
     assert slots.at(1, (2, 2)).is_shared()
 
 
-@pytest.mark.parametrize("short", [False, True])
-@pytest.mark.parametrize("spec", ["resized-crop-flip", "resized-crop-flip+mixup:alpha=0.8"])
+@pytest.mark.parametrize(
+    ("spec", "short"),
+    [("resized-crop-flip", True), ("resized-crop-flip+mixup:alpha=0.8", False)],
+)
 def test_batches_stay_what_they_are(
-    short: bool, spec: str, monkeypatch: pytest.MonkeyPatch
+    spec: str, short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All batches of several passes are kept, and compared with each view by itself."""
     if short:
@@ -58,21 +60,17 @@ def test_batches_stay_what_they_are(
     several = ViewFeed(source, policy, CPU, image_size=8, workers=2)
     alone = ViewFeed(source, policy, CPU, image_size=8, workers=0)
     order = torch.arange(21).roll(4)
-    passes = [((0,), 4), ((3, 1, 2), 5), ((5, 6), 21), ((0, 1, 2, 3), 2)]  # the third needs more
+    passes = [((0,), 4), ((3, 1, 2), 5), ((5, 6), 21)]  # the third needs more
     kept = [list(several.views(order, *given)) for given in passes]
     several.close()
     for found, (views, batch_size) in zip(kept, passes, strict=True):
         for place, view in enumerate(views):
             expected = list(alone.batches(order, view, batch_size))
             for batches, one in zip(found, expected, strict=True):
-                assert torch.equal(batches[place].pixels, one.pixels)
                 assert batches[place].pixels.stride() == one.pixels.stride()
-                assert torch.equal(batches[place].samples, one.samples)
-                if "mixup" in spec:
-                    assert torch.equal(batches[place].partners, one.partners)
-                    assert torch.equal(batches[place].shares, one.shares)
-                else:
-                    assert one.partners is batches[place].partners is None
+                for name in ("samples", "pixels", "partners", "shares"):
+                    mine, theirs = getattr(batches[place], name), getattr(one, name)
+                    assert mine is theirs is None or torch.equal(mine, theirs)
 
 
 def test_a_place_is_lent_to_one_request_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

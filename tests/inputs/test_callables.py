@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 from torch import Tensor
 
 from stages.errors import DatasetError
@@ -27,7 +28,6 @@ from PIL import Image
 
 HWC = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
 
-
 class Data:
     """Four images; whatever is given replaces what is right."""
 
@@ -41,18 +41,14 @@ class Data:
     def __getitem__(self, i):
         return self.images[i], (0, 1, 0, 1)[i]
 
-
 def labelled(targets, **given):
     return lambda split: Data(targets=targets, **given)
-
 
 fine = labelled([0, 1, 2, 0])
 multi_label = labelled([[1, 1, 0], [0, 1, 0], [1, 0, 1], [0, 0, 1]])
 ragged = labelled([[1], [0, 1], [], [2]])
 texts = labelled(["cat", "dog", "cat", "dog"])
-mixed_texts = labelled(["cat", 1, 2, 3])
 one_hot = labelled(np.eye(4))
-one_hot_tensors = labelled(list(torch.eye(4)))
 column = labelled(torch.tensor([[0], [1], [2], [0]]))
 floats = labelled([0.0, 0.5, 1.0, 1.0])
 missing = labelled([0.0, float("nan"), 1.0, 1.0])
@@ -65,29 +61,20 @@ huge = labelled([0, 1, 10**12, 1])
 no_list = labelled(3)
 odd_classes = labelled([0, 1, 2, 0], classes=7)
 
-
-def nothing(split):
-    return None
-
+nothing = lambda split: None
 
 not_callable = 3
-
 
 def raises(split):
     raise OSError("the disk is on fire")
 
-
 def leaves(split):
     raise SystemExit("bye")
-
 
 def wants_more(split, more):
     return Data()
 
-
-def iterable(split):
-    return iter([(HWC[0], 0)])
-
+iterable = lambda split: iter([(HWC[0], 0)])
 
 class Raising(Data):
     def __getitem__(self, i):
@@ -95,63 +82,26 @@ class Raising(Data):
             raise KeyError("sample")  # line to be named
         return super().__getitem__(i)
 
-
-def item_raises(split):
-    return Raising(targets=[0, 1, 0, 1])
-
+item_raises = lambda split: Raising(targets=[0, 1, 0, 1])
 
 class Returning(Data):
     def __getitem__(self, i):
         return self.item
 
-
-def item_none(split):
-    return Returning(item=None, targets=[0, 1, 0, 1])
-
-
-def item_dict(split):
-    return Returning(item={"image": HWC[0], "label": 0})
-
-
-def item_alone(split):
-    return Returning(item=(HWC[0],))
-
-
-def image_none(split):
-    return Returning(item=(None, 0), targets=[0, 1, 0, 1])
-
-
-def image_object(split):
-    return Returning(item=(object(), 0), targets=[0, 1, 0, 1])
-
-
-def image_float(split):
-    return Data(images=HWC / 255)
-
-
-def image_deep(split):
-    return Data(images=HWC.astype(np.uint16))
-
-
-def channels_first(split):
-    return Data(images=HWC.transpose(0, 3, 1, 2))
-
-
-def palette(split):
-    return Data(images=[Image.fromarray(x).convert("P") for x in HWC])
-
-
-def grey_among_colour(split):
-    return Data(images=[HWC[0], HWC[1][..., 0], HWC[2], HWC[3]])
-
+item_dict = lambda split: Returning(item={"image": HWC[0], "label": 0})
+item_alone = lambda split: Returning(item=(HWC[0],))
+image_object = lambda split: Returning(item=(object(), 0), targets=[0, 1, 0, 1])
+image_float = lambda split: Data(images=HWC / 255)
+image_deep = lambda split: Data(images=HWC.astype(np.uint16))
+channels_first = lambda split: Data(images=HWC.transpose(0, 3, 1, 2))
+palette = lambda split: Data(images=[Image.fromarray(x).convert("P") for x in HWC])
+grey_among_colour = lambda split: Data(images=[HWC[0], HWC[1][..., 0], HWC[2], HWC[3]])
 
 class Random(Data):
     def __getitem__(self, i):
         return HWC[i] + np.uint8(random.randrange(1, 200)), i % 2
 
-
-def random_pixels(split):
-    return Random()
+random_pixels = lambda split: Random()
 '''
 
 
@@ -178,14 +128,12 @@ def write(folder: Path, source: str) -> str:
         ("multi_label", "shape 4x3", "one class number"),
         ("ragged", "different kinds or lengths", "one class number"),
         ("texts", "texts as labels, 'cat'", "classes.index"),
-        ("mixed_texts", "texts as labels", "classes.index"),
         ("one_hot", "shape 4x4", "argmax(1)"),
-        ("one_hot_tensors", "shape 4x4", "argmax(1)"),
         ("column", "shape 4x1", "[:, 0]"),
         ("floats", "no class numbers", "integers that count from 0"),
         ("missing", "no class numbers", "integers that count from 0"),
-        ("huge", "no class numbers", "integers that count from 0"),
         ("from_one", "labels from 1 to 3", "subtract 1"),
+        ("huge", "no class numbers", "integers that count from 0"),
         ("from_one_named", "labels from 1 to 3 for 3 classes", "subtract 1"),
         ("negative", "labels from -1 to 1", "count from 0"),
         ("beyond", "labels from 0 to 2 for 2 classes", "one class name a label"),
@@ -197,10 +145,8 @@ def write(folder: Path, source: str) -> str:
         ("leaves", "raised SystemExit: bye", "Mend"),
         ("wants_more", "raised TypeError", "Mend"),
         ("iterable", "without length", "len(dataset)"),
-        ("item_none", "is a NoneType", "(image, label)"),
         ("item_dict", "is a dict of 2", "(image, label)"),
         ("item_alone", "is a tuple of 1", "(image, label)"),
-        ("image_none", "no image but NoneType", "PIL images or uint8"),
         ("image_object", "no image but object", "PIL images or uint8"),
         ("image_float", "float64", "uint8 pixels"),
         ("image_deep", "uint16", "uint8 pixels"),
@@ -210,11 +156,8 @@ def write(folder: Path, source: str) -> str:
     ],
 )
 def test_one_error_with_its_remedy(module: str, kind: str, cause: str, remedy: str) -> None:
-    with pytest.raises(DatasetError) as caught:
+    with refused(DatasetError, cause, remedy):
         load_dataset(f"{module}:{kind}", "train", feeding="memory")
-    assert cause in caught.value.cause
-    assert remedy in caught.value.remedy
-    assert len(str(caught.value).splitlines()) <= 3
 
 
 def test_what_is_right_stays_right(module: str) -> None:
@@ -229,10 +172,8 @@ def test_what_is_right_stays_right(module: str) -> None:
 
 def test_the_line_of_the_users_code_is_named(module: str) -> None:
     line = SOURCE[: SOURCE.index("# line to be named")].count("\n") + 1
-    with pytest.raises(DatasetError) as caught:
+    with pytest.raises(DatasetError, match=rf"sample 2 of .*{module}\.py:{line}"):
         load_dataset(f"{module}:item_raises", "train", feeding="memory")
-    assert "sample 2 of" in caught.value.cause
-    assert f"{module}.py:{line}" in caught.value.cause
 
 
 def test_code_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,9 +193,6 @@ def test_a_sample_that_raises_can_be_skipped(module: str) -> None:
 def test_channels_that_differ(module: str) -> None:
     with pytest.raises(DatasetError, match=r"image 1 .* 1 channel\(s\), others 3"):
         load_dataset(f"{module}:grey_among_colour", "train", feeding="memory").load(1)
-
-
-# ---- workers --------------------------------------------------------------------------------
 
 
 def first_batch(load: Callable[[int], Tensor], module: str, workers: int) -> None:
@@ -281,13 +219,9 @@ def failing(index: int) -> Tensor:
 @pytest.mark.parametrize(
     ("load", "cause"), [(killed, "ended by the system"), (failing, "something of ours")]
 )
-def test_a_worker_that_fails_is_one_error(
-    module: str, load: Callable[[int], Tensor], cause: str
-) -> None:
-    with pytest.raises(DatasetError) as caught:
+def test_a_failing_worker_is_told(module: str, load: Callable[[int], Tensor], cause: str) -> None:
+    with refused(DatasetError, cause, "--workers 0"):
         first_batch(load, module, workers=1)
-    assert cause in caught.value.cause
-    assert "--workers 0" in caught.value.remedy
 
 
 def test_without_workers_a_fault_of_ours_keeps_its_traceback(module: str) -> None:
@@ -295,33 +229,18 @@ def test_without_workers_a_fault_of_ours_keeps_its_traceback(module: str) -> Non
         first_batch(failing, module, workers=0)
 
 
+WORKER = "DataLoader worker (pid 7)"
+
+
 @pytest.mark.parametrize(
     ("error", "cause", "remedy"),
     [
         (OSError(errno.EMFILE, "Too many open files"), "too many files", "ulimit"),
         (RuntimeError("received 0 items of ancdata"), "too many files", "ulimit"),
-        (
-            RuntimeError(
-                "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"
-            ),
-            "shared memory",
-            "--shm-size",
-        ),
-        (
-            RuntimeError("unable to write to file </torch_7_3>: No space left on device (28)"),
-            "shared memory",
-            "--workers 0",
-        ),
-        (
-            RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
-            "ended by the system",
-            "memory was short",
-        ),
-        (
-            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
-            "(Killed)",
-            "memory was short",
-        ),
+        (RuntimeError(f"{WORKER} is killed by signal: Bus error."), "shared memory", "--shm-size"),
+        (RuntimeError("unable to write: No space left on device"), "shared memory", "--workers 0"),
+        (RuntimeError(f"{WORKER} exited unexpectedly"), "ended by the system", "memory was short"),
+        (RuntimeError(f"{WORKER} is killed by signal: Killed. "), "(Killed)", "memory was short"),
     ],
 )
 def test_what_torch_says_of_workers(error: Exception, cause: str, remedy: str) -> None:

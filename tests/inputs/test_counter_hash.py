@@ -56,29 +56,16 @@ def chi_square(values: Tensor, cells: int) -> float:
     return (statistic - freedom) / math.sqrt(2 * freedom)
 
 
-# ---- counter_hash ---------------------------------------------------------------------------
+def test_published_outputs() -> None:
+    """The first ones of SplitMix64, seeded with 0 and with 1234567."""
+    assert unsigned(counter_hash(0)) == [0xE220A8397B1DCDAF]
+    assert unsigned(counter_hash(1234567)) == [6457827717110365317]
 
 
-@pytest.mark.parametrize(
-    ("counter", "expected"),
-    [
-        pytest.param(0, 0xE220A8397B1DCDAF, id="first output of SplitMix64 seeded with 0"),
-        pytest.param(1234567, 6457827717110365317, id="first output seeded with 1234567"),
-    ],
-)
-def test_published_outputs(counter: int, expected: int) -> None:
-    assert unsigned(counter_hash(counter)) == [expected]
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(signed, min_size=1, max_size=5))
-def test_equals_plain_integers(counters: list[int]) -> None:
-    assert unsigned(counter_hash(*counters)) == [chain(*counters)]
-
-
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(signed, st.lists(signed, min_size=1, max_size=5), signed)
-def test_tensors_equal_plain_integers(first: int, middle: list[int], last: int) -> None:
+def test_equals_plain_integers(first: int, middle: list[int], last: int) -> None:
+    assert unsigned(counter_hash(first, *middle)) == [chain(first, *middle)]
     hashed = counter_hash(first, torch.tensor(middle), last)
     assert unsigned(hashed) == [chain(first, m, last) for m in middle]
 
@@ -87,16 +74,10 @@ def test_counters_are_not_added() -> None:
     assert counter_hash(0, 1) != counter_hash(1, 0)
     assert counter_hash(0, 1) != counter_hash(1)
     grid = torch.cartesian_prod(*[torch.arange(-5, 15)] * 3)
-    assert len(counter_hash(*grid.T).unique()) == 20**3
-
-
-@pytest.mark.parametrize("bit", [0, 1, 31, 32, 63])
-def test_every_bit_is_balanced(bit: int) -> None:
-    hashed = counter_hash(0, torch.arange(20_000))
-    assert abs(float(((hashed >> bit) & 1).double().mean()) - 0.5) < 5 * 0.5 / 20_000**0.5
-
-
-# ---- bounded --------------------------------------------------------------------------------
+    hashed = counter_hash(*grid.T)
+    assert len(hashed.unique()) == 20**3
+    for bit in (0, 1, 31, 32, 63):  # and every bit is balanced
+        assert abs(float(((hashed >> bit) & 1).double().mean()) - 0.5) < 5 * 0.5 / 20**1.5
 
 
 @settings(max_examples=50, deadline=None)
@@ -109,25 +90,22 @@ def test_bounded_takes_the_high_bits(hashed: int, n: int) -> None:
 
 @pytest.mark.parametrize("n", [2, 7, 162, 1024])
 def test_bounded_is_uniform(n: int) -> None:
-    assert abs(chi_square(bounded(counter_hash(3, torch.arange(50_000)), n), n)) < 5
-
-
-def test_bounded_by_a_tensor() -> None:
-    limits = torch.arange(1, 2001)
-    values = bounded(counter_hash(5, limits), limits)
-    expected = [(chain(5, n) >> 32) * n // 2**32 for n in range(1, 2001)]
-    assert values.tolist() == expected
-
-
-# ---- permute --------------------------------------------------------------------------------
+    hashed = counter_hash(3, torch.arange(50_000))
+    assert abs(chi_square(bounded(hashed, n), n)) < 5
+    limits = torch.arange(50_000) % n + 1
+    expected = [
+        (value >> 32) * limit // 2**32
+        for value, limit in zip(unsigned(hashed[:200]), limits.tolist(), strict=False)
+    ]
+    assert bounded(hashed, limits)[:200].tolist() == expected
 
 
 def test_permutes_every_small_domain() -> None:
-    for n in range(1, 301):
+    for n in [*range(1, 70), 255, 256, 257]:
         assert permute(torch.arange(n), n, 0, 11).sort().values.tolist() == list(range(n)), n
 
 
-@pytest.mark.parametrize("n", [1023, 1024, 1025, 4097, 50_000, 65_537])
+@pytest.mark.parametrize("n", [1023, 4097, 50_000])
 def test_permutes_large_domains(n: int) -> None:
     moved = permute(torch.arange(n), n, 1)
     assert torch.equal(moved.sort().values, torch.arange(n))
@@ -142,16 +120,10 @@ def test_permute_equals_plain_integers(n: int, key: int, data: st.DataObject) ->
     assert moved.tolist() == [walk(p, n, key, 3) for p in positions]
 
 
-@pytest.mark.parametrize(
-    ("n", "key", "expected"),
-    [
-        pytest.param(10, (0,), [7, 1, 6, 8, 3, 4, 5, 9, 0, 2], id="key 0"),
-        pytest.param(10, (1,), [7, 0, 5, 8, 9, 2, 4, 6, 1, 3], id="key 1"),
-        pytest.param(7, (5, 9), [6, 3, 2, 5, 4, 1, 0], id="two keys"),
-    ],
-)
-def test_golden_permutations(n: int, key: tuple[int, ...], expected: list[int]) -> None:
-    assert permute(torch.arange(n), n, *key).tolist() == expected
+def test_golden_permutations() -> None:
+    assert permute(torch.arange(10), 10, 0).tolist() == [7, 1, 6, 8, 3, 4, 5, 9, 0, 2]
+    assert permute(torch.arange(10), 10, 1).tolist() == [7, 0, 5, 8, 9, 2, 4, 6, 1, 3]
+    assert permute(torch.arange(7), 7, 5, 9).tolist() == [6, 3, 2, 5, 4, 1, 0]
 
 
 def test_each_position_may_have_a_key_of_its_own() -> None:

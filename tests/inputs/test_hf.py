@@ -20,7 +20,6 @@ from stages.inputs.datasets.dataset import fixed_sample
 from stages.inputs.feed import ViewFeed
 from stages.inputs.probes import pixel_probes
 from stages.inputs.views import view_policy
-from stages.settings import Feeding
 
 datasets = pytest.importorskip("datasets")
 
@@ -81,9 +80,10 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
-@pytest.mark.parametrize("feeding", ["auto", "stream"])
-def test_images_labels_and_classes(my_spec: str, feeding: Feeding) -> None:
-    dataset = load_dataset(my_spec, "train", feeding=feeding)
+def test_images_labels_and_classes(my_spec: str, tmp_path: Path) -> None:
+    """Nothing is written beside the data."""
+    before = {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*")}
+    dataset = load_dataset(my_spec, "train")
     assert (dataset.name, dataset.split) == ("hf", "train")
     assert dataset.class_names == tuple(CLASSES)
     assert dataset.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
@@ -91,6 +91,7 @@ def test_images_labels_and_classes(my_spec: str, feeding: Feeding) -> None:
     assert dataset.images is None  # they differ in size
     for i in range(7):
         assert np.array_equal(dataset.load(i).numpy(), pixels_of(i).transpose(2, 0, 1))
+    assert {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_small_images_of_one_size_are_held_in_memory(tmp_path: Path) -> None:
@@ -106,8 +107,7 @@ def test_small_images_of_one_size_are_held_in_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["test", "validation", "val"])
 def test_the_test_split_has_three_names(tmp_path: Path, name: str) -> None:
-    spec = saved(tmp_path / "set", train=table(), **{name: table()})
-    train, test = load_splits(spec)
+    train, test = load_splits(saved(tmp_path / "set", train=table(), **{name: table()}))
     assert (train.split, test.split) == ("train", "test")
     assert test.images_digest == train.images_digest
 
@@ -122,27 +122,19 @@ def test_labels_are_read_without_looking_at_an_image(tmp_path: Path) -> None:
         dataset.load(broken)
 
 
-def test_a_selection_in_another_order(tmp_path: Path) -> None:
-    spec = saved(tmp_path / "set", train=table().select([5, 0, 4]))
-    dataset = load_dataset(spec, "train")
+def test_a_selection_in_another_order_of_grey_images(tmp_path: Path) -> None:
+    grey = [{"bytes": png(pixels_of(i)[..., 0]), "path": None} for i in range(6)]
+    dataset = load_dataset(saved(tmp_path / "set", train=table(grey).select([5, 0, 4])), "train")
     assert dataset.labels.tolist() == [2, 0, 1]
-    assert np.array_equal(dataset.load(0).numpy(), pixels_of(5).transpose(2, 0, 1))
-
-
-def test_grey_images_stay_grey(tmp_path: Path) -> None:
-    grey = [{"bytes": png(pixels_of(i)[..., 0]), "path": None} for i in range(3)]
-    dataset = load_dataset(saved(tmp_path / "set", train=table(grey)), "train")
-    assert dataset.shape == (1, 6, 9)
-    assert np.array_equal(dataset.load(2)[0].numpy(), pixels_of(2)[..., 0])
+    for i, row in enumerate((5, 0, 4)):
+        assert np.array_equal(dataset.load(i).numpy(), pixels_of(row)[None, ..., 0])
 
 
 def test_images_that_lie_in_files(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.png" for i in range(4)]
     for i, path in enumerate(paths):
         path.write_bytes(png(pixels_of(i)))
-    split = datasets.DatasetDict(train=table([str(path) for path in paths]))
-    split.save_to_disk(str(tmp_path / "whole"))
-    whole = load_dataset(f"hf:{tmp_path / 'whole'}", "train")
+    whole = load_dataset(saved(tmp_path / "s", train=table([*map(str, paths)])), "train")
     paths[1].unlink()
     assert np.array_equal(whole.load(1).numpy(), pixels_of(1).transpose(2, 0, 1))
 
@@ -163,19 +155,18 @@ def test_digests(tmp_path: Path) -> None:
     assert (relabelled[0] == first[0], relabelled[1] == first[1]) == (True, False)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers(my_spec: str, workers: int) -> None:
+def test_workers(my_spec: str) -> None:
     dataset = load_dataset(my_spec, "train", feeding="stream")
     policy, order = view_policy("resized-crop-flip"), torch.tensor([6, 2, 5, 0, 1, 3, 4])
-    feed = ViewFeed(dataset, policy, torch.device("cpu"), image_size=8, workers=workers)
+    feed, alone = (
+        ViewFeed(dataset, policy, torch.device("cpu"), image_size=8, workers=n) for n in (2, 0)
+    )
     pixels = torch.cat([batch.pixels for batch in feed.batches(order, 3, 2)])
-    alone = ViewFeed(dataset, policy, torch.device("cpu"), image_size=8, workers=0)
+    feed.close()
     (batch,) = alone.batches(torch.arange(7), 3, 7)
     assert torch.equal(pixels, batch.pixels[order])
     assert len(set(pixel_probes(dataset, policy, 8))) > 200
 
-
-# ---- errors ---------------------------------------------------------------------------------
 
 ALSO = {
     "coarse": (datasets.ClassLabel(names=["x", "y"]), [0] * 7),
@@ -186,17 +177,13 @@ ALSO = {
 @pytest.mark.parametrize(
     ("added", "dropped", "message"),
     [
-        (
-            "coarse",
-            None,
-            r"has 2 columns of type ClassLabel: id \(Value\), picture \(Image\), kind",
-        ),
-        ("mask", None, r"has 2 columns of type Image: .*mask \(Image\)"),
-        (None, "kind", r"has no columns of type ClassLabel: id \(Value\), picture \(Image\)"),
-        (None, "picture", r"has no columns of type Image: id \(Value\), kind \(ClassLabel\)"),
+        ("coarse", None, r"2 columns of type ClassLabel: id \(Value\), picture \(Image\), kind"),
+        ("mask", None, r"2 columns of type Image: .*mask \(Image\)"),
+        (None, "kind", r"no columns of type ClassLabel: id \(Value\), picture \(Image\)"),
+        (None, "picture", r"no columns of type Image: id \(Value\), kind \(ClassLabel\)"),
     ],
 )
-def test_columns_that_cannot_be_told(
+def test_unclear_columns(
     tmp_path: Path, added: str | None, dropped: str | None, message: str
 ) -> None:
     if added is None:
@@ -208,16 +195,16 @@ def test_columns_that_cannot_be_told(
         load_dataset(saved(tmp_path / "set", train=made), "train")
 
 
-def test_missing_labels(tmp_path: Path) -> None:
-    made = table(labels=[0, 1, None, 2, 0, 1, 2])
-    with pytest.raises(DatasetError, match=r"column 'kind' of .* has missing labels"):
-        load_dataset(saved(tmp_path / "set", train=made), "train")
-
-
-def test_hidden_labels(tmp_path: Path) -> None:
-    made = table(labels=[-1] * 7)
-    with pytest.raises(DatasetError, match="labels from -1 to -1 for 3 classes"):
-        load_dataset(saved(tmp_path / "set", train=made), "train")
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, None, 2, 0, 1, 2], "column 'kind' of .* has missing labels"),
+        ([-1] * 7, "labels from -1 to -1 for 3 classes"),
+    ],
+)
+def test_missing_and_hidden_labels(tmp_path: Path, labels: list[int | None], message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(saved(tmp_path / "set", train=table(labels=labels)), "train")
 
 
 def test_a_missing_image(tmp_path: Path) -> None:
@@ -255,12 +242,6 @@ def test_the_package_is_missing(my_spec: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DatasetError, match=r"`datasets`\npip install 'teacher-cache\[hf\]'"):
         load_dataset(my_spec, "train")
-
-
-def test_nothing_is_written_beside_the_data(my_spec: str, tmp_path: Path) -> None:
-    before = {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*")}
-    load_dataset(my_spec, "train").load(0)
-    assert {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_missing_and_broken_images_are_all_found(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import teacher_of
+from helpers import DIGITS, teacher_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from noise import noise, noise_dataset
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from stages.inputs.probes import pixel_probes
 from stages.inputs.views import Cutmix, Mixed, Mixer, Mixup, mixes, view_policy
 from stages.inputs.views.distributions import folded_beta
 from stages.inputs.views.policy import Stream
+from stages.train_teacher import train_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
 
@@ -39,21 +41,17 @@ MIXTURES = [
 
 def fed(feed: ViewFeed, order: Tensor, view: int, batch_size: int) -> Batch:
     """A whole view as one batch."""
-    batches = list(feed.batches(order, view, batch_size))
+    parts = zip(*map(tensors, feed.batches(order, view, batch_size)), strict=True)
+    return Batch(*(None if part[0] is None else torch.cat(part) for part in parts))  # type: ignore
 
-    def joined(name: str) -> Any:
-        parts = [getattr(batch, name) for batch in batches]
-        return None if parts[0] is None else torch.cat(parts)
 
-    return Batch(*(joined(name) for name in ("samples", "pixels", "partners", "shares")))
+def tensors(batch: Batch) -> tuple[Tensor | None, ...]:
+    return batch.samples, batch.pixels, batch.partners, batch.shares
 
 
 def drawn(mixer: Mixer, samples: Tensor, view: int, size: tuple[int, int] = (32, 32)) -> Any:
     sides = (torch.full_like(samples, side) for side in size)
     return mixer.draw(0, samples, torch.full_like(samples, view), *sides)
-
-
-# ---- pinned ---------------------------------------------------------------------------------
 
 
 def test_golden_partners() -> None:
@@ -81,18 +79,15 @@ def test_golden_shares() -> None:
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        pytest.param("pad-crop-flip+mixup", 2098292708, id="mixup"),
-        pytest.param("pad-crop-flip+cutmix", 3756963498, id="cutmix"),
-        pytest.param("pad-crop-flip+erasing+mixup:alpha=0.2", 3533557288, id="on top of erasing"),
+        ("pad-crop-flip+mixup", 2098292708),
+        ("pad-crop-flip+cutmix", 3756963498),
+        ("pad-crop-flip+erasing+mixup:alpha=0.2", 3533557288),
     ],
 )
 def test_golden_pixels(spec: str, expected: int) -> None:
     feed = ViewFeed(noise_dataset(), view_policy(spec, seed=8), CPU)
     pixels = fed(feed, torch.arange(21), 200, 21).pixels
     assert zlib.crc32(pixels.numpy().tobytes()) == expected
-
-
-# ---- partners -------------------------------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None)
@@ -104,8 +99,6 @@ def test_everyone_is_partner_once(size: int, view: int, seed: int) -> None:
     assert torch.equal(partners.sort().values, torch.arange(size))
 
 
-# ---- shares ---------------------------------------------------------------------------------
-
 EXACT: dict[float, Callable[[float], float]] = {
     # The distribution function of Beta(alpha, alpha) where it has a closed form.
     0.5: lambda x: 2 / math.pi * math.asin(math.sqrt(x)),
@@ -115,19 +108,9 @@ EXACT: dict[float, Callable[[float], float]] = {
 }
 
 
-def integrated(alpha: float) -> Callable[[float], float]:
-    """The distribution function by integration: l = sin^2(t) flattens the ends of the density."""
-    edges = np.linspace(0, math.pi / 2, 400_001)
-    middle = (edges[1:] + edges[:-1]) / 2
-    density = (np.sin(middle) * np.cos(middle)) ** (2 * alpha - 1)
-    total = np.concatenate([[0], np.cumsum(density)]) / density.sum()
-    return lambda x: float(np.interp(math.asin(math.sqrt(x)), edges, total))
-
-
-@pytest.mark.parametrize("alpha", [*EXACT, 0.8, 5.0])
+@pytest.mark.parametrize("alpha", EXACT)
 def test_the_table_is_the_folded_beta_distribution(alpha: float) -> None:
-    below = EXACT.get(alpha) or integrated(alpha)
-    table = folded_beta(alpha)
+    below, table = EXACT[alpha], folded_beta(alpha)
     assert table.shape == (129,)
     assert int(table[-1]) == 2**24
     for k in range(128, 256):
@@ -136,7 +119,7 @@ def test_the_table_is_the_folded_beta_distribution(alpha: float) -> None:
         assert int(table[k - 128]) / 2**24 == pytest.approx(expected, abs=2e-6)
 
 
-@pytest.mark.parametrize("mixer", [Mixup(0.5), Mixup(1.0), Mixup(2.0), Cutmix(1.0), Cutmix(3.0)])
+@pytest.mark.parametrize("mixer", [Mixup(0.5), Mixup(2.0), Cutmix(3.0)])
 def test_shares_are_distributed_as_beta(mixer: Mixer) -> None:
     """Kolmogorov and Smirnov's bound at the 0.1 % level, on fixed keys."""
     samples, below = torch.arange(60_000), EXACT[mixer.alpha]
@@ -150,7 +133,7 @@ def test_shares_are_distributed_as_beta(mixer: Mixer) -> None:
     assert float((counts[:-1] - exact).abs().max()) < 1.95 / len(samples) ** 0.5
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (8, 8), (32, 32), (31, 57)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (31, 57)])
 @pytest.mark.parametrize("mixer", [Mixup(), Cutmix(), Cutmix(alpha=50.0)])
 def test_the_own_image_is_never_the_smaller_part(mixer: Mixer, size: tuple[int, int]) -> None:
     shares = mixer.shares(drawn(mixer, torch.arange(20_000), 0, size))
@@ -173,14 +156,11 @@ def test_cutmix_counts_its_pixels(height: int, width: int, view: int) -> None:
 
 
 def test_cutmix_cuts_anywhere() -> None:
-    cuts = drawn(Cutmix(), torch.arange(50_000), 0)
+    cuts = drawn(Cutmix(), torch.arange(20_000), 0)
     inside = cuts.box.inside(32, 32).double().mean((0, 1))  # how often each pixel is the partner's
     assert float((inside - inside.flip(0)).abs().max()) < 0.015
     assert float((inside - inside.flip(1)).abs().max()) < 0.015
     assert float(inside[16, 16]) > float(inside[0, 16]) > float(inside[0, 0]) > 0.05
-
-
-# ---- pixels ---------------------------------------------------------------------------------
 
 
 def test_every_pair_of_pixels_is_mixed_as_by_hand() -> None:
@@ -195,7 +175,7 @@ def test_every_pair_of_pixels_is_mixed_as_by_hand() -> None:
         assert mixer.mix(images, others, blend).flatten().tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("view", [0, 7, 1000])
+@pytest.mark.parametrize("view", [0, 1000])
 @pytest.mark.parametrize("spec", ["pad-crop-flip+mixup", "pad-crop-flip+erasing:p=1+cutmix"])
 def test_pixels_equal_a_naive_mixture(spec: str, view: int) -> None:
     policy, source = view_policy(spec, seed=5), noise_dataset()
@@ -228,13 +208,6 @@ def test_pixels_equal_a_naive_mixture(spec: str, view: int) -> None:
         assert float(batch.shares[i]) == np.float32(share)
 
 
-# ---- feeding --------------------------------------------------------------------------------
-
-
-def tensors(batch: Batch) -> tuple[Tensor | None, ...]:
-    return batch.samples, batch.pixels, batch.partners, batch.shares
-
-
 def same(one: Batch, other: Batch) -> bool:
     return all(
         a is b is None or (a is not None and b is not None and torch.equal(a, b))
@@ -251,7 +224,7 @@ def selected(batch: Batch, which: list[int]) -> Batch:
 @given(
     st.lists(st.integers(0, 20), min_size=1, max_size=25), st.integers(1, 9), st.integers(0, 2**33)
 )
-def test_both_feeds_at_any_order_and_batch_size(
+def test_feeds_at_any_order_and_size(
     spec: str, order: list[int], batch_size: int, view: int
 ) -> None:
     policy = view_policy(spec, seed=1)
@@ -259,15 +232,6 @@ def test_both_feeds_at_any_order_and_batch_size(
     for streamed in (False, True):
         feed = ViewFeed(noise_dataset(streamed=streamed), policy, CPU, workers=0)
         assert same(fed(feed, torch.tensor(order), view, batch_size), selected(whole, order))
-
-
-@pytest.mark.parametrize("spec", MIXTURES[-2:])
-def test_workers_give_the_same_bytes(spec: str) -> None:
-    policy, order = view_policy(spec, seed=1), torch.arange(21).flip(0)
-    expected = fed(ViewFeed(noise_dataset(), policy, CPU, workers=0), order, 7, 21)
-    feed = ViewFeed(noise_dataset(streamed=True), policy, CPU, workers=2)
-    assert same(fed(feed, order, 7, 5), expected)
-    feed.close()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -349,34 +313,19 @@ def test_images_that_differ_in_size_cannot_be_mixed() -> None:
     assert fed(resized, torch.arange(5), 0, 2).pixels.shape == (5, 3, 4, 4)
 
 
-# ---- errors ---------------------------------------------------------------------------------
-
-
 def test_apply_has_no_partners() -> None:
     with pytest.raises(ViewError, match=r"mixes images with others(.|\n)*ViewFeed"):
         view_policy("none+mixup").apply(noise(2, 1, 4, 4), torch.arange(2), 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("pad-crop+mixup", True),
-        ("v2:not.importable:here+cutmix", True),
-        ("none|none+cutmix", True),
-        ("pad-crop-flip+erasing", False),
-        ("none", False),
-    ],
-)
-def test_which_names_mix(name: str, expected: bool) -> None:
-    assert mixes(name) == expected
+def test_which_names_mix() -> None:
+    for name in ("pad-crop+mixup", "v2:not.importable:here+cutmix", "none|none+cutmix"):
+        assert mixes(name)
+    assert not mixes("pad-crop-flip+erasing")
+    assert not mixes("none")
 
 
 def test_held_out_samples_would_be_partners(tmp_path: Any) -> None:
-    from helpers import DIGITS
-    from msgspec.structs import replace
-
-    from stages.train_teacher import train_teacher
-
     config = teacher_of(data=replace(DIGITS, val_fraction=0.1), augment="pad-crop:pad=1+mixup")
     with pytest.raises(ConfigError, match="--val-fraction"):
         train_teacher(config, tmp_path / "run")

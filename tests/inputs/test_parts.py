@@ -1,6 +1,7 @@
 """What is tested on: a share, another folder, another dataset or nothing; images without labels."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image, ImageOps
 from stages.errors import ConfigError, DatasetError, PipelineError
 from stages.inputs.datasets import Skip, load_dataset, load_splits
 from stages.inputs.datasets.parts import share_mask, share_of
-from stages.settings import DataSettings
+from stages.settings import DataSettings, Feeding
 
 
 def photograph(path: Path, shade: int, turned: bool = False) -> None:
@@ -41,9 +42,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-# ---- a share --------------------------------------------------------------------------------
-
-
 def test_a_share_is_the_same_of_every_class() -> None:
     labels = torch.randint(5, (1000,), generator=torch.Generator().manual_seed(0))
     tested = share_mask(labels, 0.2)
@@ -62,13 +60,13 @@ def test_a_class_keeps_images_on_both_sides(images: int, tested: int) -> None:
 
 
 @pytest.mark.parametrize("feeding", ["memory", "stream"])
-def test_a_single_folder_and_a_share(single: Path, feeding: str) -> None:
+def test_a_single_folder_and_a_share(single: Path, feeding: Feeding) -> None:
     spec = f"folder:{single}"
-    train, test = load_splits(spec, test="0.2", feeding=feeding)  # type: ignore[arg-type]
+    train, test = load_splits(spec, test="0.2", feeding=feeding)
     assert train.class_names == test.class_names == ("cat", "dog", "emu")
     assert train.labels.bincount().tolist() == [8, 4, 1]
     assert test.labels.bincount().tolist() == [2, 1]
-    whole = load_dataset(spec, "train", test="none", feeding=feeding)  # type: ignore[arg-type]
+    whole = load_dataset(spec, "train", test="none", feeding=feeding)
     seen = sorted(int(part.load(i)[0, 1, 1]) for part in (train, test) for i in range(len(part)))
     assert seen == sorted(int(whole.load(i)[0, 1, 1]) for i in range(len(whole)))
     if feeding == "memory":
@@ -77,13 +75,6 @@ def test_a_single_folder_and_a_share(single: Path, feeding: str) -> None:
     assert train.images_digest == test.images_digest == whole.images_digest
     assert train.labels_digest != whole.labels_digest
     assert train.tested_share == 0.2
-
-
-def test_a_share_of_any_dataset() -> None:
-    train, test = load_splits("digits", test="0.1")
-    assert len(train) + len(test) == 1000
-    assert train.images is not None
-    assert torch.equal(train.images[7], train.load(7))
 
 
 def test_skipped_files_of_both_parts(single: Path) -> None:
@@ -99,9 +90,6 @@ def test_skipped_files_of_both_parts(single: Path) -> None:
     assert (again[0].skips, again[1].skips) == (train.skips, test.skips)
 
 
-# ---- without labels, without tests ----------------------------------------------------------
-
-
 def test_images_alone(alone: Path) -> None:
     train, test = load_splits(f"folder:{alone}", test="none")
     assert not train.labelled
@@ -113,9 +101,10 @@ def test_images_alone(alone: Path) -> None:
 
 
 def test_labels_are_not_used(single: Path) -> None:
-    train, _ = load_splits(f"folder:{single}", test="none", no_labels=True)
-    assert len(train) == 16
-    assert not train.labelled
+    for no_labels in (True, False, True):  # listings are remembered apart
+        train, _ = load_splits(f"folder:{single}", test="none", no_labels=no_labels)
+        assert len(train) == 16
+        assert train.labelled is not no_labels
     digits, test = load_splits("digits", no_labels=True)
     assert not digits.labelled
     assert test.labelled
@@ -129,15 +118,6 @@ def test_another_dataset_is_tested_on(alone: Path, single: Path, tmp_path: Path)
     assert len(test) == 16
     train, test = load_splits(f"folder:{single}", test=str(single))
     assert len(train) == len(test) == 16
-
-
-def test_a_listing_of_images_alone_is_remembered_apart(single: Path) -> None:
-    for no_labels in (True, False, True):
-        found = load_dataset(f"folder:{single}", "train", test="none", no_labels=no_labels)
-        assert found.labelled is not no_labels
-
-
-# ---- EXIF -----------------------------------------------------------------------------------
 
 
 def test_exif_orientation(tmp_path: Path) -> None:
@@ -154,15 +134,10 @@ def test_exif_orientation(tmp_path: Path) -> None:
     assert (turned.exif, ignored.exif) == (True, False)
 
 
-# ---- what cannot be -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("spec", "reading", "message"),
     [
-        ("digits", {"test": "1.5"}, "no share"),
         ("digits", {"test": "0"}, "no share"),
-        ("digits", {"test": "-0.1"}, "no share"),
         ("digits", {"test": "nan"}, "no share"),
         ("digits", {"test": "photos"}, "none, a share"),
         ("digits", {"exif": True}, "--exif"),
@@ -180,13 +155,11 @@ def test_exif_orientation(tmp_path: Path) -> None:
         ("folder:SINGLE", {"eval_dataset": "folder:ALONE"}, "no folder test"),
     ],
 )
-def test_what_cannot_be_read(  # type: ignore[no-untyped-def]
-    spec, reading, message, single: Path, alone: Path, tmp_path: Path
+def test_what_cannot_be_read(
+    spec: str, reading: dict[str, Any], message: str, single: Path, alone: Path, tmp_path: Path
 ) -> None:
-    places = {"ALONE": alone, "SINGLE": single, "EMPTY": tmp_path}
-
-    def placed(text):  # type: ignore[no-untyped-def]
-        for name, place in places.items():
+    def placed(text: Any) -> Any:
+        for name, place in (("ALONE", alone), ("SINGLE", single), ("EMPTY", tmp_path)):
             text = text.replace(name, str(place)) if isinstance(text, str) else text
         return text
 
@@ -196,12 +169,9 @@ def test_what_cannot_be_read(  # type: ignore[no-untyped-def]
     assert len(str(raised.value).splitlines()) <= 3
 
 
-def test_a_share_is_a_number_between_zero_and_one() -> None:
+def test_settings_of_tests() -> None:
     assert [share_of(test) for test in (None, "none", "photos", "0.25")] == [0, 0, 0, 0.25]
     with pytest.raises(PipelineError):
         share_of("1")
-
-
-def test_two_ways_of_testing() -> None:
     with pytest.raises(ConfigError, match="Give one of them"):
         DataSettings(dataset="digits", test="none", eval_dataset="digits")

@@ -11,17 +11,7 @@ from stages.inputs.datasets.shards import common_folder, expanded, fixed_folder,
 
 
 @pytest.mark.parametrize(
-    "pattern",
-    [
-        "a-{000..012}.tar",
-        "a-{8..11}.tar",
-        "a-{08..11}.tar",
-        "a-{3..1}.tar",
-        "{x,y}/a-{0..1}-{b,c,}.tar",
-        "a-{0..00}.tar",
-        "plain.tar",
-        "{5..5}",
-    ],
+    "pattern", ["a-{08..11}.tar", "a-{3..1}.tar", "{x,y}/a-{0..1}-{b,c,}.tar", "a-{0..00}.tar"]
 )
 def test_braces_are_those_of_bash(pattern: str) -> None:
     shown = subprocess.run(
@@ -50,11 +40,7 @@ def test_patterns_that_are_none(pattern: str, message: str) -> None:
 
 
 LAYOUTS = {
-    "hf": [
-        "imagenet1k-train-0000.tar",
-        "imagenet1k-train-0001.tar",
-        "imagenet1k-validation-00.tar",
-    ],
+    "hf": ["i-train-0000.tar", "i-train-0001.tar", "i-validation-00.tar"],
     "folders": ["train/0.tar", "train/1.tar", "val/0.tar"],
     "test-before-val": ["test-0.tar", "train-0.tar", "val-0.tar"],
     "unnamed": ["0.tar", "1.tar"],
@@ -67,14 +53,11 @@ LAYOUTS = {
     [
         ("hf", "", "train", None, [0, 1]),
         ("hf", "", "test", None, [2]),
-        ("hf", "imagenet1k-train-{0000..0001}.tar", "train", None, [0, 1]),
-        ("hf", "imagenet1k-val*.tar", "test", None, [2]),
-        ("hf", "imagenet1k-train-0001.tar", "test", "imagenet1k-validation-{00..00}.tar", [2]),
+        ("hf", "i-train-0001.tar", "test", "i-validation-{00..00}.tar", [2]),
         ("hf", "*-train-*.tar", "test", "wds:*-val*.tar", [2]),
         ("folders", "", "train", None, [0, 1]),
         ("folders", "", "test", None, [2]),
         ("folders", "train/*.tar", "train", None, [0, 1]),
-        ("folders", "val/{0..0}.tar", "test", None, [2]),
         ("folders", "", "train", "0.5", [0, 1]),
         ("test-before-val", "", "test", None, [0]),
         ("test-before-val", "", "train", None, [1]),
@@ -92,11 +75,8 @@ def test_splits(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     if test and test.endswith(".tar"):
-        test = (
-            test.replace("wds:", "wds:" + f"{tmp_path}/")
-            if "wds:" in test
-            else f"{tmp_path}/{test}"
-        )
+        name = test.removeprefix("wds:")
+        test = test.replace(name, f"{tmp_path}/{name}")
     found = shards_of(Source(f"wds:{tmp_path / pattern}", split, test=test))
     assert found == [tmp_path / LAYOUTS[layout][i] for i in expected]
 
@@ -114,9 +94,7 @@ def test_splits(
         ("t-val-0.tar", "train", r"1 shards, none of them called train\n"),
     ],
 )
-def test_shards_that_are_not_there(
-    tmp_path: Path, pattern: str, split: Split, message: str
-) -> None:
+def test_shards_that_are_missing(tmp_path: Path, pattern: str, split: Split, message: str) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("t-train-0.tar", "t-train-1.tar", "t-val-0.tar"):
         (tmp_path / name).touch()

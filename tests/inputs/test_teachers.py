@@ -4,17 +4,19 @@ The truth is the library itself: its model on what its own preprocessing makes o
 """
 
 import json
+import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DIGITS
+from helpers import DIGITS, smooth
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stages.cache import LogitCache
@@ -23,6 +25,7 @@ from stages.errors import PipelineError
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.models import build_model, load_model
 from stages.inputs.teachers import KINDS, load_teacher
+from stages.inputs.teachers.hugging_face import processing_of
 from stages.settings import CacheConfig, DataSettings, TeacherSettings
 from stages.teacher.logits import TeacherPass
 from stages.teacher.recorded import recorded_job
@@ -30,36 +33,24 @@ from stages.user_code import trusting
 
 CLASSES = ("cat", "dog", "tree_frog")
 SIDE = 32
-OFFSET = {"rescale_offset": True}
+OFFSET = {"rescale_offset": True, "rescale_factor": 2 / 255}
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DIR/CLASS/IMAGE, of noise that is smooth enough to be resized; one is not square."""
+    """DIR/CLASS/IMAGE; the last image of a class is not square."""
     root = tmp_path_factory.mktemp("photographs")
-    draw = np.random.default_rng(0)
-    for name in CLASSES:
+    for seed, name in enumerate(CLASSES):
         (root / name).mkdir()
         for i in range(4):
-            small = draw.integers(0, 256, (6, 6 + 2 * (i == 3), 3), dtype=np.uint8)
-            size = (48 + 16 * (i == 3), 48)
-            Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(
-                root / name / f"{i}.png"
-            )
+            smooth(4 * seed + i, 48, 64 if i == 3 else 48).save(root / name / f"{i}.png")
     return root
-
-
-def settings(name: str, **more: Any) -> TeacherSettings:
-    return TeacherSettings(architecture=name, **more)
 
 
 def job(photographs: Path, **teacher: Any) -> CacheJob:
     data = DataSettings(dataset=f"folder:{photographs}", test="0.3", workers=0)
-    return prepare(
-        CacheConfig(
-            data=data, teacher=TeacherSettings(**teacher), views=1, augment="none", device="cpu"
-        )
-    )
+    own = {"data": data, "teacher": TeacherSettings(**teacher), "augment": "none", "views": 1}
+    return prepare(CacheConfig(device="cpu", **own))
 
 
 def pillow(dataset: ImageDataset, sample: int) -> Image.Image:
@@ -71,9 +62,6 @@ def logits_of(made: CacheJob, samples: list[int]) -> Tensor:
     found = teacher.logits(torch.tensor(samples), 0)
     teacher.feed.close()
     return found
-
-
-# ---- transformers ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +82,13 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.5,
     )
     transformers.ViTForImageClassification(config).save_pretrained(folder)
-    transformers.ViTImageProcessor(
-        size={"height": SIDE, "width": SIDE}, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]
-    ).save_pretrained(folder)
+    statistics = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    size = {"height": SIDE, "width": SIDE}
+    transformers.ViTImageProcessor(size=size, **statistics).save_pretrained(folder)
     return folder
 
 
-def test_a_transformer_says_what_its_own_library_makes_of_it(
+def test_a_transformer_says_what_its_library_says(
     vit: Path, photographs: Path, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -124,30 +112,18 @@ def test_a_transformer_says_what_its_own_library_makes_of_it(
 
 
 @pytest.mark.parametrize(
-    ("processor", "options", "size", "zoom"),
+    ("kind", "options", "size", "zoom"),
     [
-        ("ViTImageProcessor", {"size": {"height": 16, "width": 16}}, 16, 0.0),
-        ("BitImageProcessor", {"size": {"shortest_edge": 20}, "crop_size": 16}, 16, 1.25),
-        ("ConvNextImageProcessor", {"size": {"shortest_edge": 14}, "crop_pct": 0.875}, 14, 8 / 7),
-        ("ConvNextImageProcessor", {"size": {"shortest_edge": 384}, "crop_pct": 0.9}, 384, 0.0),
-        ("MobileNetV2ImageProcessor", {"size": {"shortest_edge": 20}, "crop_size": 16}, 16, 1.25),
-        (
-            "EfficientNetImageProcessor",
-            {
-                "size": {"height": 16, "width": 16},
-                "rescale_offset": True,
-                "rescale_factor": 2 / 255,
-            },
-            16,
-            0.0,
-        ),
+        ("ViT", {"size": {"height": 16, "width": 16}}, 16, 0.0),
+        ("Bit", {"size": {"shortest_edge": 20}, "crop_size": 16}, 16, 1.25),
+        ("ConvNext", {"size": {"shortest_edge": 14}, "crop_pct": 0.875}, 14, 8 / 7),
+        ("ConvNext", {"size": {"shortest_edge": 384}, "crop_pct": 0.9}, 384, 0.0),
+        ("EfficientNet", {"size": {"height": 16, "width": 16}, **OFFSET}, 16, 0.0),
     ],
 )
-def test_processors(processor: str, options: dict[str, Any], size: int, zoom: float) -> None:
+def test_processors(kind: str, options: dict[str, Any], size: int, zoom: float) -> None:
     """Mean and deviation are compared with what the processor makes of two grey images."""
-    transformers = pytest.importorskip("transformers")
-    from stages.inputs.teachers.hugging_face import processing_of
-
+    transformers, processor = pytest.importorskip("transformers"), f"{kind}ImageProcessor"
     made = getattr(transformers, processor)(**options)
     found = processing_of(made.to_dict(), processor)
     assert (found.image_size, found.zoom) == (size, pytest.approx(zoom))
@@ -165,29 +141,18 @@ def test_unnamed_outputs_are_no_classes(tmp_path: Path) -> None:
         embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=7, layer_type="basic"
     )
     transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
-    model = load_teacher(settings(f"hf-model:{tmp_path}"), CLASSES, 3)
+    model = load_teacher(TeacherSettings(architecture=f"hf-model:{tmp_path}"), CLASSES, 3)
     assert model.classes is None
     assert "no processor" in model.notes[0]
-
-
-# ---- CLIP -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     open_clip = pytest.importorskip("open_clip")
     folder = tmp_path_factory.mktemp("clip")
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": SIDE, "layers": 1, "width": 64, "patch_size": 8},
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": 49408,
-            "width": 64,
-            "heads": 1,
-            "layers": 1,
-        },
-    }
+    vision = {"image_size": SIDE, "layers": 1, "width": 64, "patch_size": 8}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.4] * 3, "std": [0.3] * 3}})
     )
@@ -231,20 +196,14 @@ def test_a_zero_shot_classifier(clip_folder: Path, photographs: Path, tmp_path: 
     assert not any("token" in name for name in made.model.module.state_dict())
 
 
-def test_prompts_name_the_classes_of_images_without_labels(
-    clip_folder: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "p.yaml").write_text("classes: {cat: cat, emu: a tall bird}")
-    model = load_teacher(settings(f"clip:{clip_folder}", prompts=str(tmp_path / "p.yaml")), (), 3)
-    assert model.classes == ("cat", "emu")
-    (tmp_path / "p.txt").write_text("a {}\n\nthe {}\n")
-    model = load_teacher(
-        settings(f"clip:{clip_folder}", prompts=str(tmp_path / "p.txt")), CLASSES, 3
-    )
-    assert model.module(torch.zeros(2, 3, SIDE, SIDE)).shape == (2, 3)
+def test_prompts_name_classes(clip_folder: Path, tmp_path: Path) -> None:
+    def classes(name: str, text: str, known: tuple[str, ...]) -> tuple[str, ...] | None:
+        (tmp_path / name).write_text(text)
+        asked = {"architecture": f"clip:{clip_folder}", "prompts": str(tmp_path / name)}
+        return load_teacher(TeacherSettings(**asked), known, 3).classes
 
-
-# ---- files and repositories -----------------------------------------------------------------
+    assert classes("p.yaml", "classes: {cat: cat, emu: a tall bird}", ()) == ("cat", "emu")
+    assert classes("p.txt", "a {}\n\nthe {}\n", CLASSES) == CLASSES
 
 
 class Small(nn.Module):
@@ -281,7 +240,6 @@ def files(tmp_path_factory: pytest.TempPathFactory, small: nn.Module) -> Path:
         "    torch.manual_seed(5 if pretrained else 1)\n"
         "    import test_teachers\n"
         "    return test_teachers.Small()\n"
-        "def needs(x): return x\n"
         "def text(): return 'no module'\n"
         "def broken(): raise KeyError('gamma')\n"
     )
@@ -308,9 +266,10 @@ def test_files_that_hold_their_computation(
 def test_a_hub_repository(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent)
     name = f"hub:{files}:net"
-    plain = load_teacher(settings(name), CLASSES, 3)
-    pretrained = load_teacher(settings(name, weights="pretrained"), CLASSES, 3)
-    saved = load_teacher(settings(name, weights=str(files / "state.pth")), CLASSES, 3)
+    plain, pretrained, saved = (
+        load_teacher(TeacherSettings(architecture=name, weights=weights), CLASSES, 3)
+        for weights in (None, "pretrained", str(files / "state.pth"))
+    )
     states = [m.module.state_dict()["layer.weight"] for m in (plain, pretrained, saved)]
     torch.manual_seed(5)
     assert torch.equal(states[1], Small().layer.weight)
@@ -332,67 +291,52 @@ def test_code_of_a_repository_that_only_a_cache_names(
         recorded_job(tmp_path / "c.zarr")
 
 
-# ---- what cannot be -------------------------------------------------------------------------
-
-
 @pytest.fixture
 def places(tmp_path: Path) -> dict[str, Path]:
     """Folders with mistakes."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.bin").write_text("no archive")
     for name, text in {
-        "list.yaml": "templates: nothing",
         "holes.txt": "a photo\n",
         "other.yaml": "templates: ['{}']\ncolour: red\n",
         "broken.yaml": "templates: [",
         "map.yaml": "classes: [cat]",
         "void.yaml": "classes: {cat: []}",
         "seq.yaml": "- templates: a",
-        "empty.txt": "\n",
     }.items():
         (tmp_path / name).write_text(text)
     return {"TMP": tmp_path}
 
 
-def wrong_hf(vit: Path, tmp_path: Path, kind: str) -> str:
-    folder = tmp_path / kind
-    shutil.copytree(vit, folder)
-    config = json.loads((folder / "config.json").read_text())
+def rewrite(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def headless(folder: Path) -> None:
     weights = folder / "model.safetensors"
-    if kind == "headless":
-        from safetensors.torch import load_file, save_file
-
-        state = load_file(weights)
-        save_file(
-            {n: t for n, t in state.items() if "classifier" not in n}, weights, {"format": "pt"}
-        )
-    elif kind == "unknown":
-        (folder / "config.json").write_text(json.dumps({**config, "model_type": "no_such_type"}))
-    elif kind == "no json":
-        (folder / "config.json").write_text("{")
-    elif kind == "no config":
-        (folder / "config.json").unlink()
-    elif kind == "no weights":
-        weights.unlink()
-    elif kind == "cut off":
-        weights.write_bytes(weights.read_bytes()[:1000])
-    elif kind == "oblong":
-        file = folder / "preprocessor_config.json"
-        size = {"size": {"height": SIDE, "width": 2 * SIDE}}
-        file.write_text(json.dumps(json.loads(file.read_text()) | size))
-    elif kind == "wide":
-        (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
-    return f"hf-model:{folder}"
+    state = {n: t for n, t in load_file(weights).items() if "classifier" not in n}
+    save_file(state, weights, {"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["headless", "unknown", "no json", "no config", "no weights", "cut off", "oblong", "wide"],
-)
+OBLONG = {"size": {"height": SIDE, "width": 2 * SIDE}}
+WRONG: dict[str, Callable[[Path], object]] = {
+    "headless": headless,
+    "unknown": lambda f: rewrite(f / "config.json", model_type="no_such_type"),
+    "no json": lambda f: (f / "config.json").write_text("{"),
+    "no config": lambda f: (f / "config.json").unlink(),
+    "no weights": lambda f: (f / "model.safetensors").unlink(),
+    "cut off": lambda f: os.truncate(f / "model.safetensors", 1000),
+    "oblong": lambda f: rewrite(f / "preprocessor_config.json", **OBLONG),
+    "wide": lambda f: rewrite(f / "config.json", hidden_size=32),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
 def test_folders_of_transformers_that_cannot_be_used(vit: Path, tmp_path: Path, kind: str) -> None:
-    name = wrong_hf(vit, tmp_path, kind)
+    folder = shutil.copytree(vit, tmp_path / "wrong")
+    WRONG[kind](folder)
     with pytest.raises(PipelineError) as raised:
-        load_teacher(settings(name), CLASSES, 3)
+        load_teacher(TeacherSettings(architecture=f"hf-model:{folder}"), CLASSES, 3)
     assert len(str(raised.value).splitlines()) <= 3
 
 
@@ -400,47 +344,33 @@ def test_folders_of_transformers_that_cannot_be_used(vit: Path, tmp_path: Path, 
     ("name", "more", "message"),
     [
         ("hf-model:TMP/nowhere", {}, "hf-model:"),
-        ("hf-model:", {}, "hf-model:"),
         ("hf-model:TMP/empty", {}, "save_pretrained"),
         ("hf-model:TMP", {"weights": "w.pth"}, "brings its weights"),
         ("hf-model:TMP", {"prompts": "p"}, "--prompts is for clip"),
-        ("clip:", {}, "no model ''"),
         ("clip:ViT-B-33/openai", {}, "no model 'ViT-B-33'"),
-        ("clip:ViT-B-32", {}, "no weights ''"),
         ("clip:ViT-B-32/no-such-tag", {}, "Give a file, or one of: openai"),
         ("clip:TMP/empty", {}, "no model"),
-        ("clip:RN50/TMP/text.bin", {}, "cannot load"),
+        pytest.param("clip:RN50/TMP/text.bin", {}, "cannot load", marks=pytest.mark.slow),
         ("clip:RN50/openai", {"weights": "w"}, "brings its weights"),
         ("clip:RN50/openai", {"prompts": "TMP/none"}, "cannot read the prompts"),
         ("clip:RN50/openai", {"prompts": "TMP/holes.txt"}, "without a {}"),
-        ("clip:RN50/openai", {"prompts": "TMP/empty.txt"}, "without a {}"),
-        ("clip:RN50/openai", {"prompts": "TMP/list.yaml"}, "without a {}"),
         ("clip:RN50/openai", {"prompts": "TMP/other.yaml"}, "'colour'"),
         ("clip:RN50/openai", {"prompts": "TMP/broken.yaml"}, "cannot read the prompts"),
         ("clip:RN50/openai", {"prompts": "TMP/map.yaml"}, "no mapping"),
         ("clip:RN50/openai", {"prompts": "TMP/void.yaml"}, "no texts"),
         ("clip:RN50/openai", {"prompts": "TMP/seq.yaml"}, "are a list"),
         ("torchscript:TMP/nowhere", {}, "there is no file"),
-        ("torchscript:", {}, "there is no file"),
-        ("torchscript:TMP", {}, "there is no file"),
         ("torchscript:TMP/text.bin", {}, "torch.jit.save"),
-        ("torchscript:FILES/state.pth", {}, "torch.jit.save"),
         ("torchscript:FILES/m.pt2", {}, "torch.jit.save"),
         ("torchscript:FILES/m.pt", {"weights": "w"}, "brings its weights"),
-        ("export:TMP/nowhere", {}, "there is no file"),
         ("export:TMP", {}, "there is no file"),
         ("export:TMP/text.bin", {}, "torch.export.save"),
-        ("export:FILES/state.pth", {}, "torch.export.save"),
         ("export:FILES/m.pt", {}, "torch.export.save"),
         ("export:FILES/two.pt2", {}, "batches of any size"),
         ("export:FILES/m.pt2", {"weights": "w"}, "brings its weights"),
-        ("hub:", {}, "hubconf.py"),
         ("hub:FILES", {}, "hubconf.py"),
         ("hub:TMP:net", {}, "hubconf.py"),
-        ("hub:TMP/nowhere:net", {}, "hubconf.py"),
-        ("hub:FILES:", {}, "failed"),
         ("hub:FILES:nothing", {}, "failed"),
-        ("hub:FILES:needs", {}, "failed"),
         ("hub:FILES:text", {}, "returned a str"),
         ("hub:FILES:broken", {}, "KeyError: 'gamma'"),
         ("hub:FILES:net", {"weights": "TMP/nowhere"}, "no weights at"),
@@ -457,13 +387,18 @@ def test_teachers_that_cannot_be(  # type: ignore[no-untyped-def]
         name = name.replace(place, str(path))
         more = {key: value.replace(place, str(path)) for key, value in more.items()}
     with pytest.raises(PipelineError) as raised:
-        load_teacher(settings(name, **more), CLASSES, 3)
+        load_teacher(TeacherSettings(architecture=name, **more), CLASSES, 3)
     assert message in f"{raised.value.cause} {raised.value.remedy}"
     assert len(str(raised.value).splitlines()) <= 3
 
 
 def test_a_teacher_of_other_classes(vit: Path, tmp_path: Path) -> None:
-    config = CacheConfig(data=DIGITS, teacher=settings(f"hf-model:{vit}"), augment="none", views=1)
+    config = CacheConfig(
+        data=DIGITS,
+        teacher=TeacherSettings(architecture=f"hf-model:{vit}"),
+        augment="none",
+        views=1,
+    )
     with pytest.raises(PipelineError, match="other classes than the dataset"):
         prepare(config)
 
@@ -474,7 +409,7 @@ def test_they_are_no_students(kind: str) -> None:
         build_model(f"{kind}x", 10, 3)
 
 
-def test_timm_has_its_whole_data_config(
+def test_timm_has_its_data_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photographs: Path
 ) -> None:
     timm = pytest.importorskip("timm")

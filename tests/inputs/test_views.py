@@ -50,7 +50,6 @@ def naive_crop(image: Tensor, top: int, left: int, mirrored: int) -> Tensor:
     return torch.from_numpy(out)
 
 
-# ---- draws, pinned --------------------------------------------------------------------------
 # These numbers are the cache format: a cache made with others holds targets of other pixels.
 
 
@@ -58,17 +57,15 @@ def naive_crop(image: Tensor, top: int, left: int, mirrored: int) -> Tensor:
     ("spec", "seed", "view", "sample", "expected"),
     [
         # (top, left, mirrored)
-        pytest.param("pad-crop-flip", 0, 0, 0, (-2, -2, 1), id="flip, first"),
-        pytest.param("pad-crop-flip", 0, 0, 1, (2, 0, 0), id="flip, next sample"),
-        pytest.param("pad-crop-flip", 1, 0, 0, (1, 3, 1), id="flip, next seed"),
-        pytest.param("pad-crop-flip", 0, 1, 0, (-2, 1, 0), id="flip, next view"),
-        pytest.param("pad-crop-flip", 12345, 7, 49999, (2, -4, 1), id="flip, usual"),
-        pytest.param("pad-crop-flip", -3, 17, 2**40, (3, 1, 0), id="flip, beyond 32 bits"),
-        pytest.param("pad-crop", 0, 0, 0, (-3, 2, 0), id="first"),
-        pytest.param("pad-crop", 0, 80, 49999, (3, 2, 0), id="last view"),
-        pytest.param("pad-crop", 12345, 7, 49999, (-2, 2, 0), id="usual"),
-        pytest.param("pad-crop-flip:pad=1", 0, 0, 0, (0, 1, 1), id="pad 1, first"),
-        pytest.param("pad-crop-flip:pad=1", 0, 17, 49999, (0, -1, 0), id="pad 1, last view"),
+        ("pad-crop-flip", 0, 0, 0, (-2, -2, 1)),
+        ("pad-crop-flip", 0, 0, 1, (2, 0, 0)),
+        ("pad-crop-flip", 1, 0, 0, (1, 3, 1)),
+        ("pad-crop-flip", 0, 1, 0, (-2, 1, 0)),
+        ("pad-crop-flip", 12345, 7, 49999, (2, -4, 1)),
+        ("pad-crop-flip", -3, 17, 2**40, (3, 1, 0)),
+        ("pad-crop", 0, 0, 0, (-3, 2, 0)),
+        ("pad-crop", 0, 80, 49999, (3, 2, 0)),
+        ("pad-crop-flip:pad=1", 0, 17, 49999, (0, -1, 0)),
     ],
 )
 def test_golden_offsets(
@@ -83,13 +80,13 @@ def test_golden_offsets(
     ("seed", "view", "sample", "expected"),
     [
         # (top, left, height, width, mirrored) in an image of 375 x 500
-        pytest.param(0, 0, 0, (50, 134, 213, 176, 0), id="first"),
-        pytest.param(0, 0, 1, (2, 127, 371, 371, 1), id="next sample"),
-        pytest.param(1, 0, 0, (28, 80, 310, 397, 1), id="next seed"),
-        pytest.param(0, 1, 0, (11, 95, 340, 367, 1), id="next view"),
-        pytest.param(0, 299, 1281166, (85, 105, 254, 286, 0), id="usual"),
-        pytest.param(0, 2**40, 5, (124, 171, 230, 300, 0), id="view beyond 32 bits"),
-        pytest.param(-3, 17, 2**40, (61, 147, 295, 326, 0), id="sample beyond 32 bits"),
+        (0, 0, 0, (50, 134, 213, 176, 0)),
+        (0, 0, 1, (2, 127, 371, 371, 1)),
+        (1, 0, 0, (28, 80, 310, 397, 1)),
+        (0, 1, 0, (11, 95, 340, 367, 1)),
+        (0, 299, 1281166, (85, 105, 254, 286, 0)),
+        (0, 2**40, 5, (124, 171, 230, 300, 0)),
+        (-3, 17, 2**40, (61, 147, 295, 326, 0)),
     ],
 )
 def test_golden_resized_crops(seed: int, view: int, sample: int, expected: tuple[int, ...]) -> None:
@@ -97,15 +94,12 @@ def test_golden_resized_crops(seed: int, view: int, sample: int, expected: tuple
     assert numbers(boxes) == [expected]
 
 
-# ---- which views there are ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("policy", "mirrors"),
     [
-        pytest.param(PadCropFlip(), (0, 1), id="pad-crop-flip"),
-        pytest.param(PadCrop(seed=3), (0,), id="pad-crop"),
-        pytest.param(PadCropFlip(pad=0), (0, 1), id="flip alone"),
+        (PadCropFlip(), (0, 1)),
+        (PadCrop(seed=3), (0,)),
+        (PadCropFlip(pad=0), (0, 1)),
     ],
 )
 def test_the_views_of_a_sample_are_all_there_are(policy: PadCrop, mirrors: tuple[int, ...]) -> None:
@@ -126,18 +120,6 @@ def test_a_view_is_uniform_across_samples(view: int) -> None:
     assert abs(chi_square - 161) < 5 * (2 * 161) ** 0.5
 
 
-def test_two_views_of_a_sample_are_independent() -> None:
-    first, second = (draw(PadCropFlip(), torch.arange(20_000), v, (8, 8)) for v in (3, 4))
-    for a, b in product((first.top, first.left, first.mirrored), (second.top, second.mirrored)):
-        correlation = float(torch.corrcoef(torch.stack([a, b]).double())[0, 1])
-        assert (
-            abs(correlation) < 0.04
-        )  # 5 standard deviations, and 1/161 for drawing without return
-
-
-# ---- pixels ---------------------------------------------------------------------------------
-
-
 @settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from([PadCrop, PadCropFlip]),
@@ -145,7 +127,7 @@ def test_two_views_of_a_sample_are_independent() -> None:
     st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
     st.integers(0, 10**6),
 )
-def test_equals_a_naive_crop(
+def test_naive_crops(
     kind: type[PadCrop], pad: int, shape: tuple[int, int, int], number: int
 ) -> None:
     policy = kind(pad=pad, seed=number)
@@ -164,17 +146,6 @@ def test_a_hand_worked_view() -> None:
     assert seen.tolist() == [[[[0, 0, 0], [0, 0, 0], [1, 0, 0]]]]
 
 
-@pytest.mark.parametrize("spec", ["pad-crop-flip", "none"])
-def test_rendering_one_by_one_equals_cropping_a_batch(spec: str) -> None:
-    policy, images = view_policy(spec), noise(20, 3, 7, 9)
-    boxes = draw(policy, torch.arange(20), 0, (7, 9))
-    one_by_one = torch.stack([render(x, boxes, i, (7, 9)) for i, x in enumerate(images)])
-    assert torch.equal(policy.crop(images, boxes), one_by_one)
-
-
-# ---- resized crops --------------------------------------------------------------------------
-
-
 def torchvision_box(height: int, width: int) -> tuple[int, ...]:
     image = torch.empty(1, height, width)
     transform = v2.RandomResizedCrop(1)
@@ -183,13 +154,11 @@ def torchvision_box(height: int, width: int) -> tuple[int, ...]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(8, 600), st.floats(0.5, 2), st.integers(0, 10**9))
-def test_boxes_are_within_limits(height: int, aspect: float, number: int) -> None:
+@given(st.integers(8, 600), st.floats(0.5, 2), st.integers(0, 10**9), st.sampled_from([0.08, 0.9]))
+def test_boxes_are_within_limits(height: int, aspect: float, number: int, min_area: float) -> None:
     width = max(8, round(height * aspect))
-    samples = number + torch.arange(50)
-    for top, left, h, w, mirrored in numbers(
-        draw(ResizedCropFlip(seed=number), samples, number, (height, width))
-    ):
+    samples, policy = number + torch.arange(50), ResizedCropFlip(min_area=min_area, seed=number)
+    for top, left, h, w, mirrored in numbers(draw(policy, samples, number, (height, width))):
         assert top >= 0
         assert left >= 0
         assert top + h <= height
@@ -197,17 +166,17 @@ def test_boxes_are_within_limits(height: int, aspect: float, number: int) -> Non
         assert mirrored in (0, 1)
         # Each side was rounded: some box within half a pixel has an allowed area and ratio.
         assert (w - 0.5) * (h - 0.5) <= height * width
-        assert (w + 0.5) * (h + 0.5) >= 0.08 * height * width
+        if width >= 0.75 * height and height >= 0.75 * width:  # a box is always found
+            assert (w + 0.5) * (h + 0.5) >= min_area * height * width
         assert (w - 0.5) / (h + 0.5) <= 4 / 3
         assert (w + 0.5) / (h - 0.5) >= 3 / 4
 
 
-@pytest.mark.parametrize("size", [(150, 200), (300, 120)])
-def test_boxes_are_distributed_as_torchvision_draws_them(size: tuple[int, int]) -> None:
-    height, width = size
+def test_boxes_are_distributed_as_torchvision_draws_them() -> None:
+    height, width = size = (300, 150)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        theirs = torch.tensor([torchvision_box(height, width) for _ in range(3000)]).double()
+        theirs = torch.tensor([torchvision_box(height, width) for _ in range(1500)]).double()
     boxes = draw(ResizedCropFlip(), torch.arange(30_000), 0, size)
     ours = torch.tensor(numbers(boxes)).double()
 
@@ -224,20 +193,12 @@ def test_boxes_are_distributed_as_torchvision_draws_them(size: tuple[int, int]) 
             "centre, across": float((left + w / 2).mean() / width),
         }
 
-    # Two standard errors of torchvision's 3,000 draws are about 0.01 (0.016 for a share of draws).
-    assert summary(ours) == pytest.approx(summary(theirs), abs=0.02)
+    # Two standard errors of torchvision's 1,500 draws are about 0.014 (0.023 for a share of draws).
+    assert summary(ours) == pytest.approx(summary(theirs), abs=0.03)
     assert float(ours[:, 4].mean()) == pytest.approx(0.5, abs=0.015)
 
 
-@pytest.mark.parametrize(
-    "size",
-    [
-        pytest.param((1, 500), id="1 x 500"),
-        pytest.param((500, 1), id="500 x 1"),
-        pytest.param((3, 500), id="3 x 500"),
-        pytest.param((1000, 10), id="1000 x 10"),
-    ],
-)
+@pytest.mark.parametrize("size", [(1, 500), (500, 1), (3, 500), (1000, 10)])
 def test_no_box_fits_an_extreme_shape(size: tuple[int, int]) -> None:
     # Then torchvision's central crop is not random, and ours must be the same.
     expected = torchvision_box(*size)
@@ -254,51 +215,12 @@ def test_images_of_different_sizes_in_one_draw() -> None:
         assert numbers(draw(policy, samples[i : i + 1], 4, size)) == [together[i]]
 
 
-def test_min_area_bounds_the_area() -> None:
-    boxes = draw(ResizedCropFlip(min_area=0.9), torch.arange(500), 0, (200, 200))
-    assert int((boxes.height * boxes.width).min()) > 0.89 * 200 * 200
-
-
-# ---- rendering ------------------------------------------------------------------------------
-
-
 def box(top: int, left: int, height: int, width: int, mirrored: int = 0) -> Boxes:
     return Boxes(*(torch.tensor([value]) for value in (top, left, height, width, mirrored)))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("mirrored", [0, 1])
-@pytest.mark.parametrize("size", [(24, 24), (7, 7), (60, 50)])
-def test_rendering_resizes_the_crop(channels: int, mirrored: int, size: tuple[int, int]) -> None:
-    image = noise(channels, 40, 50)
-    seen = render(image, box(5, 8, 31, 22, mirrored), 0, size)
-    crop = image[:, 5:36, 8:30]
-    crop = v2.functional.horizontal_flip(crop) if mirrored else crop
-    assert torch.equal(seen, v2.functional.resize(crop, list(size), antialias=True))
-    # Pillow is another implementation of the same filter; the two round differently.
-    for plane, expected in zip(seen, crop, strict=True):
-        pillow = Image.fromarray(expected.numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
-        difference = plane.int() - torch.from_numpy(np.array(pillow)).int()
-        assert int(difference.abs().max()) <= 1
-
-
-def test_rendering_at_the_size_of_the_box_moves_pixels_alone() -> None:
-    image = noise(3, 10, 12)
-    assert torch.equal(render(image, box(2, 3, 6, 5), 0, (6, 5)), image[:, 2:8, 3:8])
-    assert torch.equal(render(image, box(2, 3, 6, 5, 1), 0, (6, 5)), image[:, 2:8, 3:8].flip(-1))
-
-
-def test_rendering_a_channels_last_image_gives_the_same_bytes() -> None:
-    # Decoded files are (H, W, C) in memory, images held in one tensor are (C, H, W).
-    image = noise(3, 40, 50)
-    decoded = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    for size in ((24, 24), (64, 64)):
-        boxes = box(5, 8, 31, 22, 1)
-        assert torch.equal(render(decoded, boxes, 0, size), render(image, boxes, 0, size))
-
-
 @pytest.mark.parametrize("filtering", list(cutting.FILTERS.values()))
-def test_pixels_are_torchvisions_where_it_resizes_in_float32(
+def test_pixels_where_float32_is_resized(
     filtering: InterpolationMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on processors for which torch has no code for uint8."""
@@ -321,9 +243,6 @@ def test_pixels_are_torchvisions_where_it_resizes_in_float32(
     assert not torch.equal(shown, native)
 
 
-# ---- none -----------------------------------------------------------------------------------
-
-
 def test_none_is_the_image_itself() -> None:
     images = noise(4, 3, 6, 5)
     assert torch.equal(Plain().apply(images, torch.arange(4), 0), images)
@@ -332,10 +251,10 @@ def test_none_is_the_image_itself() -> None:
 @pytest.mark.parametrize(
     ("size", "zoom", "expected"),
     [
-        pytest.param((512, 640), 256 / 224, (32, 96, 448, 448, 0), id="256 to 224"),
-        pytest.param((300, 200), 1.0, (50, 0, 200, 200, 0), id="whole shorter side"),
-        pytest.param((9, 9), 3.0, (3, 3, 3, 3, 0), id="a third"),
-        pytest.param((1, 8), 4.0, (0, 3, 1, 1, 0), id="never empty"),
+        ((512, 640), 256 / 224, (32, 96, 448, 448, 0)),
+        ((300, 200), 1.0, (50, 0, 200, 200, 0)),
+        ((9, 9), 3.0, (3, 3, 3, 3, 0)),
+        ((1, 8), 4.0, (0, 3, 1, 1, 0)),  # never empty
     ],
 )
 def test_the_central_square(size: tuple[int, int], zoom: float, expected: tuple[int, ...]) -> None:
@@ -353,38 +272,34 @@ def test_zoom_is_resize_and_centre_crop() -> None:
     assert int((ours.int() - theirs.int())[inside].abs().max()) <= 1
 
 
-# ---- errors ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("policy", "view", "message"),
+    ("spec", "view", "message"),
     [
-        pytest.param(PadCropFlip(), 162, r"view 162 of 'pad-crop-flip' .*\[0, 161\]", id="beyond"),
-        pytest.param(PadCropFlip(), -1, r"view -1 of 'pad-crop-flip'", id="negative"),
-        pytest.param(PadCrop(), torch.tensor([0, 81]), r"view 81 .*\[0, 80\]", id="one of two"),
-        pytest.param(ResizedCropFlip(), -1, r"view -1 .*\[0, \.\.\.\]", id="negative, unbounded"),
-        pytest.param(Plain(), 1, r"view 1 of 'none' .*\[0, 0\]", id="none has one"),
+        ("pad-crop-flip", 162, r"view 162 of 'pad-crop-flip' .*\[0, 161\]"),
+        ("pad-crop-flip", -1, r"view -1 of 'pad-crop-flip'"),
+        ("pad-crop", torch.tensor([0, 81]), r"view 81 .*\[0, 80\]"),
+        ("resized-crop-flip", -1, r"view -1 .*\[0, \.\.\.\]"),
+        ("none", 1, r"view 1 of 'none' .*\[0, 0\]"),
+        ("none|pad-crop", 162, r"view 162 of 'none\|pad-crop' is outside \[0, 161\]"),
     ],
 )
-def test_a_view_that_does_not_exist(policy: ViewPolicy, view: int | Tensor, message: str) -> None:
+def test_a_view_that_does_not_exist(spec: str, view: int | Tensor, message: str) -> None:
     with pytest.raises(ViewError, match=message):
-        policy.apply(noise(2, 1, 4, 4), torch.arange(2), view)
+        view_policy(spec).apply(noise(2, 1, 4, 4), torch.arange(2), view)
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        pytest.param("pad-crop-flop", "did you mean 'pad-crop-flip'", id="near name"),
-        pytest.param("zzz", "unknown view policy 'zzz'\nKnown policies: ", id="far name"),
-        pytest.param("pad-crop:pda=2", "'pda=2' is not a parameter.*\nIt takes pad=4", id="key"),
-        pytest.param("pad-crop:pad=x", "'pad=x' is not a parameter", id="value"),
-        pytest.param("pad-crop:seed=1", "'seed=1' is not a parameter", id="seed is apart"),
-        pytest.param("pad-crop:pad=-1", r"pad must be in \[0, 64\], was -1", id="pad below"),
-        pytest.param("pad-crop:pad=65", r"pad must be in \[0, 64\], was 65", id="pad above"),
-        pytest.param("resized-crop-flip:min_area=0", "min_area must be in", id="no area"),
-        pytest.param("resized-crop-flip:min_area=1.5", "min_area must be in", id="too much area"),
-        pytest.param("none:zoom=0.5", "zoom must be 0 or at least 1", id="zooming out"),
-        pytest.param("none:zoom=inf", "zoom must be 0 or at least 1", id="endless zoom"),
+        ("pad-crop-flop", "did you mean 'pad-crop-flip'"),
+        ("pad-crop:pda=2", "'pda=2' is not a parameter.*\nIt takes pad=4"),
+        ("pad-crop:seed=1", "'seed=1' is not a parameter"),
+        ("pad-crop:pad=-1", r"pad must be in \[0, 64\], was -1"),
+        ("pad-crop:pad=65", r"pad must be in \[0, 64\], was 65"),
+        ("resized-crop-flip:min_area=0", "min_area must be in"),
+        ("resized-crop-flip:min_area=1.5", "min_area must be in"),
+        ("none:zoom=0.5", "zoom must be 0 or at least 1"),
+        ("none:zoom=inf", "zoom must be 0 or at least 1"),
     ],
 )
 def test_a_policy_that_does_not_exist(spec: str, message: str) -> None:
@@ -395,12 +310,10 @@ def test_a_policy_that_does_not_exist(spec: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        pytest.param("pad-crop", PadCrop(seed=7), id="name alone"),
-        pytest.param("pad-crop-flip:pad=2", PadCropFlip(pad=2, seed=7), id="int parameter"),
-        pytest.param("none:zoom=1.25", Plain(zoom=1.25, seed=7), id="float parameter"),
-        pytest.param(
-            "resized-crop-flip:min_area=0.2", ResizedCropFlip(min_area=0.2, seed=7), id="area"
-        ),
+        ("pad-crop", PadCrop(seed=7)),
+        ("pad-crop-flip:pad=2", PadCropFlip(pad=2, seed=7)),
+        ("none:zoom=1.25", Plain(zoom=1.25, seed=7)),
+        ("resized-crop-flip:min_area=0.2", ResizedCropFlip(min_area=0.2, seed=7)),
     ],
 )
 def test_specifications(spec: str, expected: ViewPolicy) -> None:
@@ -412,9 +325,9 @@ def test_specifications(spec: str, expected: ViewPolicy) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        pytest.param({"version": 2}, "is version 1 here, 2 in the cache", id="version"),
-        pytest.param({"name": "cutmix"}, "has no view policy 'cutmix'", id="name"),
-        pytest.param({"parameters": {"fill": 3}}, "has no view policy .*fill", id="parameter"),
+        ({"version": 2}, "is version 1 here, 2 in the cache"),
+        ({"name": "nothing"}, "has no view policy 'nothing'"),
+        ({"parameters": {"fill": 3}}, "has no view policy .*fill"),
     ],
 )
 def test_an_identity_that_this_program_cannot_draw(change: dict[str, Any], message: str) -> None:
@@ -430,37 +343,36 @@ def test_the_filter_of_resized_crops(name: str) -> None:
     assert "interpolation" not in plain.parameters  # so that older identities stay what they are
     sharp = view_policy(f"{name}:interpolation=bicubic", 3)
     assert known_policy(sharp.name, sharp.parameters, sharp.version, sharp.seed) == sharp
-    for policy, filter_ in (
-        (plain, InterpolationMode.BILINEAR),
-        (sharp, InterpolationMode.BICUBIC),
-    ):
+    filters = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
+    for policy, filter_ in zip((plain, sharp), filters, strict=True):
         (seen,) = policy.render_each(images, samples, 0, (16, 16))
-        box = policy.draw(samples, 0, torch.tensor([40]), torch.tensor([60]))
-        assert isinstance(box, Boxes)
-        top, left, height, width = (int(t) for t in (box.top, box.left, box.height, box.width))
-        cut = tv.crop(images[0], top, left, height, width)
-        theirs = tv.resize(
-            cut.flip(-1) if int(box.mirrored) else cut, [16, 16], filter_, antialias=True
-        )
-        assert torch.equal(seen, theirs)
+        ((*corners, mirrored),) = numbers(draw(policy, samples, 0, (40, 60)))
+        cut = tv.crop(images[0], *corners)
+        cut = cut.flip(-1) if mirrored else cut
+        assert torch.equal(seen, tv.resize(cut, [16, 16], filter_, antialias=True))
     with pytest.raises(ViewError, match="bilinear or bicubic"):
         view_policy(f"{name}:interpolation=lanczos", 3)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mirrored", [0, 1])
-@pytest.mark.parametrize("box", [(3, 5, 20, 31), (0, 0, 40, 50), (-2, 10, 12, 60), (1, 1, 8, 8)])
-@pytest.mark.parametrize("filtering", [v2.InterpolationMode.BILINEAR, v2.InterpolationMode.BICUBIC])
+@pytest.mark.parametrize("corners", [(3, 5, 20, 31), (-2, 10, 12, 60), (1, 1, 8, 8)])
+@pytest.mark.parametrize("filtering", list(cutting.FILTERS.values()))
 def test_rendering_does_not_depend_on_how_pixels_lie(
-    channels: int, mirrored: int, box: tuple[int, int, int, int], filtering: v2.InterpolationMode
+    channels: int, mirrored: int, corners: tuple[int, int, int, int], filtering: InterpolationMode
 ) -> None:
     """Against torchvision on planes of colours; decoders lay the colours of a pixel together."""
-    together = torch.randint(0, 256, (40, 50, channels), dtype=torch.uint8).permute(2, 0, 1)
-    crop = tv.crop(together.contiguous(), *box).contiguous()
+    together = noise(40, 50, channels).permute(2, 0, 1)
+    crop = tv.crop(together.contiguous(), *corners).contiguous()
     crop = crop.flip(-1) if mirrored else crop
-    boxes = Boxes(*(torch.tensor([side]) for side in (*box, mirrored)))
-    for size in ((8, 8), (16, 24), (33, 9)):
+    for size in ((8, 8), (16, 24), (33, 9), (60, 70)):
         shown = tv.resize(crop, list(size), interpolation=filtering, antialias=True)
         for image in (together, together.contiguous()):
-            found = render(image, boxes, 0, size, filtering)
+            found = render(image, box(*corners, mirrored), 0, size, filtering)
             assert torch.equal(found, shown)
+    # Pillow is another implementation of the same filter; the two round differently.
+    if filtering == InterpolationMode.BILINEAR:
+        for plane, expected in zip(found, crop, strict=True):
+            pillow = Image.fromarray(expected.numpy()).resize(size[::-1], Image.Resampling.BILINEAR)
+            difference = plane.int() - torch.from_numpy(np.array(pillow)).int()
+            assert int(difference.abs().max()) <= 1

@@ -7,14 +7,14 @@ import json
 import os
 import re
 import tarfile
-import threading
-from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import write_shard
 from PIL import Image
 from torch import Tensor
 
@@ -32,8 +32,6 @@ from stages.inputs.datasets import (
 from stages.inputs.datasets.tar_index import index_shard, key_and_extension
 from stages.inputs.feed import ViewFeed
 from stages.inputs.views import view_policy
-
-Members = Mapping[str, bytes]
 
 
 def picture(seed: int, kind: str = "JPEG", side: int = 0) -> bytes:
@@ -53,16 +51,6 @@ def samples(labels: list[int], start: int = 0) -> dict[str, bytes]:
     for i, label in enumerate(labels, start):
         found |= sample(f"{i:06}", i, label)
     return found
-
-
-def write_shard(path: Path, members: Members) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def as_web_dataset(path: Path) -> list[tuple[str, dict[str, bytes]]]:
@@ -104,9 +92,6 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-# ---- what a shard holds ---------------------------------------------------------------------
-
-
 def test_samples_are_those_of_the_library(tmp_path: Path) -> None:
     path = write_shard(
         tmp_path / "train.tar",
@@ -137,26 +122,13 @@ def test_samples_are_those_of_the_library(tmp_path: Path) -> None:
     assert "1 .seg.png, 1 .txt" in note
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("a.jpg", ("a", "jpg")),
-        ("x/y.z/a.b.JPG", ("x/y.z/a", "b.jpg")),
-        ("./a.cls", ("./a", "cls")),
-        (".hidden.jpg", None),
-        ("x/.jpg", None),
-        ("a", None),
-        ("x.y/a", None),
-        ("__meta__/a.jpg", None),
-        ("x/__size__", None),
-    ],
-)
-def test_keys(name: str, expected: tuple[str, str] | None) -> None:
-    assert key_and_extension(name) == expected
-    library = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name)  # its own expression
-    if expected is not None:
+def test_keys() -> None:
+    for name in ("a.jpg", "x/y.z/a.b.JPG", "./a.cls"):
+        library = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name)  # its own expression
         assert library is not None
-        assert (library[1], library[2].lower()) == expected
+        assert key_and_extension(name) == (library[1], library[2].lower())
+    for name in (".hidden.jpg", "x/.jpg", "a", "x.y/a", "__meta__/a.jpg", "x/__size__"):
+        assert key_and_extension(name) is None
 
 
 def test_members_may_lie_in_any_order_and_beside_other_things(tmp_path: Path) -> None:
@@ -182,9 +154,6 @@ def test_members_may_lie_in_any_order_and_beside_other_things(tmp_path: Path) ->
         assert content[offset : offset + size] == picture(i)
 
 
-# ---- splits, classes, labels ----------------------------------------------------------------
-
-
 def test_images_and_labels_of_both_splits(root: Path) -> None:
     train, test = load_splits(f"wds:{root}", feeding="stream")
     assert (train.name, train.in_order, len(train), len(test)) == ("wds", True, 12, 2)
@@ -200,13 +169,13 @@ def test_images_and_labels_of_both_splits(root: Path) -> None:
     assert held.images_digest == train.images_digest
 
 
-@pytest.mark.parametrize("test", ["x-val-000.tar", "wds:x-val-*.tar"])
-def test_other_shards_for_testing(root: Path, test: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_shards_for_testing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
     spec = "wds:x-train-{000..001}.tar"
-    train, tested = load_splits(spec, test=test, feeding="stream")
-    assert (len(train), len(tested)) == (8, 2)
-    assert train.class_names == tested.class_names
+    for test in ("x-val-000.tar", "wds:x-val-*.tar"):
+        train, tested = load_splits(spec, test=test, feeding="stream")
+        assert (len(train), len(tested)) == (8, 2)
+        assert train.class_names == tested.class_names
     whole, own = load_splits(spec, eval_dataset="wds:x-val-000.tar", feeding="stream")
     assert (len(whole), own.labels.tolist()) == (8, [2, 1])
 
@@ -222,11 +191,9 @@ def test_a_share_and_nothing_to_test_on(root: Path) -> None:
     assert (len(train), len(test)) == (12, 0)
 
 
-@pytest.mark.parametrize("above", [False, True])
-def test_names_of_classes(root: Path, above: bool) -> None:
-    (root.parent if above else root).joinpath("classes.txt").write_text(
-        "ant\nbee\ncrane\ncrane\n\n"
-    )
+@pytest.mark.parametrize("place", [".", ".."])
+def test_names_of_classes(root: Path, place: str) -> None:
+    (root / place / "classes.txt").write_text("ant\nbee\ncrane\ncrane\n\n")
     for dataset in load_splits(f"wds:{root}", feeding="stream"):
         assert dataset.class_names == ("ant", "bee", "crane", "crane")
 
@@ -243,18 +210,15 @@ def test_images_without_labels(root: Path, tmp_path: Path) -> None:
     assert train.class_names == test.class_names == ("0", "1", "2")
 
 
-# ---- reading --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_and_threads(root: Path, workers: int) -> None:
+def test_workers(root: Path) -> None:
     dataset = load(root)
     dataset.load(0)  # the file is open here before there are workers
     policy, order = view_policy("resized-crop-flip"), torch.randperm(12)
-    feed = ViewFeed(dataset, policy, torch.device("cpu"), image_size=8, workers=workers)
+    feed, alone = (
+        ViewFeed(dataset, policy, torch.device("cpu"), image_size=8, workers=n) for n in (2, 0)
+    )
     pixels = torch.cat([batch.pixels for batch in feed.batches(order, 3, 5)])
     feed.close()
-    alone = ViewFeed(dataset, policy, torch.device("cpu"), image_size=8, workers=0)
     (batch,) = alone.batches(torch.arange(12), 3, 12)
     assert torch.equal(pixels, batch.pixels[order])
 
@@ -272,16 +236,10 @@ def test_few_files_are_open_at_a_time(root: Path, monkeypatch: pytest.MonkeyPatc
             if not torch.equal(dataset.load(i), known[i]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(read, range(4)))
     assert not wrong
     assert len(os.listdir("/proc/self/fd")) <= before + 1
-
-
-# ---- the index, remembered ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -332,16 +290,10 @@ def test_a_changed_shard_is_indexed_again(root: Path, scans: list[list[str]], ch
     write_shard(root / "x-train-001.tar", members)
     after = load(root)
     assert len(scans) == 2
-    same = (
-        after.images_digest == before.images_digest,
-        after.labels_digest == before.labels_digest,
-    )
-    assert same == {"label": (True, False), "image": (False, True), "order": (False, False)}[change]
+    assert (after.images_digest == before.images_digest) == (change == "label")
+    assert (after.labels_digest == before.labels_digest) == (change == "image")
     with pytest.raises(DatasetError, match="has changed since it was indexed"):
         before.load(5)
-
-
-# ---- leaving images out ---------------------------------------------------------------------
 
 
 def test_broken_images_are_found_and_left_out(root: Path, tmp_path: Path) -> None:
@@ -382,13 +334,6 @@ def test_check_data_says_what_is_not_taken(root: Path) -> None:
     assert ("test", "x-val-000.tar", "1 class without image") in found
 
 
-# ---- errors ---------------------------------------------------------------------------------
-
-
-def cut(path: Path, size: int) -> None:
-    os.truncate(path, size)
-
-
 def spoil(path: Path, at: int, content: bytes) -> None:
     with path.open("r+b") as file:
         file.seek(at)
@@ -416,16 +361,18 @@ PAIR = SIZE * (3 + -(-len(picture(0)) // SIZE))
 LARGE_JSON = b'{"label": 1, "' + b"x" * (2**20 - 1) + b'":2}'
 WRONG = {
     "missing": (Path.unlink, "no shard .*x-train-000"),
-    "cut in an image": (lambda p: cut(p, SIZE + 100), "no whole tar file: unexpected end of data"),
-    "cut before a class": (lambda p: cut(p, PAIR - SIZE), "unexpected end of data"),
-    "cut between members": (lambda p: cut(p, PAIR), "the mark of its end is missing"),
-    "cut in a header": (lambda p: cut(p, PAIR + 9), "the mark of its end is missing"),
-    "no bytes": (lambda p: cut(p, 0), "no whole tar file: empty file"),
+    "cut in an image": (
+        lambda p: os.truncate(p, SIZE + 100),
+        "no whole tar file: unexpected end of data",
+    ),
+    "cut before a class": (lambda p: os.truncate(p, PAIR - SIZE), "unexpected end of data"),
+    "cut between members": (lambda p: os.truncate(p, PAIR), "the mark of its end is missing"),
+    "cut in a header": (lambda p: os.truncate(p, PAIR + 9), "the mark of its end is missing"),
+    "no bytes": (lambda p: os.truncate(p, 0), "no whole tar file: empty file"),
     "spoilt header": (lambda p: spoil(p, PAIR, b"xyz"), r"end is missing \(1 images before\)"),
     "no tar": (lambda p: p.write_bytes(b"hello" * 500), "no whole tar file: invalid header"),
     "compressed": (compress, r"is compressed \(gzip\)"),
     "empty": (lambda p: write_shard(p, {}), r"has no images\n"),
-    "labels alone": (lambda p: write_shard(p, {"a.cls": b"1"}), r"has no images\n"),
     "no label": (with_members(**{"000001_cls": None}), r"000001\.jpg has no label, 11 other"),
     "two images": (
         with_members(**{"000001_png": picture(1, "PNG")}),
@@ -433,7 +380,6 @@ WRONG = {
     ),
     "text": (with_members(**{"000001_cls": b"cat"}), r"000001\.cls is 'cat', no class number"),
     "fraction": (with_members(**{"000001_cls": b"1.5"}), "'1.5', no class number"),
-    "negative": (with_members(**{"000001_cls": b"-1"}), r"000001\.cls is -1\n"),
     "huge": (with_members(**{"000001_cls": b"9999999"}), r"000001\.cls is 9999999\n"),
     "json text": (
         with_members(**{"000001_cls": None, "000001_json": b'{"label": [1]}'}),
@@ -443,7 +389,6 @@ WRONG = {
         with_members(**{"000001_cls": None, "000001_json": LARGE_JSON}),
         r"000001\.json has 1,048,593 bytes, a label at most 1,048,576\n.*KEY\.cls",
     ),
-    "large cls": (with_members(**{"000001_cls": b"1" + b" " * 2**20}), "has 1,048,577 bytes"),
     "no json": (with_members(**{"000001_json": b"{'label': 1}"}), r"000001\.json is no JSON"),
 }
 
@@ -466,18 +411,15 @@ def test_shards_that_cannot_be_used(root: Path, kind: str) -> None:
     assert str(raised.value).count("\n") <= 2
 
 
-@pytest.mark.parametrize(
-    ("names", "label", "message"),
-    [
-        ("a\nb\n", 2, r"000051\.jpg is 2, and there are 2 classes\n.*classes\.txt"),
-        (None, 3, r"000051\.jpg is 3, and there are 3 classes"),
-    ],
-)
-def test_labels_out_of_range(root: Path, names: str | None, label: int, message: str) -> None:
-    write_shard(root / "x-val-000.tar", samples([0, label], 50))
-    if names is not None:
-        (root / "classes.txt").write_text(names)
-    with pytest.raises(DatasetError, match=message):
+def test_labels_out_of_range(root: Path) -> None:
+    write_shard(root / "x-val-000.tar", samples([0, 3], 50))
+    with pytest.raises(DatasetError, match=r"000051\.jpg is 3, and there are 3 classes"):
+        load(root, "test")
+    (root / "classes.txt").write_text("a\nb\n")
+    with pytest.raises(DatasetError, match=r"is 3, and there are 2 classes\n.*classes\.txt"):
+        load(root, "test")
+    write_shard(root / "x-val-000.tar", {"a.jpg": picture(1)})
+    with pytest.raises(DatasetError, match=r"test images of .* have no labels"):
         load(root, "test")
 
 
@@ -487,12 +429,6 @@ def test_labels_that_count_from_one(tmp_path: Path) -> None:
         load(tmp_path, test="none")
     (tmp_path / "classes.txt").write_text("none\na\nb\nc\n")
     assert load(tmp_path, test="none").labels.tolist() == [1, 2, 3]
-
-
-def test_test_images_without_labels(root: Path) -> None:
-    write_shard(root / "x-val-000.tar", {"a.jpg": picture(1)})
-    with pytest.raises(DatasetError, match=r"test images of .* have no labels"):
-        load(root, "test")
 
 
 def test_skip_lists_that_name_nothing(root: Path) -> None:
