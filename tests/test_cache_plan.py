@@ -37,14 +37,17 @@ def files_and_bytes(store: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("changes", "blocks"),
     [
         ({"block_rows": 100, "views": 3}, 9),
-        ({"block_rows": 150, "views": 2, "encoding": "klt"}, 4),
-        pytest.param({"block_rows": 65_536, "views": 16}, 16, marks=pytest.mark.slow),
-        pytest.param(
-            {"block_rows": 150, "views": 2, "encoding": "topk:k=4"}, 4, marks=pytest.mark.slow
+        pytest.param({"block_rows": 65_536, "views": 16}, 16, marks=SLOW),
+        *(
+            pytest.param({"block_rows": 150, "views": 2, "encoding": name}, 4, marks=SLOW)
+            for name in ("klt", "topk:k=4")
         ),
     ],
 )

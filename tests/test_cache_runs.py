@@ -72,7 +72,9 @@ def alone(tiny_job: CacheJob, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return whole(out)
 
 
-@pytest.mark.parametrize(("at_once", "passes"), [(3, 3), (9, 2)])
+@pytest.mark.parametrize(
+    ("at_once", "passes"), [(3, 3), pytest.param(9, 2, marks=pytest.mark.slow)]
+)
 def test_the_store_does_not_depend_on_views_at_once(
     job: CacheJob, alone: dict[str, bytes], tmp_path: Path, at_once: int, passes: int
 ) -> None:

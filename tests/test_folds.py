@@ -123,13 +123,10 @@ def zeroed(dataset: ImageDataset, which: Tensor) -> ImageDataset:
 def test_a_teacher_does_not_depend_on_its_fold(my_world: World, tmp_path: Path) -> None:
     for fold in (0, 2):
         black = zeroed(my_world.splits.train, my_world.fold_of == fold)
-        splits = Splits(black, my_world.splits.test)
-        train_folds(teacher_config(fold=fold), tmp_path / str(fold), splits=splits)
-        again = tmp_path / str(fold) / f"fold-{fold}"
-        assert same_weights(again, my_world.teachers / f"fold-{fold}")
-    other = zeroed(my_world.splits.train, my_world.fold_of == 1)
-    train_folds(teacher_config(fold=0), tmp_path / "o", splits=Splits(other, my_world.splits.test))
-    assert not same_weights(tmp_path / "o" / "fold-0", my_world.teachers / "fold-0")
+        splits, out = Splits(black, my_world.splits.test), tmp_path / str(fold)
+        train_folds(teacher_config(fold=2), out, splits=splits)
+        same = same_weights(out / "fold-2", my_world.teachers / "fold-2")
+        assert same == (fold == 2)
 
 
 def test_folds_go_on_where_they_were_stopped(my_world: World, tmp_path: Path) -> None:

@@ -223,7 +223,9 @@ ABSURD: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", ABSURD)
+@pytest.mark.parametrize(
+    "name", [n if n == "block" else pytest.param(n, marks=pytest.mark.slow) for n in ABSURD]
+)
 def test_a_record_that_claims_what_cannot_be_is_a_fault(store: Path, name: str) -> None:
     edit_record(store, 0, ABSURD[name])
     assert 1 <= len(verify(store).faults) < 20

@@ -257,7 +257,7 @@ def test_any_size_is_cut_as_naively(
         assert showed.samples == len({sample for batch_ in expected for sample, _ in batch_})
 
 
-@pytest.mark.parametrize("one_batch", [False, True])
+@pytest.mark.parametrize("one_batch", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_weights_are_those_of_a_naive_loop(world: World, tmp_path: Path, one_batch: bool) -> None:
     """KD with SGD, written out: every view rendered alone, every row read alone."""
     simple = {"momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}

@@ -9,7 +9,7 @@ from noise import noise, noise_dataset
 from PIL import Image
 from torch import Tensor
 
-from stages.errors import DatasetError, ViewError
+from stages.errors import DatasetError
 from stages.inputs.datasets import ImageDataset, load_dataset
 from stages.inputs.feed import Batch, Normalise, ViewFeed, num_batches, plain_view
 from stages.inputs.feed import joined as one_batch
@@ -122,13 +122,6 @@ def test_images_of_any_size_are_brought_to_one() -> None:
     feed = ViewFeed(source, view_policy("none"), CPU, workers=0)
     with pytest.raises(DatasetError, match=r"images differ in size(.|\n)*--image-size"):
         list(feed.batches(torch.arange(5), 0, 2))
-
-
-@pytest.mark.parametrize("streamed", [False, True])
-def test_a_view_that_does_not_exist(streamed: bool) -> None:
-    feed = ViewFeed(noise_dataset(streamed=streamed), view_policy("pad-crop"), CPU, workers=0)
-    with pytest.raises(ViewError, match="view 81 of 'pad-crop'"):
-        next(feed.batches(torch.arange(4), 81, 2))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -68,24 +68,23 @@ def only_manifest(caches: Path) -> Path:
     return path
 
 
-def test_the_second_time_nothing_is_listed(my_folder: Path, scans: list[Path]) -> None:
+def test_the_second_time_nothing_is_listed(
+    my_folder: Path, my_caches: Path, scans: list[Path]
+) -> None:
+    """The listing lies in the user's cache, and not in the dataset."""
+    before = sorted(my_folder.rglob("*"))
     first = load_dataset(f"folder:{my_folder}", "train")
     again = load_dataset(f"folder:{my_folder}", "train")
     assert scans == [my_folder / "train"]
-    assert again.class_names == first.class_names == ("ant", "bee", "cat")
-    assert again.labels.tolist() == first.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert again.images_digest == first.images_digest
-    assert [again.load(i).shape for i in range(12)] == [first.load(i).shape for i in range(12)]
-
-
-def test_it_lies_in_the_users_cache_alone(my_folder: Path, my_caches: Path) -> None:
-    before = sorted(my_folder.rglob("*"))
-    digests(my_folder)
     assert sorted(my_folder.rglob("*")) == before
     kept = only_manifest(my_caches)
     assert kept == manifest.manifest_path("folder", my_folder / "train")
     assert kept.parent == my_caches / "teacher-cache" / "folders"
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]  # nothing half-written
+    assert again.class_names == first.class_names == ("ant", "bee", "cat")
+    assert again.labels.tolist() == first.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert again.images_digest == first.images_digest
+    assert [again.load(i).shape for i in range(12)] == [first.load(i).shape for i in range(12)]
 
 
 def test_it_lies_below_home_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,14 +201,6 @@ def test_one_that_cannot_be_written(
     (tmp_path / blocked).write_text("a file where a folder should be")
     assert digests(my_folder) == digests(my_folder)
     assert len(scans) == 2
-
-
-def test_names_that_are_not_text_are_not_remembered(my_folder: Path, my_caches: Path) -> None:
-    odd = manifest.FolderListing(["a\udcff"], [0], ["a\udcff/0.png"], [1])
-    (my_folder / "train" / "a\udcff").mkdir()
-    settle(my_folder / "train")
-    assert manifest.remembered("folder", my_folder / "train", lambda: odd) == odd
-    assert not any(path.is_file() for path in my_caches.rglob("*"))
 
 
 def test_two_ways_of_listing_a_folder_do_not_mix(my_folder: Path) -> None:

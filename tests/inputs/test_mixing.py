@@ -1,7 +1,6 @@
 """Mixup and cutmix: partners, shares against the exact distribution, pixels by a naive loop."""
 
 import math
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -74,20 +73,6 @@ def test_golden_shares() -> None:
         [7, 0, 8, 4],
         [0, 11, 14, 21],
     ]
-
-
-@pytest.mark.parametrize(
-    ("spec", "expected"),
-    [
-        ("pad-crop-flip+mixup", 2098292708),
-        ("pad-crop-flip+cutmix", 3756963498),
-        ("pad-crop-flip+erasing+mixup:alpha=0.2", 3533557288),
-    ],
-)
-def test_golden_pixels(spec: str, expected: int) -> None:
-    feed = ViewFeed(noise_dataset(), view_policy(spec, seed=8), CPU)
-    pixels = fed(feed, torch.arange(21), 200, 21).pixels
-    assert zlib.crc32(pixels.numpy().tobytes()) == expected
 
 
 @settings(max_examples=25, deadline=None)
