@@ -30,6 +30,7 @@ from stages.repair import recorded_job, repair
 from stages.settings import (
     CacheConfig,
     DataSettings,
+    ModelSettings,
     RectifyConfig,
     TeacherSettings,
     TrainSettings,
@@ -191,7 +192,8 @@ def test_everything_after_it_needs_no_option(gone_on: Gone, tmp_path: Path) -> N
     assert verify_live(cache, job, 40) == []
     assert verify_pixels(cache, job.splits) == []
 
-    config = student_of(out, data=data, train=TrainSettings(epochs=1, batch_size=8))
+    model, train = ModelSettings(architecture="resnet8"), TrainSettings(epochs=1, batch_size=8)
+    config = student_of(out, data=data, model=model, train=train)
     words = Words()
     trainer = student_trainer([config], [RunDirectory(tmp_path / "looked-at")], reporter=words)
     assert trainer.stream.samples.tolist() == [i for i in range(CLASSES * EACH) if i != SAMPLE]
