@@ -5,21 +5,30 @@ Session fixtures are never written to: take `cache_copy`, or copy with shutil.co
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import DIGITS, cache_config_of, first, job_of, resized, teacher_of
+from helpers import (
+    DIGITS,
+    Answer,
+    Command,
+    Runs,
+    answer_to,
+    cache_config_of,
+    cut,
+    job_of,
+    resized,
+    teacher_of,
+)
 from hypothesis import settings
 
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits, load_data
 from stages.rectify import rectify
-from stages.settings import (
-    CacheConfig,
-    RectifyConfig,
-)
+from stages.settings import CacheConfig, RectifyConfig
 from stages.train_teacher import train_teacher
 
 # Nothing is timed in a test: a busy machine must not fail one.
@@ -41,6 +50,23 @@ def safe_path_is_of_one_command() -> Iterator[None]:
     """A command run in this process leaves no variable behind for programs that tests start."""
     yield
     os.environ.pop("PYTHONSAFEPATH", None)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    def run(words: str | Sequence[str]) -> Answer:
+        given = words.split() if isinstance(words, str) else words
+        return answer_to(given, monkeypatch, capsys)
+
+    return run
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where whoever runs the tests ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
@@ -88,10 +114,21 @@ def cache_copy(finished_cache: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_job(teacher_run: Path, digits: Splits) -> CacheJob:
-    """Two views of 300 samples in three blocks each, as klt; a test split of 100."""
-    splits = Splits(first(digits.train, 300), first(digits.test, 100))
-    return job_of(teacher_run, splits, encoding="klt", block_rows=100)
+def small_splits(digits: Splits) -> Splits:
+    """300 training and 100 test images: those of `small_cache`."""
+    return cut(digits, 300, 100)
+
+
+@pytest.fixture(scope="session")
+def tiny_splits(digits: Splits) -> Splits:
+    """60 training and 20 test images: those of `tiny_cache`."""
+    return cut(digits, 60, 20)
+
+
+@pytest.fixture(scope="session")
+def small_job(teacher_run: Path, small_splits: Splits) -> CacheJob:
+    """Two views of 300 samples in three blocks each, as klt."""
+    return job_of(teacher_run, small_splits, encoding="klt", block_rows=100)
 
 
 def finished(job: CacheJob, path: Path) -> Path:
@@ -107,6 +144,14 @@ def small_cache(tmp_path_factory: pytest.TempPathFactory, small_job: CacheJob) -
     return finished(small_job, tmp_path_factory.mktemp("small") / "small.zarr")
 
 
+@pytest.fixture(scope="session")
+def small_runs(
+    tmp_path_factory: pytest.TempPathFactory, small_cache: Path, small_splits: Splits
+) -> Runs:
+    """Students of the small cache."""
+    return Runs(small_cache, small_splits, tmp_path_factory.mktemp("runs"))
+
+
 @pytest.fixture
 def small_copy(small_cache: Path, tmp_path: Path) -> Path:
     """A small cache of one's own."""
@@ -115,7 +160,7 @@ def small_copy(small_cache: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_job(small_job: CacheJob) -> CacheJob:
-    """Two views of 60 samples in two blocks each, as float32; a test split of 20."""
+    """Two views of 60 samples in two blocks each, as float32."""
     return resized(small_job, 60, 20, block_rows=30, encoding="float32")
 
 
@@ -123,6 +168,15 @@ def tiny_job(small_job: CacheJob) -> CacheJob:
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_job: CacheJob) -> Path:
     """A complete cache with the rectification pairwise-T4. Read only: many tests share it."""
     return finished(tiny_job, tmp_path_factory.mktemp("tiny") / "tiny.zarr")
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path, tiny_splits: Splits
+) -> Runs:
+    """Students of the tiny cache."""
+    folder = tmp_path_factory.mktemp("tiny-runs")
+    return Runs(tiny_cache, tiny_splits, folder, train__batch_size=30, train__lr=0.02)
 
 
 @pytest.fixture

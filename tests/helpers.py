@@ -5,15 +5,18 @@ import dataclasses
 import fnmatch
 import io
 import json
+import math
 import os
 import signal
+import subprocess
 import sys
 import tarfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import mkdtemp
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -31,6 +34,7 @@ from stages.errors import CacheError, PipelineError, UnansweredError
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Batch
 from stages.reporting import Silent
+from stages.schema import Settings
 from stages.settings import (
     CacheConfig,
     DataSettings,
@@ -40,10 +44,12 @@ from stages.settings import (
     TeacherSettings,
     TrainSettings,
 )
-from stages.train_student import train_student
+from stages.train_student import student_trainer, train_student, train_together
 from stages.training.cached_task import CachedTask
 from stages.training.run_directory import RunDirectory
+from stages.training.trainer import Trainer
 
+ROOT = Path(__file__).parents[1]
 SHARED_DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 """Data that is too large for the repository; tests that use it are skipped where it is missing."""
 DIGITS = DataSettings(dataset="digits", workers=0)
@@ -99,6 +105,34 @@ def save_table(path: Path, files: Sequence[Path], labels: Sequence[int]) -> None
     datasets.DatasetDict(train=table).save_to_disk(str(path))
 
 
+def normed(num_classes: int) -> nn.Module:
+    """The smallest student with batch norm, whose statistics a step changes, of 8 x 8."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 36, num_classes),
+    )
+
+
+def naive_softmax(row: Sequence[float], temperature: float = 1.0) -> list[float]:
+    """A number at a time, in double precision."""
+    powers = [math.exp((z - max(row)) / temperature) for z in row]
+    return [power / sum(powers) for power in powers]
+
+
+def naive_ece(logits: Tensor, right: Sequence[bool], bins: int = 15) -> float:
+    """The expected calibration error of Guo et al. (2017), a row at a time."""
+    members: list[list[tuple[float, bool]]] = [[] for _ in range(bins)]
+    for row, hit in zip(logits.double().tolist(), right, strict=True):
+        confidence = max(naive_softmax(row))
+        (at,) = (m for m in range(bins) if m / bins < confidence <= (m + 1) / bins)
+        members[at].append((confidence, bool(hit)))
+    total = sum(abs(sum(c for c, _ in one) - sum(h for _, h in one)) for one in members)
+    return total / len(logits)
+
+
 class Words:
     """A reporter that remembers what was said."""
 
@@ -146,6 +180,29 @@ class Answer:
         return " ".join((self.out + self.err).split())
 
 
+def outside(
+    *words: str, folder: Path = ROOT, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """python with these words, as a process of its own. environment: more variables."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def imported(message: str) -> set[str]:
+    """The packages that `python -X importtime` says were imported."""
+    return {line.split("|")[-1].strip().split(".")[0] for line in message.splitlines()}
+
+
+Command = Callable[[str | Sequence[str]], Answer]
+"""Runs `pipeline` with these words in this process: the fixture `command`."""
+
+
 def answer_to(
     words: Sequence[str], patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Answer:
@@ -163,8 +220,23 @@ def answer_to(
     return Answer(code, *capsys.readouterr())
 
 
+Config = TypeVar("Config", bound=Settings)
+
+
+def changed(config: Config, **changes: Any) -> Config:
+    """The same settings but for these; `train__lr` is one of a section."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key in [key for key in changes if "__" in key]:
+        section, _, name = key.partition("__")
+        sections.setdefault(section, {})[name] = changes.pop(key)
+    for section, given in sections.items():
+        assert section not in changes, f"{section} is given whole and in part"
+        changes[section] = msgspec.structs.replace(getattr(config, section), **given)
+    return msgspec.structs.replace(config, **changes)
+
+
 def student_of(cache: str | Path, **changes: Any) -> StudentConfig:
-    """Two epochs of a small student of the digits; keyword arguments replace whole sections."""
+    """Two epochs of a small student of the digits. changes: as of `changed`."""
     config = StudentConfig(
         cache=str(cache),
         data=DIGITS,
@@ -172,7 +244,7 @@ def student_of(cache: str | Path, **changes: Any) -> StudentConfig:
         train=TrainSettings(epochs=2, batch_size=100, lr=0.05),
         device="cpu",
     )
-    return msgspec.structs.replace(config, **changes)
+    return changed(config, **changes)
 
 
 def student_of_photographs(data: DataSettings, folder: Path) -> StudentConfig:
@@ -188,14 +260,14 @@ def student_of_photographs(data: DataSettings, folder: Path) -> StudentConfig:
         device="cpu",
     )
     cache_teacher(prepare(config), folder / "cache.zarr")
-    train = TrainSettings(epochs=1, batch_size=4)
-    student = student_of(folder / "cache.zarr", data=data, train=train)
+    of = {"data": data, "train__epochs": 1, "train__batch_size": 4}
+    student = student_of(folder / "cache.zarr", **of)
     train_student(student, folder / "run")
     return student
 
 
 def teacher_of(**changes: Any) -> TeacherConfig:
-    """Two epochs of a resnet8 of the digits; keyword arguments replace whole sections."""
+    """Two epochs of a resnet8 of the digits. changes: as of `changed`."""
     config = TeacherConfig(
         data=DIGITS,
         model=ModelSettings(architecture="resnet8"),
@@ -203,7 +275,7 @@ def teacher_of(**changes: Any) -> TeacherConfig:
         train=TrainSettings(epochs=2),
         device="cpu",
     )
-    return msgspec.structs.replace(config, **changes)
+    return changed(config, **changes)
 
 
 class SeenBatch(NamedTuple):
@@ -227,12 +299,12 @@ def seen_batches(patch: pytest.MonkeyPatch) -> list[SeenBatch]:
 
 
 @contextlib.contextmanager
-def refused(error: type[PipelineError], cause: str, remedy: str = "") -> Iterator[None]:
+def refused(error: type[PipelineError], cause: str, *remedies: str) -> Iterator[None]:
     """Inside, one error of at most three lines, whose cause and remedy have these words."""
     with pytest.raises(error) as raised:
         yield
     assert cause in raised.value.cause
-    assert remedy in raised.value.remedy
+    assert all(remedy in raised.value.remedy for remedy in remedies), raised.value.remedy
     assert len(str(raised.value).splitlines()) <= 3
 
 
@@ -246,7 +318,7 @@ def refusal(work: Callable[[], object]) -> str:
 
 
 def cache_config_of(teacher: str | Path, **changes: Any) -> CacheConfig:
-    """Two views of the digits; keyword arguments replace settings. teacher: its run."""
+    """Two views of the digits. teacher: its run; changes: as of `changed`."""
     config = CacheConfig(
         data=DIGITS,
         teacher=TeacherSettings(weights=str(teacher)),
@@ -254,7 +326,7 @@ def cache_config_of(teacher: str | Path, **changes: Any) -> CacheConfig:
         augment="pad-crop:pad=2",
         device="cpu",
     )
-    return msgspec.structs.replace(config, **changes)
+    return changed(config, **changes)
 
 
 def job_of(teacher: str | Path, splits: Splits | None = None, **changes: Any) -> CacheJob:
@@ -277,10 +349,14 @@ def first(dataset: ImageDataset, size: int) -> ImageDataset:
     return dataclasses.replace(dataset, labels=labels, images=images, load=images.__getitem__)
 
 
+def cut(splits: Splits, train: int, test: int) -> Splits:
+    """The first samples of both splits."""
+    return Splits(first(splits.train, train), first(splits.test, test))
+
+
 def resized(job: CacheJob, train: int, test: int, **changes: Any) -> CacheJob:
     """The same teacher's job over the first samples. changes: of its configuration."""
-    splits = Splits(first(job.splits.train, train), first(job.splits.test, test))
-    return prepare(msgspec.structs.replace(job.config, **changes), splits)
+    return prepare(msgspec.structs.replace(job.config, **changes), cut(job.splits, train, test))
 
 
 def committed(cache: Path, part: str = "logits") -> int:
@@ -315,10 +391,54 @@ def weights(run: Path) -> dict[str, Tensor]:
     return found
 
 
+def assert_same_runs(one: Path, other: Path) -> None:
+    """They ended with the same bits, and every epoch had the same numbers."""
+    assert same_weights(one, other)
+    assert without_times(one) == without_times(other)
+
+
 def same_weights(one: Path, other: Path) -> bool:
     """Whether two runs ended with the same bits."""
     left, right = weights(one), weights(other)
     return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+class Runs:
+    """Students of one cache in run directories of their own. base: as of `changed`."""
+
+    def __init__(self, cache: Path, splits: Splits, folder: Path, **base: Any) -> None:
+        self.cache, self.splits, self.folder, self.base = cache, splits, folder, base
+        self._plain: dict[StudentConfig, Path] = {}
+
+    def student(self, **changes: Any) -> StudentConfig:
+        return student_of(changes.pop("cache", self.cache), **{**self.base, **changes})
+
+    def new(self) -> Path:
+        """Where no run is yet."""
+        return Path(mkdtemp(dir=self.folder)) / "run"
+
+    def plain(self, config: StudentConfig) -> Path:
+        """The run of a student; made once, and read only."""
+        if config not in self._plain:
+            self._plain[config] = self.trained(config)
+        return self._plain[config]
+
+    def trained(self, config: StudentConfig, out: Path | None = None, **more: Any) -> Path:
+        """A run of one's own. more: arguments of `train_student`."""
+        out = out or self.new()
+        train_student(config, out, **{"splits": self.splits, **more})
+        return out
+
+    def together(self, configs: Sequence[StudentConfig], **more: Any) -> list[Path]:
+        """Their runs, all of them finished. more: arguments of `train_together`."""
+        outs = more.pop("outs", None) or [self.new() for _ in configs]
+        ends = train_together(configs, outs, splits=self.splits, **more)
+        assert all(isinstance(end, dict) for end in ends), ends
+        return outs
+
+    def trainer(self, config: StudentConfig, out: Path | None = None, **ways: bool) -> Trainer:
+        """A trainer that has not begun. ways: resume or overwrite."""
+        return student_trainer([config], [RunDirectory(out or self.new(), **ways)], self.splits)
 
 
 def prepared(path: Path, config: Mapping[str, Any], **ways: bool) -> RunDirectory:

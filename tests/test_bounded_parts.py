@@ -29,19 +29,14 @@ class Measured:
 
     @property
     def results(self) -> dict[str, Result]:
-        if not self.book.exists():
-            return {}
-        (run,) = read_runs(self.book)
-        return {part.name: part for part in run.parts}
+        runs = read_runs(self.book) if self.book.exists() else []
+        return {part.name: part for run in runs for part in run.parts}
 
     @property
     def begun(self) -> list[list[str]]:
         """Name and process of every part that was begun."""
         file = self.folder / "begun"
         return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
-
-
-# ---- bounds ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -52,12 +47,8 @@ def test_a_part_that_fails_hangs_or_dies_costs_only_itself(tmp_path: Path) -> No
     assert done.returncode == 3, done.stderr  # how many failed
     results = measured.results
     assert [*results] == names
-    assert {name: result.state for name, result in results.items() if result.state != "ok"} == {
-        "fails": "failed",
-        "hangs": "failed",
-        "dies": "failed",
-        "cannot": "skipped",
-    }
+    bad = dict.fromkeys(("fails", "hangs", "dies"), "failed") | {"cannot": "skipped"}
+    assert {n: result.state for n, result in results.items()} == dict.fromkeys(names, "ok") | bad
     assert results["fails"].message == "ValueError: no such kernel"
     assert "in fails" in results["fails"].trace
     assert "given up" in results["hangs"].message
@@ -99,9 +90,6 @@ def test_no_part_is_begun_when_time_is_up(tmp_path: Path) -> None:
     assert measured.begun == []
 
 
-# ---- what is kept ---------------------------------------------------------------------------
-
-
 def a_run(device: str, code: str = "abc", kind: str = "rates") -> Run:
     return Run(kind=kind, machine={"device": device}, versions={"torch": "2"}, code=code)
 
@@ -113,20 +101,16 @@ def test_results_belong_to_a_device_and_a_state_of_the_code(tmp_path: Path) -> N
     assert book.done == {"a"}
     book.add(Result(name="a", state="failed", seconds=1))  # does not replace what was measured
     assert read_runs(path) == [msgspec.structs.replace(a_run("H100"), parts=[ok])]
-    others = (a_run("H200"), a_run("H100", code="def"), a_run("H100", kind="smoke"))
-    for other in others:
+    for other in (a_run("H200"), a_run("H100", code="def"), a_run("H100", kind="smoke")):
         assert Book(path, other).done == set()
         Book(path, other).add(ok)
     assert len(read_runs(path)) == 4
-
-
-def test_the_digest_of_the_sources_changes_with_them(tmp_path: Path) -> None:
-    found = []
+    digests = []  # of sources, which change with them
+    (tmp_path / "stages").mkdir()
     for content in ("a = 1", "a = 2", "a = 1"):
-        (tmp_path / "stages").mkdir(exist_ok=True)
         (tmp_path / "stages" / "a.py").write_text(content)
-        found.append(code_digest(tmp_path))
-    assert found[0] == found[2] != found[1]
+        digests.append(code_digest(tmp_path))
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_the_table_shows_the_last_run_of_every_device(tmp_path: Path) -> None:
@@ -147,9 +131,6 @@ def test_the_table_shows_the_last_run_of_every_device(tmp_path: Path) -> None:
     assert "device H100" in text
     assert "- hung: failed, given up after 9 s" in text
     assert text.count("Not measured yet.") == 1  # on a CPU
-
-
-# ---- a rehearsal ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +167,8 @@ def test_missing_and_infinite_losses_are_not_close(losses: list[float]) -> None:
 def test_the_rates_rehearsed(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(epochs, "_TRIED_BATCHES", 1)
     monkeypatch.setattr(training, "_LOSS_TURNS", 1)
-    _, found = rates.steps(where, "resnet8x4", 64)
-    of = "resnet8x4, batch 64: "
+    _, found = rates.steps(where, "resnet8", 64)
+    of = "resnet8, batch 64: "
     ratios = {one.name for one in found if isinstance(one, Ratio)}
     assert {
         of + "cached epoch / hard-label epoch",

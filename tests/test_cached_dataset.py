@@ -86,12 +86,15 @@ def test_an_item_is_a_view_of_a_sample(my_dataset: CachedDataset) -> None:
 
 
 def test_rectified_rows(rectified_cache: Path) -> None:
-    dataset = CachedDataset(rectified_cache, rectified="pairwise-T4")
+    dataset = CachedDataset(rectified_cache, DIGITS, rectified="pairwise-T4")
     targets = LogitCache.open(rectified_cache).read_view(1, "pairwise-T4")
     batch, every = dataset.read(1, torch.arange(1000)), torch.arange(1000)
     assert torch.equal(batch.teacher_logits, targets.rectified_rows(every, 4.0))
     assert torch.equal(batch.wrong, targets.wrong(every))
     assert 0 < int(batch.wrong.sum()) < 1000
+    for fast in CachedEpochs(dataset, 250, device="cpu").epoch(0):
+        plain = dataset.read(EpochSampler(dataset).view(0), fast.samples)
+        assert all(map(same, fast[:5], plain[:5]))
 
 
 def test_a_transform_takes_the_pixels(finished_cache: Path) -> None:
@@ -114,6 +117,8 @@ def test_the_test_split_is_that_of_cached_epochs(
     given = CachedDataset(finished_cache, Own(*arrays(digits), AS_IS))
     with pytest.raises(ConfigError, match="no test split"):
         _ = given.test
+    with pytest.raises(ConfigError):
+        CachedEpochs(given, device="cpu")
 
 
 def test_a_weak_and_a_strong_view_in_one_batch(paired: Path, finished_cache: Path) -> None:
@@ -138,9 +143,6 @@ def test_samples_that_are_left_out_are_not_shown(finished_cache: Path, tmp_path:
     assert 17 not in [index % 1000 for index in EpochSampler(dataset)]
     with pytest.raises(DatasetError, match="leaves samples out"):
         dataset[17]
-
-
-# ---- datasets of the user's own -------------------------------------------------------------
 
 
 class Own:

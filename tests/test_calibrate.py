@@ -8,19 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 from helpers import (
     Answer,
-    answer_to,
-    first,
+    Command,
+    Runs,
+    assert_same_runs,
+    changed,
     metrics,
+    naive_softmax,
     resized,
-    same_weights,
     student_of,
-    without_times,
 )
 from test_cache_format import assert_fields, fields
 from torch import Tensor
@@ -29,19 +29,11 @@ from stages.cache import LogitCache
 from stages.cache.calibrated import Calibrated
 from stages.cache_teacher import CacheJob, cache_teacher
 from stages.calibrate import calibrate, fit_temperature, with_calibration
-from stages.data import Splits
 from stages.errors import CacheError, RunError, ViewError
 from stages.inputs.feed import Batch
 from stages.rectify import rectify, rectify_rows
-from stages.settings import BiasSettings, LossSettings, RectifyConfig, StudentConfig, TrainSettings
-from stages.train_student import student_trainer, train_student, train_together
-from stages.training.run_directory import RunDirectory
+from stages.settings import BiasSettings, RectifyConfig, StudentConfig
 from stages.verify import verify
-
-
-@pytest.fixture(scope="module")
-def my_splits(digits: Splits) -> Splits:
-    return Splits(first(digits.train, 60), first(digits.test, 20))
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +47,17 @@ def my_cache(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> Path
 
 def nll(logits: Tensor, labels: Tensor, temperature: float) -> float:
     """A row at a time."""
-    total = 0.0
-    for row, label in zip(logits.double().tolist(), labels.tolist(), strict=True):
-        powers = [math.exp((z - max(row)) / temperature) for z in row]
-        total -= math.log(powers[label] / sum(powers))
-    return total / len(labels)
-
-
-# ---- the fit --------------------------------------------------------------------------------
+    rows = zip(logits.double().tolist(), labels.tolist(), strict=True)
+    return -sum(math.log(naive_softmax(row, temperature)[y]) for row, y in rows) / len(labels)
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
 def test_no_temperature_of_a_grid_is_better(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(200, 5, generator=generator) * scale
-    labels = torch.where(
-        torch.rand(200, generator=generator) < 0.6, logits.argmax(1), torch.arange(200) % 5
-    )
-    found = fit_temperature(logits, labels)
-    grid = np.geomspace(0.05, 20, 400)
+    right = torch.rand(200, generator=generator) < 0.6
+    labels = torch.where(right, logits.argmax(1), torch.arange(200) % 5)
+    found, grid = fit_temperature(logits, labels), np.geomspace(0.05, 20, 400)
     losses = [nll(logits, labels, t) for t in grid]
     assert nll(logits, labels, found) <= min(losses) + 1e-9
     assert found == pytest.approx(grid[int(np.argmin(losses))], rel=0.02)
@@ -89,24 +73,12 @@ def test_two_classes_by_hand(gap: float, right: int) -> None:
     assert fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("known", [0.5, 1.0, 2.5])
-def test_a_known_temperature_is_found(known: float) -> None:
-    """Labels drawn from softmax(z / T)."""
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(20_000, 10, generator=generator) * 3
-    labels = torch.multinomial((logits / known).softmax(1), 1, generator=generator).squeeze(1)
-    assert fit_temperature(logits, labels) == pytest.approx(known, rel=0.03)
-
-
 @pytest.mark.parametrize("kind", ["right", "wrong"])
 def test_rows_without_a_temperature(kind: str) -> None:
     logits = torch.randn(30, 4, generator=torch.Generator().manual_seed(2))
     labels = logits.argmax(1) if kind == "right" else logits.argmin(1)
     with pytest.raises(CacheError, match="no temperature from"):
         fit_temperature(logits, labels)
-
-
-# ---- the cache ------------------------------------------------------------------------------
 
 
 def test_what_a_cache_keeps(
@@ -131,20 +103,16 @@ def test_what_a_cache_keeps(
     assert kept.keys() == set(Calibrated.__struct_fields__)
 
 
-def test_on_the_test_split_which_replaces_the_other(tiny_copy: Path) -> None:
+def test_on_the_test_split_which_replaces_the_other(tiny_copy: Path, tiny_job: CacheJob) -> None:
+    """More views keep what there is."""
     calibrate(tiny_copy)
     found = calibrate(tiny_copy, on="test")
+    cache_teacher(resized(tiny_job, 60, 20, views=3), tiny_copy)
     cache = LogitCache.open(tiny_copy)
     assert cache.calibrated == found
     logits, labels = cache.eval_logits()
     assert (found.on, found.rows) == ("test", 20)
     assert found.temperature == pytest.approx(fit_temperature(logits, labels))
-
-
-def test_more_views_keep_it(tiny_copy: Path, tiny_job: CacheJob) -> None:
-    found = calibrate(tiny_copy)
-    cache_teacher(resized(tiny_job, 60, 20, views=3), tiny_copy)
-    assert LogitCache.open(tiny_copy).calibrated == found
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -159,23 +127,17 @@ def test_caches_that_cannot_be_calibrated(name: str, tiny_job: CacheJob, tmp_pat
     changes, error, message = REFUSED[name]
     path = tmp_path / "c.zarr"
     cache_teacher(resized(tiny_job, 60, 20, **changes), path)
-    with pytest.raises(error, match=message):
-        calibrate(path)
+    for on in ("train",) if error is ViewError else ("train", "test"):  # no student could use it
+        with pytest.raises(error, match=message):
+            calibrate(path, on=on)
     if error is ViewError:
         assert calibrate(path, on="test").rows == 20
-    else:  # no student could use it
-        with pytest.raises(error, match=message):
-            calibrate(path, on="test")
     assert (LogitCache.open(path).calibrated is None) is (error is CacheError)
 
 
-# ---- students -------------------------------------------------------------------------------
-
-
 def student(cache: Path, calibrated: bool = True, **changes: Any) -> StudentConfig:
-    loss = LossSettings(calibrate=calibrated, temperature=changes.pop("temperature", None))
-    train = TrainSettings(epochs=2, batch_size=30, lr=0.02)
-    return student_of(cache, **{"loss": loss, "train": train, **changes})
+    train = {"train__batch_size": 30, "train__lr": 0.02}
+    return student_of(cache, **{"loss__calibrate": calibrated, **train, **changes})
 
 
 RECTIFIED = BiasSettings(
@@ -183,18 +145,20 @@ RECTIFIED = BiasSettings(
 )
 
 
-@pytest.mark.parametrize("mode", ["none", "rectify"])
-def test_the_loss_is_of_divided_logits(
-    mode: str, my_cache: Path, my_splits: Splits, tmp_path: Path
-) -> None:
-    """KD by its formula, and pairwise rectification of the divided rows' distributions."""
-    bias = RECTIFIED if mode == "rectify" else BiasSettings()
-    trainer = student_trainer(
-        [student(my_cache, bias=bias)], [RunDirectory(tmp_path / "run")], my_splits
-    )
+def task_and_view(runs: Runs, config: StudentConfig) -> tuple[Any, int]:
+    """The task of a student in its first epoch, and the epoch's view."""
+    trainer = runs.trainer(config)
     task: Any = trainer.learner.task
     (view,) = task.start_epoch(0)
     trainer.close()
+    return task, view
+
+
+@pytest.mark.parametrize("mode", ["none", "rectify"])
+def test_the_loss_is_of_divided_logits(mode: str, my_cache: Path, tiny_runs: Runs) -> None:
+    """KD by its formula, and pairwise rectification of the divided rows' distributions."""
+    bias = RECTIFIED if mode == "rectify" else BiasSettings()
+    task, view = task_and_view(tiny_runs, student(my_cache, bias=bias))
     cache, samples = LogitCache.open(my_cache), torch.arange(60)
     answers = torch.randn(60, 10, generator=torch.Generator().manual_seed(3))
     found = task.loss_parts(answers, Batch(samples, torch.empty(60)))["loss_kd"]
@@ -204,8 +168,7 @@ def test_the_loss_is_of_divided_logits(
     p = (divided.double() / 4).softmax(1)
     wrong = cache.read_view(view).wrong(samples)
     if mode == "rectify":
-        predictions = cache.predictions(view)[cache.row_of]
-        p = rectify_rows(p, cache.labels, "pairwise", predictions)
+        p = rectify_rows(p, cache.labels, "pairwise", cache.predictions(view)[cache.row_of])
     rows = 16 * (p * (p.log() - (answers.double() / 4).log_softmax(1))).sum(1)
     of_kinds = rows[wrong].mean() + rows[~wrong].mean()
     expected = of_kinds if mode == "rectify" else rows.mean()
@@ -213,61 +176,47 @@ def test_the_loss_is_of_divided_logits(
 
 
 def test_several_teachers_are_divided_each_by_its_own(
-    my_cache: Path, my_splits: Splits, tmp_path: Path
+    my_cache: Path, tiny_runs: Runs, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(my_cache, tmp_path / "other.zarr"))
     calibrate(other, on="test")
     by = [LogitCache.open(path).calibration for path in (my_cache, other)]
     assert by[0] != by[1]
-    config = student(my_cache, also=(str(other),))
-    trainer = student_trainer([config], [RunDirectory(tmp_path / "run")], my_splits)
-    task: Any = trainer.learner.task
-    (view,) = task.start_epoch(0)
-    trainer.close()
+    task, view = task_and_view(tiny_runs, student(my_cache, also=(str(other),)))
     samples, logits = torch.arange(60), LogitCache.open(my_cache).read_view(view)
     mean = sum((logits.rows(samples) / t / 4).softmax(1) for t in by) / 2
     found = task.targets.of(samples, calibrated=True).at(4.0)
     torch.testing.assert_close((found / 4).softmax(1), mean)
 
 
-def test_it_is_refused_where_it_cannot_be(my_cache: Path, tiny_cache: Path, tmp_path: Path) -> None:
+def test_it_is_refused_where_it_cannot_be(my_cache: Path, tiny_runs: Runs) -> None:
     plain = BiasSettings(mode="rectify", rectified="pairwise-T4")
-    cases: dict[str, StudentConfig] = {
-        "is not calibrated": student(tiny_cache),
+    for message, config in {
+        "is not calibrated": student(tiny_runs.cache),
         "--calibrate": student(my_cache, bias=plain),
         "belongs to temperature": student(my_cache, False, bias=RECTIFIED),
-    }
-    for message, config in cases.items():
+    }.items():
         with pytest.raises(CacheError, match=message):
-            train_student(config, tmp_path / "run")
+            tiny_runs.trained(config)
 
 
-def test_together_with_one_that_is_not(my_cache: Path, my_splits: Splits, tmp_path: Path) -> None:
+def test_together_with_one_that_is_not(my_cache: Path, tiny_runs: Runs) -> None:
     """They read one slab; it has the weights that it has alone."""
     students = [student(my_cache, bias=RECTIFIED), student(my_cache, False)]
-    outs, alone = [tmp_path / "calibrated", tmp_path / "plain"], tmp_path / "alone"
-    train_together(students, outs, splits=my_splits)
-    train_student(students[0], alone, splits=my_splits)
-    assert same_weights(alone, outs[0])
-    assert without_times(alone) == without_times(outs[0])
+    assert_same_runs(tiny_runs.trained(students[0]), tiny_runs.together(students)[0])
 
 
 def test_a_run_goes_on_with_the_same_temperature_only(
-    my_cache: Path, my_splits: Splits, tmp_path: Path
+    my_cache: Path, tiny_runs: Runs, tmp_path: Path
 ) -> None:
     cache = Path(shutil.copytree(my_cache, tmp_path / "copy.zarr"))
-    calibrated, plain = tmp_path / "calibrated", tmp_path / "plain"
-    train_student(student(cache), calibrated, splits=my_splits)
-    train_student(student(cache, False), plain, splits=my_splits)
-    train_student(student(cache), calibrated, resume=True, splits=my_splits)
+    calibrated, plain = (tiny_runs.trained(student(cache, asked)) for asked in (True, False))
+    tiny_runs.trained(student(cache), calibrated, resume=True)
     calibrate(cache, on="test")
     with pytest.raises(RunError, match="another calibration"):
-        train_student(student(cache), calibrated, resume=True, splits=my_splits)
-    train_student(student(cache, False), plain, resume=True, splits=my_splits)
+        tiny_runs.trained(student(cache), calibrated, resume=True)
+    tiny_runs.trained(student(cache, False), plain, resume=True)
     assert len(metrics(plain)) == 2
-
-
-# ---- rectification --------------------------------------------------------------------------
 
 
 def test_a_rectification_of_calibrated_rows(my_cache: Path) -> None:
@@ -284,11 +233,9 @@ def test_a_rectification_of_calibrated_rows(my_cache: Path) -> None:
     assert with_calibration(RectifyConfig(), cache) == RectifyConfig()
 
 
-def test_the_commands(
-    tiny_copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def message(*words: str) -> Answer:
-        return answer_to([*words[:1], str(tiny_copy), *words[1:]], monkeypatch, capsys)
+def test_the_commands(tiny_copy: Path, command: Command) -> None:
+    def message(name: str, *words: str) -> Answer:
+        return command([name, str(tiny_copy), *words])
 
     assert "pipeline calibrate" in message("rectify", "--calibrate").text
     answer = message("calibrate")
@@ -302,23 +249,17 @@ def test_the_commands(
 
 
 def test_rectified_again_after_another_calibration(
-    my_cache: Path,
-    my_splits: Splits,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    my_cache: Path, tiny_runs: Runs, tmp_path: Path, command: Command
 ) -> None:
     """The usual name is taken: the error has the command and the name that lead on."""
     cache = Path(shutil.copytree(my_cache, tmp_path / "copy.zarr"))
     calibrate(cache, on="test")
     with pytest.raises(CacheError) as raised:
-        train_student(student(cache, bias=RECTIFIED), tmp_path / "run")
+        tiny_runs.trained(student(cache, bias=RECTIFIED))
     found = re.search(r"`pipeline (.*)`.*--rectified (\S+)\.", raised.value.remedy)
     assert found is not None
-    assert answer_to(found[1].split(), monkeypatch, capsys).code == 0
+    assert command(found[1]).code == 0
     settings = LogitCache.open(cache).rectification(found[2]).settings
     assert settings.temperature == 4.0 * LogitCache.open(cache).calibration
-    named = msgspec.structs.replace(RECTIFIED, rectified=found[2])
-    runs = [RunDirectory(tmp_path / "run")]
-    trainer = student_trainer([student(cache, bias=named)], runs, my_splits)
-    trainer.close()
+    named = changed(student(cache, bias=RECTIFIED), bias__rectified=found[2])
+    task_and_view(tiny_runs, named)

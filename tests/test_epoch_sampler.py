@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import DIGITS, student_of, weights
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from stages import CachedDataset, CachedEpochs, EpochSampler
 from stages.data import Splits
@@ -21,7 +21,7 @@ from stages.errors import ConfigError
 from stages.inputs.feed import ViewFeed
 from stages.inputs.models import build_model
 from stages.objectives.losses import kd
-from stages.settings import SeedSettings, StudentConfig, TrainSettings
+from stages.settings import StudentConfig
 from stages.train_student import rank_trainer, train_student
 from stages.training.run_directory import RunDirectory
 
@@ -35,8 +35,8 @@ def my_dataset(finished_cache: Path) -> CachedDataset:
 
 
 def student(cache: Path, seed: int = 0) -> StudentConfig:
-    train = TrainSettings(epochs=EPOCHS, lr=0.05, batch_size=BATCH, schedule="constant")
-    return student_of(cache, train=train, seed=SeedSettings(data=seed))
+    given = {"train__epochs": EPOCHS, "train__schedule": "constant"}
+    return student_of(cache, seed__data=seed, **given)
 
 
 def epoch_of(sampler: EpochSampler, epoch: int) -> list[int]:
@@ -47,8 +47,7 @@ def epoch_of(sampler: EpochSampler, epoch: int) -> list[int]:
 def test_a_plain_loop_ends_where_train_student_ends(
     finished_cache: Path, digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown: list[list[int]] = []
-    views_of = ViewFeed.views_of
+    shown, views_of = list[list[int]](), ViewFeed.views_of
 
     def spied(feed: ViewFeed, parts: Any, views: Any) -> Any:
         if len(order := torch.cat([*parts])) == 1000:  # not the test split
@@ -58,13 +57,13 @@ def test_a_plain_loop_ends_where_train_student_ends(
     with monkeypatch.context() as patch:
         patch.setattr(ViewFeed, "views_of", spied)
         train_student(student(finished_cache, seed=5), tmp_path / "run", splits=digits)
-
-    dataset = CachedDataset(finished_cache, digits_of(digits))
+    assert digits.train.images is not None
+    own = TensorDataset(digits.train.images, digits.train.labels)  # the user's own dataset object
+    dataset = CachedDataset(finished_cache, own)
     dataset.transform = dataset.normalise(channels=3)  # as models of the user's own are given them
     sampler = EpochSampler(dataset, seed=5)
     loader = DataLoader(dataset, BATCH, sampler=sampler)
     assert [epoch_of(sampler, epoch) for epoch in range(EPOCHS)] == shown
-
     torch.manual_seed(0)
     net = place(build_model("helpers:plain", 10, 1).module, torch.device("cpu"))
     optimizer = torch.optim.SGD(
@@ -82,12 +81,6 @@ def test_a_plain_loop_ends_where_train_student_ends(
             optimizer.step()
     ours, theirs = net.state_dict(), weights(tmp_path / "run")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def digits_of(digits: Splits) -> Any:
-    """The user's own dataset object."""
-    assert digits.train.images is not None
-    return torch.utils.data.TensorDataset(digits.train.images, digits.train.labels)
 
 
 def test_ranks_have_disjoint_samples(my_dataset: CachedDataset) -> None:
@@ -108,25 +101,20 @@ def test_samples_held_out_are_not_shown(my_dataset: CachedDataset) -> None:
     assert len(sampler) == len(shown) == 750
 
 
-# ---- two processes --------------------------------------------------------------------------
-
-
 def in_two_processes(folder: Path, work: Callable[[Ranks], Any]) -> list[Any]:
     """What two forks of this process return that are connected with gloo."""
     children = []
     for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            status = 1
+        if (child := os.fork()) == 0:
             try:
                 store = dist.FileStore(str(folder / "store"), 2)
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
                 (folder / str(rank)).write_text(json.dumps(work(Ranks(rank, 2, rank))))
-                status = 0
             finally:
-                os._exit(status)
+                os._exit(0)  # whoever failed has left no file
         children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    for child in children:
+        os.waitpid(child, 0)
     return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
 
 
@@ -162,9 +150,6 @@ def test_two_gloo_ranks_see_what_train_student_shows_them(
         assert len(ours) == len(others) > 450
 
 
-# ---- resume ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_epoch_goes_on_where_it_was_left(my_dataset: CachedDataset, world: int) -> None:
     def made() -> EpochSampler:
@@ -176,7 +161,6 @@ def test_an_epoch_goes_on_where_it_was_left(my_dataset: CachedDataset, world: in
     loader = DataLoader(my_dataset, 64, sampler=left, num_workers=0)
     batches = iter(loader)
     before = [int(i) for _ in range(3) for i in next(batches).samples]
-
     again = made()
     again.load_state_dict(json.loads(json.dumps(left.state_dict())))
     assert again.epoch == 2
@@ -196,23 +180,18 @@ def test_a_state_may_be_what_the_loop_has_done(my_dataset: CachedDataset) -> Non
     assert (state["epoch"], state["position"]) == (2, 0)
 
 
-@pytest.mark.parametrize(
-    ("others", "message"),
-    [
-        ({"seed": 1}, "seed"),
-        ({"rank": 0, "world": 2}, "world"),
-        ({"val_fraction": 0.1}, "samples"),
-    ],
-)
-def test_a_state_of_another_order_is_refused(
-    my_dataset: CachedDataset, others: dict[str, Any], message: str
-) -> None:
+def test_what_is_refused(my_dataset: CachedDataset) -> None:
+    """The state of another order, and ranks that cannot be."""
     state = EpochSampler(my_dataset).state_dict()
-    with pytest.raises(ConfigError, match=message):
-        EpochSampler(my_dataset, **others).load_state_dict(state)
-
-
-@pytest.mark.parametrize("place", [{"rank": 2, "world": 2}, {"rank": -1, "world": 2}, {"rank": 0}])
-def test_ranks_that_cannot_be(my_dataset: CachedDataset, place: dict[str, int]) -> None:
-    with pytest.raises(ConfigError):
-        EpochSampler(my_dataset, **place)
+    others: dict[str, dict[str, Any]] = {
+        "seed": {"seed": 1},
+        "world": {"rank": 0, "world": 2},
+        "samples": {"val_fraction": 0.1},
+    }
+    for message, given in others.items():
+        with pytest.raises(ConfigError, match=message):
+            EpochSampler(my_dataset, **given).load_state_dict(state)
+    ranks: list[dict[str, int]] = [{"rank": 2, "world": 2}, {"rank": -1, "world": 2}, {"rank": 0}]
+    for of_rank in ranks:
+        with pytest.raises(ConfigError):
+            EpochSampler(my_dataset, **of_rank)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from helpers import DIGITS, Words, metrics, student_of
+from helpers import Words, metrics, naive_ece, naive_softmax, refused, student_of
 from torch import Tensor
 
 from pipeline.cli import cli
@@ -29,7 +29,6 @@ from stages.errors import (
 )
 from stages.evaluate import Evaluated, OtherImages, evaluate_run
 from stages.scores import BINS, calibration, class_scores, compare, score
-from stages.settings import ModelSettings
 from stages.train_student import train_student
 
 
@@ -37,12 +36,9 @@ from stages.train_student import train_student
 def my_student(
     finished_cache: Path, digits: Splits, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A student whose selected epoch need not be its last: samples are held out."""
-    config = student_of(
-        finished_cache,
-        data=msgspec.structs.replace(DIGITS, val_fraction=0.2),
-        model=ModelSettings(architecture="resnet8"),
-    )
+    """A student whose selected epoch need not be its last: samples are held out. Read only."""
+    of = {"model__architecture": "resnet8", "data__val_fraction": 0.2}
+    config = student_of(finished_cache, **of)
     run = tmp_path_factory.mktemp("evaluated") / "student"
     train_student(config, run, splits=digits)
     return run
@@ -71,37 +67,20 @@ def random_rows(rows: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor,
     return student, teacher, labels
 
 
-# ---- measures, against loops ----------------------------------------------------------------
-
-
 def probabilities(logits: Tensor) -> list[list[float]]:
-    rows = []
-    for row in logits.double().tolist():
-        powers = [np.exp(z - max(row)) for z in row]
-        rows.append([p / sum(powers) for p in powers])
-    return rows
+    return [naive_softmax(row) for row in logits.double().tolist()]
 
 
 @pytest.mark.parametrize("classes", [2, 10])
 def test_scores_equal_those_of_a_loop(classes: int) -> None:
     logits, _, labels = random_rows(500, classes)
     top1 = top5 = nll = 0.0
-    bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
     for p, label in zip(probabilities(logits), labels.tolist(), strict=True):
         order = sorted(range(classes), key=lambda c, p=p: -p[c])  # type: ignore[misc]
         top1 += order[0] == label
         top5 += label in order[:5]
         nll -= np.log(p[label])
-        confidence = p[order[0]]
-        for m in range(BINS):
-            if m / BINS < confidence <= (m + 1) / BINS:
-                bins[m].append((confidence, order[0] == label))
-    ece = 0.0
-    for members in bins:
-        if members:
-            accuracy = sum(right for _, right in members) / len(members)
-            mean = sum(confidence for confidence, _ in members) / len(members)
-            ece += len(members) / len(labels) * abs(accuracy - mean)
+    ece = naive_ece(logits, (logits.argmax(1) == labels).tolist(), BINS)
     found = score(logits, labels)
     assert found.top1 == top1 / 500
     assert found.top5 == top5 / 500
@@ -111,14 +90,11 @@ def test_scores_equal_those_of_a_loop(classes: int) -> None:
 
 
 def test_calibration_by_hand() -> None:
-    # Two bins of four: (.25, .5] is right half the time, (.75, 1] always; .5 belongs to the lower.
+    """Two bins of four: (.25, .5] is right half the time, (.75, 1] always; .5 is in the lower."""
     confidence = torch.tensor([0.5, 0.375, 0.875, 1.0])
     right = torch.tensor([True, False, True, True])
     expected = 0.5 * abs(0.5 - 0.4375) + 0.5 * abs(1.0 - 0.9375)
     assert calibration(confidence, right, bins=4).ece == expected
-    sure = torch.ones(3)
-    assert calibration(sure, torch.tensor([True] * 3)).ece == 0.0
-    assert calibration(sure, torch.tensor([False] * 3)).ece == 1.0
 
 
 def test_classes_equal_those_of_a_loop_and_may_be_empty() -> None:
@@ -157,9 +133,6 @@ def test_comparison_equals_a_loop() -> None:
     assert min(counts.values()) > 0
 
 
-# ---- whole runs -----------------------------------------------------------------------------
-
-
 def test_top1_is_what_the_run_recorded(my_student: Path, teacher_run: Path) -> None:
     for run in (my_student, teacher_run):
         summary = json.loads((run / "summary.json").read_text())
@@ -167,32 +140,29 @@ def test_top1_is_what_the_run_recorded(my_student: Path, teacher_run: Path) -> N
         found = evaluate_run(run, device="cpu")
         assert found.scores.top1 == pytest.approx(line["test_top1"], abs=1e-7)
         assert found.scores.top5 == pytest.approx(line["test_top5"], abs=1e-7)
-        assert found.recorded_top1 == line["test_top1"]
-        assert found.samples == 797
+        assert (found.recorded_top1, found.samples) == (line["test_top1"], 797)
         hits = sum(c.samples * (c.top1 or 0) for c in found.classes)
         assert hits / 797 == pytest.approx(found.scores.top1)
 
 
 def test_a_student_is_compared_with_its_own_cache(my_student: Path, finished_cache: Path) -> None:
-    found = evaluate_run(my_student, device="cpu")
-    logits, labels = LogitCache.open(finished_cache).eval_logits()
-    comparison = found.comparison
-    assert comparison is not None
-    assert comparison.caches == (str(finished_cache),)
-    assert comparison.teacher == score(logits, labels)
-    counts = msgspec.structs.astuple(comparison)[4:]
-    assert sum(counts) == 797
-    assert (comparison.both_right + comparison.only_student) / 797 == pytest.approx(
-        found.scores.top1
-    )
-    assert evaluate_run(my_student, device="cpu", caches=[str(finished_cache)]) == found
-    twice = evaluate_run(
-        my_student, device="cpu", batch_size=100, caches=[str(finished_cache)] * 2
+    cache = str(finished_cache)
+    found, twice = (
+        evaluate_run(my_student, device="cpu"),
+        evaluate_run(my_student, device="cpu", batch_size=100, caches=[cache] * 2),
     )  # their mean, in other batches
+    assert evaluate_run(my_student, device="cpu", caches=[cache]) == found
+    comparison, other = found.comparison, twice.comparison
+    assert comparison is not None
+    assert other is not None
+    assert comparison.caches == (cache,)
+    assert comparison.teacher == score(*LogitCache.open(finished_cache).eval_logits())
+    assert sum(msgspec.structs.astuple(comparison)[4:]) == 797
+    student_right = comparison.both_right + comparison.only_student
+    assert student_right / 797 == pytest.approx(found.scores.top1)
     assert twice.scores.nll == pytest.approx(found.scores.nll, rel=1e-4)
-    assert twice.comparison is not None
-    assert twice.comparison.teacher.top1 == comparison.teacher.top1
-    assert twice.comparison.kl == pytest.approx(comparison.kl, rel=1e-4)
+    assert other.teacher.top1 == comparison.teacher.top1
+    assert other.kl == pytest.approx(comparison.kl, rel=1e-4)
 
 
 def test_a_cache_of_its_own_that_is_gone_is_said(my_copy: Path) -> None:
@@ -203,39 +173,29 @@ def test_a_cache_of_its_own_that_is_gone_is_said(my_copy: Path) -> None:
     assert words.done[-1] == 1.0
 
 
-# ---- wrong input ----------------------------------------------------------------------------
-
-
 def test_a_cache_of_another_test_split_is_refused(my_student: Path, small_cache: Path) -> None:
-    with pytest.raises(IdentityError, match="other labels") as refused:
+    with refused(IdentityError, "other labels", "--cache"):
         evaluate_run(my_student, device="cpu", caches=[str(small_cache)])
-    assert "--cache" in refused.value.remedy
-
-
-def unknown_key(run: Path) -> None:
-    changed(run, lambda config: config["train"].update(speed=3))
-
-
-def cut_weights(run: Path) -> None:
-    weights = run / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
 
 
 @pytest.mark.parametrize(
-    ("damage", "kind", "cause"),
+    ("kind", "cause"),
     [
-        (shutil.rmtree, RunError, "not a run directory"),
-        (unknown_key, RunError, "speed"),
-        (cut_weights, ModelError, "safetensors is damaged"),
+        (RunError, "not a run directory"),
+        (RunError, "speed"),
+        (ModelError, "safetensors is damaged"),
     ],
 )
-def test_what_is_no_finished_run(
-    my_copy: Path, damage: Callable[[Path], None], kind: type[PipelineError], cause: str
-) -> None:
-    damage(my_copy)
-    with pytest.raises(kind, match=cause) as refused:
+def test_what_is_no_finished_run(my_copy: Path, kind: type[PipelineError], cause: str) -> None:
+    weights = my_copy / "model.safetensors"
+    if cause == "speed":
+        changed(my_copy, lambda config: config["train"].update(speed=3))
+    elif kind is ModelError:
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        shutil.rmtree(my_copy)
+    with refused(kind, cause):
         evaluate_run(my_copy, device="cpu")
-    assert len(str(refused.value).splitlines()) <= 3
 
 
 def other_classes(split: str) -> list[tuple[Any, int]]:
@@ -253,9 +213,6 @@ def test_a_dataset_of_other_classes_is_refused(
     assert "--dataset" in caught.value.remedy
 
 
-# ---- the command ----------------------------------------------------------------------------
-
-
 def test_the_command_shows_and_writes_it(my_student: Path, tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     answer = CliRunner().invoke(
@@ -270,20 +227,26 @@ def test_the_command_shows_and_writes_it(my_student: Path, tmp_path: Path) -> No
     check_json(str(out), Evaluated)  # its own file may be replaced
 
 
-@pytest.mark.parametrize("content", ['{"my": "results"}', "no JSON", "\xff"])
-def test_a_file_of_somebody_else_is_not_replaced(content: str, tmp_path: Path) -> None:
+def test_a_file_of_somebody_else_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a place that cannot be written is told."""
     out = tmp_path / "found.json"
-    out.write_text(content, encoding="latin-1")
-    with pytest.raises(ConfigError, match="--out"):
-        check_json(str(out), Evaluated)
-    assert out.read_text(encoding="latin-1") == content
+    for content in ('{"my": "results"}', "no JSON", "\xff"):
+        out.write_text(content, encoding="latin-1")
+        with pytest.raises(ConfigError, match="--out"):
+            check_json(str(out), Evaluated)
+        assert out.read_text(encoding="latin-1") == content
+    for name in ("found.txt", "nowhere/found.json"):
+        with pytest.raises(PipelineError, match=r"--out|no folder"):
+            check_json(str(tmp_path / name), Evaluated)
 
+    def closed(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
 
-@pytest.mark.parametrize("out", ["found.txt", "nowhere/found.json"])
-def test_a_place_that_cannot_be_written_is_told_first(out: str, tmp_path: Path) -> None:
-    answer = CliRunner().invoke(cli, ["evaluate", "no-run", "--out", str(tmp_path / out)])
-    assert isinstance(answer.exception, PipelineError)
-    assert "--out" in str(answer.exception) or "no folder" in str(answer.exception)
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(ConfigError, match="Permission denied"):
+        check_json(str(tmp_path / "new.json"), Evaluated)
 
 
 def test_a_dataset_that_moved_is_given_by_name(my_copy: Path) -> None:

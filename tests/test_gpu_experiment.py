@@ -52,28 +52,25 @@ def test_seconds_by_hand() -> None:
 
 @pytest.mark.parametrize("minutes", [5, 8, 12, 20, 60])
 def test_the_largest_size_that_fits(minutes: float) -> None:
-    try:
-        planned = plan(WORK, FAST, nothing, 60 * minutes)
-    except ConfigError:
-        planned = None
-    fits = [
-        size
-        for size in SIZES
-        if 30 + sum(s for n, s in WORK.pieces(size, FAST).items() if n != "full") <= 60 * minutes
-    ]
-    assert (planned and planned.size) == (fits[0] if fits else None)
-    if planned is not None:
-        assert planned.total <= 60 * minutes
+    def seconds(size: Size) -> float:
+        return 30 + sum(s for n, s in WORK.pieces(size, FAST).items() if n != "full")
+
+    fits = [size for size in SIZES if seconds(size) <= 60 * minutes]
+    if not fits:
+        with pytest.raises(ConfigError):
+            plan(WORK, FAST, nothing, 60 * minutes)
+        return
+    planned = plan(WORK, FAST, nothing, 60 * minutes)
+    assert planned.size == fits[0]
+    assert planned.total <= 60 * minutes
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    """And what is done takes nothing."""
     with pytest.raises(ConfigError) as caught:
         plan(WORK, FAST, nothing, 60)
     minutes = float(caught.value.cause.split("takes ")[1].split()[0])
     assert plan(WORK, FAST, nothing, 60 * (minutes + 0.1)).size == SIZES[-1]
-
-
-def test_what_is_done_takes_nothing() -> None:
     done = {"teacher", "cache", "seed 0"}
     planned = plan(WORK, FAST, done.__contains__, 1e6, [Size(60, 162, 30)])
     assert list(planned.seconds) == ["seed 1", "seed 2", "full"]
@@ -85,41 +82,35 @@ def test_rates_are_those_of_the_device() -> None:
     slow = dict.fromkeys(NAMES, 1.0)
     runs = [book("H100", slow), book("H100", NAMES), book("other", slow)]
     assert Rates.of(runs, "H100") == FAST
+    for text in ("60", "60,162,0", "60,162,x", ""):
+        with pytest.raises(ConfigError):
+            Size.parse(text)
     with pytest.raises(ConfigError, match="no rates of H200 are known"):
         Rates.of(runs, "H200")
     with pytest.raises(ConfigError, match="of views"):
         Rates.of([book("H100", {n: v for n, v in NAMES.items() if "stage one" not in n})], "H100")
 
 
-@pytest.mark.parametrize("text", ["60", "60,162,0", "60,162,x", ""])
-def test_a_size_that_is_none(text: str) -> None:
-    with pytest.raises(ConfigError):
-        Size.parse(text)
-
-
 def test_the_files_are_of_one_experiment() -> None:
     here = Experiment(Path("runs/gpu"), "cifar100", "cpu", 3, False, Console(), Size(60, 162, 30))
-    assert len(here.runs) == 18
-    assert here.left == {0: 6, 1: 6, 2: 6}
+    assert (len(here.runs), here.left) == (18, {0: 6, 1: 6, 2: 6})
     for each in here.runs:
         assert student_loss(each.config.loss).settings.name == each.config.loss.name
         assert each.config.train.epochs == 30
         assert not each.config.train.capture  # on this device
     modes = {(r.config.loss.name, r.config.bias.mode) for r in here.runs}
-    assert modes == {
-        ("ce", "none"),
-        *(("kd", mode) for mode in ("none", "eliminate", "rectify", "correct")),
-        ("dkd", "none"),
-    }
-    folder = experiment.HERE
-    teacher = read_config(TeacherConfig, str(folder / "teacher.yaml"), {}, [])
-    cache = read_config(CacheConfig, str(folder / "cache.yaml"), {}, [])
-    full = read_config(StudentConfig, str(folder / "full.yaml"), {}, [])
-    assert teacher.model.architecture == "resnet32x4"
+    of_kd = {("kd", mode) for mode in ("none", "eliminate", "rectify", "correct")}
+    assert modes == of_kd | {("ce", "none"), ("dkd", "none")}
+    teacher, cache, full = (
+        read_config(kind, str(experiment.HERE / f"{name}.yaml"), {}, [])
+        for kind, name in (
+            (TeacherConfig, "teacher"),
+            (CacheConfig, "cache"),
+            (StudentConfig, "full"),
+        )
+    )
     assert teacher.augment == cache.augment
     assert (cache.views, full.train.epochs, full.train.batch_size) == (162, 240, 64)
-    assert teacher.train.capture
-    assert full.train.capture
 
 
 def test_what_is_carried(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """docs/library.md against the code: names, signatures, members, dtypes and shapes, errors."""
 
+import importlib
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,11 @@ def table(section: str, heading: str) -> dict[str, str]:
     return {name: cell[1].strip("| ") for cell in cells for name in re.findall(r"`(.+?)`", cell[0])}
 
 
+Objects = dict[str, tuple[Any, dict[str, Any]]]
+
+
 @pytest.fixture(scope="module")
-def objects(
-    rectified_cache: Path,
-) -> dict[str, tuple[Any, dict[str, Any]]]:
+def objects(rectified_cache: Path) -> Objects:
     """What each table is about, and what the arguments in it stand for."""
     dataset, samples = CachedDataset(rectified_cache), torch.arange(5)
     sampler = EpochSampler(dataset)
@@ -70,9 +74,7 @@ def value_of(thing: Any, member: str, given: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_members_have_the_types_of_the_page(
-    name: str, objects: dict[str, tuple[Any, dict[str, Any]]]
-) -> None:
+def test_members_have_the_types_of_the_page(name: str, objects: Objects) -> None:
     thing, given = objects[name]
     for member, documented in table(*TABLES[name]).items():
         value = value_of(thing, member, given)
@@ -88,9 +90,7 @@ def test_members_have_the_types_of_the_page(
 
 
 @pytest.mark.parametrize("name", ["CachedDataset", "EpochSampler", "CachedEpochs"])
-def test_the_page_has_every_public_member(
-    name: str, objects: dict[str, tuple[Any, dict[str, Any]]]
-) -> None:
+def test_the_page_has_every_public_member(name: str, objects: Objects) -> None:
     thing, _ = objects[name]
     own = {n for n in (*vars(type(thing)), *vars(thing)) if not n.startswith("_")}
     assert {member.partition("(")[0] for member in table(name, "member")} == own
@@ -122,3 +122,17 @@ def test_every_error_of_the_page_is_one() -> None:
     assert len(named) >= 5
     for name in named:
         assert issubclass(getattr(stages.errors, name), stages.errors.PipelineError)
+
+
+def test_every_public_name_is_the_one_of_its_module() -> None:
+    """And the package loads no torch before one of them is asked for."""
+    for name in stages.__all__:
+        value = getattr(stages, name)
+        module = importlib.import_module(getattr(value, "__module__", "stages.objectives.losses"))
+        assert module.__name__.startswith("stages")
+        assert name == "LOSSES" or getattr(module, name) is value
+    assert {*stages.__all__} <= {*dir(stages)}
+    assert not hasattr(stages, "LogitCash")
+    program = "import stages, stages.settings, sys; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr

@@ -10,7 +10,6 @@ from typing import Any
 import click
 import pytest
 import torch
-from click.shell_completion import get_completion_class
 from helpers import weights
 
 from pipeline.cli import cli
@@ -49,9 +48,6 @@ def test_block(
     if "load_file" in BLOCKS[name]:
         run = weights(teacher_run)
         assert all(torch.equal(t, run[n]) for n, t in found["student"].state_dict().items())
-
-
-# ---- losses ---------------------------------------------------------------------------------
 
 
 def value_of(text: str) -> float | str | None:
@@ -93,18 +89,15 @@ def test_the_table_of_losses_has_their_defaults() -> None:
     assert table_of_losses() == expected
 
 
-@pytest.mark.parametrize("place", ["page", "help"])
-def test_every_loss_is_named(place: str) -> None:
-    if place == "page":
-        row = re.search(r"^\| loss \| (.*) \|$", CHOICES, re.MULTILINE)
-        assert row is not None
-        named = re.findall(r"`(\w+)`", row[1])
-    else:
-        (option,) = (o for o in cli.commands["train-student"].params if o.name == "loss_name")
-        assert isinstance(option, click.Option)
-        assert option.help is not None
-        named = re.findall(r"\w+", option.help.partition("Names: ")[2].partition(".")[0])
-    assert sorted(named) == sorted(DEFINITIONS)
+def test_every_loss_is_named() -> None:
+    """On the page of commands and in the help."""
+    row = re.search(r"^\| loss \| (.*) \|$", CHOICES, re.MULTILINE)
+    (option,) = (o for o in cli.commands["train-student"].params if o.name == "loss_name")
+    assert row is not None
+    assert isinstance(option, click.Option)
+    names = (option.help or "").partition("Names: ")[2].partition(".")[0]
+    assert sorted(re.findall(r"`(\w+)`", row[1])) == sorted(DEFINITIONS)
+    assert sorted(re.findall(r"\w+", names)) == sorted(DEFINITIONS)
 
 
 # ---- commands -------------------------------------------------------------------------------
@@ -128,6 +121,7 @@ COMMANDS = sorted(
 
 def test_the_page_of_commands_has_all_of_them() -> None:
     assert {*re.findall(r"^\| `([a-z-]+)` \|", CHOICES, re.MULTILINE)} == {*cli.commands}
+    assert all(f"{shell}_source" in CHOICES for shell in ("bash", "zsh", "fish"))
     assert len(COMMANDS) > 12
     assert len(BLOCKS) >= 4
 
@@ -137,19 +131,3 @@ def test_every_command_has_options_that_there_are(command: str) -> None:
     """As a page shows it, it is parsed; `pipeline demo` and the tests of commands run them."""
     name, *arguments = shlex.split(command)[1:]
     cli.commands[name].make_context(name, arguments)
-
-
-# ---- the shell ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shell_completion(shell: str) -> None:
-    """What docs/commands.md gives the shell to evaluate is a script, and it answers."""
-    assert f"_PIPELINE_COMPLETE={shell}_source" in CHOICES or f"`{shell}_source`" in CHOICES
-    if shell == "bash" and shutil.which("bash") is None:
-        pytest.skip("click asks bash for its version")
-    asked = get_completion_class(shell)
-    assert asked is not None
-    script = asked(cli, {}, "pipeline", "_PIPELINE_COMPLETE").source()
-    assert "_PIPELINE_COMPLETE=" in script
-    assert "pipeline" in script

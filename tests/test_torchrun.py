@@ -9,8 +9,8 @@ import forks
 import msgspec
 import pytest
 from damage import tree
+from helpers import Command
 
-from pipeline.cli import main
 from pipeline.ranks import ON_SEVERAL_RANKS
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits
@@ -47,12 +47,10 @@ def test_two_ranks_make_the_store_of_one_process(
     config = msgspec.structs.replace(cache_config, encoding="float32")
     cache_teacher(prepare(config, digits), tmp_path / "one.zarr")
     whole = tree(tmp_path / "one.zarr")  # commit records and provenance included
-
     arguments = map(str, caching(teacher_run, tmp_path / "two.zarr"))
     ranks = forks.start_ranks(["-m", "pipeline", *arguments], 2)
     for rank in ranks:
         assert rank.wait() == 0, rank.stderr
-
     out = "".join(rank.stdout for rank in ranks)
     ours = tree(tmp_path / "two.zarr")
     assert ours.keys() == whole.keys()
@@ -66,7 +64,6 @@ def test_two_ranks_make_the_store_of_one_process(
 def test_an_error_is_told_once(tmp_path: Path) -> None:
     with launch(2, *caching(tmp_path / "nowhere", tmp_path / "c.zarr")) as ranks:
         out, err = ranks.communicate(timeout=200)
-
     assert ranks.returncode != 0
     assert "samples x views" not in out
     assert err.count("error: ") == 1
@@ -76,23 +73,15 @@ def test_an_error_is_told_once(tmp_path: Path) -> None:
     assert not (tmp_path / "c.zarr").exists()
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["inspect c.zarr", "verify c.zarr --live 5", "demo", "train-teacher"],
-)
+@pytest.mark.parametrize("words", ["inspect c", "verify c --live 5", "demo", "train-teacher"])
 def test_what_runs_in_one_process_says_so(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: str, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["pipeline", *command.split()])
-    monkeypatch.setattr(sys, "path", [*sys.path])
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
-
-    with pytest.raises(SystemExit) as caught:
-        main()
-
-    assert caught.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith(f"error: {command.split()[0]} runs in one process, this launch has 2")
-    assert all(name in message for name in ON_SEVERAL_RANKS)
-    assert len(message.splitlines()) == 2
+    answer = command(words)
+    assert answer.code == 2
+    told = f"error: {words.split()[0]} runs in one process, this launch has 2"
+    assert answer.err.startswith(told)
+    assert all(name in answer.err for name in ON_SEVERAL_RANKS)
+    assert len(answer.err.splitlines()) == 2

@@ -1,10 +1,7 @@
 """A student trained by several processes: the batches of one process, divided among them."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +9,7 @@ import forks
 import msgspec
 import pytest
 import torch
-from helpers import metrics, same_weights, student_of, weights
+from helpers import changed, metrics, same_weights, student_of, weights
 from torch import Tensor
 
 import stages.training.learner
@@ -20,12 +17,7 @@ from stages.cache import LogitCache
 from stages.data import Splits, cached_policy
 from stages.distributed import Ranks
 from stages.errors import ConfigError
-from stages.settings import (
-    BiasSettings,
-    LossSettings,
-    StudentConfig,
-    TrainSettings,
-)
+from stages.settings import BiasSettings, LossSettings, StudentConfig
 from stages.student_checks import check_students, complete
 from stages.targets.chunks import groups_of_ranks
 from stages.train_student import student_trainer
@@ -34,14 +26,14 @@ from stages.training.run_directory import RunDirectory
 from stages.training.task import Position
 
 EPOCHS, BATCH = 3, 100
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def student(cache: Path) -> StudentConfig:
     """Without batch norm: its gradient is a mean over the batch, however divided."""
     return student_of(
         cache,
-        train=TrainSettings(epochs=EPOCHS, batch_size=BATCH, lr=0.2),
+        train__epochs=EPOCHS,
+        train__lr=0.2,
         loss=LossSettings(name="ctkd", ce_weight=0.5, weight=0.5),
         bias=BiasSettings(mode="rectify", schedule="ramp", reduction="batch"),
     )
@@ -53,24 +45,11 @@ def arguments(config: StudentConfig, out: Path, *more: str) -> list[str]:
     return ["train-student", config.cache, "--config", str(file), "--out", str(out), *more]
 
 
-def launch(config: StudentConfig, out: Path, *more: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [*TORCHRUN, "-m", "pipeline", *arguments(config, out, *more)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
 @pytest.mark.parametrize("per_decode", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_ranks_learn_what_one_process_learns(
     rectified_cache: Path, digits: Splits, tmp_path: Path, per_decode: int | None
 ) -> None:
-    config = student(rectified_cache)
-    train = msgspec.structs.replace(config.train, views_per_decode=per_decode)
-    config = msgspec.structs.replace(config, train=train)
+    config = changed(student(rectified_cache), train__views_per_decode=per_decode)
     ranks = forks.start_ranks(["-m", "pipeline", *arguments(config, tmp_path / "two")], 2)
     for rank in ranks:
         assert rank.wait(200) == 0, rank.stderr
@@ -99,19 +78,25 @@ def test_two_ranks_learn_what_one_process_learns(
 
 @pytest.mark.slow
 def test_a_killed_launch_goes_on_bit_for_bit(rectified_cache: Path, tmp_path: Path) -> None:
-    train = TrainSettings(epochs=30, batch_size=20, lr=0.05)
-    config = msgspec.structs.replace(student(rectified_cache), train=train)
-    with launch(config, tmp_path / "whole") as ranks:
-        assert ranks.wait(200) == 0
+    train = {"train__epochs": 12, "train__batch_size": 20, "train__lr": 0.05}
+    config = changed(student(rectified_cache), **train)
+
+    def launch(out: Path, *more: str) -> list[forks.Started]:
+        return forks.start_ranks(["-m", "pipeline", *arguments(config, out, *more)], 2)
+
+    def ended(ranks: list[forks.Started]) -> None:
+        assert [rank.wait(200) for rank in ranks] == [0, 0], [rank.stderr for rank in ranks]
+
+    ended(launch(tmp_path / "whole"))
     for stop in (signal.SIGKILL, signal.SIGTERM):
         out = tmp_path / stop.name
-        with launch(config, out) as ranks:
-            while not (out / "last.pt").exists():
-                time.sleep(0.02)
-            ranks.send_signal(stop)
-        with launch(config, out, "--resume") as ranks:
-            _, wrong = ranks.communicate(timeout=200)
-        assert ranks.returncode == 0, wrong
+        ranks = launch(out)
+        while not (out / "last.pt").exists():
+            time.sleep(0.02)
+        for rank in ranks:  # as torchrun hands it on
+            rank.send_signal(stop)
+        assert 0 not in [rank.wait(200) for rank in ranks]
+        ended(launch(out, "--resume"))
         assert same_weights(tmp_path / "whole", out)
         for whole, resumed in zip(metrics(tmp_path / "whole"), metrics(out), strict=True):
             assert resumed["loss"] == pytest.approx(whole["loss"], rel=1e-4)
@@ -144,9 +129,6 @@ def test_a_checkpoint_has_the_losses_of_all_ranks(
         learner.run.release()
 
 
-# ---- who has what ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("rows", "chunk", "world"), [(1000, 350, 2), (50_000, 8192, 3), (10, 4, 4)]
 )
@@ -154,31 +136,23 @@ def test_ranks_take_disjoint_parts_drawn_anew(rows: int, chunk: int, world: int)
     samples = torch.arange(rows)
     row_of = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
     groups = groups_of_ranks(row_of, chunk, world)
-    shown = groups.smallest(samples)
+    shown, firsts = groups.smallest(samples), set[tuple[int, ...]]()
     assert shown >= rows // world - world * 20
-    parts = [
-        [groups.order_of_group(rank, samples, 0, epoch) for rank in range(world)]
-        for epoch in range(4)
-    ]
     for epoch in range(4):
-        together = torch.cat(parts[epoch])
-        assert len(together.unique()) == len(together) == shown * world
-        assert {len(part) for part in parts[epoch]} == {shown}
-    firsts = {tuple(parts[epoch][0].sort().values.tolist()) for epoch in range(4)}
+        parts = [groups.order_of_group(rank, samples, 0, epoch) for rank in range(world)]
+        assert {len(part) for part in parts} == {shown}
+        assert len(torch.cat(parts).unique()) == shown * world
+        firsts.add(tuple(parts[0].sort().values.tolist()))
     assert len(firsts) > 1
 
 
-def test_more_ranks_than_can_be_served() -> None:
+def test_what_ranks_cannot_do(rectified_cache: Path) -> None:
     with pytest.raises(ConfigError, match="10 samples cannot be divided among 8"):
         groups_of_ranks(torch.arange(10), 4, 8)
-
-
-def test_what_ranks_cannot_do(rectified_cache: Path) -> None:
     config, cache = student(rectified_cache), LogitCache.open(rectified_cache)
-    odd = msgspec.structs.replace(config, train=TrainSettings(batch_size=33))
     for wanted, message in (
-        (odd, "33 cannot be divided among 2"),
-        (msgspec.structs.replace(config, slab_memory="1GB"), "several processes"),
+        (changed(config, train__batch_size=33), "33 cannot be divided among 2"),
+        (changed(config, slab_memory="1GB"), "several processes"),
     ):
         chosen = complete(wanted, cache)
         with pytest.raises(ConfigError, match=message):

@@ -2,75 +2,63 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from damage import flip
 from helpers import (
-    DIGITS,
     AtBatch,
+    Runs,
     Words,
+    assert_same_runs,
     cache_of,
+    changed,
+    cut,
     first,
-    same_weights,
+    normed,
+    refused,
     seen_batches,
-    student_of,
-    teacher_of,
     terminate,
     weights,
     without_times,
 )
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stages.cache import LogitCache
 from stages.cache.encoding.floats import Float32
 from stages.cache.targets import ViewTargets
-from stages.data import Splits, cached_policy, load_data
+from stages.data import Splits, cached_policy
 from stages.errors import CacheError, IdentityError, RunError
 from stages.inputs.cifar_models import cifar_model
 from stages.inputs.datasets import ImageDataset
 from stages.inputs.feed import Normalise
 from stages.inputs.views import view_policy
-from stages.objectives.losses import kd
 from stages.order import held_out
 from stages.rectify import rectify
-from stages.settings import (
-    BiasSettings,
-    LossSettings,
-    ModelSettings,
-    RectifyConfig,
-    SeedSettings,
-    StudentConfig,
-    TrainSettings,
-)
+from stages.settings import BiasSettings, RectifyConfig
 from stages.student_checks import check_students, complete
-from stages.train_student import train_student
-from stages.train_teacher import train_teacher
-from stages.training import run_directory
+from stages.training.run_directory import RunDirectory
 
 SAMPLES, VIEWS, CACHE_BATCH = 211, 6, 90
 POLICY = "pad-crop:pad=2"
+CPU = torch.device("cpu")
 
 
-@dataclass
-class World:
-    """Small digits, a teacher that lives only in memory, and its cache with one rectification."""
+class World(Runs):
+    """Small digits, a teacher that lives only in memory, and students of its cache."""
 
-    splits: Splits
     teacher: nn.Module
     normalise: Normalise
-    cache: Path
 
     def images(self) -> Tensor:
         assert self.splits.train.images is not None
@@ -78,6 +66,10 @@ class World:
 
     def pixels(self, samples: Tensor, view: int) -> Tensor:
         return view_policy(POLICY, seed=0).apply(self.images()[samples], samples, view)
+
+    def shown(self, pixels: Tensor) -> Tensor:
+        """As a student sees them: normalised as its own dataset says, in three channels."""
+        return Normalise(*self.splits.train.statistics(), 3, CPU)(pixels)
 
     @torch.inference_mode()
     def live(self, samples: Tensor, view: int, batch_size: int) -> Tensor:
@@ -87,24 +79,19 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def my_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("student")
-    splits = load_data(DIGITS)
-    splits = Splits(first(splits.train, SAMPLES), first(splits.test, 100))
-    run, cache = folder / "teacher", folder / "digits.zarr"
-    train = TrainSettings(epochs=3, batch_size=16, lr=0.05)
-    teacher = teacher_of(augment=POLICY, train=train)
-    train_teacher(teacher, run, splits=splits)
+def my_world(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path, digits: Splits) -> World:
+    folder, splits = tmp_path_factory.mktemp("student"), cut(digits, SAMPLES, 100)
+    run, cache = Path(shutil.copytree(teacher_run, folder / "teacher")), folder / "digits.zarr"
     cache_of(run, cache, splits, views=VIEWS, encoding="float32", batch_size=CACHE_BATCH)
     rectify(cache, RectifyConfig())
-
-    identity = LogitCache.open(cache).identity.teacher
-    module = cifar_model("resnet8", 10, 1)
-    module.load_state_dict(load_file(run / "model.safetensors"))
-    module = module.to(memory_format=torch.channels_last).eval()
+    train = {"train__epochs": 3, "train__batch_size": 64, "train__checkpoint_seconds": 0}
+    world = World(cache, splits, folder, model__architecture="helpers:normed", **train)
+    identity, module = LogitCache.open(cache).identity.teacher, cifar_model("resnet8", 10, 1)
+    module.load_state_dict(weights(run))
     shutil.rmtree(run)  # stage three never needs it again
-    normalise = Normalise(identity.mean, identity.std, 1, torch.device("cpu"))
-    return World(splits, module, normalise, cache)
+    world.teacher = module.to(memory_format=torch.channels_last).eval()
+    world.normalise = Normalise(identity.mean, identity.std, 1, CPU)
+    return world
 
 
 @pytest.fixture
@@ -113,83 +100,38 @@ def my_cache(my_world: World, tmp_path: Path) -> Path:
     return Path(shutil.copytree(my_world.cache, tmp_path / "copy.zarr"))
 
 
-def student_config(cache: Path, **changes: Any) -> StudentConfig:
-    train = TrainSettings(epochs=3, batch_size=64, lr=0.05, checkpoint_seconds=0)
-    model = ModelSettings(architecture="resnet8")
-    return student_of(cache, **{"model": model, "train": train, **changes})
+STILL: dict[str, Any] = {
+    "train__batch_size": SAMPLES,
+    "train__lr": 1e-12,
+    "train__weight_decay": 0,
+    "train__schedule": "constant",
+}
+"""One batch an epoch at a rate of nothing: the weights stay the first ones."""
 
 
-RECTIFY = BiasSettings(mode="rectify")
-
-
-@pytest.fixture(scope="module")
-def my_whole(my_world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of three epochs of four batches, with bias rectification."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    train_student(student_config(my_world.cache, bias=RECTIFY), run, splits=my_world.splits)
-    return run
-
-
-# ---- the cache and the live teacher ---------------------------------------------------------
-
-
-def test_loss_from_the_cache_is_the_loss_with_the_live_teacher(my_world: World) -> None:
-    """At each of 100 steps, on the same student weights, to float32 rounding.
-
-    The loop is written here: the student follows the live loss, the cached one stands beside it.
-    """
-    torch.manual_seed(0)
-    student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.002, momentum=0.9)
-    cache, labels = LogitCache.open(my_world.cache), my_world.splits.train.labels
-    generator = torch.Generator().manual_seed(1)
-    cached = [cache.read_view(view) for view in range(VIEWS)]
-    live_losses, cached_losses = [], []
-    for step in range(100):
-        view = step // 2 % VIEWS
-        samples = torch.randperm(SAMPLES, generator=generator)[:32]
-        z_s = student.train()(my_world.normalise(my_world.pixels(samples, view)))
-        z_t = my_world.live(samples, view, batch_size=32).clone()
-        divergence = F.kl_div(
-            F.log_softmax(z_s / 4, 1), F.softmax(z_t / 4, 1), reduction="batchmean"
-        )
-        loss = 16 * divergence
-        with torch.no_grad():
-            cached_losses.append(kd(z_s, cached[view].rows(samples), labels[samples], 4.0).item())
-        live_losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    np.testing.assert_allclose(cached_losses, live_losses, rtol=2e-5, atol=2e-5)
-    assert np.mean(live_losses[-10:]) < np.mean(live_losses[:10])  # and it did learn
+@pytest.fixture
+def my_whole(my_world: World) -> Path:
+    """An uninterrupted run of three epochs of four batches, with bias rectification. Read only."""
+    return my_world.plain(my_world.student(bias__mode="rectify"))
 
 
 def test_runs_are_equal_bit_for_bit_with_the_live_teacher_in_the_caches_batches(
-    my_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    my_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = student_config(my_world.cache, bias=BiasSettings(mode="eliminate"))
-    train_student(config, tmp_path / "cached", splits=my_world.splits)
-
+    config = my_world.student(bias__mode="eliminate")
+    cached, asked, labels = my_world.trained(config), list[int](), my_world.splits.train.labels
     row_order = LogitCache.open(my_world.cache).dataset_index
-    asked: list[int] = []
-    labels = my_world.splits.train.labels
 
     def live_view(cache: LogitCache, view: int, *_: None) -> ViewTargets:
         asked.append(view)
         logits = torch.empty(SAMPLES, 10)
         logits[row_order] = my_world.live(row_order, view, CACHE_BATCH)
-        in_dataset_order = torch.arange(SAMPLES)
-        arrays = {"logits": logits}
+        arrays, in_dataset_order = {"logits": logits}, torch.arange(SAMPLES)
         return ViewTargets(Float32(), arrays, logits.argmax(1), labels, in_dataset_order)
 
     monkeypatch.setattr(LogitCache, "read_view", live_view)
-    train_student(config, tmp_path / "live", splits=my_world.splits)
+    assert_same_runs(cached, my_world.trained(config))
     assert len(asked) == 3
-    assert same_weights(tmp_path / "cached", tmp_path / "live")
-    assert without_times(tmp_path / "cached") == without_times(tmp_path / "live")
-
-
-# ---- the objective, end to end --------------------------------------------------------------
 
 
 def log_softmax(rows: np.ndarray) -> np.ndarray:
@@ -234,25 +176,18 @@ def paper_losses(
     ],
 )
 def test_reported_loss_is_the_papers(
-    my_world: World, tmp_path: Path, mode: Any, schedule: Any, reduction: Any
+    my_world: World, mode: Any, schedule: Any, reduction: Any
 ) -> None:
     """Whole-set batches and a rate of nothing: each epoch's loss is that of the first weights."""
-    config = student_config(
-        my_world.cache,
-        bias=BiasSettings(mode=mode, schedule=schedule, reduction=reduction),
-        loss=LossSettings(ce_weight=0.3, weight=0.6),
-        train=TrainSettings(
-            epochs=3, batch_size=SAMPLES, lr=1e-12, weight_decay=0, schedule="constant"
-        ),
-    )
-    train_student(config, tmp_path / "run", splits=my_world.splits)
+    bias = BiasSettings(mode=mode, schedule=schedule, reduction=reduction)
+    loss = {"loss__ce_weight": 0.3, "loss__weight": 0.6}
+    run = my_world.trained(my_world.student(bias=bias, **loss, **STILL))
     torch.manual_seed(0)
-    student, everything = cifar_model("resnet8", 10, 1), torch.arange(SAMPLES)
-    for epoch, line in enumerate(without_times(tmp_path / "run")):
-        progress = epoch / 3
-        b = math.cos(math.pi / 2 * progress) ** 2 if schedule == "cosine" else 1.0
+    student, everything = normed(10), torch.arange(SAMPLES)
+    for epoch, line in enumerate(without_times(run)):
+        b = math.cos(math.pi / 2 * epoch / 3) ** 2 if schedule == "cosine" else 1.0
         with torch.no_grad():
-            pixels = my_world.normalise(my_world.pixels(everything, line["view"]))
+            pixels = my_world.shown(my_world.pixels(everything, line["view"]))
             z_s = student.train()(pixels).double().numpy()
         z_t = my_world.live(everything, line["view"], SAMPLES).double().numpy()
         labels = my_world.splits.train.labels.numpy()
@@ -263,21 +198,15 @@ def test_reported_loss_is_the_papers(
         assert line["wrong_rate"] == pytest.approx((z_t.argmax(1) != labels).mean())
 
 
-def test_a_corrected_student_learns_from_the_moved_target(my_world: World, tmp_path: Path) -> None:
+def test_a_corrected_student_learns_from_the_moved_target(my_world: World) -> None:
     """The target in closed form, of the live teacher: p + gamma p (a - <p, a>) / T."""
-    config = student_config(
-        my_world.cache,
-        bias=BiasSettings(mode="correct", alpha=0.05, gamma=0.5),
-        train=TrainSettings(
-            epochs=1, batch_size=SAMPLES, lr=1e-12, weight_decay=0, schedule="constant"
-        ),
-    )
-    train_student(config, tmp_path / "run", splits=my_world.splits)
+    bias = BiasSettings(mode="correct", alpha=0.05, gamma=0.5)
+    run = my_world.trained(my_world.student(bias=bias, **STILL | {"train__epochs": 1}))
     torch.manual_seed(0)
-    student, everything = cifar_model("resnet8", 10, 1), torch.arange(SAMPLES)
-    (line,) = without_times(tmp_path / "run")
+    student, everything = normed(10), torch.arange(SAMPLES)
+    (line,) = without_times(run)
     with torch.no_grad():
-        z_s = student.train()(my_world.normalise(my_world.pixels(everything, line["view"])))
+        z_s = student.train()(my_world.shown(my_world.pixels(everything, line["view"])))
     z_t, t = my_world.live(everything, line["view"], SAMPLES).double(), 4.0
     p, labels = (z_t / t).softmax(1), my_world.splits.train.labels
     a = F.one_hot(labels, 10) / z_t.softmax(1).clamp(0.05) - 1
@@ -288,70 +217,51 @@ def test_a_corrected_student_learns_from_the_moved_target(my_world: World, tmp_p
 
 
 def test_ce_shows_the_views_of_kd_and_reads_no_targets(
-    my_world: World, my_whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    my_world: World, my_whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("targets are read")
 
     monkeypatch.setattr(LogitCache, "read_view", fail)
-    config = student_config(my_world.cache, loss=LossSettings(name="ce"))
-    train_student(config, tmp_path / "run", splits=my_world.splits)
-    found = without_times(tmp_path / "run")
+    found = without_times(my_world.trained(my_world.student(loss__name="ce")))
     assert found[-1]["loss"] < found[0]["loss"]
     assert [line["view"] for line in found] == [line["view"] for line in without_times(my_whole)]
 
 
-# ---- what a run leaves ----------------------------------------------------------------------
-
-
 def test_saved_weights_give_the_accuracy_that_was_reported(my_world: World, my_whole: Path) -> None:
-    module = cifar_model("resnet8", 10, 1)
+    module = normed(10)
     module.load_state_dict(weights(my_whole))
     test = my_world.splits.test
     assert test.images is not None
     with torch.no_grad():
-        logits = module.eval()(my_world.normalise(test.images.clone()))
+        logits = module.eval()(my_world.shown(test.images.clone()))
     top1 = (logits.argmax(1) == test.labels).double().mean().item()
     assert without_times(my_whole)[-1]["test_top1"] == pytest.approx(top1)
 
 
 def test_held_out_samples_are_never_trained_on(
-    my_world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    my_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = seen_batches(monkeypatch)
-    data = msgspec.structs.replace(DIGITS, val_fraction=0.25)
-    summary = train_student(
-        student_config(my_world.cache, data=data), tmp_path / "run", splits=my_world.splits
-    )
+    run = my_world.trained(my_world.student(data__val_fraction=0.25))
     training, _ = held_out(SAMPLES, 0.25, seed=0)
     assert {sample for batch in seen for sample in batch.samples.tolist()} == {*training.tolist()}
-    assert summary["selected"]["val_top1"] == max(
-        line["val_top1"] for line in without_times(tmp_path / "run")
-    )
+    selected = json.loads((run / "summary.json").read_text())["selected"]
+    assert selected["val_top1"] == max(line["val_top1"] for line in without_times(run))
 
 
-# ---- seeds ----------------------------------------------------------------------------------
-
-
-def test_the_two_seeds_are_separate(my_world: World, tmp_path: Path) -> None:
+def test_the_two_seeds_are_separate(my_world: World) -> None:
     """At a rate of nothing the final weights are the first ones."""
-    still = TrainSettings(epochs=2, batch_size=SAMPLES, lr=1e-12, weight_decay=0)
-    runs = {}
-    for data, init in ((0, 0), (1, 0), (0, 1)):
-        config = student_config(
-            my_world.cache, train=still, seed=SeedSettings(data=data, init=init)
-        )
-        runs[data, init] = tmp_path / f"{data}{init}"
-        train_student(config, runs[data, init], splits=my_world.splits)
-    start, other_data, other_init = (weights(run)["conv1.weight"] for run in runs.values())
+    runs = [
+        my_world.trained(my_world.student(seed__data=data, seed__init=init, **STILL))
+        for data, init in ((0, 0), (1, 0), (0, 1))
+    ]
+    start, other_data, other_init = (weights(run)["0.weight"] for run in runs)
     torch.testing.assert_close(other_data, start, rtol=0, atol=1e-9)
     assert (other_init - start).abs().max() > 0.01
-    views = [[line["view"] for line in without_times(run)] for run in runs.values()]
+    views = [[line["view"] for line in without_times(run)] for run in runs]
     assert views[1] != views[0]
     assert views[2] == views[0]
-
-
-# ---- stopping and going on ------------------------------------------------------------------
 
 
 class KilledError(BaseException):
@@ -364,18 +274,16 @@ def kill() -> None:
 
 @pytest.mark.parametrize("batches", [7, 12])
 def test_a_resumed_run_is_an_uninterrupted_one(
-    my_world: World, my_whole: Path, tmp_path: Path, batches: int
+    my_world: World, my_whole: Path, batches: int
 ) -> None:
     """The run of `my_whole`, stopped by SIGTERM after some batch of its 12 and resumed."""
     torch.manual_seed(999)  # whatever came before must not matter
-    config, run = student_config(my_world.cache, bias=RECTIFY), tmp_path / "run"
-    stops = AtBatch(batches, terminate)
+    config, run = my_world.student(bias__mode="rectify"), my_world.new()
     with pytest.raises(RunError, match="SIGTERM"):
-        train_student(config, run, splits=my_world.splits, reporter=stops)
+        my_world.trained(config, run, reporter=AtBatch(batches, terminate))
     assert not (run / "summary.json").exists()
-    train_student(config, run, resume=True, splits=my_world.splits)
-    assert same_weights(my_whole, run)
-    assert without_times(run) == without_times(my_whole)
+    my_world.trained(config, run, resume=True)
+    assert_same_runs(my_whole, run)
     summaries = [json.loads((path / "summary.json").read_text()) for path in (my_whole, run)]
     for name in ("last", "best", "selected"):
         assert summaries[0][name] == summaries[1][name]
@@ -383,74 +291,61 @@ def test_a_resumed_run_is_an_uninterrupted_one(
     assert rates[0] > rates[1] > rates[2] > 0  # cosine
 
 
-def test_stopped_after_a_last_batch_that_took_one_sample_more(
-    my_world: World, tmp_path: Path
-) -> None:
+def test_stopped_after_a_last_batch_that_took_one_sample_more(my_world: World) -> None:
     """211 = 3 x 70 + 1: the third batch of an epoch has 71 samples."""
-    config = student_config(my_world.cache, train=TrainSettings(epochs=2, batch_size=70, lr=0.05))
-    train_student(config, tmp_path / "whole", splits=my_world.splits)
+    config, run = my_world.student(train__epochs=2, train__batch_size=70), my_world.new()
     with pytest.raises(RunError, match="SIGTERM in epoch 1, after batch 3"):
-        train_student(
-            config, tmp_path / "run", splits=my_world.splits, reporter=AtBatch(3, terminate)
-        )
-    train_student(config, tmp_path / "run", resume=True, splits=my_world.splits)
-    assert same_weights(tmp_path / "whole", tmp_path / "run")
-    assert without_times(tmp_path / "whole") == without_times(tmp_path / "run")
+        my_world.trained(config, run, reporter=AtBatch(3, terminate))
+    my_world.trained(config, run, resume=True)
+    assert_same_runs(my_world.trained(config), run)
 
 
-@pytest.mark.parametrize(("seconds", "kept", "message"), [(0, 2, 2), (1000, 1, 2)])
+@pytest.mark.parametrize(("seconds", "kept"), [(0, 2), (1000, 1)])
 def test_killed_within_an_epoch_it_repeats_that_epoch(
-    my_world: World, my_whole: Path, tmp_path: Path, seconds: float, kept: int, message: int
+    my_world: World, my_whole: Path, seconds: float, kept: int
 ) -> None:
     """And those since the last checkpoint, whose lines are dropped. It is killed in the third."""
-    config, run = student_config(my_world.cache, bias=RECTIFY), tmp_path / "run"
-    train = msgspec.structs.replace(config.train, checkpoint_seconds=seconds)
-    config = msgspec.structs.replace(config, train=train)
+    given = {"bias__mode": "rectify", "train__checkpoint_seconds": seconds}
+    config, run = my_world.student(**given), my_world.new()
     with pytest.raises(KilledError):
-        train_student(config, run, splits=my_world.splits, reporter=AtBatch(10, kill))
+        my_world.trained(config, run, reporter=AtBatch(10, kill))
     state = torch.load(run / "last.pt", weights_only=True)
-    assert (state["position"]["epoch"], len(without_times(run))) == (kept, message)
-    train_student(config, run, resume=True, splits=my_world.splits)
-    assert same_weights(my_whole, run)
-    assert without_times(my_whole) == without_times(run)
+    assert (state["position"]["epoch"], len(without_times(run))) == (kept, 2)
+    my_world.trained(config, run, resume=True)
+    assert_same_runs(my_whole, run)
 
 
-def test_the_best_weights_wait_for_a_checkpoint(my_world: World, tmp_path: Path) -> None:
+def test_the_best_weights_wait_for_a_checkpoint(my_world: World) -> None:
     """Of the epoch that held-out samples choose, also where only the ends are written."""
-    runs = {}
-    for seconds in (0, 1000):
-        train = TrainSettings(epochs=6, batch_size=64, lr=0.2, checkpoint_seconds=seconds)
-        data = msgspec.structs.replace(DIGITS, val_fraction=0.2)
-        config = student_config(my_world.cache, train=train, data=data)
-        runs[seconds] = tmp_path / str(seconds)
-        train_student(config, runs[seconds], splits=my_world.splits)
-    assert same_weights(*runs.values())
-    assert without_times(runs[0]) == without_times(runs[1000])
+    train = {"train__epochs": 6, "train__lr": 0.2, "data__val_fraction": 0.2}
+    often, seldom = (
+        my_world.trained(my_world.student(**train, train__checkpoint_seconds=seconds))
+        for seconds in (0, 1000)
+    )
+    assert_same_runs(often, seldom)
 
 
 @pytest.mark.parametrize("step", ["save_weights", "add_metrics", "save_checkpoint"])
-def test_killed_between_epochs(my_world: World, my_whole: Path, tmp_path: Path, step: str) -> None:
+def test_killed_between_epochs(my_world: World, my_whole: Path, step: str) -> None:
     """While the second epoch is being written down."""
-    config = student_config(my_world.cache, bias=RECTIFY)
-    calls: list[object] = []
+    config, run = my_world.student(bias__mode="rectify"), my_world.new()
+    calls, write = itertools.count(1), getattr(RunDirectory, step)
 
-    def dies(run: run_directory.RunDirectory, what: Any) -> None:
-        calls.append(what)
-        if len(calls) == 2:
+    def dies(run: RunDirectory, what: Any) -> None:
+        if next(calls) == 2:
             raise KilledError
         write(run, what)
 
-    write = getattr(run_directory.RunDirectory, step)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_directory.RunDirectory, step, dies)
+        patch.setattr(RunDirectory, step, dies)
         with pytest.raises(KilledError):
-            train_student(config, tmp_path / "run", splits=my_world.splits)
-    train_student(config, tmp_path / "run", resume=True, splits=my_world.splits)
-    assert same_weights(my_whole, tmp_path / "run")
-    assert without_times(my_whole) == without_times(tmp_path / "run")
+            my_world.trained(config, run)
+    my_world.trained(config, run, resume=True)
+    assert_same_runs(my_whole, run)
 
 
-# ---- is it the dataset that the teacher saw? ------------------------------------------------
+def with_images(train: ImageDataset, images: Tensor, **changes: Any) -> ImageDataset:
+    return dataclasses.replace(train, images=images, load=images.__getitem__, **changes)
 
 
 def with_labels_swapped(train: ImageDataset) -> ImageDataset:
@@ -459,14 +354,8 @@ def with_labels_swapped(train: ImageDataset) -> ImageDataset:
 
 def with_samples_reordered(train: ImageDataset) -> ImageDataset:
     assert train.images is not None
-    images = train.images.flip(0)
-    return dataclasses.replace(
-        train,
-        images=images,
-        labels=train.labels.flip(0),
-        load=images.__getitem__,
-        images_digest="another",
-    )
+    reordered = {"labels": train.labels.flip(0), "images_digest": "another"}
+    return with_images(train, train.images.flip(0), **reordered)
 
 
 def with_pixels_changed(train: ImageDataset) -> ImageDataset:
@@ -474,11 +363,7 @@ def with_pixels_changed(train: ImageDataset) -> ImageDataset:
     assert train.images is not None
     images = train.images.clone()
     images[::2, :, 4, 4] += 1  # every other image, in the middle, where every crop has it
-    return dataclasses.replace(train, images=images, load=images.__getitem__)
-
-
-def with_classes_renamed(train: ImageDataset) -> ImageDataset:
-    return dataclasses.replace(train, class_names=tuple("1023456789"))
+    return with_images(train, images)
 
 
 IMPOSTORS: dict[str, tuple[Callable[[ImageDataset], ImageDataset], str]] = {
@@ -486,47 +371,39 @@ IMPOSTORS: dict[str, tuple[Callable[[ImageDataset], ImageDataset], str]] = {
     "size": (lambda train: first(train, 210), "num_samples"),
     "labels": (with_labels_swapped, "labels: "),
     "order": (with_samples_reordered, "images: another"),
-    "classes": (with_classes_renamed, "class_names: "),
+    "classes": (
+        lambda train: dataclasses.replace(train, class_names=tuple("1023456789")),
+        "class_names: ",
+    ),
     "content": (lambda train: dataclasses.replace(train, images_digest="x"), "images: x"),
     "pixels": (with_pixels_changed, r"\d+ of 256 pixel probes"),
 }
 
 
-@pytest.mark.parametrize(("change", "message"), IMPOSTORS.values(), ids=IMPOSTORS)
-def test_another_dataset_is_refused(
-    my_world: World,
-    tmp_path: Path,
-    change: Callable[[ImageDataset], ImageDataset],
-    message: str,
-) -> None:
-    splits = Splits(change(my_world.splits.train), my_world.splits.test)
-    with pytest.raises(IdentityError, match=message) as refused:
-        train_student(student_config(my_world.cache), tmp_path / "run", splits=splits)
-    assert refused.value.remedy
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("name", IMPOSTORS)
+def test_another_dataset_is_refused(my_world: World, name: str) -> None:
+    change, message = IMPOSTORS[name]
+    splits, run = Splits(change(my_world.splits.train), my_world.splits.test), my_world.new()
+    with pytest.raises(IdentityError, match=message) as caught:
+        my_world.trained(my_world.student(), run, splits=splits)
+    assert caught.value.remedy
+    assert ("--accept-pixel-drift" in caught.value.remedy) == (name == "pixels")
+    assert not run.exists()
 
 
-def test_pixel_drift_can_be_accepted(my_world: World, tmp_path: Path) -> None:
-    splits = Splits(with_pixels_changed(my_world.splits.train), my_world.splits.test)
-    with pytest.raises(IdentityError) as refused:
-        train_student(student_config(my_world.cache), tmp_path / "run", splits=splits)
-    assert "--accept-pixel-drift" in refused.value.remedy
-    differing = int(str(refused.value).split()[0])
-    assert 64 < differing < 192  # half of 256, give or take
-
-    listener = Words()
-    config = student_config(
-        my_world.cache, accept_pixel_drift=True, train=TrainSettings(epochs=1, batch_size=200)
+def test_pixel_drift_can_be_accepted(my_world: World) -> None:
+    drifted, swapped = (
+        Splits(change(my_world.splits.train), my_world.splits.test)
+        for change in (with_pixels_changed, with_labels_swapped)
     )
-    train_student(config, tmp_path / "run", splits=splits, reporter=listener)
-    (warning,) = [text for text in listener.lines if "warning" in text]
-    assert f"{differing} of 256" in warning
-    other = Splits(with_labels_swapped(my_world.splits.train), my_world.splits.test)
+    config, words = my_world.student(accept_pixel_drift=True, train__epochs=1), Words()
+    my_world.trained(config, splits=drifted, reporter=words)
+    (warning,) = [text for text in words.lines if "warning" in text]
+    found = re.search(r"(\d+) of 256", warning)
+    assert found is not None
+    assert 64 < int(found[1]) < 192  # half of 256, give or take
     with pytest.raises(IdentityError, match="labels"):  # it accepts no more than that
-        train_student(config, tmp_path / "other", splits=other)
-
-
-# ---- what the cache has ---------------------------------------------------------------------
+        my_world.trained(config, splits=swapped)
 
 
 def grown(cache: Path) -> None:
@@ -551,45 +428,40 @@ def rectified_in_part(cache: Path) -> None:
     ],
 )
 def test_what_is_incomplete_offers_what_it_has(
-    my_world: World, my_cache: Path, tmp_path: Path, change: Any, stage: str, views: int
+    my_world: World, my_cache: Path, change: Any, stage: str, views: int
 ) -> None:
     change(my_cache)
     bias = BiasSettings(mode="rectify", rectified="part") if stage == "rectify" else BiasSettings()
-    config = student_config(my_cache, bias=bias, train=TrainSettings(epochs=1, batch_size=200))
-    with pytest.raises(CacheError) as refused:
-        train_student(config, tmp_path / "run", splits=my_world.splits)
-    assert f"pipeline {stage}" in refused.value.remedy
-    assert f"--views {views}" in refused.value.remedy
-    offered = msgspec.structs.replace(config, views=views)
-    train_student(offered, tmp_path / "run", splits=my_world.splits)
+    config = my_world.student(cache=my_cache, bias=bias, train__epochs=1)
+    with refused(CacheError, "view", f"pipeline {stage}", f"--views {views}"):
+        my_world.trained(config)
+    my_world.trained(changed(config, views=views))
 
 
 @pytest.mark.parametrize("part", ["logits", "rectified/pairwise-T4"])
-def test_damage_of_a_view_is_told_before_the_first_step(my_cache: Path, part: str) -> None:
+def test_damage_of_a_view_is_told_before_the_first_step(
+    my_world: World, my_cache: Path, part: str
+) -> None:
     """Whichever epoch the view comes in; and not where it is not used."""
     flip(my_cache / "commits" / part / "v00005.json")
     cache = LogitCache.open(my_cache)
-    policy = cached_policy(cache)
-    all_views = complete(student_config(my_cache, bias=RECTIFY), cache)
+    config, policy = my_world.student(bias__mode="rectify"), cached_policy(cache)
     with pytest.raises(CacheError, match=rf"commits/{part}/v00005\.json is not readable"):
-        check_students([all_views], [cache], policy)
-    few = complete(student_config(my_cache, bias=RECTIFY, views=5), cache)
+        check_students([complete(config, cache)], [cache], policy)
+    few = complete(changed(config, views=5), cache)
     assert check_students([few], [cache], policy).choices == [(0,), (1,), (2,), (3,), (4,)]
     next((my_cache / "prediction/c/4").rglob("0")).unlink()
     with pytest.raises(CacheError, match=r"prediction/c/4/\S* is missing"):
         check_students([few], [cache], policy)
 
 
-def test_the_only_rectification_need_not_be_named(my_cache: Path) -> None:
-    cache = LogitCache.open(my_cache)
-    found = complete(student_config(my_cache, bias=RECTIFY), cache).config
+def test_which_rectification_serves(my_world: World, my_cache: Path) -> None:
+    """The only one need not be named; one that is free of its temperature serves any."""
+    config = my_world.student(bias__mode="rectify")
+    found = complete(config, LogitCache.open(my_cache)).config
     assert found.bias.rectified == "pairwise-T4"
-
-
-def test_a_temperature_free_rectification_serves_any_temperature(my_cache: Path) -> None:
     rectify(my_cache, RectifyConfig(space="probability-1"))
-    cache, loss = LogitCache.open(my_cache), LossSettings(temperature=2.0)
     for name in ("pairwise-T4", "pairwise-T4-probability-1"):
-        bias = BiasSettings(mode="rectify", rectified=name)
+        other = changed(config, bias__rectified=name, loss__temperature=2.0)
         with contextlib.nullcontext() if "probability" in name else pytest.raises(CacheError):
-            complete(student_config(my_cache, bias=bias, loss=loss), cache)
+            complete(other, LogitCache.open(my_cache))

@@ -26,35 +26,31 @@ def test_modules_in(spec: str | None, modules: set[str]) -> None:
     assert modules_in(spec) == modules
 
 
-@pytest.mark.parametrize(
-    ("known", "names"),
-    [
-        ((), {"name": "digits"}),
-        ((), {"policy": "pad-crop:pad=2+erasing"}),
-        ((), {"name": "timm:resnet18"}),
-        (("mine",), {"name": "mine:net"}),
-        (("mine",), {"name": "mine.deeper:net"}),
-        (("mine", "yours"), {"policy": "v2:mine:a|v2:yours:b+mixup"}),
-    ],
-)
-def test_what_is_trusted(known: tuple[str, ...], names: dict[str, str]) -> None:
-    with trusting(*known):
-        check_trusted("cache c", **names)
+TRUSTED: list[tuple[tuple[str, ...], dict[str, str]]] = [
+    ((), {"name": "digits"}),
+    ((), {"policy": "pad-crop:pad=2+erasing"}),
+    ((), {"name": "timm:resnet18"}),
+    (("mine",), {"name": "mine:net"}),
+    (("mine",), {"name": "mine.deeper:net"}),
+    (("mine", "yours"), {"policy": "v2:mine:a|v2:yours:b+mixup"}),
+]
+NOT_TRUSTED: list[tuple[tuple[str, ...], dict[str, str], str]] = [
+    ((), {"name": "theirs:net"}, "theirs"),
+    ((), {"policy": "pad-crop|v2:theirs:make+cutmix"}, "theirs"),
+    (("mine",), {"policy": "v2:mine:a|v2:theirs:b"}, "theirs"),
+    (("mine.deeper",), {"name": "mine:net"}, "mine"),
+    (("min",), {"name": "mine:net"}, "mine"),
+]
 
 
-@pytest.mark.parametrize(
-    ("known", "names", "module"),
-    [
-        ((), {"name": "theirs:net"}, "theirs"),
-        ((), {"policy": "pad-crop|v2:theirs:make+cutmix"}, "theirs"),
-        (("mine",), {"policy": "v2:mine:a|v2:theirs:b"}, "theirs"),
-        (("mine.deeper",), {"name": "mine:net"}, "mine"),
-        (("min",), {"name": "mine:net"}, "mine"),
-    ],
-)
-def test_what_is_not(known: tuple[str, ...], names: dict[str, str], module: str) -> None:
-    with trusting(*known), pytest.raises(ConfigError, match=f"cache c(.|\n)*--trust {module}\\."):
-        check_trusted("cache c", **names)
+def test_what_is_trusted_and_what_is_not() -> None:
+    for known, names in TRUSTED:
+        with trusting(*known):
+            check_trusted("cache c", **names)
+    for known, names, module in NOT_TRUSTED:
+        told = f"cache c(.|\n)*--trust {module}\\."
+        with trusting(*known), pytest.raises(ConfigError, match=told):
+            check_trusted("cache c", **names)
 
 
 def test_trust_ends_with_its_block() -> None:

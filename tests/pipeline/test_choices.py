@@ -1,12 +1,10 @@
 """What Tab completes: the names that the stages know, without importing them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from click.shell_completion import get_completion_class
+from helpers import imported, outside
 from torchvision.models import list_models
 
 from pipeline import choices
@@ -17,8 +15,6 @@ from stages.inputs.datasets import SOURCES
 from stages.inputs.views import BASES
 from stages.inputs.views import ON_TOP as PARTS
 from stages.objectives.losses import DEFINITIONS
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_names_are_those_that_the_stages_know() -> None:
@@ -62,19 +58,15 @@ def test_values_are_offered(monkeypatch: pytest.MonkeyPatch, shell: str) -> None
         assert "kd" not in values
 
 
-@pytest.mark.parametrize(
-    ("words", "kind"),
-    [
-        ("inspect c", "dir"),
-        ("train-student c --out r", "dir"),
-        ("train-student c --config f", "file"),
-        ("cache-teacher --weights w", "file"),
-    ],
-)
-def test_paths_are_left_to_the_shell(
-    monkeypatch: pytest.MonkeyPatch, words: str, kind: str
-) -> None:
-    assert complete(f"pipeline {words}", "bash", monkeypatch) == [f"{kind},{words.split()[-1]}"]
+def test_paths_are_left_to_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    for words, kind in {
+        "inspect c": "dir",
+        "train-student c --out r": "dir",
+        "train-student c --config f": "file",
+        "cache-teacher --weights w": "file",
+    }.items():
+        answer = complete(f"pipeline {words}", "bash", monkeypatch)
+        assert answer == [f"{kind},{words.split()[-1]}"]
 
 
 @pytest.mark.parametrize(
@@ -98,20 +90,9 @@ def test_folders_of_images_are_offered(
 
 
 def test_an_answer_imports_nothing_heavy() -> None:
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "pipeline"],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "_PIPELINE_COMPLETE": "bash_complete",
-            "COMP_WORDS": "pipeline train-student c --loss ",
-            "COMP_CWORD": "4",
-        },
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    asked = {"COMP_WORDS": "pipeline train-student c --loss ", "COMP_CWORD": "4"}
+    asked["_PIPELINE_COMPLETE"] = "bash_complete"
+    done = outside("-X", "importtime", "-m", "pipeline", **asked)
     assert set(done.stdout.split()) == {f"plain,{name}" for name in choices.LOSSES}
-    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
-    assert "click" in imported
-    assert not imported & {"torch", "torchvision", "zarr", "dask", "numpy", "yaml", "rich"}
+    heavy = {"torch", "torchvision", "zarr", "dask", "numpy", "yaml", "rich", "click"}
+    assert imported(done.stderr) & heavy == {"click"}

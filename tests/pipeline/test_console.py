@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -30,8 +31,7 @@ def my_plain_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["[red]x[/red]", "[/]", "a\nb", "x" * 500, "50% \\n", "µ → ∞", "module:cat:x"],
+    "text", ["[red]x[/red]", "[/]", "a\nb", "x" * 500, "50% \\n", "µ → ∞", "module:cat:x"]
 )
 def test_words_come_out_as_they_are(capsys: pytest.CaptureFixture[str], text: str) -> None:
     Console().say(text)
@@ -81,50 +81,42 @@ def test_a_table_in_a_log_is_aligned(capsys: pytest.CaptureFixture[str]) -> None
     ]
 
 
-# ---- progress -------------------------------------------------------------------------------
+Step = tuple[float, str, int, int, str]  # seconds since the one before, task, done, of, unit
+SHOWN: dict[str, tuple[list[Step], list[str]]] = {
+    "rate and time left now and then": (
+        [(0, "pass", 0, 6000, "samples")]
+        + [(1, "pass", 50 * second, 6000, "samples") for second in range(1, 31)],
+        [
+            "pass: 500/6,000 samples (8%), 50.0 samples/s, 1 min 50 s left",
+            "pass: 1,000/6,000 samples (17%), 50.0 samples/s, 1 min 40 s left",
+            "pass: 1,500/6,000 samples (25%), 50.0 samples/s, 1 min 30 s left",
+        ],
+    ),
+    "what was there before does not count for the rate": (
+        [(0, "pass", 500, 1000, "blocks"), (10, "pass", 600, 1000, "blocks")],
+        ["pass: 600/1,000 blocks (60%), 10.0 blocks/s, 40 s left"],
+    ),
+    "quick tasks say nothing": (
+        [(0.05, f"epoch {n}/2", done, 100, "batch") for n in (1, 2) for done in range(1, 101)],
+        [],
+    ),
+    "every task has its own clock": (
+        [(0, "one", 0, 10, "row"), (100, "two", 0, 100, "rows"), (10, "two", 20, 100, "rows")],
+        ["two: 20/100 rows (20%), 2.0 rows/s, 40 s left"],
+    ),
+}
 
 
-def test_progress_says_rate_and_time_left_now_and_then(
-    capsys: pytest.CaptureFixture[str], my_clock: Clock
+@pytest.mark.parametrize(("steps", "shown"), SHOWN.values(), ids=SHOWN)
+def test_progress_in_a_log(
+    capsys: pytest.CaptureFixture[str], my_clock: Clock, steps: list[Step], shown: list[str]
 ) -> None:
     console = Console()
-    console.progress("pass", 0, 6000, "samples")
-    for second in range(1, 31):
-        my_clock.now += 1
-        console.progress("pass", second * 50, 6000, "samples")
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 30 / LOG_SECONDS
-    assert lines[0] == "pass: 500/6,000 samples (8%), 50.0 samples/s, 1 min 50 s left"
-    assert lines[-1] == "pass: 1,500/6,000 samples (25%), 50.0 samples/s, 1 min 30 s left"
-
-
-def test_what_was_there_before_does_not_count_for_the_rate(
-    capsys: pytest.CaptureFixture[str], my_clock: Clock
-) -> None:
-    console = Console()
-    console.progress("pass", 500, 1000, "blocks")
-    my_clock.now += 10
-    console.progress("pass", 600, 1000, "blocks")
-    assert "10.0 blocks/s, 40 s left" in capsys.readouterr().out
-
-
-def test_quick_tasks_say_nothing(capsys: pytest.CaptureFixture[str], my_clock: Clock) -> None:
-    console = Console()
-    for task in ("epoch 1/2", "epoch 2/2"):
-        for done in range(1, 101):
-            my_clock.now += 0.05
-            console.progress(task, done, 100, "batch")
-    assert capsys.readouterr().out == ""
-
-
-def test_every_task_has_its_own_clock(capsys: pytest.CaptureFixture[str], my_clock: Clock) -> None:
-    console = Console()
-    console.progress("one", 0, 10, "row")
-    my_clock.now += 100
-    console.progress("two", 0, 100, "rows")
-    my_clock.now += 10
-    console.progress("two", 20, 100, "rows")
-    assert capsys.readouterr().out == "two: 20/100 rows (20%), 2.0 rows/s, 40 s left\n"
+    for seconds, *told in steps:
+        my_clock.now += seconds
+        console.progress(*told)
+    assert LOG_SECONDS == 10
+    assert capsys.readouterr().out.splitlines() == shown
 
 
 @pytest.mark.parametrize(("rank", "heard"), [("0", True), ("7", False)])
@@ -176,36 +168,24 @@ def test_a_terminal_gets_a_bar_and_it_goes_away(monkeypatch: pytest.MonkeyPatch)
     assert terminal.text.endswith("done\n")
 
 
-# ---- numbers --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("seconds", "text"),
+    ("written", "number", "text"),
     [
-        (0.4, "0 s"),
-        (59.4, "59 s"),
-        (59.7, "1 min 0 s"),
-        (200, "3 min 20 s"),
-        (3599.7, "1 h 0 min"),
-        (7500, "2 h 5 min"),
-        (3600 * 1234, "1,234 h 0 min"),
+        (duration, 0.4, "0 s"),
+        (duration, 59.4, "59 s"),
+        (duration, 59.7, "1 min 0 s"),
+        (duration, 200, "3 min 20 s"),
+        (duration, 3599.7, "1 h 0 min"),
+        (duration, 7500, "2 h 5 min"),
+        (duration, 3600 * 1234, "1,234 h 0 min"),
+        (size, 0, "0 B"),
+        (size, 4200, "4.2 kB"),
+        (size, 999.4, "999 B"),
+        (size, 999.6, "1 kB"),
+        (size, 999_600, "1 MB"),
+        (size, 1_620_000_000, "1.62 GB"),
+        (size, 1.234e15, "1.23 PB"),
     ],
 )
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (4200, "4.2 kB"),
-        (999.4, "999 B"),
-        (999.6, "1 kB"),
-        (999_600, "1 MB"),
-        (1_620_000_000, "1.62 GB"),
-        (1.234e15, "1.23 PB"),
-    ],
-)
-def test_size(count: float, text: str) -> None:
-    assert size(count) == text
+def test_numbers(written: Callable[[float], str], number: float, text: str) -> None:
+    assert written(number) == text

@@ -12,30 +12,21 @@ from typing import Any
 import click
 import forks
 import pytest
-from helpers import committed
+from helpers import Command, answer_to, committed, job_of
 
-from pipeline.cli import cli, main
+from pipeline.cli import cli
 from pipeline.console import Console
 from pipeline.ending import KEPT, stopped
 from pipeline.options import Numbers
 from stages.cache import LogitCache
-from stages.cache_teacher import cache_teacher, prepare
+from stages.cache_teacher import cache_teacher
 from stages.rectify import rectify
-from stages.settings import CacheConfig, DataSettings, RectifyConfig, TeacherSettings
+from stages.settings import RectifyConfig
 from stages.verify import verify
 
 ROOT = Path(__file__).parents[2]
 ABSURD = ("0", "-1", "1e308", "nan", "inf", str(10**23), "", "x")
 NUMBERS = (click.INT.__class__, click.FLOAT.__class__, click.IntRange, click.FloatRange, Numbers)
-
-
-def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int | str | None:
-    """The exit code of `pipeline` with these words, in this process."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", ["pipeline", *words])
-    with pytest.raises(SystemExit) as left:
-        main()
-    return left.value.code
 
 
 def numeric_options() -> list[tuple[str, str]]:
@@ -66,45 +57,35 @@ def needed(command: click.Command) -> list[str]:
 
 @pytest.mark.parametrize(("name", "option"), numeric_options())
 def test_an_absurd_number_is_one_error(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    option: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command, name: str, option: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo-out").mkdir()
     (tmp_path / "demo-out" / "mine").touch()  # a demo never starts
     key = option.strip("-").replace("-", "_")
-    (whole,) = [
-        isinstance(parameter.type, (click.INT.__class__, click.IntRange))
-        for parameter in cli.commands[name].params
-        if option in parameter.opts
-    ]
+    (kind,) = [p.type for p in cli.commands[name].params if option in p.opts]
+    told = {"nan", "inf", "", "x"}
+    told |= {str(10**23)} if isinstance(kind, (click.INT.__class__, click.IntRange)) else set()
     for value in ABSURD:
-        assert run([name, *needed(cli.commands[name]), option, value], monkeypatch) == 2, value
-        message = capsys.readouterr().err
-        assert "Traceback" not in message
-        assert sum(line.lower().startswith("error:") for line in message.splitlines()) == 1
-        if value in ("nan", "inf", "", "x") or (whole and value == str(10**23)):
-            assert key in message.replace("-", "_"), (value, message)
+        answer = command([name, *needed(cli.commands[name]), option, value])
+        assert answer.code == 2, value
+        assert "Traceback" not in answer.err
+        assert sum(line.lower().startswith("error:") for line in answer.err.splitlines()) == 1
+        assert value not in told or key in answer.err.replace("-", "_"), (value, answer.err)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-out"]
-
-
-# ---- outputs that take nothing more -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["inspect", "verify", "rectify", "report"])
 @pytest.mark.parametrize(("where", "code"), [("/dev/full", 2), ("a closed pipe", 141)])
 def test_an_output_that_takes_nothing_is_one_error(
-    small_copy: Path,
+    tiny_copy: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     name: str,
     where: str,
     code: int,
 ) -> None:
-    monkeypatch.chdir(small_copy.parent)
+    monkeypatch.chdir(tiny_copy.parent)
     if where == "/dev/full":
         output = open(where, "w")  # noqa: SIM115
     else:
@@ -112,50 +93,45 @@ def test_an_output_that_takes_nothing_is_one_error(
         os.close(read)
         output = os.fdopen(write, "w")
     monkeypatch.setattr(sys, "stdout", output)
-    assert run([name, str(small_copy)], monkeypatch) == code
+    answer = answer_to([name, str(tiny_copy)], monkeypatch, capfd)
     output.close()  # the interpreter's own last flush would fail here
-    message = capfd.readouterr().err
-    assert "Traceback" not in message
-    assert ("cannot write the output" in message) == (code == 2)
-    assert code == 2 or message == ""
+    assert answer.code == code
+    assert "Traceback" not in answer.err
+    assert ("cannot write the output" in answer.err) == (code == 2)
+    assert code == 2 or answer.err == ""
 
 
 def test_help_that_nobody_can_read(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "pipeline", "--help"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, "-m", "pipeline", "--help"]
+        where = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, **where)
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot write the output: No space left on device")
 
 
 def test_a_folder_that_was_deleted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert run(["inspect", "x.zarr"], monkeypatch) == 2
-    assert "has been deleted" in capsys.readouterr().err
+    answer = command("inspect x.zarr")
     os.chdir(tmp_path)
+    assert answer.code == 2
+    assert "has been deleted" in answer.err
 
-
-# ---- signals ----------------------------------------------------------------------------------
 
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_a_stopped_command_says_what_is_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command: Command,
     name: str,
     number: signal.Signals,
     code: int,
@@ -164,20 +140,15 @@ def test_a_stopped_command_says_what_is_kept(
         os.kill(os.getpid(), number)
         time.sleep(10)
 
-    # a shell lets what it starts in the background ignore Ctrl-C, and tests may be that
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(cli.commands[name], "callback", work)
     monkeypatch.chdir(tmp_path)
     handler = signal.getsignal(signal.SIGTERM)
-    try:
-        assert run([name, *needed(cli.commands[name])], monkeypatch) == code
-    finally:
-        signal.signal(signal.SIGINT, before)
+    answer = command([name, *needed(cli.commands[name])])
+    assert answer.code == code
     assert signal.getsignal(signal.SIGTERM) is handler
-    message = capsys.readouterr().err.strip().splitlines()
-    assert len(message) == 2
-    assert f"{name} was stopped by " in message[0]
-    assert message[1] == KEPT.get(name, message[1])
+    first, second = answer.err.strip().splitlines()
+    assert f"{name} was stopped by " in first
+    assert second == KEPT.get(name, second)
 
 
 def test_what_is_kept_depends_on_what_was_asked_for() -> None:
@@ -202,17 +173,21 @@ def stop(process: forks.Started, begun: Callable[[], bool], number: signal.Signa
     return process.communicate(timeout=120)[1]
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_rectification_that_is_stopped_lets_go_of_the_cache(
-    cache_copy: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+    tiny_copy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Command,
+    number: signal.Signals,
+    code: int,
 ) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    words = ["rectify", str(tiny_copy), "--method", "swap"]
     with monkeypatch.context() as patch:
         patch.setattr(Console, "progress", lambda *_: os.kill(os.getpid(), number))
-        assert run(["rectify", str(cache_copy)], monkeypatch) == code
-    signal.signal(signal.SIGINT, before)
-    assert run(["rectify", str(cache_copy)], monkeypatch) == 0
-    assert verify(cache_copy).faults == []
+        assert command(words).code == code
+    assert command(words).code == 0
+    assert verify(tiny_copy).faults == []
 
 
 @pytest.mark.slow
@@ -231,17 +206,8 @@ def test_a_pass_and_a_rectification_that_are_stopped_go_on(
     cache = LogitCache.open(out)
     missing = len(cache.commits.missing(range(6)))
     assert 0 < missing < 6 * cache.grid.num_blocks
-    teacher = TeacherSettings(weights=str(teacher_run))
-    config = CacheConfig(
-        data=DataSettings(dataset="digits"),
-        teacher=teacher,
-        views=6,
-        augment="pad-crop:pad=2",
-        encoding="float32",
-        block_rows=200,
-        device="cpu",
-    )
-    assert cache_teacher(prepare(config), out).computed_blocks == missing
+    job = job_of(teacher_run, views=6, encoding="float32", block_rows=200)
+    assert cache_teacher(job, out).computed_blocks == missing
 
     process = forks.Started(["-m", "pipeline", "rectify", str(out)])
     message = stop(process, lambda: committed(out, "rectified/pairwise-T4") > 0, signal.SIGTERM)

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import pytest
 from click.testing import CliRunner
-from helpers import first
+from helpers import changed, cut
 from reports import epoch, page_of, parse, write_run, write_sweep
 
 from pipeline.cli import cli
@@ -27,10 +26,10 @@ HISTORY = [epoch(0, 0.2), epoch(1, 0.4)]
 
 
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory: pytest.TempPathFactory, small_cache: Path) -> Path:
+def everything(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> Path:
     """A folder with a cache, a sweep, and runs in every state."""
     folder = tmp_path_factory.mktemp("report") / "everything"
-    shutil.copytree(small_cache, folder / "cache.zarr")
+    shutil.copytree(tiny_cache, folder / "cache.zarr")
     write_sweep(folder / "sweep")
     write_run(folder / "runs" / "done", HISTORY, cache=str(folder / "cache.zarr"))
     write_run(folder / "runs" / "teacher", HISTORY, kind="teacher")
@@ -87,6 +86,7 @@ def test_figures_follow_the_colours_of_the_page(out: Path) -> None:
 
 def test_what_is_not_finished_is_listed(out: Path) -> None:
     page = parse(out)
+    assert "pairwise-T4" in page.text
     (table,) = [t for t in page.find("table") if "Failed, unfinished" in t.text]
     rows = {
         row.attributes["data-run"]: [cell.text for cell in row.find("td")]
@@ -115,11 +115,9 @@ OBEYED = ("\u202e", "\x1b[31m", "\u200b\u2066")
 
 def test_no_name_breaks_the_page(tmp_path: Path, cache_config: CacheConfig, digits: Splits) -> None:
     names = (*NASTY[1:], *OBEYED)
-    splits = Splits(
-        *(replace(first(split, 200), class_names=names) for split in (digits.train, digits.test))
-    )
-    as_they_are = msgspec.structs.replace(cache_config.teacher, class_order="dataset")
-    config = msgspec.structs.replace(cache_config, teacher=as_they_are)
+    few = cut(digits, 60, 20)
+    splits = Splits(*(replace(split, class_names=names) for split in (few.train, few.test)))
+    config = changed(cache_config, teacher__class_order="dataset", views=1)
     cache_teacher(prepare(config, splits), tmp_path / "in" / "<i>.zarr")
     rectify(tmp_path / "in" / "<i>.zarr", RectifyConfig())
     write_run(tmp_path / "in" / "\u202e<u>&\x07", HISTORY, data__dataset="<script>:x")
@@ -135,33 +133,29 @@ def test_no_name_breaks_the_page(tmp_path: Path, cache_config: CacheConfig, digi
     assert "<s>" in page.text
 
 
-# ---- a cache in other states ----------------------------------------------------------------
-
-
-def test_a_cache_that_is_not_complete(small_copy: Path, tmp_path: Path) -> None:
-    LogitCache.open(small_copy, writable=True).grow(5)
-    page = page_of(small_copy)
+def test_a_cache_that_is_not_complete(tiny_copy: Path) -> None:
+    LogitCache.open(tiny_copy, writable=True).grow(5)
+    page = page_of(tiny_copy)
     assert "over 2 of 5 views" in page.text
-    assert page.value("rows_used") == 600
-    shutil.rmtree(small_copy / "commits" / "logits")
-    page = page_of(small_copy, out="none.html")
+    assert page.value("rows_used") == 120
+    shutil.rmtree(tiny_copy / "commits" / "logits")
+    page = page_of(tiny_copy, out="none.html")
     assert "nothing is measured" in page.text
 
 
-def test_a_broken_cache_is_named_or_left_out(small_copy: Path, tmp_path: Path) -> None:
-    document = small_copy / "zarr.json"
+def test_a_broken_cache_is_named_or_left_out(tiny_copy: Path, tmp_path: Path) -> None:
+    document = tiny_copy / "zarr.json"
     document.write_text(document.read_text().replace('"version": 1', '"version": 99'))
     with pytest.raises(PipelineError, match="version 99"):
-        write_report([str(small_copy)], str(tmp_path / "report.html"))
+        write_report([str(tiny_copy)], str(tmp_path / "report.html"))
     write_run(tmp_path / "runs" / "a", HISTORY)
-    shutil.move(small_copy, tmp_path / "runs" / "old.zarr")
-    page = page_of(tmp_path / "runs")
-    (row,) = page.find("tr", data_run="runs/old.zarr")
+    shutil.move(tiny_copy, tmp_path / "runs" / "old.zarr")
+    (row,) = page_of(tmp_path / "runs").find("tr", data_run="runs/old.zarr")
     assert "version 99" in row.text
 
 
-def test_code_that_a_cache_names_is_not_run(small_copy: Path, tmp_path: Path) -> None:
-    cache = LogitCache.open(small_copy)
+def test_code_that_a_cache_names_is_not_run(tiny_copy: Path) -> None:
+    cache = LogitCache.open(tiny_copy)
     config = {**cache.provenance["config"], "data": {"dataset": "stranger:make"}}
     cache.provenance["config"] = config
     images = load_images(cache, choose_samples(draw_rows(cache, None)), None, None)
@@ -193,9 +187,6 @@ def test_folders_of_anything_are_looked_through(
     page = page_of(everything)
     assert "config.yaml" in page.find("tr", data_run="everything/runs/deep")[0].text
     assert "Permission denied" in page.find("tr", data_run="everything/closed")[0].text
-
-
-# ---- the command ----------------------------------------------------------------------------
 
 
 def test_a_report_is_replaced_and_nothing_else(run: Path, tmp_path: Path) -> None:

@@ -7,11 +7,8 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +100,7 @@ def scheduler() -> Iterator[str]:
         yield cluster.scheduler_address
 
 
-# ---- one sweep in which everything happens, killed in its last run ----------------------------
-
-
-def wait_for(path: Path, sweep: subprocess.Popen[str] | forks.Started) -> None:
+def wait_for(path: Path, sweep: forks.Started) -> None:
     deadline = time.monotonic() + 250
     while not path.exists():
         assert sweep.poll() is None
@@ -119,77 +113,51 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not alive
 
 
-@dataclass(frozen=True)
-class Killed:
-    """What a killed sweep has left: its folder, what it said, and whether its workers ended."""
-
-    file: Path
-    out: Path
-    said: str
-    lines: dict[str, dict[str, Any]]
-    table: str
-    workers_ended: bool
-
-
-@pytest.fixture(scope="module")
-def killed(folder: Path) -> Killed:
+@pytest.mark.slow
+def test_a_killed_sweep_tells_what_failed_and_goes_on_bit_by_bit(
+    folder: Path, scheduler: str, digits: Splits, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A good run, one that diverges, one that breaks, and a long one that is at work when the sweep
     is killed.
     """
     runs: list[dict[str, Any]] = [
-        {"loss.name": "ce"},
-        {"label": "diverges", "loss.name": "kd", "train.lr": 1e9},
+        {"loss.name": "ce", **SMALL},
+        {"label": "diverges", "loss.name": "kd", "train.lr": 1e38, **SMALL},
         {"label": "breaks", "model.architecture": "models:broken", "loss.name": "ce"},
         {"label": "long", "bias.mode": "rectify", "train.epochs": 4},
     ]
     base = {"model.mean": [0.5], "model.std": [0.5]}
     file, out = sweep_file("eventful", runs, base=base), Path("runs/eventful")
+    names = [run.name for run in expand(read_sweep(file))]
     sweep = forks.Started(["-m", "pipeline", "sweep", str(file)])
     try:
-        wait_for(out / "long-s0" / "last.pt", sweep)
+        wait_for(out / names[3] / "last.pt", sweep)
     finally:
-        message = sweep.stdout + sweep.stderr
+        said = sweep.stdout + sweep.stderr
         workers = psutil.Process(sweep.pid).children(recursive=True)
         sweep.kill()
         sweep.wait()
-    ended, table = gone(workers), (out / "table.md").read_text()
-    return Killed(file, out, message, lines(out), table, ended)
-
-
-@pytest.mark.slow
-def test_failed_runs_are_told_and_stop_no_other(killed: Killed) -> None:
-    found = killed.lines
-    assert list(found) == ["ce-s0", "diverges-s0", "breaks-s0"]
+    assert gone(workers)
+    assert not (out / names[3] / "summary.json").exists()
+    found = lines(out)
+    assert list(found) == names[:3]
     assert [line["status"] for line in found.values()] == ["done", "failed", "failed"]
-    assert "not finite after epoch 1" in found["diverges-s0"]["error"]
-    assert "ZeroDivisionError" in found["breaks-s0"]["error"]
-    assert "models.py:" in found["breaks-s0"]["error"]
-    assert re.search(r"failed: breaks-s0: .*ZeroDivisionError", killed.table)
-    assert "Warning" not in killed.said
-    assert [f"[{n}/4]" in killed.said for n in range(1, 5)] == [True] * 3 + [False]
+    assert "not finite after epoch 1" in found[names[1]]["error"]
+    assert "ZeroDivisionError" in found[names[2]]["error"]
+    assert "models.py:" in found[names[2]]["error"]
+    table = (out / "table.md").read_text()
+    assert re.search(rf"failed: {names[2]}: .*ZeroDivisionError", table)
+    assert "Warning" not in said
+    assert [f"[{n}/4]" in said for n in range(1, 5)] == [True] * 3 + [False]
 
-
-@pytest.mark.slow
-def test_a_killed_sweep_goes_on_bit_by_bit(
-    killed: Killed,
-    scheduler: str,
-    digits: Splits,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out = killed.out
-    assert killed.workers_ended
-    assert not (out / "long-s0" / "summary.json").exists()
-    finished = (out / "ce-s0" / "last.pt").stat().st_mtime_ns
-
+    finished = (out / names[0] / "last.pt").stat().st_mtime_ns
     with pytest.raises(RunError) as caught:
-        run_sweep(killed.file, Console(), scheduler=scheduler)
-
-    assert caught.value.cause.startswith("2 of 4 runs failed: diverges-s0 (")
+        run_sweep(file, Console(), scheduler=scheduler)
+    assert caught.value.cause.startswith(f"2 of 4 runs failed: {names[1]} (")
     assert "1 of 4 runs are finished already" in capsys.readouterr().out
-    assert (out / "ce-s0" / "last.pt").stat().st_mtime_ns == finished
-    for run in check_runs(expand(read_sweep(killed.file))).runs:
-        if run.name in ("ce-s0", "long-s0"):
+    assert (out / names[0] / "last.pt").stat().st_mtime_ns == finished
+    for run in check_runs(expand(read_sweep(file))).runs:
+        if run.name in (names[0], names[3]):
             summary = train_student(run.config, tmp_path / run.name, splits=digits)
             assert {file.name for file in (out / run.name).iterdir()} == RUN_FILES
             assert same_weights(out / run.name, tmp_path / run.name)
@@ -200,32 +168,18 @@ def test_a_killed_sweep_goes_on_bit_by_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_sweep_ends_its_workers_and_says_how_to_go_on(
-    folder: Path, number: signal.Signals
-) -> None:
-    file = sweep_file(f"stopped{number}", [{"loss.name": "kd"}], base={"train.epochs": 500})
-    sweep = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "sweep", str(file)],
-        text=True,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-        # a shell lets what it starts in the background ignore Ctrl+C, and tests may be that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    wait_for(Path(f"runs/{file.stem}/kd-s0/last.pt"), sweep)
+def test_a_stopped_sweep_ends_its_workers_and_says_how_to_go_on(folder: Path) -> None:
+    """By Ctrl-C; test_ending.py has what other signals end a command with."""
+    file = sweep_file("stopped", [{"loss.name": "kd"}], base={"train.epochs": 500} | SMALL)
+    sweep = forks.Started(["-m", "pipeline", "sweep", str(file)])
+    wait_for(Path("runs/stopped/kd-s0/last.pt"), sweep)
     workers = psutil.Process(sweep.pid).children(recursive=True)
-    os.killpg(sweep.pid, number)  # as a terminal does it: to all of them
-
-    _, message = sweep.communicate(timeout=60)
-    assert sweep.returncode == 128 + number
-    first, second = message.strip().splitlines()[:2]  # click ends the line of ^C
-    assert first.startswith("error: sweep was stopped by ")
-    assert "same command" in second
+    for process in (sweep.pid, *(worker.pid for worker in workers)):  # as a terminal does it
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGINT)
+    assert sweep.wait(60) == 130
+    assert re.search(r"error: sweep was stopped by .*\n.*same command", sweep.stderr)
     assert gone(workers)
-
-
-# ---- workers that die -----------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -259,14 +213,10 @@ def test_a_run_whose_worker_died_is_tried_once_more(
     assert found == {name: [name] for name in ("a-0", "b-1", "d-0")}
 
 
-# ---- on an existing cluster -----------------------------------------------------------------
-
-
 def test_a_finished_sweep_starts_nothing_and_writes_the_same(folder: Path, scheduler: str) -> None:
     file = sweep_file("cluster", [{"loss.name": ["ce", "kd"]}], base=SMALL)
     results = run_sweep(file, Console(), scheduler=scheduler)
     assert [result.error for result in results] == [None, None]
-
     before = Path("runs/cluster/results.jsonl").read_text()
     assert [r.summary for r in run_sweep(file, Console())] == [r.summary for r in results]
     assert Path("runs/cluster/results.jsonl").read_text() == before
@@ -277,10 +227,8 @@ def test_students_trained_together_are_what_they_are_alone(
 ) -> None:
     grid = {"loss.name": ["ce", "dkd"], "train.lr": [0.1, 1e38]}
     file = sweep_file("together", [grid], together=4, base=SMALL)
-
     with pytest.raises(RunError, match="2 of 4 runs failed"):
         run_sweep(file, Console(), scheduler=scheduler)
-
     out = Path("runs/together")
     for run in check_runs(expand(read_sweep(file))).runs:
         if run.config.train.lr < 1:

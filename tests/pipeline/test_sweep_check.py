@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,6 @@ def test_a_rectification_is_filled_in_and_makes_runs_equal(
 ) -> None:
     shutil.copytree(rectified_cache, "rectified.zarr")
     base, grid = {"cache": "rectified.zarr"}, {"bias.mode": "rectify"}
-
     (run,) = check_runs(runs_of([grid], base=base)).runs
     assert run.config.bias.rectified == "pairwise-T4"
     named = {**grid, "bias.rectified": "pairwise-T4"}
@@ -99,9 +97,7 @@ def test_the_teachers_are_measured_on_the_test_split(folder: Path) -> None:
     shutil.copytree("whole.zarr", "twin.zarr")
     logits, labels = LogitCache.open("whole.zarr").eval_logits()
     right = sum(int(row.argmax() == label) for row, label in zip(logits, labels, strict=True))
-
     checked = check_runs(runs_of([{}, {"loss.name": "dkd", "also": ["twin.zarr"]}]))
-
     assert list(checked.teacher_top1.values()) == [pytest.approx(right / 797)] * 2
 
 
@@ -110,15 +106,10 @@ def test_pixels_that_have_drifted_are_told_once(
 ) -> None:
     words, grid = Words(), {"accept_pixel_drift": True}
     monkeypatch.setattr("stages.inputs.probes.pixel_probes", lambda *_: [1] * 256)
-
     with pytest.raises(PipelineError, match="256 of 256 pixel probes"):
         check_runs(runs_of([{}]))
     check_runs(runs_of([grid], seeds=[0, 1, 2]), words)
-
     assert len(words.lines) == 1
-
-
-# ---- the folder -----------------------------------------------------------------------------
 
 
 def recorded(out: Path, runs: list[Run]) -> SweepDirectory:
@@ -133,38 +124,33 @@ def summary(epochs: int) -> dict[str, Any]:
     return summary_of([epoch(n, 0.5) for n in range(epochs)]) | {"train_seconds": 2.0 * epochs}
 
 
-def start(directory: SweepDirectory, run: Run, epochs: int = 0, done: bool = False) -> None:
-    """What a run leaves that is so far."""
+def start(
+    directory: SweepDirectory, run: Run, epochs: int = 0, done: bool = False, text: str = ""
+) -> None:
+    """What a run leaves that is so far. text: of its summary, where another one is meant."""
     folder = directory.run(run.name)
     folder.mkdir()
     (folder / "config.yaml").write_text("kind: student\n")
     if epochs:
         (folder / "last.pt").touch()
         (folder / "metrics.jsonl").write_text("{}\n" * epochs)
-    if done:
-        (folder / "summary.json").write_text(json.dumps(summary(epochs)))
+    if done or text:
+        (folder / "summary.json").write_text(text or json.dumps(summary(epochs)))
 
 
 def test_how_far_runs_are(folder: Path) -> None:
-    runs = runs_of([{"loss.temperature": [1, 2, 3, 4]}])
+    """A run with a damaged summary is not finished."""
+    runs = runs_of([{"loss.temperature": [1, 2, 3, 4, 5, 6]}])
     assert set(SweepDirectory("new").progress(runs).values()) == {Progress()}
-
     directory = recorded(folder / "out", runs)
     start(directory, runs[0], epochs=30, done=True)
     start(directory, runs[1], epochs=3)
     start(directory, runs[2])
-
+    start(directory, runs[3], epochs=30, text='{"epochs"')
+    start(directory, runs[4], epochs=30, text='{"last": 3}')
     found = list(directory.progress(runs).values())
-    assert found == [Progress(summary=summary(30)), Progress(3), Progress(), Progress()]
-
-
-@pytest.mark.parametrize("text", ['{"epochs"', '{"last": 3}'])
-def test_a_run_with_a_damaged_summary_is_not_finished(folder: Path, text: str) -> None:
-    (run,) = runs_of([{}])[:1]
-    directory = recorded(folder / "out", [run])
-    start(directory, run, epochs=30)
-    (directory.run(run.name) / "summary.json").write_text(text)
-    assert directory.progress([run]) == {run.name: Progress(30)}
+    whole, none = Progress(summary=summary(30)), Progress()
+    assert found == [whole, Progress(3), none, Progress(30), Progress(30), none]
 
 
 def test_a_sweep_inside_a_cache_is_refused(folder: Path) -> None:
@@ -176,9 +162,7 @@ def test_runs_and_seeds_may_be_added_and_runs_that_never_started_left_out(folder
     runs = runs_of([{}, {"loss.name": ["dkd", "ce"]}])
     directory = recorded(folder / "out", runs)
     start(directory, runs[0], epochs=30, done=True)
-
     more = runs_of([{"loss.name": "dist"}, {}, {"loss.name": "dkd"}], seeds=[1, 0])
-
     assert directory.progress(more)[runs[0].name].summary is not None
     constant = {"train.schedule": "constant"}
     runs = runs_of([{}], base=constant)
@@ -192,7 +176,6 @@ def test_a_folder_of_another_sweep_is_refused(folder: Path) -> None:
     runs = runs_of([{"loss.name": "dkd"}])
     directory = recorded(folder / "out", runs)
     start(directory, runs[0], epochs=1)
-
     with pytest.raises(RunError, match="another sweep: its run dkd-s0 is not in this one"):
         directory.progress(runs_of([{"loss.name": "ce"}]))
     with pytest.raises(RunError, match=r"was started with other settings: train\.lr"):
@@ -209,7 +192,6 @@ def test_a_cache_may_move_and_not_become_another(folder: Path) -> None:
     config = directory.run(runs[0].name) / "config.yaml"
     config.write_text("kind: student\nmade_from: {caches: [one], views: 3, init: null}\n")
     moved = runs_of([{}], base={"cache": f"{folder}/elsewhere/"})
-
     assert directory.progress(moved, of)[runs[0].name].summary is not None
     of[runs[0].name]["caches"] = ["another"]
     with pytest.raises(RunError, match=r"other settings: other caches"):
@@ -222,7 +204,6 @@ def test_a_folder_that_holds_something_else_is_refused(folder: Path) -> None:
     (folder / "thesis" / "chapter1.tex").touch()
     (folder / "results").mkdir()
     (folder / "results" / "sweep.json").write_text("[1, 2]")
-
     for name in ("thesis", "results", "ablation.yaml"):
         with pytest.raises(RunError, match=f"{name} holds something else than a sweep"):
             SweepDirectory(name).progress(runs)
@@ -241,20 +222,15 @@ def test_a_sweep_is_held_by_one_process(folder: Path) -> None:
     os.close(held)
 
 
-# ---- the command ----------------------------------------------------------------------------
-
-
 def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(folder: Path) -> None:
     file = sweep_file([{"loss.name": ["ce", "kd"]}], seeds=[0, 1], out="out", workers=2)
     answer = CliRunner().invoke(cli, ["sweep", str(file), "--dry-run"], catch_exceptions=False)
-
     assert answer.exit_code == 0
     assert "4 runs" in answer.output
     assert "kd-s1" in answer.output
     assert "loss.name=kd" in answer.output
     assert "unknown until the first run has finished, with 2 workers" in answer.output
     assert not (folder / "out").exists()
-
     runs = check_runs(expand(read_sweep(file))).runs
     directory = recorded(folder / "out", runs)
     start(directory, runs[0], epochs=30, done=True)
@@ -262,7 +238,6 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(folder: Path) -> 
     answer = CliRunner().invoke(
         cli, ["sweep", str(file), "--dry-run", "--workers", "1"], catch_exceptions=False
     )
-
     assert "done" in answer.output
     assert "15 of 30 epochs" in answer.output
     assert "estimated time: 2 min 30 s, with 1 worker\n" in answer.output  # 30 s, 60 s, 60 s
@@ -281,24 +256,3 @@ def test_a_sweep_is_not_started_by_torchrun(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(PipelineError, match="processes of its own"):
         run_sweep(sweep_file([{}]), Console())
-
-
-def test_a_scheduler_that_does_not_answer_is_told(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import dask
-    import distributed
-
-    client: Callable[..., Any] = distributed.Client
-    address = "tcp://127.0.0.1:1"
-
-    def impatient(address: str, timeout: float, **options: Any) -> Any:
-        return client(address, timeout=0.5, **options)
-
-    monkeypatch.setattr(distributed, "Client", impatient)
-    with (
-        dask.config.set({"distributed.comm.timeouts.connect": "0.5s"}),
-        pytest.raises(PipelineError, match="does not answer") as caught,
-    ):
-        run_sweep(sweep_file([{}]), Console(), scheduler=address)
-    assert address in caught.value.cause

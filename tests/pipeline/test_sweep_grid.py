@@ -1,6 +1,7 @@
 """From a sweep file to runs: against itertools by hand, and what is refused."""
 
 import itertools
+import operator
 import re
 from pathlib import Path
 from typing import Any
@@ -8,22 +9,16 @@ from typing import Any
 import msgspec
 import pytest
 import yaml
+from helpers import changed, student_of
 
 from pipeline.sweep.check import grouped
 from pipeline.sweep.grid import Run, expand, read_sweep
 from stages.errors import ConfigError
-from stages.settings import (
-    BiasSettings,
-    DataSettings,
-    LossSettings,
-    ModelSettings,
-    SeedSettings,
-    StudentConfig,
-    TrainSettings,
-)
+from stages.settings import DataSettings, TrainSettings
 
 SWEEPS = Path(__file__).parents[2] / "docs" / "sweeps.md"
 BASE = {"cache": "a.zarr", "data": {"dataset": "digits"}, "model.architecture": "resnet8"}
+BASE["device"] = "cpu"
 
 
 def write(tmp_path: Path, **values: Any) -> Path:
@@ -36,136 +31,94 @@ def expanded(tmp_path: Path, **values: Any) -> list[Run]:
     return expand(read_sweep(write(tmp_path, **values)))
 
 
-def student(loss: str = "kd", **sections: Any) -> StudentConfig:
-    return StudentConfig(
-        cache="a.zarr",
-        data=DataSettings(dataset="digits"),
-        model=ModelSettings(architecture="resnet8"),
-        loss=LossSettings(name=loss),
-        **sections,
-    )
-
-
-# ---- grids ----------------------------------------------------------------------------------
-
-
 def test_a_grid_is_the_product_of_its_lists_and_of_the_seeds(tmp_path: Path) -> None:
-    runs = expanded(
-        tmp_path,
-        runs=[{"loss.name": ["kd", "dkd"], "bias.mode": ["none", "eliminate"], "train.epochs": 2}],
-        seeds=[3, 5],
-    )
-
+    grid = {"loss.name": ["kd", "dkd"], "bias.mode": ["none", "eliminate"], "train.epochs": 2}
+    runs = expanded(tmp_path, runs=[grid], seeds=[3, 5])
+    whole = {"data": DataSettings(dataset="digits"), "train": TrainSettings(epochs=2)}
+    plain = student_of("a.zarr", model__architecture="resnet8", **whole)
     by_hand = [
-        student(
-            loss,
-            bias=BiasSettings(mode=mode),
-            train=TrainSettings(epochs=2),
-            seed=SeedSettings(data=seed, init=seed),
-        )
+        changed(plain, loss__name=loss, bias__mode=mode, seed__data=seed, seed__init=seed)
         for loss, mode, seed in itertools.product(["kd", "dkd"], ["none", "eliminate"], [3, 5])
     ]
     assert [run.config for run in runs] == by_hand
-    assert [run.name for run in runs[:3]] == [
-        "kd-bias-none-epochs-2-s3",
-        "kd-bias-none-epochs-2-s5",
-        "kd-eliminate-epochs-2-s3",
-    ]
     assert runs[0].keys == {"loss.name": "kd", "bias.mode": "none", "train.epochs": 2}
+    names = ["bias-none-epochs-2-s3", "bias-none-epochs-2-s5", "eliminate-epochs-2-s3"]
+    assert [run.name for run in runs[:3]] == [f"kd-{name}" for name in names]
 
 
-def test_grids_come_one_after_another_and_overrule_the_base(tmp_path: Path) -> None:
-    runs = expanded(
-        tmp_path,
-        base={**BASE, "train": {"epochs": 9}, "loss": {"name": "dkd"}},
-        runs=[{"loss": {"name": "ce"}}, {}, {"train.epochs": [1, 9], "loss.name": "kd"}],
-    )
-
-    assert [(run.config.loss.name, run.config.train.epochs) for run in runs] == [
-        ("ce", 9),
-        ("dkd", 9),
-        ("kd", 1),
-        ("kd", 9),
-    ]
-    assert [run.label for run in runs] == ["ce", "base", "epochs=1, kd", "epochs=9, kd"]
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "found"),
-    [
+def test_keys_that_hold_lists_take_each_of_a_list_of_lists(tmp_path: Path) -> None:
+    grids: list[tuple[str, list[Any], list[Any]]] = [
         ("train.milestones", [[3, 5], [4]], [(3, 5), (4,)]),
         ("also", [[], ["b.zarr"]], [(), ("b.zarr",)]),
         ("model.mean", [[0.5], None], [(0.5,), None]),
-    ],
-)
-def test_keys_that_hold_lists_take_each_of_a_list_of_lists(
-    tmp_path: Path, key: str, value: Any, found: list[Any]
-) -> None:
-    runs = expanded(tmp_path, runs=[{key: value}])
-
-    def held(config: Any) -> Any:
-        for part in key.split("."):
-            config = getattr(config, part)
-        return config
-
-    assert [held(run.config) for run in runs] == found
-
-
-# ---- seeds ----------------------------------------------------------------------------------
-
-
-def test_a_seed_sets_both_unless_the_run_does(tmp_path: Path) -> None:
-    runs = expanded(
-        tmp_path,
-        runs=[
-            {"loss.name": "ce"},
-            {"loss.name": "kd", "seed.data": 7},
-            {"loss.name": "dkd", "seed": {"data": 1, "init": [1, 2]}},
-        ],
-        seeds=[0, 1],
-    )
-
-    seeds = [(run.label, run.name, *run.seeds) for run in runs]
-    assert seeds == [
-        ("ce", "ce-s0", 0, 0),
-        ("ce", "ce-s1", 1, 1),
-        ("kd", "kd-s0-d7", 7, 0),
-        ("kd", "kd-s1-d7", 7, 1),
-        ("dkd", "dkd-s1", 1, 1),
-        ("dkd", "dkd-s2-d1", 1, 2),
     ]
+    for key, value, found in grids:
+        runs = expanded(tmp_path, runs=[{key: value}])
+        assert [operator.attrgetter(key)(run.config) for run in runs] == found
 
 
-# ---- names ----------------------------------------------------------------------------------
-
-
-def test_a_label_comes_before_what_its_grid_varies(tmp_path: Path) -> None:
-    runs = expanded(
-        tmp_path,
-        runs=[
-            {"label": "LA", "loss.name": "kd", "train.lr": 0.5},
-            {"label": "T", "loss.name": "kd", "loss.temperature": [2, 8]},
+# a sweep; of each run: loss, epochs, both seeds, label, name
+EXPANDED: dict[str, tuple[dict[str, Any], list[tuple[str, int, int, int, str, str]]]] = {
+    "grids come one after another and overrule the base": (
+        {
+            "base": {**BASE, "train": {"epochs": 9}, "loss": {"name": "dkd"}},
+            "runs": [{"loss": {"name": "ce"}}, {}, {"train.epochs": [1, 9], "loss.name": "kd"}],
+        },
+        [
+            ("ce", 9, 0, 0, "ce", "ce-s0"),
+            ("dkd", 9, 0, 0, "base", "base-s0"),
+            ("kd", 1, 0, 0, "epochs=1, kd", "epochs-1-kd-s0"),
+            ("kd", 9, 0, 0, "epochs=9, kd", "epochs-9-kd-s0"),
         ],
-    )
+    ),
+    "a seed sets both unless the run does": (
+        {
+            "runs": [
+                {"loss.name": "ce"},
+                {"loss.name": "kd", "seed.data": 7},
+                {"loss.name": "dkd", "seed": {"data": 1, "init": [1, 2]}},
+            ],
+            "seeds": [0, 1],
+        },
+        [
+            ("ce", 30, 0, 0, "ce", "ce-s0"),
+            ("ce", 30, 1, 1, "ce", "ce-s1"),
+            ("kd", 30, 7, 0, "kd", "kd-s0-d7"),
+            ("kd", 30, 7, 1, "kd", "kd-s1-d7"),
+            ("dkd", 30, 1, 1, "dkd", "dkd-s1"),
+            ("dkd", 30, 1, 2, "dkd", "dkd-s2-d1"),
+        ],
+    ),
+    "a label comes before what its grid varies": (
+        {
+            "runs": [
+                {"label": "LA", "loss.name": "dkd", "train.lr": 0.5},
+                {"label": "T", "loss.name": "kd", "loss.temperature": [2, 8]},
+            ]
+        },
+        [
+            ("dkd", 30, 0, 0, "LA", "LA-s0"),
+            ("kd", 30, 0, 0, "T, temperature=2", "T-temperature-2-s0"),
+            ("kd", 30, 0, 0, "T, temperature=8", "T-temperature-8-s0"),
+        ],
+    ),
+}
 
-    assert [(run.label, run.name) for run in runs] == [
-        ("LA", "LA-s0"),
-        ("T, temperature=2", "T-temperature-2-s0"),
-        ("T, temperature=8", "T-temperature-8-s0"),
+
+@pytest.mark.parametrize(("values", "expected"), EXPANDED.values(), ids=EXPANDED)
+def test_expanded(tmp_path: Path, values: dict[str, Any], expected: list[Any]) -> None:
+    found = [
+        (run.config.loss.name, run.config.train.epochs, *run.seeds, run.label, run.name)
+        for run in expanded(tmp_path, **values)
     ]
+    assert found == expected
 
 
 def test_names_stay_when_runs_are_added(tmp_path: Path) -> None:
     first = [{"train.schedule": "cosine"}, {"cache": ["x/a.zarr", "y/a.zarr"]}]
-    more = [
-        *first,
-        {"bias.schedule": "cosine"},
-        {"cache": "z/a.zarr"},
-        {"label": "COSINE", "views": 1},
-    ]
-
-    before, after = expanded(tmp_path, runs=first), expanded(tmp_path, runs=more, seeds=[0, 4])
-
+    more = [{"bias.schedule": "cosine"}, {"cache": "z/a.zarr"}, {"label": "COSINE", "views": 1}]
+    before = expanded(tmp_path, runs=first)
+    after = expanded(tmp_path, runs=first + more, seeds=[0, 4])
     names = {run.config: run.name for run in after}
     assert all(names[run.config] == run.name for run in before)
     assert len({run.name.lower() for run in after}) == len(after) == 12
@@ -173,10 +126,7 @@ def test_names_stay_when_runs_are_added(tmp_path: Path) -> None:
 
 def test_long_and_odd_labels_make_folders(tmp_path: Path) -> None:
     labels = ["../up", "größe / *?", "x" * 300, "x" * 301]
-    runs = expanded(
-        tmp_path, runs=[{"label": x, "train.epochs": n} for n, x in enumerate(labels, start=1)]
-    )
-
+    runs = expanded(tmp_path, runs=[{"label": x, "views": n} for n, x in enumerate(labels, 1)])
     for run in runs:
         (tmp_path / run.name).mkdir()
         assert (tmp_path / run.name).parent.samefile(tmp_path)
@@ -217,34 +167,17 @@ def test_refused(tmp_path: Path, values: dict[str, Any], named: str) -> None:
     assert named in caught.value.cause
 
 
-def test_numbers_as_people_write_them(tmp_path: Path) -> None:
-    file = write(tmp_path)
-    file.write_text(file.read_text().replace("{}", "{train.lr: [1e-2, 5.e-1, +2E-1]}"))
-
-    runs = expand(read_sweep(file))
-
-    assert [run.label for run in runs] == ["lr=0.01", "lr=0.5", "lr=0.2"]
-    assert [run.config.train.lr for run in runs] == [0.01, 0.5, 0.2]
-
-
 def test_the_sweep_in_the_documentation(tmp_path: Path) -> None:
     (text,) = re.findall(r"```yaml\n(out: .*?)```", SWEEPS.read_text(), re.DOTALL)
     (tmp_path / "ablation.yaml").write_text(text)
-
-    sweep = read_sweep(tmp_path / "ablation.yaml")
-
-    assert len(expand(sweep)) == (1 + 2 * 3 + 2) * 3
+    assert len(expand(read_sweep(tmp_path / "ablation.yaml"))) == (1 + 2 * 3 + 2) * 3
 
 
 def test_flags_overrule_the_file(tmp_path: Path) -> None:
     file = write(tmp_path, workers=2)
-
     assert read_sweep(file).out == "runs/ablation"
     assert read_sweep(file, workers=3, out=None).workers == 3
     assert read_sweep(file, out="elsewhere").out == "elsewhere"
-
-
-# ---- groups ---------------------------------------------------------------------------------
 
 
 def test_runs_that_share_a_stream_go_together(tmp_path: Path) -> None:
@@ -263,7 +196,6 @@ def test_runs_that_share_a_stream_go_together(tmp_path: Path) -> None:
         ],
         seeds=[0, 1],
     )
-
     groups = grouped(runs, None)
 
     def stream(run: Run) -> tuple[Any, ...]:
@@ -283,8 +215,6 @@ def test_runs_that_share_a_stream_go_together(tmp_path: Path) -> None:
 def test_together_may_limit_the_group(tmp_path: Path, together: Any, sizes: list[int]) -> None:
     file = write(tmp_path, runs=[{"loss.temperature": [1, 2, 3, 4, 5]}], together=together)
     sweep = read_sweep(file)
-
     groups = grouped(expand(sweep), sweep.most_together)
-
     assert [len(group) for group in groups] == sizes
     assert msgspec.to_builtins(groups[0][0].config)["loss"]["temperature"] == 1

@@ -2,10 +2,11 @@
 
 import json
 import statistics
-import warnings
 from typing import Any
 
 import pytest
+from helpers import changed, student_of
+from reports import epoch, summary_of, sweep_line
 from scipy import stats
 
 from pipeline.sweep.directory import Progress, Result, as_lines
@@ -20,49 +21,20 @@ from pipeline.sweep.table import (
     tables,
 )
 from stages.errors import ConfigError
-from stages.settings import (
-    DataSettings,
-    LossSettings,
-    ModelSettings,
-    SeedSettings,
-    StudentConfig,
-    TrainSettings,
-)
+from stages.settings import TrainSettings
 
 
-def run(
-    loss: str = "kd",
-    seed: int = 0,
-    model: str = "resnet8",
-    dataset: str = "digits",
-    cache: str = "a.zarr",
-    label: str | None = None,
-    **train: Any,
-) -> Run:
-    config = StudentConfig(
-        cache=cache,
-        data=DataSettings(dataset=dataset),
-        model=ModelSettings(architecture=model),
-        loss=LossSettings(name=loss),
-        seed=SeedSettings(data=seed, init=seed),
-        train=TrainSettings(**train),
-    )
-    label = label or loss
-    return Run(f"{label}-s{seed}", label, {"loss.name": loss}, config)
+def run(loss: str = "kd", seed: int = 0, label: str | None = None, **changes: Any) -> Run:
+    """changes: as of `changed`."""
+    plain = student_of("a.zarr", train=TrainSettings(), model__architecture="resnet8")
+    config = changed(plain, loss__name=loss, seed__data=seed, seed__init=seed, **changes)
+    return Run(f"{label or loss}-s{seed}", label or loss, {"loss.name": loss}, config)
 
 
 def summary(last: float, best: float | None = None, seconds: float = 10.0) -> dict[str, Any]:
-    best = last if best is None else best
-    return {
-        "last": {"epoch": 0, "test_top1": last, "test_top5": last, "loss": 1.0},
-        "best": {"epoch": 0, "test_top1": best, "test_top5": best, "loss": 1.0},
-        "train_seconds": 5 * seconds,
-        "epoch_seconds": seconds,
-        "selected": {"epoch": 0, "test_top1": last, "test_top5": last, "loss": 1.0},
-        "epochs": 4,
-        "parameters": 1,
-        "wait_share": 0.0,
-    }
+    found = summary_of([epoch(0, last) | {"seconds": seconds}])
+    found["best"] = found["last"] | {"test_top1": last if best is None else best}
+    return found | {"train_seconds": 5 * seconds, "epochs": 4}
 
 
 def group(loss: str, tops: dict[int, float], **kinds: Any) -> Group:
@@ -70,14 +42,9 @@ def group(loss: str, tops: dict[int, float], **kinds: Any) -> Group:
     return Group(results[0].run.label, results)
 
 
-# ---- differences ----------------------------------------------------------------------------
-
-
 def test_groups_are_compared_over_their_common_seeds() -> None:
     ours, theirs = {0: 0.50, 1: 0.52, 2: 0.55, 7: 0.99}, {2: 0.54, 1: 0.50, 0: 0.47, 9: 0.01}
-
     found = difference(group("kd", ours), group("ce", theirs))
-
     assert found is not None
     assert found.pairs == 3
     assert found.points == pytest.approx((3 + 2 + 1) / 3)
@@ -96,45 +63,42 @@ def test_groups_are_compared_over_their_common_seeds() -> None:
     ids=["one pair", "the same difference", "no difference"],
 )
 def test_without_variance_there_is_no_p(ours: dict[int, float], theirs: dict[int, float]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = difference(group("kd", ours), group("ce", theirs))
-
+    found = difference(group("kd", ours), group("ce", theirs))
     assert found is not None
     assert found.p is None
     assert found.points == pytest.approx(100 * (ours[0] - theirs[0]))
     assert difference(group("kd", {0: 0.5}), group("ce", {1: 0.5})) is None  # no common seed
 
 
-# ---- which group is the baseline ------------------------------------------------------------
-
-
 def test_each_model_and_dataset_has_the_baseline_of_its_own() -> None:
-    kinds = [
-        {"model": model, "dataset": dataset, "label": f"{model}, {dataset}"}
+    kinds: list[dict[str, Any]] = [
+        {
+            "model__architecture": model,
+            "data__dataset": dataset,
+            "label": f"{model}, {dataset}",
+        }
         for model in ("resnet8", "vgg8")
         for dataset in ("digits", "cifar10")
     ]
     baselines = [group("ce", {0: 0.5}, **kind) for kind in kinds]
     others = [group("kd", {0: 0.5}, **kind, cache="b.zarr") for kind in kinds]
-
     for baseline, other in zip(baselines, others, strict=True):
         assert baseline_of(other, [*others, *baselines], None) is baseline
-    assert baseline_of(group("kd", {0: 0.5}, model="vgg13"), baselines, None) is None
+    assert baseline_of(group("kd", {0: 0.5}, model__architecture="vgg13"), baselines, None) is None
 
 
 def test_the_nearest_of_several_baselines_counts_and_none_where_two_are_as_near() -> None:
-    slow, fast = (group("ce", {0: 0.5}, lr=lr) for lr in (0.1, 0.2))
-
-    assert baseline_of(group("kd", {0: 0.5}, lr=0.2), [slow, fast], None) is fast
-    assert baseline_of(group("kd", {0: 0.5}, lr=0.3), [slow, fast], None) is None
+    slow, fast = (group("ce", {0: 0.5}, train__lr=lr) for lr in (0.1, 0.2))
+    assert baseline_of(group("kd", {0: 0.5}, train__lr=0.2), [slow, fast], None) is fast
+    assert baseline_of(group("kd", {0: 0.5}, train__lr=0.3), [slow, fast], None) is None
 
 
 def test_a_baseline_may_be_named_by_its_keys() -> None:
-    small, large = (group("ce", {0: 0.5}, model=model) for model in ("resnet8", "resnet20"))
-    kd = group("kd", {0: 0.5}, model="resnet8")
+    small, large = (
+        group("ce", {0: 0.5}, model__architecture=model) for model in ("resnet8", "resnet20")
+    )
+    kd = group("kd", {0: 0.5}, model__architecture="resnet8")
     wanted = {"model.architecture": "resnet20", "loss.name": "ce"}
-
     assert baseline_of(kd, [small, large, kd], wanted) is large
     assert baseline_of(small, [small, large, kd], {"loss.name": "kd"}) is kd
 
@@ -150,9 +114,9 @@ def test_a_baseline_that_no_run_is_is_refused() -> None:
     ("other", "message"),
     [
         ({}, None),
-        ({"epochs": 3}, "train.epochs"),
-        ({"cache": "b.zarr", "batch_size": 64}, "cache, train.batch_size"),
-        ({"deterministic": True}, None),
+        ({"train__epochs": 3}, "train.epochs"),
+        ({"cache": "b.zarr", "train__batch_size": 64}, "cache, train.batch_size"),
+        ({"train__deterministic": True}, None),
     ],
 )
 def test_a_difference_says_what_else_differs_than_loss_and_bias(
@@ -164,21 +128,17 @@ def test_a_difference_says_what_else_differs_than_loss_and_bias(
     assert table.rows[1][5] == f"+10.00 (p -, {end}"
 
 
-# ---- the table ------------------------------------------------------------------------------
-
-
 def results() -> list[Result]:
     ce, kd = [0.40, 0.43, 0.41], [0.50, 0.52, 0.55]
     found = [Result(run("ce", s), 0.6, summary(x, x + 0.01, 61)) for s, x in enumerate(ce)]
     found += [Result(run("kd", s), 0.6, summary(x)) for s, x in enumerate(kd)]
     found += [Result(run("dkd", 0), 0.6, summary(0.7))]
     found += [Result(run("dkd", 1), 0.6, error="RuntimeError: a | b")]
-    return [*found, Result(run("kd", 0, dataset="cifar10"), None, summary(0.25))]
+    return [*found, Result(run("kd", 0, data__dataset="cifar10"), None, summary(0.25))]
 
 
 def test_a_table_for_every_dataset() -> None:
     digits, cifar = tables(results(), None)
-
     assert digits.title == "digits, teacher 60.00%"
     assert digits.columns[-2:] == ("against ce", "against the teacher")
     mean, std = statistics.mean([40, 43, 41]), statistics.stdev([40, 43, 41])
@@ -202,7 +162,6 @@ def test_a_table_for_every_dataset() -> None:
 
 def test_the_markdown_has_a_cell_for_every_column() -> None:
     text = table_markdown([Result(run(label="a|b"), None, summary(0.5)), *results()], None)
-
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in lines} == {8}
     assert "failed: dkd-s1: RuntimeError: a | b" in text
@@ -211,36 +170,22 @@ def test_the_markdown_has_a_cell_for_every_column() -> None:
 
 def test_a_line_for_every_run() -> None:
     lines = [json.loads(line) for line in as_lines(results()).splitlines()]
-
-    assert lines[0] == {
-        "name": "ce-s0",
-        "label": "ce",
-        "keys": {"loss.name": "ce"},
-        "seed": 0,
-        "status": "done",
-        "error": None,
-        "cache": "a.zarr",
-        "dataset": "digits",
-        "teacher_top1": 0.6,
-        "summary": summary(0.40, 0.40 + 0.01, 61),
-    }
+    expected = sweep_line("ce-s0", "ce", 0, summary(0.40, 0.40 + 0.01, 61))
+    expected |= {"keys": {"loss.name": "ce"}, "cache": "a.zarr", "teacher_top1": 0.6}
+    assert lines[0] == expected
     assert (lines[7]["status"], lines[7]["error"]) == ("failed", "RuntimeError: a | b")
     assert lines[7]["summary"] is None
 
 
-# ---- how long -------------------------------------------------------------------------------
-
-
 def test_the_time_of_a_run_is_that_of_its_kind_or_of_all() -> None:
-    runs = [run(seed=s) for s in range(3)] + [run("ce", 5, model="vgg8"), run("ce", 6, epochs=4)]
+    others = [run("ce", 5, model__architecture="vgg8"), run("ce", 6, train__epochs=4)]
+    runs = [run(seed=s) for s in range(3)] + others
     progress = dict.fromkeys((r.name for r in runs), Progress())
     assert seconds_of(runs[0], runs, progress) is None
     assert seconds_left(runs, runs, progress, 2) is None
-
     progress[runs[0].name] = Progress(summary=summary(0.1, seconds=10 / 5))
     progress[runs[1].name] = Progress(summary=summary(0.1, seconds=20 / 5))
     progress[runs[3].name] = Progress(summary=summary(0.1, seconds=90 / 5))
-
     assert seconds_of(runs[2], runs, progress) == 15
     assert seconds_of(runs[4], runs, progress) == 40  # its epochs are its own
     assert seconds_left([runs[2], runs[4]], runs, progress, 1) == 55

@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
-from helpers import DIGITS, same_weights, student_of
+from helpers import DIGITS, changed, same_weights, student_of
 
 from pipeline.sweep import worker
 from pipeline.sweep.worker import Failure, Place, Watch, failure, train
 from stages.cache.lock import Hold
 from stages.data import Splits
 from stages.errors import RunError
-from stages.settings import LossSettings, ModelSettings, StudentConfig, TrainSettings
+from stages.settings import StudentConfig
 from stages.train_student import train_student
 
 
@@ -29,7 +28,7 @@ def here(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def config(finished_cache: Path) -> StudentConfig:
-    return student_of(finished_cache, train=TrainSettings(epochs=1, batch_size=250))
+    return student_of(finished_cache, train__epochs=1)
 
 
 def place() -> Place:
@@ -41,50 +40,38 @@ def test_data_are_loaded_once_for_all_students(
 ) -> None:
     loaded: list[Any] = []
     monkeypatch.setattr(worker, "load_data", lambda data, skips: loaded.append(data) or digits)
-
     for out in ("a", "b"):
         (summary,) = train([config], [out], place())
         assert isinstance(summary, dict)
-
     assert loaded == [DIGITS]
 
 
-def test_a_run_that_was_killed_before_its_first_file_starts_again(config: StudentConfig) -> None:
+def test_only_what_a_killed_run_has_left_is_replaced(config: StudentConfig) -> None:
     Path("run").mkdir()
     Path("run/config.yaml.partial").touch()
-
     (summary,) = train([config], ["run"], place())
-
     assert isinstance(summary, dict)
     assert not Path("run/config.yaml.partial").exists()
-
-
-def test_somebody_elses_folder_is_left_alone(config: StudentConfig) -> None:
-    Path("run").mkdir()
-    Path("run/thesis.tex").touch()
-
-    (message,) = train([config], ["run"], place())
-
+    Path("mine").mkdir()
+    Path("mine/thesis.tex").touch()
+    (message,) = train([config], ["mine"], place())
     assert isinstance(message, Failure)
-    assert "run holds something else than a run" in message.message
+    assert "mine holds something else than a run" in message.message
     assert not message.trace
-    assert [file.name for file in Path("run").iterdir()] == ["thesis.tex"]
+    assert [file.name for file in Path("mine").iterdir()] == ["thesis.tex"]
 
 
 def test_a_worker_that_does_not_see_the_folder_says_so(config: StudentConfig) -> None:
     (message,) = train([config], ["run"], Place("/nowhere/at/all"))
-
     assert message == Failure("/nowhere/at/all is not there: workers must see the same paths")
 
 
 def test_a_group_that_cannot_go_together_is_trained_one_by_one(
     config: StudentConfig, digits: Splits
 ) -> None:
-    broken = msgspec.structs.replace(config, model=ModelSettings(architecture="resnet7"))
-    other = msgspec.structs.replace(config, loss=LossSettings(name="ce"))
-
+    broken = changed(config, model__architecture="resnet7")
+    other = changed(config, loss__name="ce")
     first, message, last = train([config, broken, other], ["a", "b", "c"], place())
-
     assert isinstance(first, dict)
     assert isinstance(last, dict)
     assert isinstance(message, Failure)
@@ -101,10 +88,7 @@ def test_a_run_waits_for_who_still_trains_it(monkeypatch: pytest.MonkeyPatch) ->
         worker.wait_for(Path("run"))
         timer.join()
     monkeypatch.setattr(worker, "_LOCK_TIMEOUT", 0.0)
-    with (
-        Hold(Path("run")),
-        pytest.raises(RunError, match="another process is writing to run"),
-    ):
+    with Hold(Path("run")), pytest.raises(RunError, match="another process is writing to run"):
         worker.wait_for(Path("run"))
 
 

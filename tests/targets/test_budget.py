@@ -1,11 +1,13 @@
 """Sizes as people write them, and slabs that fit."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
-from helpers import student_of
+from helpers import refused, student_of
 from torch import Tensor
 
 from stages.cache import LogitCache
@@ -23,31 +25,20 @@ from stages.targets.reader import TargetReader
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("4096", 4096),
-        ("2 gb", 2 * 10**9),
-        ("1.5GiB", 3 * 2**29),
-        ("64KiB", 2**16),
-        ("0.5TB", 5 * 10**11),
-    ],
-)
-def test_sizes(text: str, count: int) -> None:
-    assert parse_bytes(text, "x") == count
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "2GBs", "1e9", "2iB", "2,5GB"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"slab_memory is .*, not a size") as caught:
-        parse_bytes(text, "slab_memory")
-    assert "2GB" in caught.value.remedy
-
-
-@pytest.mark.parametrize("count", [0, 1, 999, 1000, 12345, 999_999, 25_010_000, 3 * 10**9 + 1])
-def test_words_can_be_given_back(count: int) -> None:
-    back = parse_bytes(in_words(count), "x")
-    assert count <= back <= count * 1.01 + 1
+def test_sizes() -> None:
+    for text, count in {
+        "4096": 4096,
+        "2 gb": 2 * 10**9,
+        "1.5GiB": 3 * 2**29,
+        "64KiB": 2**16,
+        "0.5TB": 5 * 10**11,
+    }.items():
+        assert parse_bytes(text, "x") == count
+    for text in ("", "GB", "-1GB", "2GBs", "1e9", "2iB", "2,5GB"):
+        with refused(ConfigError, ", not a size", "2GB"):
+            parse_bytes(text, "slab_memory")
+    for count in (0, 1, 999, 1000, 12345, 999_999, 25_010_000, 3 * 10**9 + 1):
+        assert count <= parse_bytes(in_words(count), "x") <= count * 1.01 + 1  # given back
 
 
 FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -102,9 +93,6 @@ def test_memory_of_a_container_is_what_its_limit_leaves(
     assert available_bytes(CPU) > free / 2
 
 
-# ---- plans ----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def my_cache(finished_cache: Path) -> LogitCache:
     """1,000 rows in three chunks of 334, 334 and 332."""
@@ -112,31 +100,22 @@ def my_cache(finished_cache: Path) -> LogitCache:
 
 
 def plan(
-    cache: LogitCache,
-    wanted: int | None,
-    views: int = 3,
-    at_once: int = 1,
-    per_decode: int = 1,
-    samples: Tensor | None = None,
-    batch_size: int = 64,
+    cache: LogitCache, wanted: int | None, views: int = 3, at_once: int = 1, **more: Any
 ) -> SlabPlan:
+    """more: samples, or batch_size."""
     memory = None if wanted is None else f"{wanted}"
-    train = TrainSettings(batch_size=batch_size)
+    train = TrainSettings(batch_size=more.get("batch_size", 64))
     config = student_of(cache.path, slab_memory=memory, train=train)
-    shown = torch.arange(1000) if samples is None else samples
     choices = [tuple(range(v, v + at_once)) for v in range(0, views, at_once)]
-    schedule = ViewSchedule(choices, 0, epochs=20, per_decode=per_decode)
-    return plan_slabs([cache], schedule, shown, config, CPU)
+    schedule = ViewSchedule(choices, 0, epochs=20, per_decode=1)
+    return plan_slabs([cache], schedule, more.get("samples", torch.arange(1000)), config, CPU)
 
 
-def test_slab_bytes_are_those_of_its_tensors(my_cache: LogitCache) -> None:
-    targets = my_cache.read_view(0)
-    of_view = sum(t.nbytes for t in [*targets.arrays.values(), targets.predictions])
-    of_view += 1000 * 2 * 4  # a rectification, counted whether it is used or not
-    of_all_views = targets.labels.nbytes + targets.row_of.nbytes
-    assert slab_bytes([my_cache], 1000) == of_view + of_all_views
-    assert slab_bytes([my_cache] * 3, 1000) == 3 * (of_view + of_all_views)
-    assert slab_bytes([my_cache], 1000, views=7) == 7 * of_view + of_all_views
+def offered(remedy: str) -> int:
+    """The size that a remedy names, in bytes."""
+    found = re.fullmatch(r"Give --slab-memory (\S+).*", remedy, re.DOTALL)
+    assert found is not None
+    return parse_bytes(found[1], "x")
 
 
 def test_views_share_labels_and_places_once_they_are_read(my_cache: LogitCache) -> None:
@@ -149,8 +128,10 @@ def test_views_share_labels_and_places_once_they_are_read(my_cache: LogitCache) 
         assert isinstance(targets, ViewTargets)
         tensors += [*targets.arrays.values(), targets.predictions, targets.labels, targets.row_of]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    unused = 3 * 1000 * 2 * 4  # the rectification
-    assert sum(storages.values()) == slab_bytes([my_cache], 1000, views=3) - unused
+    unused = 3 * 1000 * 2 * 4  # a rectification, counted whether it is used or not
+    of_three = slab_bytes([my_cache], 1000, views=3)
+    assert sum(storages.values()) == of_three - unused
+    assert slab_bytes([my_cache] * 3, 1000, views=3) == 3 * of_three
 
 
 def test_all_views_of_cifar100_stay_resident(tmp_path: Path, my_cache: LogitCache) -> None:
@@ -208,9 +189,7 @@ def test_too_small_a_budget_names_the_least(my_cache: LogitCache) -> None:
     least = 2 * slab_bytes([my_cache], 334)
     with pytest.raises(ConfigError, match=r"too small: two groups of whole chunks \(334") as caught:
         plan(my_cache, least - 1)
-    word = caught.value.remedy.split()[2]
-    assert caught.value.remedy == f"Give --slab-memory {word} or more."
-    assert plan(my_cache, parse_bytes(word, "x")).groups is not None
+    assert plan(my_cache, offered(caught.value.remedy)).groups is not None
 
 
 def test_a_group_is_never_smaller_than_a_batch(my_cache: LogitCache) -> None:
@@ -219,8 +198,8 @@ def test_a_group_is_never_smaller_than_a_batch(my_cache: LogitCache) -> None:
     assert plan(my_cache, tight, batch_size=331).groups is not None
     with pytest.raises(ConfigError, match="no smaller than a batch") as caught:
         plan(my_cache, tight, batch_size=batch_size)
-    word = caught.value.remedy.split()[2]
-    assert plan(my_cache, parse_bytes(word, "x"), batch_size=batch_size) == SlabPlan(None)
+    wanted = offered(caught.value.remedy)
+    assert plan(my_cache, wanted, batch_size=batch_size) == SlabPlan(None)
     few = torch.arange(0, 1000, 5)  # the others are held out
     with pytest.raises(ConfigError, match="no smaller than a batch"):
         plan(my_cache, tight, samples=few, batch_size=100)
@@ -236,6 +215,5 @@ def test_nothing_is_chosen_silently_where_memory_is_short(
     monkeypatch.setattr(chunks, "available_bytes", lambda device: 2 * two - 2)
     with pytest.raises(ConfigError, match=r"targets of 2 views take .* more than half") as caught:
         plan(my_cache, None)
-    word = caught.value.remedy.split()[2]
-    plan(my_cache, parse_bytes(word, "x"))  # what it offers works
+    plan(my_cache, offered(caught.value.remedy))  # what it offers works
     assert plan(my_cache, None, views=1).groups is None

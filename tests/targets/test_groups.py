@@ -55,11 +55,11 @@ def test_the_order_goes_group_by_group(most: int) -> None:
 
 
 def test_samples_are_shuffled_within_a_group() -> None:
-    cut = groups(5)
-    order = cut.order(torch.arange(ROWS), 0, 0)
-    first = order[: runs_of(cut, 0, 0)[0]]
-    chunks = cut.chunk_of[first]
+    cut, samples = groups(5), torch.arange(ROWS)
+    order = cut.order(samples, 0, 0)
+    chunks = cut.chunk_of[order[: runs_of(cut, 0, 0)[0]]]
     assert (chunks[1:] != chunks[:-1]).float().mean() > 0.5  # not chunk by chunk
+    assert torch.equal(groups(10).order(samples, 5, 6), sample_order(samples, 5, 6))  # one group
 
 
 def test_held_out_samples_are_absent() -> None:
@@ -67,11 +67,6 @@ def test_held_out_samples_are_absent() -> None:
     order = cut.order(samples, 0, 2)
     assert torch.equal(order.sort().values, samples)
     assert torch.equal(cut.group_of(0, 2)[order], cut.group_of(0, 2)[samples].sort().values)
-
-
-def test_one_group_is_the_plain_order() -> None:
-    samples = torch.arange(ROWS)
-    assert torch.equal(groups(10).order(samples, 5, 6), sample_order(samples, 5, 6))
 
 
 def test_the_order_is_a_function_of_seed_epoch_and_size() -> None:

@@ -49,37 +49,26 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("resident", [False, True])
-def test_every_epoch_gets_its_view(resident: bool) -> None:
-    slabs = reader(Shelf(), resident=resident)
-    assert [slabs.slab(epoch) for epoch in range(6)] == [f"slab {v}" for v in VIEWS]
-
-
-def test_the_next_view_is_read_meanwhile() -> None:
+def test_the_next_view_is_read_meanwhile_and_none_beyond_the_last() -> None:
     shelf = Shelf()
-    slabs = reader(shelf)
+    slabs = reader(shelf, epochs=3)
     slabs.slab(0)
     until(lambda: shelf.read_views == [2, 0])
     slabs.slab(1)
     until(lambda: shelf.read_views == [2, 0, 1])
+    slabs.slab(2)
+    time.sleep(0.02)
+    assert shelf.read_views == [2, 0, 1]
     assert threading.current_thread().name not in shelf.threads
 
 
-def test_nothing_is_read_beyond_the_last_epoch() -> None:
-    shelf = Shelf()
-    slabs = reader(shelf, epochs=2)
-    slabs.slab(0)
-    slabs.slab(1)
-    time.sleep(0.02)
-    assert shelf.read_views == [2, 0]
-
-
 @pytest.mark.parametrize(("resident", "reads"), [(True, [2, 0, 1]), (False, [2, 0, 1, 0, 2])])
-def test_resident_slabs_are_read_once(resident: bool, reads: list[int]) -> None:
+def test_every_epoch_gets_its_view_and_resident_ones_are_read_once(
+    resident: bool, reads: list[int]
+) -> None:
     shelf = Shelf()
     slabs = reader(shelf, resident=resident)
-    for epoch in range(6):
-        slabs.slab(epoch)
+    assert [slabs.slab(epoch) for epoch in range(6)] == [f"slab {v}" for v in VIEWS]
     assert shelf.read_views == reads
 
 
@@ -105,9 +94,12 @@ def test_a_failed_read_comes_out_in_its_epoch() -> None:
         slabs.slab(1)
 
 
-# ---- epochs in several parts ----------------------------------------------------------------
-
 PARTS = [["a", "b", "c"], ["d", "e"], ["f"]]
+
+
+class Letter:
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 class Library:
@@ -117,54 +109,43 @@ class Library:
         self.asked: list[str] = []
         self.held: weakref.WeakValueDictionary[str, Letter] = weakref.WeakValueDictionary()
         self.most = 0
+        self.slabs = SlabReader(self, PARTS.__getitem__, len(PARTS), resident=False)
 
-    def __call__(self, name: str) -> "Letter":
-        letter = Letter(name)
+    def __call__(self, name: str) -> Letter:
+        letter = self.held[name] = Letter(name)
         self.asked.append(name)
-        self.held[name] = letter
         self.most = max(self.most, len(self.held))
         return letter
 
 
-class Letter:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-@pytest.fixture
-def my_library() -> Library:
-    return Library()
-
-
-def in_parts(library: Library) -> SlabReader[str, Letter]:
-    return SlabReader(library, PARTS.__getitem__, len(PARTS), resident=False)
-
-
-def test_parts_come_one_after_another(my_library: Library) -> None:
-    slabs = in_parts(my_library)
+def test_parts_come_one_after_another() -> None:
+    library = Library()
+    slabs = library.slabs
     found = [slabs.slab(e, p).name for e, parts in enumerate(PARTS) for p in range(len(parts))]
-    assert found == my_library.asked == list("abcdef")
-    assert my_library.most <= 2
+    assert found == library.asked == list("abcdef")
+    assert library.most <= 2
 
 
-def test_two_parts_at_once_read_nothing_ahead(my_library: Library) -> None:
+def test_two_parts_at_once_read_nothing_ahead() -> None:
     """As a batch across two groups needs; what comes next is read once the first is let go."""
-    slabs = in_parts(my_library)
+    library = Library()
+    slabs = library.slabs
     assert slabs.slab(0, 0).name == "a"
     for _ in range(3):
         assert [letter.name for letter in slabs.slabs(0, 0, 1)] == ["a", "b"]
     time.sleep(0.02)
-    assert my_library.asked == ["a", "b"]
+    assert library.asked == ["a", "b"]
     assert slabs.slab(0, 1).name == "b"
-    until(lambda: my_library.asked == ["a", "b", "c"])
-    assert set(my_library.held) == {"b", "c"}
-    assert my_library.most <= 2
+    until(lambda: library.asked == ["a", "b", "c"])
+    assert set(library.held) == {"b", "c"}
+    assert library.most <= 2
 
 
-def test_a_resumed_run_starts_in_its_own_part(my_library: Library) -> None:
-    slabs = in_parts(my_library)
+def test_a_resumed_run_starts_in_its_own_part() -> None:
+    library = Library()
+    slabs = library.slabs
     assert slabs.slab(1, 1).name == "e"
-    until(lambda: my_library.asked == ["e", "f"])
+    until(lambda: library.asked == ["e", "f"])
     assert slabs.slab(2).name == "f"
     time.sleep(0.02)
-    assert my_library.asked == ["e", "f"]
+    assert library.asked == ["e", "f"]

@@ -2,35 +2,25 @@
 
 import dataclasses
 import inspect
-import os
-import signal
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 import torch._dynamo as dynamo
-from helpers import first, metrics, student_of, weights
+from helpers import AtBatch, Runs, changed, metrics, normed, student_of, terminate, weights
 from simulated_graphs import simulated_graphs
 from torch import Tensor, nn
 
 from stages.cache import LogitCache
-from stages.data import Splits
 from stages.errors import ConfigError, StoppedError
 from stages.objectives.losses import DEFINITIONS, Definition
-from stages.reporting import Silent
-from stages.settings import (
-    BiasSettings,
-    LossSettings,
-    ModelSettings,
-    StudentConfig,
-    TrainSettings,
-)
+from stages.settings import StudentConfig
 from stages.student_checks import complete
-from stages.train_student import student_trainer, train_student, train_together
+from stages.train_student import student_trainer, train_together
 from stages.training.cached_task import CachedTask
 from stages.training.captured import CapturedStep
 from stages.training.graphs import NoWaits, WaitError
@@ -41,56 +31,20 @@ from stages.training.trainer import Trainer
 BATCH, EPOCHS = 32, 3  # 300 samples: nine whole batches and one of 12
 
 
-def tiny(num_classes: int) -> nn.Module:
-    """A model with batch norm, whose statistics a step changes."""
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(4 * 36, num_classes),
-    )
+def config(cache: Path, loss: str = "kd", bias: Any = "none", **changes: Any) -> StudentConfig:
+    """changes: settings of training, or the model."""
+    given = {"epochs": EPOCHS, "batch_size": BATCH, "lr": 0.02} | changes
+    model = given.pop("model", "helpers:normed")
+    of = {"loss__name": loss, "bias__mode": bias, "model__architecture": model}
+    return student_of(cache, **of, **{f"train__{key}": value for key, value in given.items()})
 
 
-@pytest.fixture(scope="module")
-def my_splits(digits: Splits) -> Splits:
-    return Splits(first(digits.train, 300), first(digits.test, 100))
-
-
-def config(
-    cache: Path, loss: str = "kd", bias: Any = "none", model: str = "tiny", **train: Any
-) -> StudentConfig:
-    given = {"epochs": EPOCHS, "batch_size": BATCH, "lr": 0.02} | train
-    return student_of(
-        cache,
-        model=ModelSettings(architecture=f"test_captured:{model}"),
-        train=TrainSettings(**given),
-        loss=LossSettings(name=loss),
-        bias=BiasSettings(mode=bias),
-    )
-
-
-PlainRun = Callable[[StudentConfig], Path]
-
-
-@pytest.fixture(scope="module")
-def plain_run(my_splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> PlainRun:
-    """The run of a student whose steps are not recorded; made once."""
-    made: dict[StudentConfig, Path] = {}
-
-    def run(config: StudentConfig) -> Path:
-        if config not in made:
-            made[config] = tmp_path_factory.mktemp("plain") / "run"
-            train_student(config, made[config], splits=my_splits)
-        return made[config]
-
-    return run
+def log_of(run: Path) -> str:
+    return (run / "log.txt").read_text()
 
 
 def captured(config: StudentConfig) -> StudentConfig:
-    return msgspec.structs.replace(
-        config, train=msgspec.structs.replace(config.train, capture=True)
-    )
+    return changed(config, train__capture=True)
 
 
 def assert_same_runs(one: Path, other: Path) -> None:
@@ -113,15 +67,13 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_launches_of_a_recorded_step_train_as_steps_do(
-    name: str, small_cache: Path, my_splits: Splits, tmp_path: Path, plain_run: PlainRun
-) -> None:
+def test_launches_of_a_recorded_step_train_as_steps_do(name: str, small_runs: Runs) -> None:
     """30 steps of three epochs: other batches, views, targets, rates and weights in each."""
-    plain = config(small_cache, **CASES[name])
+    plain = config(small_runs.cache, **CASES[name])
     with simulated_graphs() as launches:
-        train_student(captured(plain), tmp_path / "captured", splits=my_splits)
+        run = small_runs.trained(captured(plain))
         assert launches() == 2 * 9 * EPOCHS  # the batch, the step; the last batch is smaller
-    assert_same_runs(plain_run(plain), tmp_path / "captured")
+    assert_same_runs(small_runs.plain(plain), run)
 
 
 def recordable(definition: Definition) -> bool:
@@ -129,13 +81,13 @@ def recordable(definition: Definition) -> bool:
 
 
 @pytest.fixture(scope="module")
-def my_trainer(
-    small_cache: Path, my_splits: Splits, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Trainer]:
+def my_trainer(small_runs: Runs) -> Iterator[Trainer]:
     """Of a student whose steps are recorded, with the targets of a rectification."""
-    run = RunDirectory(tmp_path_factory.mktemp("captured") / "run")
     with simulated_graphs():
-        trainer = student_trainer([captured(config(small_cache, bias="rectify"))], [run], my_splits)
+        student = captured(config(small_runs.cache, bias="rectify"))
+        trainer = student_trainer(
+            [student], [RunDirectory(small_runs.folder / "own")], small_runs.splits
+        )
         trainer.learner.start_epoch()
     yield trainer
     trainer.close()
@@ -218,50 +170,44 @@ def test_a_step_that_asks_the_host_is_found(
 
 
 def test_a_loss_that_asks_the_host_is_trained_as_ever(
-    small_cache: Path,
-    my_splits: Splits,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    plain_run: PlainRun,
+    small_runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = config(small_cache, epochs=1)
-    expected = plain_run(plain)
+    plain = config(small_runs.cache, epochs=1)
+    expected = small_runs.plain(plain)
     plant("item", monkeypatch)
     with simulated_graphs() as launches:
-        train_student(captured(plain), tmp_path / "captured", splits=my_splits)
+        run = small_runs.trained(captured(plain))
         assert launches() == 9  # the batches alone
-    assert_same_runs(expected, tmp_path / "captured")
-    assert "steps are not recorded" in (tmp_path / "captured" / "log.txt").read_text()
+    assert_same_runs(expected, run)
+    assert "steps are not recorded" in log_of(run)
 
 
-def test_without_a_gpu_it_is_refused(small_cache: Path, my_splits: Splits, tmp_path: Path) -> None:
+def test_without_a_gpu_it_is_refused(small_runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="CUDA graphs, the device is cpu") as caught:
-        train_student(captured(config(small_cache)), tmp_path / "run", splits=my_splits)
+        small_runs.trained(captured(config(small_runs.cache)), tmp_path / "run")
     assert caught.value.remedy == "Leave --capture out."
     assert not (tmp_path / "run").exists()
 
 
 NOT_RECORDED: dict[str, tuple[dict[str, Any], str]] = {
     "float16": ({"dtype": "float16"}, "float16 scales its gradients"),
-    "dropout": ({"model": "dropping"}, "a random number of the host waits"),
+    "dropout": ({"model": "test_captured:dropping"}, "a random number of the host waits"),
 }
 
 
 def dropping(num_classes: int) -> nn.Module:
     """On the CPU its random numbers are the host's."""
-    return nn.Sequential(tiny(num_classes), nn.Dropout(0.1))
+    return nn.Sequential(normed(num_classes), nn.Dropout(0.1))
 
 
 @pytest.mark.parametrize("name", NOT_RECORDED)
-def test_what_cannot_be_recorded_is_said_and_trained_as_ever(
-    name: str, small_cache: Path, my_splits: Splits, tmp_path: Path, plain_run: PlainRun
-) -> None:
+def test_what_cannot_be_recorded_is_said_and_trained_as_ever(name: str, small_runs: Runs) -> None:
     given, reason = NOT_RECORDED[name]
-    plain = config(small_cache, **{"epochs": 1} | given)
+    plain = config(small_runs.cache, **{"epochs": 1} | given)
     with simulated_graphs():
-        train_student(captured(plain), tmp_path / "captured", splits=my_splits)
-    assert_same_runs(plain_run(plain), tmp_path / "captured")
-    assert reason in (tmp_path / "captured" / "log.txt").read_text()
+        run = small_runs.trained(captured(plain))
+    assert_same_runs(small_runs.plain(plain), run)
+    assert reason in log_of(run)
 
 
 def eagerly(function: Any, **_: object) -> Any:
@@ -270,102 +216,67 @@ def eagerly(function: Any, **_: object) -> Any:
 
 
 @pytest.mark.slow
-def test_compiled_steps_are_recorded(
-    small_cache: Path,
-    my_splits: Splits,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    plain_run: PlainRun,
-) -> None:
+def test_compiled_steps_are_recorded(small_runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Model and loss are traced in the trial steps; the launches are those of a plain step."""
-    plain = config(small_cache, **CASES["dkd, rectified, the dynamic loss"])
-    both = captured(plain)
-    train = msgspec.structs.replace(both.train, compile=True)
+    given = CASES["dkd, rectified, the dynamic loss"]
     monkeypatch.setattr(torch, "compile", eagerly)
     with simulated_graphs() as launches:
-        train_student(
-            msgspec.structs.replace(both, train=train), tmp_path / "run", splits=my_splits
-        )
-        assert launches() == 2 * 9 * EPOCHS
-    assert_same_runs(plain_run(plain), tmp_path / "run")
+        both = config(small_runs.cache, **given, epochs=1, capture=True, compile=True)
+        run = small_runs.trained(both)
+        assert launches() == 2 * 9
+    assert_same_runs(small_runs.plain(config(small_runs.cache, **given, epochs=1)), run)
 
 
 def test_what_cuda_does_not_record_is_said_and_trained_as_ever(
-    small_cache: Path,
-    my_splits: Splits,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    plain_run: PlainRun,
+    small_runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where compiled code, which is not looked into, copies to the host."""
-    plain = config(small_cache, epochs=1)
-    record = torch.cuda.graph
-
-    @contextmanager
-    def refuses(graph: Any, **more: Any) -> Iterator[None]:
-        calls.append(graph)
-        with record(graph, **more):
-            yield
-        if len(calls) == 2:  # the first is that of the batches
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    calls: list[object] = []
+    plain, calls = config(small_runs.cache, epochs=1), itertools.count(1)
     with simulated_graphs():
         record = torch.cuda.graph
+
+        @contextmanager
+        def refuses(graph: Any, **more: Any) -> Iterator[None]:
+            with record(graph, **more):
+                yield
+            if next(calls) == 2:  # the first is that of the batches
+                raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
         monkeypatch.setattr(torch.cuda, "graph", refuses)
-        train_student(captured(plain), tmp_path / "run", splits=my_splits)
+        run = small_runs.trained(captured(plain))
         monkeypatch.undo()
-    assert_same_runs(plain_run(plain), tmp_path / "run")
-    message = (tmp_path / "run" / "log.txt").read_text()
-    assert "steps are not recorded: CUDA does not record them: operation not permitted" in message
-    assert "and more" not in message
-
-
-class Stopper(Silent):
-    """SIGTERM after a batch."""
-
-    def __init__(self, batch: int) -> None:
-        self._left = batch
-
-    def progress(self, *_: object) -> None:
-        self._left -= 1
-        if not self._left:
-            os.kill(os.getpid(), signal.SIGTERM)
+    assert_same_runs(small_runs.plain(plain), run)
+    why = "steps are not recorded: CUDA does not record them: operation not permitted"
+    assert why in log_of(run)
+    assert "and more" not in log_of(run)
 
 
 @pytest.mark.parametrize(("optimizer", "first_captured"), [("adam", True), ("sgd", False)])
 def test_a_run_goes_on_with_and_without(
-    optimizer: str,
-    first_captured: bool,
-    small_cache: Path,
-    my_splits: Splits,
-    tmp_path: Path,
-    plain_run: PlainRun,
+    optimizer: str, first_captured: bool, small_runs: Runs
 ) -> None:
     """Stopped in the middle of its second epoch."""
-    plain = config(small_cache, epochs=2, optimizer=optimizer, lr=1e-3)
+    plain = config(small_runs.cache, epochs=2, optimizer=optimizer, lr=1e-3)
     ways = [captured(plain), plain] if first_captured else [plain, captured(plain)]
-    run = tmp_path / "run"
+    run = small_runs.folder / optimizer
     with simulated_graphs():
         with pytest.raises(StoppedError):
-            train_student(ways[0], run, splits=my_splits, reporter=Stopper(14))
-        train_student(ways[1], run, splits=my_splits, resume=True)
-    assert_same_runs(plain_run(plain), run)
+            small_runs.trained(ways[0], run, reporter=AtBatch(14, terminate))
+        small_runs.trained(ways[1], run, resume=True)
+    assert_same_runs(small_runs.plain(plain), run)
 
 
-def test_students_together(
-    small_cache: Path, my_splits: Splits, tmp_path: Path, plain_run: PlainRun
-) -> None:
+def test_students_together(small_runs: Runs) -> None:
     """Each is a graph of its own on the batch that they share; one of them cannot be recorded."""
     students = [
-        config(small_cache, epochs=1),
-        config(small_cache, "dkd", "rectify", epochs=1, lr=0.05),
-        config(small_cache, "ctkd", epochs=1),
+        config(small_runs.cache, epochs=1),
+        config(small_runs.cache, "dkd", "rectify", epochs=1, lr=0.05),
+        config(small_runs.cache, "ctkd", epochs=1),
     ]
-    outs = [tmp_path / f"together{number}" for number in range(3)]
+    outs = [small_runs.folder / f"together{number}" for number in range(3)]
     with simulated_graphs() as launches:
-        train_together([captured(s) for s in students], outs, splits=my_splits)
+        train_together([captured(s) for s in students], outs, splits=small_runs.splits)
         assert launches() == (1 + 2) * 9
-    assert "the loss 'ctkd' takes steps on the host" in (outs[2] / "log.txt").read_text()
+    assert "the loss 'ctkd' takes steps on the host" in log_of(outs[2])
     for student, out in zip(students, outs, strict=True):
-        assert_same_runs(plain_run(student), out)
+        assert_same_runs(small_runs.plain(student), out)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from helpers import RUN_FILES, metrics, prepared
+from helpers import RUN_FILES, metrics, prepared, refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.cli import cli
@@ -35,9 +35,11 @@ def line(epoch: int, loss: float) -> dict[str, Any]:
     return {"epoch": epoch, "view": 3 * epoch, "loss": loss}
 
 
-def started(path: Path, epochs: int, resume: bool = False) -> RunDirectory:
+def started(
+    path: Path, epochs: int, resume: bool = False, tensorboard: bool = True
+) -> RunDirectory:
     """A run that goes on after so many epochs."""
-    run = prepared(path, CONFIG, resume=resume)
+    run = prepared(path, CONFIG | {"tensorboard": tensorboard}, resume=resume)
     run.begin(metrics(path)[:epochs] if resume else ())
     run.release()
     return run
@@ -52,46 +54,36 @@ def test_every_number_of_every_epoch_is_there_at_once(tmp_path: Path) -> None:
 
 
 def test_epochs_that_are_run_again_are_not_there_twice(tmp_path: Path) -> None:
-    killed = started(tmp_path / "run", 0)
-    for epoch in range(3):
-        killed.add_metrics(line(epoch, 1.0))
-    again = started(killed.path, 2, resume=True)  # the kill came before the third checkpoint
-    for epoch in (2, 3):
-        again.add_metrics(line(epoch, 0.5))
-    again.save_summary({})
-    found = read_events(again.path)
-    assert found == points(metrics(again.path))
-    assert found["loss"] == [(0, 1.0), (1, 1.0), (2, 0.5), (3, 0.5)]
-
-
-def test_a_run_may_ask_for_them_when_it_is_resumed(tmp_path: Path) -> None:
-    plain = prepared(tmp_path / "run", CONFIG | {"tensorboard": False})
-    plain.begin()
-    plain.release()
-    plain.add_metrics(line(0, 1.0))
-    again = started(plain.path, 1, resume=True)
-    again.add_metrics(line(1, 0.5))
-    again.save_summary({})
-    assert read_events(again.path) == points(metrics(again.path))
+    """And a run may ask for them when it is resumed."""
+    for asked in (True, False):
+        killed = started(tmp_path / f"{asked}", 0, tensorboard=asked)
+        for epoch in range(3):
+            killed.add_metrics(line(epoch, 1.0))
+        again = started(killed.path, 2, resume=True)  # the kill came before the third checkpoint
+        for epoch in (2, 3):
+            again.add_metrics(line(epoch, 0.5))
+        again.save_summary({})
+        found = read_events(again.path)
+        assert found == points(metrics(again.path))
+        assert found["loss"] == [(0, 1.0), (1, 1.0), (2, 0.5), (3, 0.5)]
 
 
 def test_nothing_is_written_where_tensorboard_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(RunError, match="needs tensorboard") as refused:
+    with refused(RunError, "needs tensorboard", "pip install 'teacher-cache[tensorboard]'"):
         prepared(tmp_path / "run", CONFIG)
-    assert "pip install 'teacher-cache[tensorboard]'" in refused.value.remedy
     assert not (tmp_path / "run").exists()
     prepared(tmp_path / "run", CONFIG | {"tensorboard": False})
 
 
 def test_the_command_writes_them(tmp_path: Path) -> None:
-    words = "train-teacher --dataset digits --model resnet8 --augment pad-crop --epochs 2"
-    more = ["--device", "cpu", "--batch-size", "500", "--out", str(tmp_path / "run")]
-    answer = CliRunner().invoke(cli, [*words.split(), *more, "--tensorboard"])
+    run = tmp_path / "run"
+    words = f"train-teacher --dataset digits --model resnet8 --epochs 2 --device cpu --out {run}"
+    answer = CliRunner().invoke(cli, [*words.split(), "--batch-size", "500", "--tensorboard"])
     assert answer.exit_code == 0, answer.output
-    found = read_events(tmp_path / "run")
-    assert found == points(metrics(tmp_path / "run"))
+    found = read_events(run)
+    assert found == points(metrics(run))
     assert {"loss", "lr", "test_top1", "images_per_second"} <= found.keys()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES | {"tensorboard"}
+    assert {path.name for path in run.iterdir()} == RUN_FILES | {"tensorboard"}

@@ -4,9 +4,7 @@ import errno
 import io
 import json
 import os
-import re
-import signal
-import time
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from damage import tree
-from helpers import prepared
+from damage import flipped, tree
+from helpers import prepared, refused
 from safetensors.torch import load_file
 from torch import nn
 
 from stages.errors import RunError
-from stages.inputs.run_files import check_file, read_config, read_summary
+from stages.inputs.run_files import read_config
 from stages.training.run_directory import RunDirectory
 
 CONFIG = {"kind": "student", "train": {"lr": 1e-4, "milestones": (1, 2)}, "views": None}
@@ -44,7 +42,7 @@ BEGUN = {"config.yaml", "metrics.jsonl"}
 
 
 def test_a_new_one_holds_its_configuration(my_run: RunDirectory) -> None:
-    assert set(tree(my_run.path)) == BEGUN
+    assert {*tree(my_run.path)} == BEGUN
     kept = yaml.safe_load((my_run.path / "config.yaml").read_text())
     assert kept == {"kind": "student", "train": {"lr": 1e-4, "milestones": [1, 2]}, "views": None}
     assert my_run.config_text == (my_run.path / "config.yaml").read_text()
@@ -52,14 +50,13 @@ def test_a_new_one_holds_its_configuration(my_run: RunDirectory) -> None:
 
 def test_a_used_one_is_refused_with_the_way_out_and_not_held(my_run: RunDirectory) -> None:
     before = tree(my_run.path)
-    with pytest.raises(RunError, match="not empty") as refused:
+    with refused(RunError, "not empty", "--resume", "--overwrite"):
         prepared(my_run.path, CONFIG)
-    assert "--resume" in refused.value.remedy
-    assert "--overwrite" in refused.value.remedy
     assert tree(my_run.path) == before
     prepared(my_run.path, CONFIG, resume=True).release()
 
 
+WAYS = pytest.mark.parametrize("way", ["resume", "overwrite"])
 CONFIGS = {
     "none": None,
     "another-kind": b"kind: painter\n",
@@ -69,7 +66,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("way", ["resume", "overwrite"])
+@WAYS
 @pytest.mark.parametrize("content", CONFIGS.values(), ids=CONFIGS)
 def test_what_is_not_a_run_stays(tmp_path: Path, way: str, content: bytes | None) -> None:
     """A project folder of Hydra's or Jekyll's has a config.yaml too."""
@@ -78,28 +75,27 @@ def test_what_is_not_a_run_stays(tmp_path: Path, way: str, content: bytes | None
     (tmp_path / "chapter1.tex").write_text("years of work")
     before = tree(tmp_path)
     for place in (tmp_path, tmp_path / "chapter1.tex"):
-        with pytest.raises(RunError, match="something else than a run") as refused:
+        with refused(RunError, "something else than a run", "--out"):
             prepared(place, CONFIG, **{way: True})
-        assert "--out" in refused.value.remedy
     assert tree(tmp_path) == before
 
 
 RATE = {**CONFIG, "train": {"lr": 2e-4, "milestones": (1, 2)}}
-OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "value": ({**CONFIG, "views": 3}, ["views: 3, not None"]),
-    "key-gone": ({key: CONFIG[key] for key in ("train", "views")}, ["kind: None, not student"]),
-    "two": ({**RATE, "views": 3}, ["train.lr: 0.0002, not 0.0001", "views: 3, not None"]),
-}
+OTHERS: list[tuple[dict[str, Any], str]] = [
+    ({**CONFIG, "views": 3}, ": views: 3, not None"),
+    ({key: CONFIG[key] for key in ("train", "views")}, ": kind: None, not student"),
+    ({**RATE, "views": 3}, ": train.lr: 0.0002, not 0.0001; views: 3, not None"),
+]
 
 
-@pytest.mark.parametrize(("other", "named"), OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize(("other", "named"), OTHERS, ids=["value", "key-gone", "two"])
 def test_resume_with_other_settings_names_the_keys(
-    my_run: RunDirectory, other: dict[str, Any], named: list[str]
+    my_run: RunDirectory, other: dict[str, Any], named: str
 ) -> None:
     before = tree(my_run.path)
     with pytest.raises(RunError) as refused:
         prepared(my_run.path, other, resume=True)
-    assert refused.value.cause.endswith(f": {'; '.join(named)}")
+    assert refused.value.cause.endswith(named)
     assert tree(my_run.path) == before
 
 
@@ -113,20 +109,26 @@ def test_resume_goes_on_without_a_key_that_is_null(my_run: RunDirectory) -> None
     assert kept["train"] == {"lr": 1e-4, "milestones": [1, 2]}
 
 
-def test_nothing_is_written_into_a_cache(tmp_path: Path) -> None:
+def test_places_that_are_refused(tmp_path: Path) -> None:
     attributes = {"attributes": {"format": "teacher-logit-cache"}}
-    (tmp_path / "zarr.json").write_text(json.dumps(attributes))
-    with pytest.raises(RunError, match="lies inside the cache"):
-        prepared(tmp_path / "runs" / "kd", CONFIG)
-    assert [path.name for path in tmp_path.iterdir()] == ["zarr.json"]
+    cache = tmp_path / "c.zarr"
+    cache.mkdir()
+    (cache / "zarr.json").write_text(json.dumps(attributes))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "latest").symlink_to(tmp_path / "gone")
+    before = tree(tmp_path)
+    for place, message, ways in (
+        (cache / "runs" / "kd", "lies inside the cache", {}),
+        (tmp_path / "file" / "run", "cannot make", {}),
+        (tmp_path / "latest", "latest", {"resume": True}),
+        (tmp_path / "latest", "latest", {"overwrite": True}),
+    ):
+        with pytest.raises(RunError, match=message):
+            prepared(place, CONFIG, **ways)
+    assert tree(tmp_path) == before
 
 
 STATE = {"position": 3, "weights_of": torch.arange(1000.0)}
-
-
-def whole_checkpoint(run: RunDirectory) -> bytes:
-    run.save_checkpoint(STATE)
-    return (run.path / "last.pt").read_bytes()
 
 
 def goes_on(run: RunDirectory) -> dict[str, Any] | None:
@@ -138,46 +140,33 @@ def goes_on(run: RunDirectory) -> dict[str, Any] | None:
         again.release()
 
 
-def test_a_checkpoint_with_any_bit_flipped_is_told(my_run: RunDirectory) -> None:
+def test_a_checkpoint_with_any_bit_flipped_is_told(my_run: RunDirectory, tmp_path: Path) -> None:
+    """As is one of another run, or without a digest."""
     assert goes_on(my_run) is None
-    content = whole_checkpoint(my_run)
-    assert torch.load(my_run.path / "last.pt", weights_only=True)["position"] == 3
+    my_run.save_checkpoint(STATE)
+    file = my_run.path / "last.pt"
+    content, last = file.read_bytes(), len(file.read_bytes()) - 1
+    assert torch.load(file, weights_only=True)["position"] == 3
     found = goes_on(my_run)
     assert found is not None
     assert torch.equal(found["weights_of"], STATE["weights_of"])
+    without_digest = io.BytesIO()
+    torch.save(STATE, without_digest)
+    harmed = [b"", b"junk", content[:-1], content[: last // 2], content + b"0"]
+    harmed += [flipped(content, 0), flipped(content, last, 128), without_digest.getvalue()]
     random = torch.Generator().manual_seed(0)
     places = torch.randint(len(content) * 8, (40,), generator=random).tolist()
-    harmed = [b"", b"junk", content[:-1], content[: len(content) // 2], content + b"0"]
-    for place in (0, *places, len(content) * 8 - 1):
-        flipped = bytearray(content)
-        flipped[place // 8] ^= 1 << place % 8
-        harmed.append(bytes(flipped))
-    for bad in (*harmed, torch_saved(STATE)):  # the last without a digest
-        (my_run.path / "last.pt").write_bytes(bad)
+    for bad in (*harmed, *(flipped(content, place // 8, 1 << place % 8) for place in places)):
+        file.write_bytes(bad)
         before = tree(my_run.path)
-        with pytest.raises(RunError, match=r"last\.pt is damaged") as caught:
+        with refused(RunError, "last.pt is damaged", "--overwrite"):
             goes_on(my_run)
-        assert "--overwrite" in caught.value.remedy
         assert tree(my_run.path) == before
-
-
-def torch_saved(state: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def test_a_checkpoint_of_another_run_is_told(my_run: RunDirectory, tmp_path: Path) -> None:
     other = begun(tmp_path / "other", {**CONFIG, "views": 3})
-    (my_run.path / "last.pt").write_bytes(whole_checkpoint(other))
+    other.save_checkpoint(STATE)
+    shutil.copy(other.path / "last.pt", file)
     with pytest.raises(RunError, match=r"last\.pt does not fit this run"):
         goes_on(my_run)
-
-
-def test_a_place_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot make"):
-        prepared(tmp_path / "file" / "run", CONFIG)
 
 
 def write_config(run: RunDirectory, epochs: int) -> None:
@@ -232,21 +221,17 @@ def test_metrics_of_epochs_that_will_be_run_again_are_dropped(my_run: RunDirecto
 
 
 def test_tied_weights_and_those_of_any_strides_can_be_saved(my_run: RunDirectory) -> None:
+    """As plain, contiguous tensors."""
     one, other = nn.Linear(4, 4), nn.Linear(4, 4)
     other.weight = one.weight
-    with_strides = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    my_run.save_weights(with_strides.state_dict())  # as plain, contiguous tensors
-    found = load_file(my_run.path / "model.safetensors")
-    assert torch.equal(found["weight"], with_strides.weight)
-    my_run.save_weights(nn.Sequential(one, other).state_dict())
-    found = load_file(my_run.path / "model.safetensors")
-    assert found.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
-    for name in ("0.weight", "1.weight"):
-        assert torch.equal(found[name], one.weight)
-    assert torch.equal(found["1.bias"], other.bias)
-
-
-# ---- only its own files ---------------------------------------------------------------------
+    for module in (
+        nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last),
+        nn.Sequential(one, other),
+    ):
+        my_run.save_weights(module.state_dict())
+        found = load_file(my_run.path / "model.safetensors")
+        assert found.keys() == module.state_dict().keys()
+        assert all(torch.equal(found[n], tensor) for n, tensor in module.state_dict().items())
 
 
 def finished(path: Path) -> RunDirectory:
@@ -268,14 +253,11 @@ MINE: dict[str, Callable[[Path], object]] = {
     "cache": lambda run: (run / "a.zarr").mkdir(),
     "nested-run": lambda run: begun(run / "inner"),
     "among-events": lambda run: (run / "tensorboard" / "notes.txt").write_text("mine"),
-    "event-folder-elsewhere": lambda run: linked_elsewhere(run / "tensorboard"),
+    "event-folder-elsewhere": lambda run: (run / "tensorboard").symlink_to(
+        (run / "tensorboard").rename(run.parent / "elsewhere")
+    ),
     "folder-of-that-name": lambda run: (run / "log.txt.partial").mkdir(),
 }
-
-
-def linked_elsewhere(folder: Path) -> None:
-    folder.rename(folder.parents[1] / "elsewhere")
-    folder.symlink_to(folder.parents[1] / "elsewhere")
 
 
 def test_overwrite_removes_every_file_of_a_run(tmp_path: Path) -> None:
@@ -295,9 +277,8 @@ def test_overwrite_refuses_what_is_not_the_runs(
     run = finished(tmp_path / "run")
     put(run.path)
     before = tree(tmp_path)
-    with pytest.raises(RunError, match="files that are not the run's") as refused:
+    with refused(RunError, "files that are not the run's", "--out"):
         prepared(run.path, CONFIG, overwrite=True)
-    assert "--out" in refused.value.remedy
     assert tree(tmp_path) == before
 
 
@@ -310,13 +291,6 @@ def test_overwrite_through_a_link(tmp_path: Path) -> None:
     assert not (run.path / "last.pt").exists()
 
 
-@pytest.mark.parametrize("way", ["resume", "overwrite"])
-def test_a_link_to_nowhere_is_refused(tmp_path: Path, way: str) -> None:
-    (tmp_path / "latest").symlink_to(tmp_path / "gone")
-    with pytest.raises(RunError, match="latest"):
-        prepared(tmp_path / "latest", CONFIG, **{way: True})
-
-
 def test_the_weights_to_start_from_are_not_overwritten(tmp_path: Path) -> None:
     run = finished(tmp_path / "run")
     before = tree(tmp_path)
@@ -326,10 +300,7 @@ def test_the_weights_to_start_from_are_not_overwritten(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
-# ---- one writer -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("way", ["resume", "overwrite"])
+@WAYS
 def test_a_second_writer_is_refused_before_anything_is_removed(tmp_path: Path, way: str) -> None:
     run = finished(tmp_path / "run")
     first = prepared(run.path, CONFIG, resume=True)
@@ -346,53 +317,11 @@ def test_a_forked_process_does_not_hold_what_its_parent_held(tmp_path: Path) -> 
     first = prepared(tmp_path / "run", CONFIG)
     reading, writing = os.pipe()
     if (number := os.fork()) == 0:
-        os.write(writing, b"here")
-        time.sleep(60)
-        os._exit(0)
-    try:
-        assert os.read(reading, 4) == b"here"
-        first.release()
-        prepared(tmp_path / "run", CONFIG).release()
-    finally:
-        os.kill(number, signal.SIGKILL)
-        os.waitpid(number, 0)
-        os.close(reading)
         os.close(writing)
-
-
-# ---- as others read it ----------------------------------------------------------------------
-
-
-def read_everything(run: Path) -> tuple[Any, ...]:
-    summary = read_summary(run)
-    for name in ("metrics.jsonl", "model.safetensors"):
-        check_file(run, name)
-    return read_config(run), summary
-
-
-@pytest.mark.parametrize(
-    "name", ["config.yaml", "summary.json", "metrics.jsonl", "model.safetensors"]
-)
-def test_damage_is_told_or_changes_nothing(tmp_path: Path, name: str) -> None:
-    run = begun(tmp_path / "run")
-    run.add_metrics({"epoch": 0, "loss": 0.5})
-    run.save_weights(nn.Linear(2, 2).state_dict())
-    run.save_summary({"last": {"test_top1": 0.5}, "epochs": 1})
-    file, right = run.path / name, read_everything(run.path)
-    content, message = file.read_bytes(), 0
-    random = torch.Generator().manual_seed(0)
-    for place in torch.randint(len(content) * 8, (100,), generator=random).tolist():
-        flipped = bytearray(content)
-        flipped[place // 8] ^= 1 << place % 8
-        file.write_bytes(flipped)
-        try:
-            assert read_everything(run.path)[0].items() >= right[0].items()
-        except RunError:
-            message += 1
-        else:
-            assert name == "summary.json" or place < 8 * content.index(b"\n")
-    assert message >= 70
-    for part in (b"", content[: len(content) // 2]):
-        file.write_bytes(part)
-        with pytest.raises(RunError, match=re.escape(name)):
-            read_everything(run.path)
+        os.read(reading, 1)  # until the parent has closed its end
+        os._exit(0)
+    first.release()
+    prepared(tmp_path / "run", CONFIG).release()
+    os.close(writing)
+    os.waitpid(number, 0)
+    os.close(reading)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
@@ -12,26 +11,15 @@ from stages.inputs.feed import plain_view
 from stages.inputs.model_input import normalisation
 from stages.inputs.models import build_model
 from stages.inputs.views import view_policy
-from stages.settings import SeedSettings
 
 
-@pytest.mark.parametrize(
-    ("image_size", "resize"), [(None, None), (8, None), (8, 12), (224, 256), (None, 12)]
-)
-def test_no_augmentation_shows_what_evaluation_shows(
-    image_size: int | None, resize: int | None
-) -> None:
-    assert chosen_policy("none", 7, plain_view(image_size, resize)) == plain_view(
-        image_size, resize
-    )
-
-
-@pytest.mark.parametrize("augment", ["pad-crop:pad=2", "pad-crop-flip", "resized-crop-flip"])
-def test_other_policies_are_as_they_are_named(augment: str) -> None:
-    assert chosen_policy(augment, 7, plain_view(224, 256)) == view_policy(augment, 7)
-
-
-def test_an_unknown_policy() -> None:
+def test_policies() -> None:
+    """No augmentation shows what evaluation shows; others are as they are named."""
+    for image_size, resize in ((None, None), (8, None), (8, 12), (224, 256), (None, 12)):
+        plain = plain_view(image_size, resize)
+        assert chosen_policy("none", 7, plain) == plain
+    for augment in ("pad-crop:pad=2", "pad-crop-flip", "resized-crop-flip"):
+        assert chosen_policy(augment, 7, plain_view(224, 256)) == view_policy(augment, 7)
     with pytest.raises(ViewError, match="pad-corp"):
         chosen_policy("pad-corp", 0, plain_view(None, None))
 
@@ -74,13 +62,3 @@ def test_a_normalisation_that_cannot_be(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         normalisation(build_model("resnet8", 10, 1), digits.train, mean, std)
-
-
-@pytest.mark.parametrize("name", ["data", "init"])
-def test_seeds_have_64_bits(name: str) -> None:
-    for seed in (-(2**63), 0, 2**63 - 1):
-        kept: Any = SeedSettings(**{name: seed})
-        assert getattr(kept, name) == seed
-    for seed in (2**63, -(2**63) - 1, 2**90):
-        with pytest.raises(ConfigError, match=rf"seed\.{name} must be in"):
-            SeedSettings(**{name: seed})
