@@ -21,8 +21,7 @@ from stages.settings import (
 from stages.train_student import student_trainer
 from stages.training.run_directory import RunDirectory
 
-CASES = [("kd", "eliminate"), ("kd", "rectify"), ("lr", "none")]
-CASES += [pytest.param("ctkd", "none", marks=pytest.mark.slow)]
+CASES = [("kd", "eliminate"), ("kd", "rectify"), ("ctkd", "none"), ("lr", "none")]
 
 
 def test_two_devices_cannot_be_mixed() -> None:
