@@ -17,8 +17,8 @@ import click
 
 HERE = Path(__file__).parent
 EXACT = "float32"
-SHORT_OF = "topk"
-"""Caches whose names begin so keep a part of each row."""
+WHOLE = "klt"
+"""Caches whose names begin so keep whole rows; the others a part of each."""
 
 
 def by_temperature(study: Path) -> dict[float, list[dict[str, Any]]]:
@@ -48,7 +48,7 @@ def main(study: str, out: str) -> None:
         panel.axhline(0, color="0.6", lw=0.8)
         for i, row in enumerate(sorted(some, key=lambda row: row["bytes"])):
             interval = row["interval"] if math.isfinite(row["interval"]) else 0
-            colour = "C1" if row["cache"].startswith(SHORT_OF) else "C0"
+            colour = "C0" if row["cache"].startswith(WHOLE) else "C1"
             panel.errorbar(
                 row["bytes"], row["difference"], interval, fmt="o", color=colour, ms=4, lw=1.2
             )
