@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 
 from stages.cache.encoding import fit_encoding, measure, row_bytes_on_disk
-from stages.sizes import KL_TEMPERATURES
+from stages.sizes import KL_TEMPERATURES, parse_budget
 
 CLASSES, FITTED, MEASURED, COMPARED = 21_841, 3072, 512, 128
-SPECS = ("klt-top", "klt:step=6,top=16", "klt:step=12,top=16", "topk:k=10,temperatures=1/2/4/10")
+SPECS = (
+    *("klt-top", "klt-top 0.008@4", "klt:step=6,top=16", "klt:step=12,top=16"),
+    "topk:k=10,temperatures=1/2/4/10",
+)
+"""After a space: the budget, as --max-kl has it."""
 
 
 def synthetic_head(weights: Tensor) -> Tensor:
@@ -48,7 +52,9 @@ def main(rows: str) -> None:
     labels = others.argmax(1)
     for spec in SPECS:
         started = time.process_time()
-        coding = fit_encoding(spec, fitted, fitted.argmax(1))
+        name, _, budget = spec.partition(" ")
+        held = parse_budget(budget, "budget") if budget else None
+        coding = fit_encoding(name, fitted, fitted.argmax(1), budget=held)
         taken = time.process_time() - started
         fidelity = measure(coding, others[:COMPARED], labels[:COMPARED])
         kls = zip(KL_TEMPERATURES, fidelity.mean_kl, strict=True)
