@@ -24,6 +24,7 @@ from helpers import (
     teacher_of,
 )
 from hypothesis import settings
+from safetensors.torch import load_file, save_file
 
 from stages.cache_teacher import CacheJob, cache_teacher, prepare
 from stages.data import Splits, load_data
@@ -80,6 +81,17 @@ def teacher_run(tmp_path_factory: pytest.TempPathFactory, digits: Splits) -> Pat
     """The run directory of a resnet8 after two epochs: right on some rows, wrong on many."""
     run = tmp_path_factory.mktemp("teacher") / "run"
     train_teacher(teacher_of(), run, splits=digits)
+    return run
+
+
+@pytest.fixture(scope="session")
+def other_teacher_run(tmp_path_factory: pytest.TempPathFactory, teacher_run: Path) -> Path:
+    """The run directory of one that has its architecture, and other weights in the last layer."""
+    run = Path(shutil.copytree(teacher_run, tmp_path_factory.mktemp("other") / "run"))
+    weights = load_file(run / "model.safetensors")
+    last = [name for name in weights if weights[name].ndim == 2][-1]
+    save_file({**weights, last: -weights[last]}, run / "model.safetensors")
+    (run / "summary.json").unlink()  # which has a digest of the old ones
     return run
 
 

@@ -1,5 +1,6 @@
 """What can happen to the files of a cache, and everything that a reader can get out of it."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,18 @@ def harmed(file: Path, content: bytes | None) -> Iterator[None]:
         yield
     finally:
         file.write_bytes(before)
+
+
+def at_call(number: int, error: type[BaseException], work: Callable[..., Any]) -> Any:
+    """The same function, but for one call: the `number`-th ends in an error."""
+    calls = itertools.count(1)
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(calls) == number:
+            raise error
+        return work(*arguments)
+
+    return interrupted
 
 
 def flipped(content: bytes, at: int, mask: int = 1) -> bytes:

@@ -5,7 +5,6 @@ of verify), `harmless` (what the reader gives is, byte for byte, what it gives o
 `mended` (repair: every byte is as it was). Anything else is a failure, and is described.
 """
 
-import dataclasses
 import hashlib
 import json
 import random
@@ -20,13 +19,13 @@ import msgspec
 import pytest
 import torch
 from damage import everything, flipped, tree
-from helpers import first, student_of
+from helpers import metrics, resized, student_of
 from safetensors.torch import save
 
 from pipeline.report import write_report
 from stages.cache import LogitCache
 from stages.cache.records import seal_records
-from stages.cache_teacher import CacheJob, cache_teacher, prepare
+from stages.cache_teacher import CacheJob, cache_teacher
 from stages.data import Splits
 from stages.errors import PipelineError
 from stages.evaluate import evaluate_run
@@ -75,39 +74,31 @@ class World:
 
 
 def make_world(job: CacheJob, home: Path, encoding: str = "klt", views: int = 2) -> World:
-    """job: any of the digits; its teacher is taken."""
+    """60 samples in two blocks. job: any of the digits; its teacher is taken."""
     trees: dict[str, Tree] = {}
-    changes = {"encoding": encoding, "views": views - 1}
+
+    def tiny(views: int, seed: int = 0) -> CacheJob:
+        changes = {"block_rows": 30, "encoding": encoding, "views": views, "seed": seed}
+        return resized(job, 60, 20, **changes)
+
     for name, seed in (("cache", 0), ("other", 1)):
-        mine, path = _tiny(job, seed=seed, **changes), home / name
-        cache_teacher(mine, path)
-        rectify(path, RectifyConfig())
-        before = tree(path)
-        more = msgspec.structs.replace(mine.config, views=views)
-        cache_teacher(dataclasses.replace(mine, config=more), path)
-        rectify(path, RectifyConfig())
-        compact = tree(path)
+        path = home / name
+        for number in (views - 1, views):
+            cache_teacher(tiny(number, seed), path)
+            rectify(path, RectifyConfig())
+            if name == "cache":
+                trees["before" if number < views else "mended"] = tree(path)
         _loosen(path)
         trees[name] = tree(path)
-        if name == "cache":
-            trees |= {"before": before, "mended": compact}
-    splits = _tiny(job, **changes).splits
-    for name, half, early, seed in (
-        ("finished", "half", "early", 0),
-        ("another", "another-half", "another-early", 1),
+    mine = tiny(views - 1)
+    for names, seed in (
+        (("early", "half", "finished"), 0),
+        (("another-early", "another-half", "another"), 1),
     ):
         config = student(home / "cache", seed, EPOCHS)
-        snapshots = _snapshots(config, home / "run", splits)
-        trees |= dict(zip((early, half, name), snapshots, strict=True))
+        trees |= zip(names, _snapshots(config, home / "run", mine.splits), strict=True)
         shutil.rmtree(home / "run")
-    return World(home, _tiny(job, **changes), trees, views)
-
-
-def _tiny(job: CacheJob, **changes: Any) -> CacheJob:
-    """60 samples in two blocks, a test split of 20."""
-    splits = Splits(first(job.splits.train, 60), first(job.splits.test, 20))
-    config = msgspec.structs.replace(job.config, block_rows=30, device="cpu", **changes)
-    return prepare(config, splits)
+    return World(home, mine, trees, views)
 
 
 def _loosen(path: Path) -> None:
@@ -174,15 +165,27 @@ def alike(key: str, keys: list[str]) -> str:
     else the next in the same role.
     """
 
-    def role(name: str) -> tuple[str, str]:
-        return Path(name).name if name.endswith((".json", ".pt")) else "values", name.split("/")[0]
+    def kind(name: str) -> str:
+        return re.sub(r"(?<=[/vb])\d+(?=[/.]|$)", "#", name)
 
-    numbered = re.compile(r"(?<=[/vb])\d+(?=[/.]|$)")
-    same = [k for k in keys if k != key and numbered.sub("#", k) == numbered.sub("#", key)]
-    if same:
-        return same[0]
-    close = [k for k in keys if k != key and role(k)[0] == role(key)[0]]
-    return close[0] if close else next(k for k in keys if k != key)
+    def role(name: str) -> str:
+        return Path(name).name if name.endswith((".json", ".pt")) else "values"
+
+    others = [k for k in keys if k != key]
+    same = [k for k in others if kind(k) == kind(key)]
+    return [*same, *(k for k in others if role(k) == role(key)), *others][0]
+
+
+Harm = Callable[[Source, str, random.Random], dict[str, bytes | None]]
+"""What becomes of some objects: key -> content, None where it is deleted."""
+
+
+def _changed(change: Callable[[bytes, random.Random], bytes]) -> Harm:
+    def harm(source: Source, key: str, draw: random.Random) -> dict[str, bytes | None]:
+        content = source.intact[key]
+        return {key: change(content, draw) if content else content}
+
+    return harm
 
 
 def _swapped(source: Source, key: str, draw: random.Random) -> dict[str, bytes | None]:
@@ -190,21 +193,12 @@ def _swapped(source: Source, key: str, draw: random.Random) -> dict[str, bytes |
     return {key: source.intact[other], other: source.intact[key]}
 
 
-def _changed(change: Callable[[bytes, random.Random], bytes | None]) -> "Harm":
-    def harm(source: Source, key: str, draw: random.Random) -> dict[str, bytes | None]:
-        return {key: change(source.intact[key], draw)}
-
-    return harm
-
-
-Harm = Callable[[Source, str, random.Random], dict[str, bytes | None]]
-"""What becomes of some objects: key -> content, None where it is deleted."""
 HARMS: dict[str, Harm] = {
-    "bit": _changed(lambda c, d: flipped(c, d.randrange(len(c)), 1 << d.randrange(8)) if c else c),
-    "byte": _changed(lambda c, d: flipped(c, d.randrange(len(c)), d.randrange(1, 256)) if c else c),
-    "cut": _changed(lambda c, d: c[: d.randrange(len(c))] if c else c),
-    "emptied": _changed(lambda c, d: b""),
-    "deleted": _changed(lambda c, d: None),
+    "bit": _changed(lambda c, d: flipped(c, d.randrange(len(c)), 1 << d.randrange(8))),
+    "byte": _changed(lambda c, d: flipped(c, d.randrange(len(c)), d.randrange(1, 256))),
+    "cut": _changed(lambda c, d: c[: d.randrange(len(c))]),
+    "emptied": lambda s, key, d: {key: b""},
+    "deleted": lambda s, key, d: {key: None},
     "swapped": _swapped,
     "stale": lambda s, key, d: {key: s.stale.get(key)},
     "of-another": lambda s, key, d: {key: s.other[key]} if key in s.other else {},
@@ -238,14 +232,8 @@ def opened(world: World, store: Path) -> object:
     if views != 2 * [[*range(world.views)]] or not all(known):
         raise ToldError("what is missing is told as missing")
     return (
-        cache.num_views,
-        cache.complete_views,
-        cache.identity.digest(),
-        cache.encoding.digest(),
-        cache.provenance,
-        cache.pixel_probes,
-        cache.fidelity,
-        cache.top1_per_view,
+        *(cache.num_views, cache.identity.digest(), cache.encoding.digest(), cache.provenance),
+        *(cache.pixel_probes, cache.fidelity, cache.top1_per_view),
         digest([cache.labels, cache.dataset_index]),
         [(r.name, r.settings, r.statistics, r.commits.views) for r in rectifications],
     )
@@ -259,9 +247,13 @@ def trained(world: World, store: Path) -> object:
     run = world.home / "trained"
     try:
         train_student(student(store, 0, 2), run, splits=world.job.splits)
-        return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
+        return _weights(run)
     finally:
         shutil.rmtree(run, ignore_errors=True)
+
+
+def _weights(run: Path) -> str:
+    return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
 
 
 def rectified(world: World, store: Path) -> object:
@@ -291,8 +283,7 @@ def repaired(world: World, store: Path) -> object:
 
 
 def evaluated(world: World, store: Path) -> object:
-    run = write(world.trees["finished"], world.home / "evaluated")
-    return _measured(run, store, world)
+    return _measured(write(world.trees["finished"], world.home / "evaluated"), store, world)
 
 
 def _measured(run: Path, cache: Path, world: World) -> bytes:
@@ -331,17 +322,7 @@ OF_A_CACHE: dict[str, Reader] = {
 
 def resumed(world: World, run: Path) -> object:
     train_student(world.config, run, resume=True, splits=world.job.splits)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [(line["epoch"], line["loss"]) for line in lines]
-    return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest(), losses
-
-
-def run_evaluated(world: World, run: Path) -> object:
-    return _measured(run, world.home / "cache", world)
-
-
-def run_reported(world: World, run: Path) -> object:
-    return reported(world, run)
+    return _weights(run), [(line["epoch"], line["loss"]) for line in metrics(run)]
 
 
 def as_weights(world: World, run: Path) -> object:
@@ -352,8 +333,8 @@ def as_weights(world: World, run: Path) -> object:
 
 OF_A_RUN: dict[str, tuple[str, Reader]] = {
     "resume": ("half", resumed),
-    "evaluate": ("finished", run_evaluated),
-    "report": ("finished", run_reported),
+    "evaluate": ("finished", lambda world, run: _measured(run, world.home / "cache", world)),
+    "report": ("finished", reported),
     "weights": ("finished", as_weights),
 }
 

@@ -31,7 +31,6 @@ def sample(matrix: Matrix) -> list[Cell]:
 def check(matrix: Matrix, chosen: list[Cell]) -> Counter[str]:
     outcomes = {cell: matrix.outcome(cell) for cell in chosen}
     wrong = {cell: outcome for cell, outcome in outcomes.items() if outcome not in FINE}
-
     assert wrong == {}
     return Counter(outcomes.values())
 
@@ -43,7 +42,6 @@ def test_a_cell_of_every_reader(matrix: Matrix) -> None:
         keys = sorted({c.key for c in cells(matrix.world) if (c.what, c.reader) == (what, reader)})
         harm = list(HARMS)[number % len(HARMS)]
         chosen.append(Cell(what, keys[7 * number % len(keys)], harm, reader))
-
     assert check(matrix, chosen)["detected"] > len(chosen) / 3
 
 
@@ -52,10 +50,7 @@ def test_a_cell_of_every_object_harm_and_reader(matrix: Matrix) -> None:
     chosen = sample(matrix)
     assert {cell.harm for cell in chosen} == {*HARMS}
     assert {cell.reader for cell in chosen} == {*OF_A_CACHE, *OF_A_RUN}
-
-    figures = check(matrix, chosen)
-
-    assert figures["detected"] > len(chosen) / 3
+    assert check(matrix, chosen)["detected"] > len(chosen) / 3
 
 
 @pytest.mark.slow
@@ -82,8 +77,6 @@ def test_a_cell_of_every_object_of_views_that_depend_on_the_first(
 @pytest.mark.parametrize(("what", "reader"), READERS)
 def test_every_cell(matrix: Matrix, what: str, reader: str) -> None:
     chosen = [c for c in cells(matrix.world) if (c.what, c.reader) == (what, reader)]
-
     figures = check(matrix, chosen)
-
     assert figures["detected"]
     print(f"{what}, {reader}: {len(chosen)} cells, {dict(figures)}")  # shown by -s

@@ -1,10 +1,11 @@
 """Start a stage, SIGKILL it at a random moment, start it again, over and over; see test_kill.py.
 
-    python kill_stages.py RUN OUT ENCODING CACHE_KILLS RECTIFY_KILLS SEED
+    python kill_stages.py RUN OUT ENCODING CACHE_KILLS RECTIFY_KILLS REPAIR_KILLS SEED
 
 RUN is a teacher's run directory, ENCODING the cache's. OUT/cache/undisturbed is made in one go;
 OUT/cache/killed-0, killed-1, ... each by runs that were killed until one came through; OUT/rectify
-likewise. Prints one JSON object: for each stage, how many blocks were committed at each kill.
+likewise, and OUT/repair: copies of OUT/rectify/undisturbed, damaged alike. Prints one JSON object:
+for each stage, how many blocks were committed at each kill.
 
 Every run is a fork of this process, which has imported everything and loaded the teacher: a run
 costs no start-up, and a kill lands in the stage and not in an import. Nothing here touches Zarr
@@ -26,12 +27,15 @@ import dask  # noqa: F401  imported before the forks, for their speed
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from damage import flip
 from helpers import DIGITS, cache_config_of, committed, first
 
 from stages.cache_teacher import cache_teacher, prepare
 from stages.data import Splits, load_data
 from stages.rectify import rectify
+from stages.repair import repair
 from stages.settings import RectifyConfig
+from stages.verify import verify
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -104,33 +108,44 @@ def kill_again_and_again(
             sys.exit(f"a run after a kill ended with {status}")
 
 
-def main(
-    run: str, out: Path, encoding: str, cache_kills: int, rectify_kills: int, seed: int
-) -> None:
+DAMAGED = ("zarr.json", "label/zarr.json", "prediction/c/1/2", "eval_logits/c/0/0",
+           "logits_code/c/0/1/0", "rectified/pairwise-T4/label_logit/c/0/2")  # fmt: skip
+
+
+def main(run: str, out: Path, encoding: str, *numbers: int) -> None:
     torch.set_num_threads(1)
-    config = cache_config_of(
-        run, encoding=encoding, block_rows=30, batch_size=64
-    )  # 7 blocks a view
+    *kills, seed = numbers
+    config = cache_config_of(run, encoding=encoding, block_rows=30, batch_size=64)
     digits = load_data(DIGITS)  # 200 of them: 7 blocks a view
     job = prepare(config, Splits(first(digits.train, 200), first(digits.test, 20)))
-    cached = out / "cache" / "undisturbed"
 
     def rectified(store: Path) -> Callable[[], object]:
         if not store.exists():
-            shutil.copytree(cached, store)
+            shutil.copytree(out / "cache" / "undisturbed", store)
         return lambda: rectify(store, RectifyConfig(materialise=True))
 
+    def repaired(store: Path) -> Callable[[], object]:
+        if not store.exists():
+            shutil.copytree(out / "rectify" / "undisturbed", store)
+            for key in DAMAGED:
+                flip(store / key)
+
+        def work() -> None:
+            """What `pipeline verify CACHE --repair` does."""
+            faults = verify(store, threads=1).faults
+            assert not (faults and repair(store, job, faults).faults)
+
+        return work
+
+    stages: dict[str, tuple[Callable[[Path], Callable[[], object]], str]] = {
+        "cache": (lambda store: lambda: cache_teacher(job, store), "logits"),
+        "rectify": (rectified, "rectified/pairwise-T4"),
+        "repair": (repaired, "logits"),
+    }
     figures = {
-        "cache": kill_again_and_again(
-            lambda store: lambda: cache_teacher(job, store),
-            "logits",
-            out / "cache",
-            cache_kills,
-            seed,
-        ),
-        "rectify": kill_again_and_again(
-            rectified, "rectified/pairwise-T4", out / "rectify", rectify_kills, seed
-        ),
+        name: kill_again_and_again(start, part, out / name, count, seed)
+        for (name, (start, part)), count in zip(stages.items(), kills, strict=True)
+        if count
     }
     print(json.dumps(figures))
 

@@ -13,78 +13,59 @@ from stages.errors import CacheError, ModelError
 HOLDER = """
 import pathlib, sys, time
 from stages.cache import lock
-try:
-    with lock.exclusive(pathlib.Path(sys.argv[1])):
-        print("held", flush=True)
-        time.sleep(120)
-except lock.CacheError as error:
-    print(error.cause)
+with lock.exclusive(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(120)
 """
 
 
-def test_a_second_launch_waits_for_the_first_to_end_however_it_ends(tmp_path: Path) -> None:
-    holder = ["-c", HOLDER, str(tmp_path)]
-    first = forks.Started(holder)
+def test_a_second_launch_is_refused_until_the_first_ends_however_it_ends(tmp_path: Path) -> None:
+    first = forks.Started(["-c", HOLDER, str(tmp_path)])
     while first.stdout != "held\n":
         assert first.poll() is None
         time.sleep(0.01)
 
     with pytest.raises(CacheError, match=f"writing to {tmp_path}"), lock.exclusive(tmp_path):
         pytest.fail("two writers")
-    assert "another process is writing" in forks.run(holder).stdout
 
     first.kill()
     first.wait()
     with lock.exclusive(tmp_path):
-        assert "another process is writing" in forks.run(holder).stdout
+        pass
 
 
 def test_other_caches_are_not_locked(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-
     with lock.exclusive(tmp_path / "a"), lock.exclusive(tmp_path / "b"):
         pass
 
 
-def test_a_failure_lets_go(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), lock.exclusive(tmp_path):
-        raise ZeroDivisionError
-    with lock.exclusive(tmp_path):
-        pass
-
-
 @pytest.mark.parametrize(
-    ("error", "words"),
+    "error",
     [
-        pytest.param(
-            OSError(errno.ENOSPC, "No space left on device"), "No space left on device", id="full"
-        ),
-        pytest.param(
-            PermissionError(errno.EROFS, "Read-only file system"), "Read-only", id="read-only"
-        ),
-        pytest.param(OSError("odd"), "odd", id="without-number"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EROFS, "Read-only file system"),
+        OSError("odd"),
+        ModelError("mine", "do this"),
+        ZeroDivisionError(),
     ],
+    ids=["full", "read-only", "without-number", "ours", "another"],
 )
-def test_what_the_disk_refuses_is_told_with_its_remedy(
-    tmp_path: Path, error: OSError, words: str
-) -> None:
-    with (
-        pytest.raises(CacheError, match=f"{tmp_path} cannot be written: .*{words}") as caught,
-        lock.exclusive(tmp_path),
-    ):
+def test_what_the_disk_refuses_is_told_with_its_remedy(tmp_path: Path, error: Exception) -> None:
+    """Other errors come through as they are; whatever happens lets go."""
+    told = CacheError if isinstance(error, OSError) else type(error)
+    with pytest.raises(told) as caught, lock.exclusive(tmp_path):
         raise error
-    assert caught.value.__cause__ is error
-    assert "again" in caught.value.remedy
+    if told is CacheError:
+        assert f"{tmp_path} cannot be written: " in str(caught.value)
+        assert error.args[-1] in str(caught.value)
+        assert caught.value.__cause__ is error
+        assert "again" in str(caught.value).splitlines()[-1]
+    else:
+        assert caught.value is error
     with lock.exclusive(tmp_path):
         pass
-
-
-def test_other_errors_come_through_as_they_are(tmp_path: Path) -> None:
-    error = ModelError("mine", "do this")
-    with pytest.raises(ModelError) as caught, lock.exclusive(tmp_path):
-        raise error
-    assert caught.value is error
 
 
 def test_only_what_zarr_left_half_written_counts_and_nothing_is_removed(tmp_path: Path) -> None:

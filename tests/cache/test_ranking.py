@@ -24,9 +24,7 @@ def some_rows(classes: int, spread: int) -> Tensor:
 def test_leading_classes_are_those_of_a_sort(classes: int, count: int, spread: int) -> None:
     rows = some_rows(classes, spread)
     first = torch.arange(20) % classes
-
     found, entries = leading(rows, first, count)
-
     for i, row in enumerate(rows.tolist()):
         given = int(first[i])
         others = sorted((c for c in range(classes) if c != given), key=lambda c: (-row[c], c))
@@ -39,5 +37,4 @@ def test_leading_classes_are_those_of_a_sort(classes: int, count: int, spread: i
 def test_the_host_finds_what_a_device_finds(count: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = torch.stack([torch.randperm(40, generator=generator) for _ in range(9)]).to(dtype) - 20
-
     assert torch.equal(largest_on_host(keys, count), largest(keys, count))

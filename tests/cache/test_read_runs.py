@@ -1,6 +1,5 @@
 """Some rows of a view: the same answers as from the whole view, for the samples that were read."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ import torch
 
 from stages.cache import LogitCache, arrays
 from stages.errors import CacheError
-from stages.rectify import rectify
-from stages.settings import RectifyConfig
 
 CHUNKS = [slice(334, 668), slice(0, 334), slice(668, 1000)]
 CASES = {
@@ -24,12 +21,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def my_cache(finished_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> LogitCache:
+def my_cache(rectified_cache: Path) -> LogitCache:
     """Three views of 1,000 rows in three blocks, with one rectification."""
-    path = tmp_path_factory.mktemp("runs") / "cache.zarr"
-    shutil.copytree(finished_cache, path)
-    rectify(path, RectifyConfig())
-    return LogitCache.open(path)
+    return LogitCache.open(rectified_cache)
 
 
 @pytest.mark.parametrize("runs", CASES.values(), ids=CASES)
@@ -85,10 +79,3 @@ def test_a_sample_that_was_not_read(my_cache: LogitCache, ask: str) -> None:
     here, elsewhere = my_cache.dataset_index[400], my_cache.dataset_index[700]
     with pytest.raises(CacheError, match=f"sample {int(elsewhere)} is not among the rows"):
         getattr(some, ask)(torch.stack([here, elsewhere]))
-
-
-def test_an_incomplete_view_is_refused_whatever_rows_are_asked(cache_copy: Path) -> None:
-    (record,) = (cache_copy / "commits/logits").glob("v00001*")
-    record.unlink()
-    with pytest.raises(CacheError, match="view 1 of logits is not complete"):
-        LogitCache.open(cache_copy).read_view(1, None, [CHUNKS[0]])

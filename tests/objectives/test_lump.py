@@ -5,19 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from row_losses import draw
 from torch import Tensor
 
 from stages.cache.encoding.topk import TopK
 from stages.objectives.losses import kd, lump
 
 TEMPERATURES = [1.0, 2.0, 4.0]
-
-
-def draw(rows: int = 24, classes: int = 12, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Student logits, teacher logits (B, C) and labels (B,)."""
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = torch.randn(2, rows, classes, generator=generator) * 3
-    return student, teacher, torch.randint(classes, (rows,), generator=generator)
 
 
 def kept_of(teacher: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -36,12 +30,12 @@ def naive_lumped(row: list[float], kept: list[int], temperature: float) -> list[
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("k", [2, 5, 11])
 def test_lumped_logits_have_the_probability_of_the_rest(k: int, temperature: float) -> None:
-    _, teacher, labels = draw()
+    _, teacher, labels = draw(classes=12)
     kept = kept_of(teacher, labels, k)
 
     lumped = lump(teacher, kept, temperature)
 
-    assert lumped.shape == (24, k + 1)
+    assert lumped.shape == (12, k + 1)
     assert torch.equal(lumped[:, :k], teacher.gather(1, kept))
     probabilities = (lumped.double() / temperature).softmax(1).numpy()
     expected = [
@@ -52,29 +46,12 @@ def test_lumped_logits_have_the_probability_of_the_rest(k: int, temperature: flo
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_a_rest_of_one_class_is_the_dense_loss(temperature: float) -> None:
-    student, teacher, labels = draw()
-    kept = kept_of(teacher, labels, 11)
-    student.requires_grad_()
-
-    lumped = kd(
-        lump(student, kept, temperature), lump(teacher, kept, temperature), labels, temperature
-    )
-
-    dense = kd(student, teacher, labels, temperature)
-    torch.testing.assert_close(lumped, dense, rtol=1e-5, atol=1e-6)
-    (ours,) = torch.autograd.grad(lumped, student)
-    (expected,) = torch.autograd.grad(dense, student)
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("k", [2, 4])
 def test_the_lumped_loss_from_a_topk_row_is_that_of_the_exact_row(
     k: int, temperature: float
 ) -> None:
     """What is stored of a row is all that the loss asks for, up to half precision."""
-    student, teacher, labels = draw(rows=200)
+    student, teacher, labels = draw(classes=12, rows=100)
     coding = TopK(12, k)
     arrays = coding.encode(teacher, labels)
     kept, decoded = coding.kept(arrays), coding.decode(arrays, temperature)
@@ -96,18 +73,3 @@ def test_the_lumped_loss_from_a_topk_row_is_that_of_the_exact_row(
         pairs = zip(p_t, p_s, strict=True)
         expected = temperature**2 * sum(t * math.log(t / s) for t, s in pairs)
         assert found == pytest.approx(expected, rel=5e-3, abs=5e-3)
-
-
-def test_how_the_rest_divides_makes_no_difference() -> None:
-    student, teacher, labels = draw()
-    kept = kept_of(teacher, labels, 4)
-    rest = torch.ones_like(teacher, dtype=torch.bool).scatter(1, kept, False)
-    others = teacher[rest].reshape(24, 8)
-    divided = teacher.clone()
-    divided[rest] = others.flip(1).flatten()  # the same logits, of other classes
-
-    losses = [
-        kd(lump(student, kept, 4.0), lump(z, kept, 4.0), labels, 4.0) for z in (teacher, divided)
-    ]
-
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-7)

@@ -25,11 +25,7 @@ def adaptconf_formula(
 
 class TestAdaptConf(RowLoss):
     loss, formula = staticmethod(adaptconf), staticmethod(adaptconf_formula)
-    parameters = (
-        {"temperature": 2.0},
-        {},
-        {"temperature": 4.0, "sure_temperature": 3.0},
-    )
+    parameters = ({"temperature": 2.0}, {}, {"temperature": 4.0, "sure_temperature": 3.0})
     reads = (2.0,)
 
 
@@ -62,17 +58,6 @@ def test_it_is_the_released_one(t: float, c: float) -> None:
     (gradient,) = torch.autograd.grad(value, leaf)
     np.testing.assert_allclose(value.item(), expected, rtol=1e-5)
     np.testing.assert_allclose(gradient.numpy(), slope / len(rows), rtol=1e-4, atol=1e-7)
-
-
-def test_half_is_the_students_where_they_agree_and_less_elsewhere() -> None:
-    student, teacher, labels = draw(rows=64)
-    pairs = zip(student.double().numpy(), teacher.double().numpy(), strict=True)
-    shares = np.array([share(*pair, 0.5) for pair in pairs])
-    agree = (student.argmax(1) == teacher.argmax(1)).numpy()
-    np.testing.assert_allclose(shares[agree], 0.5)
-    assert (shares[~agree] < 0.5).all()
-    same = adaptconf(student, student, labels, reduction="none")
-    torch.testing.assert_close(same, -student.log_softmax(1).amax(1) / 2, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from row_losses import KINDS, divergence, draw, log_softmax, softmax
+from row_losses import KINDS, assert_slopes, divergence, draw, log_softmax, softmax
 from torch import Tensor
 
 from stages.errors import ConfigError
@@ -51,22 +51,17 @@ def test_it_is_what_the_code_does(kind: str, thresholds: tuple[float, float]) ->
     student, teacher, labels = draw(kind, 6, 2 * HALF)
     weak, strong = thresholds
     for weights in (None, torch.rand(2 * HALF, generator=torch.Generator().manual_seed(1))):
+
+        def expected(z: Tensor, w: Tensor | None = weights) -> float:
+            return transcribed(z, teacher, w, thresholds=thresholds)
+
         leaf = student.clone().requires_grad_()
         found = loss_of(leaf, teacher, labels, sure_weak=weak, sure_strong=strong, weights=weights)
-        expected = transcribed(student, teacher, weights, thresholds=thresholds)
         assert found.shape == ()
-        assert found.item() == pytest.approx(expected, rel=2e-4, abs=1e-6)
-        found.backward()
-        assert leaf.grad is not None
-        for i, c in ((0, 0), (HALF - 1, 5), (HALF, 1), (2 * HALF - 1, 3)):
-            step = torch.zeros(2 * HALF, 6, dtype=torch.float64)
-            step[i, c] = 1e-5
-            up, down = (
-                transcribed(student + d, teacher, weights, thresholds=thresholds)
-                for d in (step, -step)
-            )
-            slope = (up - down) / 2e-5
-            assert leaf.grad[i, c].item() == pytest.approx(slope, rel=1e-3, abs=1e-4)
+        assert found.item() == pytest.approx(expected(student), rel=2e-4, abs=1e-6)
+        (gradient,) = torch.autograd.grad(found, leaf)
+        places = ((0, 0), (HALF - 1, 5), (HALF, 1), (2 * HALF - 1, 3))
+        assert_slopes(expected, student, gradient, places)
 
 
 def test_lskd_standardises_the_kd_terms_and_not_the_masks() -> None:
@@ -77,16 +72,6 @@ def test_lskd_standardises_the_kd_terms_and_not_the_masks() -> None:
     assert found.item() == pytest.approx(all_sure, rel=1e-3)
     sharp = loss_of(student, teacher * 10, labels, standardise=True)
     assert sharp.item() == pytest.approx(all_sure, rel=1e-3)  # nothing was masked
-
-
-def test_extreme_logits() -> None:
-    student, teacher, labels = draw("mixed", 6, 2 * HALF)
-    leaf = (student.sign() * 200).requires_grad_()
-    value = loss_of(leaf, teacher.sign() * -200, labels)
-    value.backward()
-    assert value.isfinite()
-    assert leaf.grad is not None
-    assert leaf.grad.isfinite().all()
 
 
 def test_rows_of_one_view_are_refused() -> None:

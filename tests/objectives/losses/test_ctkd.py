@@ -59,43 +59,9 @@ def test_its_range_and_its_decay_can_be_set() -> None:
 
 def test_before_the_first_epoch_it_is_refused() -> None:
     """And does not stay KD at the first temperature without a word."""
-    student, teacher, labels = draw()
-    with pytest.raises(ConfigError, match="no epoch of it has begun\nCall its start_epoch"):
-        CTKD()(student, teacher, labels)
-
-
-def test_what_the_student_descends_the_temperature_climbs() -> None:
-    """A few steps of both: theta is learned, and KD grows where only theta moves."""
-    student, teacher, labels = draw()
-    loss = CTKD()
-    loss.start_epoch(20)
-    optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
-    values = []
-    for _ in range(10):
-        value = loss(student, teacher, labels)
-        values.append(value.item())
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-    assert loss.theta.item() != 1
-    assert values == sorted(values)
-    assert values[-1] > values[0]
-
-
-@pytest.mark.parametrize("of_student", [1.0, 200.0])
-@pytest.mark.parametrize("of_teacher", [1.0, 200.0])
-def test_extreme_logits_and_low_precision(of_student: float, of_teacher: float) -> None:
-    student, teacher, labels = draw()
-    loss = CTKD()
-    loss.start_epoch(20)
-    leaf = (student.sign() * of_student).half().requires_grad_()
-    value = loss(leaf, (teacher.sign() * -of_teacher).half(), labels)
-    value.backward()
-    assert value.dtype == torch.float32
-    assert value.isfinite()
-    for gradient in (leaf.grad, loss.theta.grad):
-        assert gradient is not None
-        assert gradient.isfinite().all()
+    with pytest.raises(ConfigError) as refused:
+        CTKD()(*draw())
+    assert "start_epoch" in refused.value.remedy
 
 
 def test_several_teachers_are_read_at_the_learned_temperature() -> None:

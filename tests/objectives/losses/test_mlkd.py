@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_losses import KINDS, averaged, draw, log_softmax, softmax
+from row_losses import KINDS, assert_slopes, averaged, divergence, draw, log_softmax, softmax
 from torch import Tensor
 
 from stages.errors import ConfigError
-from stages.objectives.losses import TeacherRows, standardised
+from stages.objectives.losses import TeacherRows, TemperedRows, standardised
 from stages.objectives.losses.mlkd import mlkd as loss_of_pairs
 from stages.settings import LossSettings
 from stages.training.objective import Objective, student_loss
@@ -32,12 +32,15 @@ def mlkd(student: Tensor, teacher: TeacherRows, *more: Any, **named: Any) -> Ten
     return loss_of_pairs(student.unflatten(0, (2, -1)), teacher, *more, **named)
 
 
-def row_loss(z_s: np.ndarray, z_t: np.ndarray, t: float) -> float:
-    total = 0.0
-    for s, r in zip(z_s, z_t, strict=True):
-        log_s, log_t = log_softmax(s, t), log_softmax(r, t)
-        total += float((np.exp(log_t) * (log_t - log_s)).sum())
-    return float(t**2 * total / len(z_s))
+def row_loss(z_s: np.ndarray, z_t: np.ndarray, t: float, lskd: bool = False) -> float:
+    if lskd:
+        z_s, z_t = (
+            (z - z.mean(1, keepdims=True)) / (1e-7 + z.std(1, keepdims=True, ddof=1))
+            for z in (z_s, z_t)
+        )
+    pairs = zip(z_s, z_t, strict=True)
+    rows = [divergence(log_softmax(r, t), log_softmax(s, t)) for s, r in pairs]
+    return float(t**2 * np.mean(rows))
 
 
 def probabilities(z: np.ndarray, t: float) -> np.ndarray:
@@ -45,17 +48,14 @@ def probabilities(z: np.ndarray, t: float) -> np.ndarray:
 
 
 def class_loss(z_s: np.ndarray, z_t: np.ndarray, t: float) -> float:
-    p_s, p_t = probabilities(z_s, t), probabilities(z_t, t)
-    classes = p_s.shape[1]
-    total = 0.0
-    for a in range(classes):
-        for b in range(classes):
-            total += float(((p_t[:, a] * p_t[:, b]).sum() - (p_s[:, a] * p_s[:, b]).sum()) ** 2)
-    return total / classes
+    return batch_loss(z_s, z_t, t, of_classes=True)
 
 
-def batch_loss(z_s: np.ndarray, z_t: np.ndarray, t: float) -> float:
+def batch_loss(z_s: np.ndarray, z_t: np.ndarray, t: float, of_classes: bool = False) -> float:
+    """Squared differences of the products of every two rows; of every two classes."""
     p_s, p_t = probabilities(z_s, t), probabilities(z_t, t)
+    if of_classes:
+        p_s, p_t = p_s.T, p_t.T
     total = 0.0
     for i in range(len(p_s)):
         for j in range(len(p_s)):
@@ -65,36 +65,37 @@ def batch_loss(z_s: np.ndarray, z_t: np.ndarray, t: float) -> float:
 
 def transcribed(student: Tensor, teacher: TeacherRows, first: float, lskd: bool = False) -> float:
     """The terms of the released code in its order, without its weight of .9 and its CE."""
+    weak, z_s = slice(HALF), student.double().numpy()
+    loss = weak_terms(student[weak], halved(teacher), first, lskd)
+    for number, t in enumerate((first, 3.0, 5.0, 2.0, 6.0)):
+        half = slice(HALF, None) if number < 3 else weak  # "strong", but of the weak views
+        loss += row_loss(z_s[half], rows_at(teacher, t)[half], t, lskd)
+    return loss
 
-    def rows(z: TeacherRows, t: float) -> np.ndarray:
-        found: np.ndarray = (z if isinstance(z, Tensor) else z.at(t)).double().numpy()
-        return found
 
-    def scaled(z: np.ndarray) -> np.ndarray:
-        found: np.ndarray = (z - z.mean(1, keepdims=True)) / (
-            1e-7 + z.std(1, keepdims=True, ddof=1)
-        )
-        return found if lskd else z
+def rows_at(teacher: TeacherRows, t: float) -> np.ndarray:
+    found: np.ndarray = (teacher if isinstance(teacher, Tensor) else teacher.at(t)).double().numpy()
+    return found
 
-    confident = probabilities(rows(teacher, 1.0)[:HALF], 1.0)
-    confidence, of_class = confident.max(1), confident.sum(0)
-    mask = confidence <= np.percentile(confidence, 50)
-    class_mask = of_class <= np.percentile(of_class, 50)
-    loss = 0.0
-    for t in (first, 3.0, 5.0, 2.0, 6.0):  # "weak": a scalar times a mask, and its mean
-        z_s, z_t = student.double().numpy(), rows(teacher, t)
-        loss += float(np.mean(row_loss(scaled(z_s)[:HALF], scaled(z_t)[:HALF], t) * mask))
-        loss += float(np.mean(class_loss(z_s[:HALF], z_t[:HALF], t) * class_mask))
-        loss += float(np.mean(batch_loss(z_s[:HALF], z_t[:HALF], t) * mask))
-    for t, half in (
-        (first, slice(HALF, None)),
-        (3.0, slice(HALF, None)),
-        (5.0, slice(HALF, None)),
-        (2.0, slice(HALF)),  # "strong", but of the weak views
-        (6.0, slice(HALF)),
-    ):
-        z_s, z_t = student.double().numpy(), rows(teacher, t)
-        loss += row_loss(scaled(z_s)[half], scaled(z_t)[half], t)
+
+def halved(teacher: TeacherRows) -> TeacherRows:
+    """Of the weak views."""
+    if isinstance(teacher, Tensor):
+        return teacher[:HALF]
+    return TemperedRows(lambda t: teacher.at(t)[:HALF])
+
+
+def weak_terms(student: Tensor, teacher: TeacherRows, first: float, lskd: bool = False) -> float:
+    """`loss_kd_weak + loss_cc_weak + loss_bc_weak`: a scalar times a mask, and its mean."""
+    confident = probabilities(rows_at(teacher, 1.0), 1.0)
+    mask = confident.max(1) <= np.percentile(confident.max(1), 50)
+    class_mask = confident.sum(0) <= np.percentile(confident.sum(0), 50)
+    z_s, loss = student.double().numpy(), 0.0
+    for t in (first, 3.0, 5.0, 2.0, 6.0):
+        z_t = rows_at(teacher, t)
+        loss += float(np.mean(row_loss(z_s, z_t, t, lskd) * mask))
+        loss += float(np.mean(class_loss(z_s, z_t, t) * class_mask))
+        loss += float(np.mean(batch_loss(z_s, z_t, t) * mask))
     return loss
 
 
@@ -113,13 +114,9 @@ def test_it_is_what_the_code_does(kind: str, classes: int, lskd: bool) -> None:
 def test_the_gradient_is_that_of_finite_differences() -> None:
     student, teacher, labels = pairs(classes=3)
     leaf = student.clone().requires_grad_()
-    mlkd(leaf, teacher, labels).backward()
-    assert leaf.grad is not None
-    for i, c in ((0, 0), (HALF - 1, 2), (HALF, 1), (2 * HALF - 1, 0)):
-        step = torch.zeros(2 * HALF, 3, dtype=torch.float64)
-        step[i, c] = 1e-5
-        up, down = (transcribed(student + d, teacher, 4.0) for d in (step, -step))
-        assert leaf.grad[i, c].item() == pytest.approx((up - down) / 2e-5, rel=1e-3, abs=1e-4)
+    (gradient,) = torch.autograd.grad(mlkd(leaf, teacher, labels), leaf)
+    places = ((0, 0), (HALF - 1, 2), (HALF, 1), (2 * HALF - 1, 0))
+    assert_slopes(lambda z: transcribed(z, teacher, 4.0), student, gradient, places)
 
 
 def test_several_teachers_are_read_at_each_temperature() -> None:
@@ -142,21 +139,11 @@ def test_lskd_standardises_the_row_terms_only() -> None:
     )
 
 
-def test_extreme_logits() -> None:
-    student, teacher, labels = pairs()
-    leaf = (student.sign() * 200).requires_grad_()
-    value = mlkd(leaf, teacher.sign() * -200, labels)
-    value.backward()
-    assert value.isfinite()
-    assert leaf.grad is not None
-    assert leaf.grad.isfinite().all()
-
-
 @pytest.mark.parametrize("shape", [(16, 6), (3, 5, 6)])
 def test_rows_of_one_view_are_refused(shape: tuple[int, ...]) -> None:
     """And not taken for a batch of half the size."""
     rows = torch.randn(shape)
-    with pytest.raises(ConfigError, match="weak and of a strong view"):
+    with pytest.raises(ConfigError):
         loss_of_pairs(rows, rows, torch.zeros(shape[-2], dtype=torch.int64))
 
 
@@ -169,17 +156,6 @@ def test_rows_of_the_teacher_may_be_stacked_too() -> None:
 # ---- weights of rows ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight", [1.0, 1e-6, 0.3, 50.0])
-def test_equal_weights_scale_the_loss(weight: float) -> None:
-    student, teacher, labels = pairs()
-    leaves = [student.clone().requires_grad_() for _ in range(2)]
-    found = mlkd(leaves[0], teacher, labels, weights=torch.full((2 * HALF,), weight))
-    plain = mlkd(leaves[1], teacher, labels)
-    torch.testing.assert_close(found, weight * plain, rtol=1e-4, atol=0)
-    gradients = [torch.autograd.grad(v, z)[0] for v, z in zip((found, plain), leaves, strict=True)]
-    torch.testing.assert_close(gradients[0], weight * gradients[1], rtol=1e-3, atol=1e-5 * weight)
-
-
 @given(st.lists(st.booleans(), min_size=2 * HALF, max_size=2 * HALF))
 @settings(max_examples=25, deadline=None)
 def test_rows_of_weight_0_are_as_if_they_were_not_there(chosen: list[bool]) -> None:
@@ -187,14 +163,14 @@ def test_rows_of_weight_0_are_as_if_they_were_not_there(chosen: list[bool]) -> N
     student, teacher, labels = pairs()
     keep = torch.tensor(chosen)
     other = torch.where(keep[:, None], student, draw(rows=2 * HALF, classes=6, seed=9)[0])
-    leaves = [z.clone().requires_grad_() for z in (student, other)]
-    values = [mlkd(leaf, teacher, labels, weights=keep.float()) for leaf in leaves]
+    values = []
+    for logits in (student, other):
+        leaf = logits.clone().requires_grad_()
+        values.append(mlkd(leaf, teacher, labels, weights=keep.float()))
+        (gradient,) = torch.autograd.grad(values[-1], leaf)
+        assert gradient.isfinite().all()
+        assert not gradient[~keep].any()
     torch.testing.assert_close(*values)
-    for value, leaf in zip(values, leaves, strict=True):
-        value.backward()
-        assert leaf.grad is not None
-        assert leaf.grad.isfinite().all()
-        assert torch.equal(leaf.grad[~keep], torch.zeros(int((~keep).sum()), 6))
     if not any(chosen):
         assert values[0].item() == 0
 

@@ -37,10 +37,9 @@ def test_low_precision_and_rows_that_are_all_equal() -> None:
     torch.testing.assert_close(standardised(z.half()), standardised(z.half().float()))
     flat = torch.full((2, 5), 3.0, requires_grad=True)
     value = standardised(flat)
-    value.square().sum().backward()
+    (gradient,) = torch.autograd.grad(value.square().sum(), flat)
     assert torch.equal(value, torch.zeros(2, 5))
-    assert flat.grad is not None
-    assert flat.grad.isfinite().all()
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("name", [name for name, d in DEFINITIONS.items() if not d.standardises])
@@ -54,7 +53,7 @@ def test_any_loss_can_be_fed_standardised_logits(name: str) -> None:
     ones = torch.ones(12)
     values = [
         objective(s, t, labels, ones)
-        for s, t in ((student, teacher), (3 * student - 5, 0.2 * teacher + 1))
+        for s, t in ((student, teacher), (3 * student - 500, 0.2 * teacher + 100))
     ]
     torch.testing.assert_close(*values, rtol=1e-3, atol=1e-4)
 

@@ -52,6 +52,8 @@ def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_it_is_built_like_any_other() -> None:
     found = build_loss("my_losses:of_rows", margin=2.0)(STUDENT, TEACHER, LABELS)
     assert torch.equal(found, of_rows(STUDENT, TEACHER, LABELS, margin=2.0))
+    found = build_loss("stages.objectives.losses.kd:kd", temperature=2.0)(STUDENT, TEACHER, LABELS)
+    assert torch.equal(found, kd(STUDENT, TEACHER, LABELS, 2.0))
 
 
 @pytest.mark.parametrize("name", ["of_rows", "of_batch", "weighted"])
@@ -59,19 +61,16 @@ def test_what_a_run_minimises(name: str) -> None:
     objective = Objective(student_loss(LossSettings(name=f"my_losses:{name}", weight=2.0)))
     objective.start_epoch(0)
     function: Callable[..., Tensor] = globals()[name]
-    value = objective(STUDENT, TEACHER, LABELS)
-    assert torch.equal(value.mean(), function(STUDENT, TEACHER, LABELS))
+    batch, weights = (STUDENT, TEACHER, LABELS), torch.arange(6.0)
+    assert torch.equal(objective(*batch).mean(), function(*batch))
     assert objective.weight == 2
-    weights = torch.arange(6.0)
-    if name == "of_rows":
-        expected = weights * of_rows(STUDENT, TEACHER, LABELS, reduction="none")
-        assert torch.equal(objective(STUDENT, TEACHER, LABELS, weights), expected)
-    elif name == "weighted":
-        expected = weighted(STUDENT, TEACHER, LABELS, weights)
-        assert torch.equal(objective(STUDENT, TEACHER, LABELS, weights), expected)
-    else:
+    if name == "of_batch":
         with pytest.raises(ConfigError, match="weights"):
-            objective(STUDENT, TEACHER, LABELS, weights)
+            objective(*batch, weights)
+        return
+    rows = name == "of_rows"
+    expected = weights * of_rows(*batch, reduction="none") if rows else weighted(*batch, weights)
+    assert torch.equal(objective(*batch, weights), expected)
 
 
 def test_its_defaults_are_those_of_its_signature() -> None:
@@ -117,10 +116,7 @@ def test_what_is_no_loss(module: ModuleType, wrong: Any) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda s, t, y: 1.0,
-        lambda s, t, y: s,
-        lambda s, t, y: y.sum(),
-        lambda s, t, y: s @ t,
+        *(lambda s, t, y: 1.0, lambda s, t, y: s, lambda s, t, y: y.sum(), lambda s, t, y: s @ t),
         lambda s, t, y, reduction="mean": s.mean(),
     ],
     ids=["number", "matrix", "integer", "raises", "no-rows"],
@@ -130,8 +126,3 @@ def test_what_returns_no_loss(module: ModuleType, wrong: Any) -> None:
     objective = Objective(student_loss(LossSettings(name="my_losses:wrong")))
     with pytest.raises(ConfigError, match="my_losses:wrong"):
         objective(STUDENT, TEACHER, LABELS)
-
-
-def test_the_package_own_losses_are_losses_of_a_user_too() -> None:
-    found = build_loss("stages.objectives.losses.kd:kd", temperature=2.0)
-    assert torch.equal(found(STUDENT, TEACHER, LABELS), kd(STUDENT, TEACHER, LABELS, 2.0))

@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import special
 from torch import Tensor
 
 from stages.objectives.losses import TemperedRows
@@ -46,9 +47,7 @@ def draw(
 
 
 def log_softmax(z: Row, temperature: float = 1.0) -> Row:
-    scaled = z / temperature
-    top = scaled.max()
-    found: Row = scaled - (top + math.log(np.exp(scaled - top).sum()))
+    found: Row = special.log_softmax(z / temperature)
     return found
 
 
@@ -59,14 +58,12 @@ def softmax(z: Row, temperature: float = 1.0) -> Row:
 
 def log_sum(logs: Row) -> float:
     """log sum exp, -inf of nothing."""
-    if not len(logs):
-        return -math.inf
-    return float(logs.max() + math.log(np.exp(logs - logs.max()).sum()))
+    return float(special.logsumexp(logs)) if len(logs) else -math.inf
 
 
 def divergence(log_p: Row, log_q: Row) -> float:
     """sum_c p_c (log p_c - log q_c)."""
-    return float(sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True)))
+    return float((np.exp(log_p) * (log_p - log_q)).sum())
 
 
 def without(z: Row, classes: Sequence[int]) -> Row:
@@ -84,14 +81,11 @@ def by_formula(
 ) -> Row:
     """The formula of every row: (B,)."""
     z_s, z_held = (z.double().numpy() for z in (student, student if held is None else held))
-    return np.array(
-        [
-            formula(
-                z_s[i], lambda t, i=i: at(t)[i].double().numpy(), int(y), z_held[i], **parameters
-            )
-            for i, y in enumerate(labels)
-        ]
-    )
+
+    def row(i: int, y: Tensor) -> float:
+        return formula(z_s[i], lambda t: at(t)[i].double().numpy(), int(y), z_held[i], **parameters)
+
+    return np.array([row(i, y) for i, y in enumerate(labels)])
 
 
 def part_of(teacher: Tensor, labels: Tensor, k: int) -> TemperedRows:
@@ -122,20 +116,60 @@ def averaged(teachers: Sequence[Tensor], shift: float = 0.0) -> TemperedRows:
     return TemperedRows(at)
 
 
+def on_grid() -> tuple[Tensor, Tensor, Tensor]:
+    """Multiples of 1/256: to add up to 10,000 to them is exact."""
+    student, teacher, labels = draw(classes=6, rows=16)
+    return (student * 256).round() / 256, (teacher * 256).round() / 256, labels
+
+
+def offset(logits: Tensor, largest: float, seed: int) -> Tensor:
+    """Another constant on every row, the largest of them `largest`."""
+    generator = torch.Generator().manual_seed(seed)
+    constants = (torch.rand(len(logits), 1, generator=generator) * 2 - 1) * largest
+    constants[0], constants[1] = largest, -largest
+    moved = logits + constants.round()
+    assert torch.equal(moved.double(), logits.double() + constants.round().double())
+    return moved
+
+
+def assert_alike(found: Tensor, plain: Tensor, moved: Tensor, leaf: Tensor) -> None:
+    """In value and in gradient."""
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(v.sum(), z)[0] for v, z in ((found, moved), (plain, leaf))]
+    scale = float(gradients[1].abs().max())
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5 * scale)
+
+
+def assert_slopes(
+    loss: Callable[[Tensor], float],
+    student: Tensor,
+    gradient: Tensor,
+    places: Sequence[tuple[int, int]],
+    **tolerances: float,
+) -> None:
+    """Finite differences of a loss of a batch, at some entries."""
+    for i, c in places:
+        step = torch.zeros(student.shape, dtype=torch.float64)
+        step[i, c] = 1e-5
+        slope = (loss(student + step) - loss(student - step)) / 2e-5
+        near = {"rel": 1e-3, "abs": 1e-4, **tolerances}
+        assert gradient[i, c].item() == pytest.approx(slope, **near)
+
+
 class RowLoss:
     """Inherit, and name the loss and its formula.
 
     parameters: the settings to try. reads: the temperatures at which partial rows are read with the
-    first of them; None where such rows are refused. shiftable: whether a constant on the teacher's
-    logits is nothing. widest: the largest deviation of logits at which float32 is as good as
-    float64.
+    first of them; None where such rows are refused. unmoved: the side to whose logits a constant is
+    something; `teacher` where it has to be the student's. widest: the largest deviation of logits
+    at which float32 is as good as float64.
     """
 
     loss: ClassVar[Callable[..., Tensor]]
     formula: ClassVar[Formula]
     parameters: ClassVar[Sequence[Parameters]] = ({},)
     reads: ClassVar[Sequence[float] | None] = None
-    shiftable: ClassVar[bool] = True
+    unmoved: ClassVar[str] = ""
     widest: ClassVar[float] = 20.0
 
     def check(self, student: Tensor, teacher: Any, labels: Tensor, **tolerances: float) -> None:
@@ -173,19 +207,17 @@ class RowLoss:
     def test_the_gradient_is_that_of_finite_differences(self, kind: str) -> None:
         student, teacher, labels = draw(kind, 4, 3)
         for parameters in self.parameters:
-            leaf, step = student.clone().requires_grad_(), 1e-5
+            leaf, expected = student.clone().requires_grad_(), np.zeros(student.shape)
             self.loss(leaf, teacher, labels, reduction="none", **parameters).sum().backward()
-            expected = np.zeros(student.shape)
             for c in range(4):
-                moved = torch.zeros(4, dtype=torch.float64)
-                moved[c] = step
+                moved = 1e-5 * torch.eye(4, dtype=torch.float64)[c]
                 up, down = (
                     by_formula(
                         self.formula, student + d, lambda _: teacher, labels, parameters, student
                     )
                     for d in (moved, -moved)
                 )
-                expected[:, c] = (up - down) / (2 * step)
+                expected[:, c] = (up - down) / 2e-5
             assert leaf.grad is not None
             np.testing.assert_allclose(leaf.grad.numpy(), expected, rtol=1e-3, atol=1e-4)
 
@@ -198,14 +230,32 @@ class RowLoss:
         student, teacher, labels = draw(kind)
         student = student.sign() * 200 + student if of_student == 200 else student
         teacher = teacher.sign() * of_teacher + teacher
-        labels = labels if kind == "mixed" else draw(kind)[2]
         leaf = student.clone().requires_grad_()
         for parameters in self.parameters:
-            value = self.loss(leaf, teacher, labels, **parameters)
-            (gradient,) = torch.autograd.grad(value, leaf)
-            assert value.isfinite()
+            (gradient,) = torch.autograd.grad(self.loss(leaf, teacher, labels, **parameters), leaf)
             assert gradient.isfinite().all()
         self.check(student, teacher, labels, rtol=2e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("largest", [1e4, 37.0])
+    def test_an_offset_of_a_row_is_nothing(self, largest: float) -> None:
+        """In float32 either; but for what `unmoved` names."""
+        student, teacher, labels = on_grid()
+        moved = student if "student" in self.unmoved else offset(student, largest, 1)
+        other = offset(teacher, largest, 2)
+        if self.unmoved == "teacher":
+            other = moved - student + teacher
+        for parameters in self.parameters:
+            leaf, again = student.clone().requires_grad_(), moved.clone().requires_grad_()
+            plain = self.loss(leaf, teacher, labels, reduction="none", **parameters)
+            found = self.loss(again, other, labels, reduction="none", **parameters)
+            assert_alike(found, plain, again, leaf)
+            if self.reads is not None:
+                values = [
+                    self.loss(z, part_of(rows, labels, 3), labels, **parameters)
+                    for z, rows in ((student, teacher), (moved, other))
+                ]
+                # what is kept of the rest as float32 is rounded before the loss sees it
+                torch.testing.assert_close(*values, rtol=2e-3, atol=2e-3)
 
     def test_a_row_does_not_depend_on_the_others(self) -> None:
         student, teacher, labels = draw()
@@ -217,7 +267,8 @@ class RowLoss:
     def test_several_teachers_are_read_at_each_temperature(self) -> None:
         student, one, labels = draw(classes=5)
         other = draw(classes=5, seed=1)[1]
-        self.check(student, averaged([one, other], 7.0 if self.shiftable else 0.0), labels)
+        shift = 0.0 if self.unmoved == "teacher" else 7.0
+        self.check(student, averaged([one, other], shift), labels)
 
     # ---- rows that are known in part ----------------------------------------------------
 
@@ -227,14 +278,11 @@ class RowLoss:
         student, teacher, labels = draw(kind, classes)
         part = part_of(teacher, labels, classes - 1)
         for parameters in self.parameters if self.reads is not None else ():
-            leaves = [student.clone().requires_grad_() for _ in range(2)]
+            leaf = student.clone().requires_grad_()
             values = [
                 self.loss(leaf, rows, labels, reduction="none", **parameters)
-                for leaf, rows in zip(leaves, (part, teacher), strict=True)
+                for rows in (part, teacher)
             ]
             torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
-            gradients = [
-                torch.autograd.grad(v.sum(), leaf)[0]
-                for v, leaf in zip(values, leaves, strict=True)
-            ]
+            gradients = [torch.autograd.grad(v.sum(), leaf)[0] for v in values]
             torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
