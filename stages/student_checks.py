@@ -56,7 +56,7 @@ def complete(config: StudentConfig, cache: LogitCache) -> Student:
     loss.check_rows(cache)
     if not config.also and loss.reads_offset:  # of several teachers a loss reads probabilities
         check_offset(cache.encoding, f"the loss '{loss.settings.name}'")
-    return Student(with_checked_bias(config, loss, cache), loss)
+    return Student(_with_checked_bias(config, loss, cache), loss)
 
 
 def check_students(
@@ -193,7 +193,9 @@ def _check_ranks(config: StudentConfig, ranks: Ranks, at_once: int) -> None:
         )
 
 
-def with_checked_bias(config: StudentConfig, loss: StudentLoss, cache: LogitCache) -> StudentConfig:
+def _with_checked_bias(
+    config: StudentConfig, loss: StudentLoss, cache: LogitCache
+) -> StudentConfig:
     """The configuration with the bias's defaults and the rectification's name filled in. config:
     its loss is complete.
 

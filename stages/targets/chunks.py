@@ -119,7 +119,8 @@ def slab_bytes(caches: Sequence[LogitCache], rows: int, views: int = 1) -> int:
     share labels, the rows of samples, and what they are coded beside.
 
     Counted with a rectification, whether one is used or not: the order of samples is then the same
-    for every student of a cache.
+    for every student of a cache. Not counted is a byte a row for `ViewTargets.mistakes`: groups,
+    and with them the order of runs that were started before, would be others.
     """
     index = torch.int64.itemsize * (caches[0].num_samples + rows)
     shared = [rows * cache.anchor_row_bytes + index for cache in caches]
@@ -186,14 +187,16 @@ def plan_slabs(
     num_views = len({view for some in choices for view in some})
     samples_of_view, slab = caches[0].num_samples, per_decode * len(choices[0])
     held = min(2 * slab, num_views)
-    needed = slab_bytes(caches, samples_of_view, held)
-    every, most = slab_bytes(caches, samples_of_view, num_views), resident_bytes(device)
+    needed, marks = slab_bytes(caches, samples_of_view, held), len(caches) * samples_of_view
+    every = slab_bytes(caches, samples_of_view, num_views) + num_views * marks
+    most = resident_bytes(device)
     # Rounds put views together anew in every turn: slabs of all of them would be kept forever.
     resident = per_decode == 1 and every <= (most if budget is None else min(most, budget))
     resident &= readings <= 1  # together they might be too much to keep
-    if budget is None and needed > (half := available_bytes(device) // 2):
+    whole, half = needed + held * marks, available_bytes(device) // 2
+    if budget is None and whole > half:
         raise ConfigError(
-            f"the targets of {held} views take {in_words(needed)}, more than half of "
+            f"the targets of {held} views take {in_words(whole)}, more than half of "
             f"the {in_words(2 * half)} that are free",
             f"Give --slab-memory {in_words(half)} to read and shuffle groups of chunks, or as much "
             "as there is."

@@ -51,7 +51,7 @@ def fold_folder(out: str | Path, fold: int) -> Path:
     return Path(out) / f"fold-{fold}"
 
 
-def is_fold_folder(weights: str) -> bool:
+def _is_fold_folder(weights: str) -> bool:
     """Whether these weights are a folder of folds, and no run directory."""
     path = Path(weights)
     return not (path / "config.yaml").exists() and (fold_folder(path, 0) / "config.yaml").exists()
@@ -64,7 +64,7 @@ def load_teachers(
     what `load_folds` raises.
     """
     train = splits.train
-    if teacher.weights is not None and is_fold_folder(teacher.weights):
+    if teacher.weights is not None and _is_fold_folder(teacher.weights):
         own_head = teacher.classes is not None
         return load_folds(teacher.weights, teacher.architecture, splits, own_head)
     model = load_teacher(teacher, train.class_names, train.shape[0])

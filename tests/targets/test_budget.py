@@ -160,6 +160,7 @@ def test_all_views_of_cifar100_stay_resident(tmp_path: Path, my_cache: LogitCach
 
 def test_plans_by_budget(my_cache: LogitCache) -> None:
     two, three = (slab_bytes([my_cache], 1000, views) for views in (2, 3))
+    three += 3 * 1000  # the masks of wrong rows
     assert plan(my_cache, None) == plan(my_cache, three) == SlabPlan(None, resident=True)
     assert plan(my_cache, three - 1) == plan(my_cache, two) == SlabPlan(None)
     grouped = plan(my_cache, two - 1)
@@ -167,7 +168,8 @@ def test_plans_by_budget(my_cache: LogitCache) -> None:
     assert (grouped.groups.most, grouped.groups.num_chunks, grouped.resident) == (2, 3, False)
     two_chunks = 2 * slab_bytes([my_cache], 334)
     one = slab_bytes([my_cache], 1000)
-    assert plan(my_cache, one, views=1) == SlabPlan(None, resident=True)
+    assert plan(my_cache, one + 1000, views=1) == SlabPlan(None, resident=True)
+    assert plan(my_cache, one, views=1) == SlabPlan(None)
     assert plan(my_cache, one - 1, views=1).groups is not None
     least = plan(my_cache, two_chunks)
     assert least.groups is not None
@@ -175,7 +177,7 @@ def test_plans_by_budget(my_cache: LogitCache) -> None:
 
 
 def test_two_views_at_once_need_four(my_cache: LogitCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    four = slab_bytes([my_cache], 1000, views=4)
+    four = slab_bytes([my_cache], 1000, views=4) + 4 * 1000
     monkeypatch.setattr(chunks, "available_bytes", lambda device: 2 * four)
     assert plan(my_cache, None, views=10, at_once=2).groups is None
     monkeypatch.setattr(chunks, "available_bytes", lambda device: 2 * four - 2)
@@ -209,7 +211,7 @@ def test_a_group_is_never_smaller_than_a_batch(my_cache: LogitCache) -> None:
 def test_nothing_is_chosen_silently_where_memory_is_short(
     my_cache: LogitCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two = slab_bytes([my_cache], 1000, views=2)
+    two = slab_bytes([my_cache], 1000, views=2) + 2 * 1000
     monkeypatch.setattr(chunks, "available_bytes", lambda device: 2 * two)
     assert plan(my_cache, None).groups is None
     monkeypatch.setattr(chunks, "available_bytes", lambda device: 2 * two - 2)
