@@ -1,7 +1,6 @@
 import dataclasses
 import math
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import xarray
 import yaml
 import zarr
 from helpers import Words, plain, resized
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stages.cache import LogitCache
@@ -234,16 +233,6 @@ def test_a_forgotten_view_is_made_again(
     assert array_bytes(tiny_copy) == before
 
 
-def other_weights(run: str, folder: Path) -> TeacherSettings:
-    folder.mkdir()
-    shutil.copy(f"{run}/config.yaml", folder)
-    weights = load_file(f"{run}/model.safetensors")
-    last = list(weights)[-1]
-    weights[last] = weights[last].nextafter(torch.tensor(9.0))
-    save_file(weights, folder / "model.safetensors")
-    return TeacherSettings(weights=str(folder))
-
-
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -258,11 +247,11 @@ def other_weights(run: str, folder: Path) -> TeacherSettings:
     ],
 )
 def test_another_identity_is_refused_and_named(
-    tiny_cache: Path, tiny_job: CacheJob, tmp_path: Path, changes: dict[str, Any], field: str
+    tiny_cache: Path, tiny_job: CacheJob, other_teacher_run: Path, changes: Any, field: str
 ) -> None:
     before, teacher = mtimes(tiny_cache), str(tiny_job.config.teacher.weights)
     if field == "teacher.weights":
-        changes = {"teacher": other_weights(teacher, tmp_path / "other")}
+        changes = {"teacher": TeacherSettings(weights=str(other_teacher_run))}
     elif field == "teacher.mean":
         changes = {"teacher": TeacherSettings(weights=teacher, mean=(0.25,), std=(0.5,))}
     elif field.startswith("dataset"):
