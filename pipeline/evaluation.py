@@ -7,7 +7,7 @@ import msgspec
 
 from pipeline.console import Console
 from stages.cache.storage import cache_around
-from stages.errors import ConfigError
+from stages.errors import ConfigError, refusals
 from stages.evaluate import Evaluated
 from stages.files import replace_file
 from stages.scores import ClassScore, Scores
@@ -28,12 +28,8 @@ def check_json(out: str, kind: type[msgspec.Struct]) -> None:
     if (cache := cache_around(path)) is not None:
         raise ConfigError(f"--out {out} lies inside the cache {cache}", "Choose another --out.")
     there = path.exists()
-    try:
+    with refusals(ConfigError, f"cannot write {out}", "Choose another --out."):
         path.open("ab").close()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {out}: {error.strerror}", "Choose another --out."
-        ) from error
     if not there:
         path.unlink()
     elif not _holds(path, kind):

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.console import Console
 from stages.cache import LogitCache
 from stages.cache.calibrated import Calibrated
-from stages.errors import ConfigError
+from stages.errors import ConfigError, refusals
 from stages.settings import RectifyConfig
 from stages.suspects import suspected_labels
 
@@ -59,13 +59,11 @@ def show_suspects(console: Console, path: str, config: RectifyConfig) -> None:
         console.say("The teacher may have been trained on these labels, and agree with wrong ones")
     if config.suspects is None:
         return
-    try:
-        with Path(config.suspects).open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(rows)
-    except OSError as error:
-        raise ConfigError(f"cannot write {config.suspects}: {error.strerror}") from error
+    with (
+        refusals(ConfigError, f"cannot write {config.suspects}"),
+        Path(config.suspects).open("w", newline="") as file,
+    ):
+        csv.writer(file).writerows([columns, *rows])
 
 
 def show_calibrated(console: Console, found: Calibrated) -> None:

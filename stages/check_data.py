@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 
 from stages.data import Splits
-from stages.errors import DatasetError
+from stages.errors import DatasetError, refusals
 from stages.files import replace_file
 from stages.inputs.counter_hash import permute
 from stages.inputs.datasets import ImageDataset, Source, Split, load_dataset, passed_over
@@ -115,7 +115,7 @@ def write_skip_list(file: str | Path, findings: Sequence[Finding]) -> int:
     Raises DatasetError if it cannot be written.
     """
     path = Path(file).expanduser()
-    try:
+    with refusals(DatasetError, f"cannot write {path}", "Choose another --skip-out."):
         there = path.read_bytes() if path.exists() else b""
         known = {line.partition(b"\t")[0].strip() for line in there.split(b"\n")}
         lines = [
@@ -126,10 +126,6 @@ def write_skip_list(file: str | Path, findings: Sequence[Finding]) -> int:
         start = there or b"# Left out with --skip: a file or SPLIT:NUMBER, its bytes, why.\n"
         if lines:
             replace_file(path, [start, b"" if start.endswith(b"\n") else b"\n", *lines])
-    except OSError as error:
-        raise DatasetError(
-            f"cannot write {path}: {error.strerror}", "Choose another --skip-out."
-        ) from error
     return len(lines)
 
 

@@ -4,7 +4,9 @@ Everything in `stages` may import this module. A `PipelineError` is printed with
 other exception is a bug and keeps its traceback (exit code 1).
 """
 
+import contextlib
 import signal
+from collections.abc import Iterator
 
 
 class PipelineError(Exception):
@@ -78,3 +80,14 @@ class StoppedError(RunError):
 
 class RankError(PipelineError, RuntimeError):
     """Another process of the same launch that failed, ended or does not answer."""
+
+
+@contextlib.contextmanager
+def refusals(kind: type[PipelineError], cause: str, remedy: str = "") -> Iterator[None]:
+    """Raise an error of this kind, with the system's reason after its cause, where the system
+    refuses (OSError) what is done inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{cause}: {error.strerror or error}", remedy) from error

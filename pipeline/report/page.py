@@ -18,7 +18,7 @@ from pipeline.report.tables import Cell, Row, Table, Tile
 from pipeline.runs import LeftOut, Run
 from stages.cache import LogitCache
 from stages.cache.storage import cache_around
-from stages.errors import RunError
+from stages.errors import RunError, refusals
 from stages.files import replace_file
 from stages.reporting import Reporter, Silent
 from stages.scores import BINS
@@ -48,11 +48,9 @@ def write_report(
     reporter = reporter or Silent()
     sources = find_sources(tuple(paths))
     content = page(sources, Options(dataset, root), reporter)
-    try:
+    with refusals(RunError, f"cannot write {out}", "Choose another --out."):
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, content.encode(errors="replace"))
-    except OSError as error:
-        raise RunError(f"cannot write {out}: {error.strerror}", "Choose another --out.") from error
     return file
 
 
@@ -63,11 +61,8 @@ def _check_out(file: Path, overwrite: bool) -> None:
         raise RunError(f"{file} lies inside the cache {cache}", "Choose another --out.")
     if not file.exists() or overwrite:
         return
-    try:
-        with file.open("rb") as opened:
-            ours = GENERATOR.encode() in opened.read(1024)
-    except OSError as error:
-        raise RunError(f"cannot read {file}: {error.strerror}", "Choose another --out.") from error
+    with refusals(RunError, f"cannot read {file}", "Choose another --out."), file.open("rb") as old:
+        ours = GENERATOR.encode() in old.read(1024)
     if not ours:
         raise RunError(
             f"{file} holds something else than a report",

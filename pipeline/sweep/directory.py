@@ -20,7 +20,7 @@ from pipeline.runs import Line, epochs_done
 from pipeline.sweep.grid import Run
 from stages.cache.lock import exclusive
 from stages.cache.storage import cache_around
-from stages.errors import RunError
+from stages.errors import RunError, refusals
 from stages.files import replace_file
 from stages.inputs.run_files import read_config, read_summary
 from stages.settings import StudentConfig
@@ -73,12 +73,8 @@ class SweepDirectory:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Make the folder and hold it: a second process on the same sweep is refused."""
-        try:
+        with refusals(RunError, f"cannot make {self.path}", "Choose another out."):
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(
-                f"cannot make {self.path}: {error.strerror}", "Choose another out."
-            ) from error
         with exclusive(self.path):
             yield
 

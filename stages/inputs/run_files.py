@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from stages.errors import RunError
+from stages.errors import RunError, refusals
 
 try:  # a tenth of the time, where PyYAML was built with libyaml
     from yaml import CSafeDumper, CSafeLoader
@@ -100,11 +100,8 @@ def check_file(run: Path, name: str) -> None:
     _, digests = _read_summary(run) or ({}, {})
     if name not in digests:
         return
-    try:
-        with (run / name).open("rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == digests[name]
-    except OSError as error:
-        raise RunError(f"cannot read {run / name}: {error.strerror}") from error
+    with refusals(RunError, f"cannot read {run / name}"), (run / name).open("rb") as file:
+        same = hashlib.file_digest(file, "sha256").hexdigest() == digests[name]
     if not same:
         raise damaged(run / name)
 

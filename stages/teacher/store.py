@@ -19,7 +19,7 @@ from stages.cache.storage import Location, location, remove_half_written
 from stages.data import skipped_samples
 from stages.device import device_name, versions
 from stages.distributed import first_rank_does, first_rank_first
-from stages.errors import CacheError, IdentityError
+from stages.errors import CacheError, IdentityError, refusals
 from stages.inputs.probes import pixel_probes
 from stages.sizes import budget_in_words
 from stages.teacher.checks import teacher_warnings
@@ -79,12 +79,8 @@ def opened(teacher: TeacherPass, out: str | Path) -> Iterator[OpenedCache]:
 def _held(where: Location, shared: bool) -> Iterator[None]:
     """The store's folder, made and locked."""
     if isinstance(where, Path):
-        try:
+        with refusals(CacheError, f"cannot make {where}", "Choose another --out."):
             where.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CacheError(
-                f"cannot make {where}: {error.strerror}", "Choose another --out."
-            ) from error
     with exclusive(where, shared):
         yield
 

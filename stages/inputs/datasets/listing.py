@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from stages.errors import DatasetError
+from stages.errors import DatasetError, refusals
 from stages.inputs.datasets.dataset import PassedOver, Split
 from stages.inputs.datasets.manifest import DANGLING, FolderListing
 
@@ -226,13 +226,9 @@ class _Found:
 
 def _entries(folder: str) -> Iterator["os.DirEntry[str]"]:
     """What lies in a folder and is not hidden. Raises DatasetError if it cannot be listed."""
-    try:
-        with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if entry.name[0] != ".")
-    except OSError as error:
-        raise DatasetError(
-            f"cannot list {folder}: {error.strerror}", "Allow reading it, or move it away."
-        ) from error
+    remedy = "Allow reading it, or move it away."
+    with refusals(DatasetError, f"cannot list {folder}", remedy), os.scandir(folder) as entries:
+        yield from (entry for entry in entries if entry.name[0] != ".")
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

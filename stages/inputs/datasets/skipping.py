@@ -14,7 +14,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from stages.errors import DatasetError
+from stages.errors import DatasetError, refusals
 from stages.inputs.datasets.dataset import Skip, loaded
 from stages.inputs.datasets.listing import split_of_folder
 from stages.inputs.datasets.manifest import FolderListing
@@ -31,13 +31,9 @@ def read_skip_list(file: str | Path) -> list[Skip]:
     those that begin with `#` say nothing. Raises DatasetError.
     """
     path = Path(file).expanduser()
-    try:
+    remedy = "Make one with `pipeline check-data DATASET --skip-out FILE`."
+    with refusals(DatasetError, f"cannot read the skip list {path}", remedy):
         lines = path.read_text(errors="surrogateescape").split("\n")
-    except OSError as error:
-        raise DatasetError(
-            f"cannot read the skip list {path}: {error.strerror}",
-            "Make one with `pipeline check-data DATASET --skip-out FILE`.",
-        ) from error
     return [
         _parsed(line, f"{path}, line {number}")
         for number, line in enumerate(lines, start=1)
