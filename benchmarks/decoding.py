@@ -48,7 +48,7 @@ from stages.inputs.views.boxes import FILTERS, Boxes, cut_out, resample
 from stages.settings import CacheConfig, DataSettings, TeacherSettings
 from stages.teacher.job import CacheJob, prepare
 from stages.teacher.logits import TeacherPass
-from stages.teacher.runs import held_bytes
+from stages.teacher.memory import held_bytes
 
 SIZE, BATCH = 224, 32
 SLACK = 64 * 2**20

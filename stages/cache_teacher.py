@@ -5,7 +5,7 @@ r"""Stage one: run the teacher once, keep its logits for every view of every sam
     torchrun --nproc-per-node=8 -m pipeline cache-teacher ...
 
 Blocks are computed one after another, or several views of the same rows at once, so that an image
-is decoded once for them (`teacher/runs.py`): each in the same batches whatever was done before.
+is decoded once for them (`teacher/blocks.py`): each in the same batches whatever was done before.
 They are written by another thread meanwhile; of several ranks each has its own, and the bytes are
 the same.
 Running the same command again computes what is missing.
@@ -46,7 +46,8 @@ def cache_teacher(job: CacheJob, out: str | Path, reporter: Reporter | None = No
 
     Raises IdentityError if it was made from something else, CacheError if it cannot be written.
     """
-    ranks, every = job.ranks, job.config.views * len(job.splits.train)
+    ranks = job.ranks
+    every = job.config.views * len(job.splits.train)
     reporter = reporter if reporter and ranks.first else Silent()
     check_place(out)
     for note in () if job.notes_shown else job.notes:

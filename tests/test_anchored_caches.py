@@ -33,9 +33,9 @@ from stages.targets.chunks import SlabPlan, plan_slabs, slab_bytes
 from stages.targets.ensemble import EnsembleTargets
 from stages.targets.in_place import kept_in_place, take
 from stages.targets.reader import TargetReader
+from stages.teacher.blocks import in_runs, my_anchor_runs, my_runs
 from stages.teacher.logits import TeacherPass
 from stages.teacher.plan import plan_cache
-from stages.teacher.runs import in_runs, my_anchor_runs, my_runs
 from stages.train_student import train_student, train_together
 from stages.verify import verify, verify_live
 

@@ -10,7 +10,7 @@ import pytest
 
 from stages.cache.layout import BlockId
 from stages.distributed import Ranks
-from stages.teacher.runs import my_runs
+from stages.teacher.blocks import my_runs
 
 VIEWS, BLOCKS = 3, 7
 EVERY = [[view, block] for view in range(VIEWS) for block in range(BLOCKS)]

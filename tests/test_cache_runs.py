@@ -14,10 +14,10 @@ from stages.cache.layout import BlockId
 from stages.cache_teacher import cache_teacher
 from stages.data import Splits
 from stages.errors import ConfigError
-from stages.teacher.blocks import BackgroundWriter
+from stages.teacher.blocks import BackgroundWriter, in_runs, runs_of
 from stages.teacher.job import CacheJob
+from stages.teacher.memory import held_bytes, views_at_once
 from stages.teacher.plan import plan_cache
-from stages.teacher.runs import held_bytes, in_runs, runs_of, views_at_once
 
 VIEWS = 5
 
@@ -147,7 +147,7 @@ def test_runs_hold_every_block_once_in_few_passes(at_once: int) -> None:
 def test_views_at_once_are_chosen_from_memory(
     job: CacheJob, free: int, asked: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stages.teacher.runs.free_memory", lambda: free)
+    monkeypatch.setattr("stages.teacher.memory.free_memory", lambda: free)
     assert views_at_once(with_views(job, asked)) == expected
     in_memory = dataclasses.replace(
         job,
@@ -161,10 +161,10 @@ def test_what_is_held_is_bounded(job: CacheJob, monkeypatch: pytest.MonkeyPatch)
     of 16 images of 64 pixels.
     """
     assert held_bytes(job, 4) == (4 + 2 + 1) * 4 * 10 * 30 + 2 * 4 * 16 * 64
-    monkeypatch.setattr("stages.teacher.runs.MOST_BYTES", held_bytes(job, 4) - 1)
-    monkeypatch.setattr("stages.teacher.runs.free_memory", lambda: 2**40)
+    monkeypatch.setattr("stages.teacher.memory.MOST_BYTES", held_bytes(job, 4) - 1)
+    monkeypatch.setattr("stages.teacher.memory.free_memory", lambda: 2**40)
     assert views_at_once(job) == 3
-    monkeypatch.setattr("stages.teacher.runs.free_memory", lambda: held_bytes(job, 4) - 1)
+    monkeypatch.setattr("stages.teacher.memory.free_memory", lambda: held_bytes(job, 4) - 1)
     with pytest.raises(ConfigError) as refused:
         views_at_once(with_views(job, 4))
     assert "--views-at-once" in refused.value.remedy

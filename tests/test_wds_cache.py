@@ -28,7 +28,7 @@ from stages.settings import (
     TrainSettings,
 )
 from stages.teacher.logits import TeacherPass
-from stages.teacher.runs import held_bytes
+from stages.teacher.memory import held_bytes
 from stages.train_student import train_student
 from stages.verify import verify_live
 

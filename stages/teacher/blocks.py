@@ -1,5 +1,7 @@
-"""Blocks are computed by this rank of stage one, and written by another thread meanwhile.
+"""Which blocks each rank of stage one computes, in which order; another thread writes them.
 
+A run is one block's rows in several views. Every image of it is decoded once, and every view of it
+is one block, computed in the same batches as if it were alone: its bytes do not depend on the run.
 Where views depend on one of them, its blocks are written first, by whichever ranks, and with them
 what is made of the same decoded images; the rest once all of them are there.
 """
@@ -9,16 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from stages.cache import LogitCache
 from stages.cache.layout import ANCHOR, BlockId
-from stages.distributed import SharedProgress, first_rank_does
+from stages.distributed import Ranks, SharedProgress, first_rank_does
 from stages.errors import CacheError
 from stages.teacher.logits import TeacherPass
-from stages.teacher.runs import Run, my_anchor_runs, my_runs, waiting
+from stages.teacher.memory import waiting
 from stages.teacher.store import OpenedCache
 
 _SHOWN_SECONDS = 90.0
@@ -29,7 +31,9 @@ def write_missing(
     teacher: TeacherPass, work: OpenedCache, progress: SharedProgress
 ) -> list[BlockId]:
     """Compute and commit what a cache lacks, all ranks together; which blocks these were."""
-    ranks, cache, missing, left = teacher.job.ranks, work.cache, work.missing, work.left
+    ranks = teacher.job.ranks
+    cache = work.cache
+    missing, left = work.missing, work.left
     progress.total = _rows(cache, missing)
     if cache.encoding.of_anchor:
         _write(teacher, work, my_anchor_runs(left, work.at_once, ranks))
@@ -47,7 +51,7 @@ def _rows(cache: LogitCache, blocks: Sequence[BlockId]) -> int:
     return sum(cache.grid.length(block) for _, block in blocks)
 
 
-def _write(teacher: TeacherPass, work: OpenedCache, runs: Sequence[Run]) -> None:
+def _write(teacher: TeacherPass, work: OpenedCache, runs: "Sequence[Run]") -> None:
     """Commit the blocks that have been computed to fit the encoding, then compute and commit those
     of these runs.
     """
@@ -71,7 +75,8 @@ def _beside_anchors(teacher: TeacherPass, work: OpenedCache) -> list[BlockId]:
     """What is missing now that the view is whole that others depend on: blocks that were written
     beside an earlier one of it are unmade.
     """
-    job, cache = teacher.job, work.cache
+    job = teacher.job
+    cache = work.cache
     if job.ranks.world > 1:
         see(cache, [at for at in work.missing if at.view == ANCHOR])
 
@@ -99,6 +104,51 @@ def see(cache: LogitCache, blocks: list[BlockId]) -> None:
             )
         time.sleep(1)
 
+
+# ---- runs ------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """Some views of the rows of a block."""
+
+    views: tuple[int, ...]
+    block: int
+
+
+def runs_of(blocks: Sequence[BlockId], at_once: int) -> list[Run]:
+    """These (view, block) pairs in runs of up to `at_once` views, those of low views first."""
+    views_of: dict[int, list[int]] = {}
+    for view, block in sorted(blocks):
+        views_of.setdefault(block, []).append(view)
+    return sorted(
+        Run(tuple(views[start : start + at_once]), block)
+        for block, views in views_of.items()
+        for start in range(0, len(views), at_once)
+    )
+
+
+def in_runs(blocks: Sequence[BlockId], at_once: int) -> list[BlockId]:
+    """These pairs in the order of their runs; a part of it is made of few more runs."""
+    return [BlockId(view, run.block) for run in runs_of(blocks, at_once) for view in run.views]
+
+
+def my_runs(blocks: Sequence[BlockId], at_once: int, ranks: Ranks) -> list[Run]:
+    """Those of these blocks that are a rank's: neighbours in their order, so that most views are
+    one rank's.
+    """
+    ordered = in_runs(blocks, at_once)
+    return runs_of([ordered[i] for i in ranks.share(len(ordered))], at_once)
+
+
+def my_anchor_runs(blocks: Sequence[BlockId], at_once: int, ranks: Ranks) -> list[Run]:
+    """Of the runs that begin with the view that others depend on those that are a rank's: blocks
+    of that view, and what is made of the same decoded images.
+    """
+    runs = [run for run in runs_of(blocks, at_once) if ANCHOR in run.views]
+    return [runs[i] for i in ranks.share(len(runs))]
+
+
+# ---- writing ---------------------------------------------------------------------------------
 
 Item = TypeVar("Item")
 

@@ -16,11 +16,12 @@ from stages.cache.encoding import (
 from stages.cache.layout import ANCHOR, BlockGrid, BlockId
 from stages.cache.storage import location
 from stages.errors import CacheError
+from stages.teacher.blocks import runs_of
 from stages.teacher.checks import teacher_warnings
 from stages.teacher.job import CacheJob
 from stages.teacher.logits import FirstRows, blocks_to_fit, check_finite
 from stages.teacher.measure import made_empty, measured_teacher, second_view, write_seconds
-from stages.teacher.runs import runs_of, views_at_once
+from stages.teacher.memory import views_at_once
 from stages.teacher.store import open_existing
 
 _RECORD_BYTES, _OBJECT_BYTES = 370, 130
@@ -37,7 +38,7 @@ class CachePlan:
     labels, the test split; their seconds are those that are still to come. warnings: whether the
     teacher knows the dataset, see `teacher_warnings`. normalisation: in words, with its source.
 
-    views_at_once: made of an image while it is decoded, see `stages.teacher.runs`. decodes: images
+    views_at_once: made of an image while it is decoded (`stages.teacher.memory`). decodes: images
     that the missing blocks decode, 0 where they are in memory; singly_*: with one view at once.
     """
 

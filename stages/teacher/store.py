@@ -10,12 +10,12 @@ import msgspec
 
 from stages.cache import LogitCache
 from stages.cache.encoding import Encoding, is_encoding
-from stages.cache.identity import differences
+from stages.cache.identity import SkippedSample, differences
 from stages.cache.layout import BlockId
 from stages.cache.lock import exclusive, joined
 from stages.cache.metadata import NewCache
 from stages.cache.records import Record
-from stages.cache.storage import Location, location, remove_half_written
+from stages.cache.storage import location, remove_half_written
 from stages.data import skipped_samples
 from stages.device import device_name, versions
 from stages.distributed import first_rank_does, first_rank_first
@@ -25,7 +25,7 @@ from stages.sizes import budget_in_words
 from stages.teacher.checks import teacher_warnings
 from stages.teacher.job import CacheJob
 from stages.teacher.logits import Blocks, FirstRows, TeacherPass
-from stages.teacher.runs import views_at_once
+from stages.teacher.memory import views_at_once
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,22 @@ def opened(teacher: TeacherPass, out: str | Path) -> Iterator[OpenedCache]:
     Raises IdentityError if it was made otherwise, CacheError if it cannot be written or is held by
     another launch.
     """
-    job, where = teacher.job, location(out)
+    job = teacher.job
+    where = location(out)
+    record: Record = {"device": device_name(job.device), "versions": versions()}
     with contextlib.ExitStack() as held:
-        shared = job.ranks.world > 1
-        first_rank_does(job.ranks, lambda: held.enter_context(_held(where, shared)))
+
+        def hold() -> None:
+            if isinstance(where, Path):
+                with refusals(CacheError, f"cannot make {where}", "Choose another --out."):
+                    where.mkdir(parents=True, exist_ok=True)
+            held.enter_context(exclusive(where, shared=job.ranks.world > 1))
+
+        first_rank_does(job.ranks, hold)
         if not job.ranks.first:
             held.enter_context(joined(where))
         with first_rank_first(job.ranks):
-            cache, fitted, warnings = _made_or_open(teacher, out)
+            cache, fitted, warnings = _made_or_open(teacher, out, record)
 
         def look() -> tuple[list[BlockId], list[BlockId], int]:
             cache.commits.extent()  # reads all records: damage is reported before hours of work
@@ -71,34 +79,27 @@ def opened(teacher: TeacherPass, out: str | Path) -> Iterator[OpenedCache]:
             return missing, [at for at in missing if at not in fitted], views_at_once(job)
 
         missing, left, at_once = first_rank_does(job.ranks, look)
-        record: Record = {"device": device_name(job.device), "versions": versions()}
         yield OpenedCache(cache, fitted, missing, left, at_once, record, warnings)
 
 
-@contextlib.contextmanager
-def _held(where: Location, shared: bool) -> Iterator[None]:
-    """The store's folder, made and locked."""
-    if isinstance(where, Path):
-        with refusals(CacheError, f"cannot make {where}", "Choose another --out."):
-            where.mkdir(parents=True, exist_ok=True)
-    with exclusive(where, shared):
-        yield
-
-
-def _made_or_open(teacher: TeacherPass, out: str | Path) -> tuple[LogitCache, Blocks, list[str]]:
+def _made_or_open(
+    teacher: TeacherPass, out: str | Path, record: Record
+) -> tuple[LogitCache, Blocks, list[str]]:
     """The cache; of a new one the blocks that were computed to fit its encoding, and warnings."""
-    job, fitted = teacher.job, Blocks()
+    job = teacher.job
+    fitted = Blocks()
     warnings: list[str] = []
     cache = open_existing(job, out)
     if cache is None:
         fitted = teacher.first_blocks()
         first = FirstRows.of_blocks(job, fitted)
-        cache = LogitCache.create(out, _new_cache(job, first.fitted(job.config)))
+        cache = LogitCache.create(out, _new_cache(job, first.fitted(job.config), record))
         warnings = teacher_warnings(first.rows, first.labels, job.splits.train.class_names)
-    _check_skips(job, cache)
+    skips = skipped_samples(job.splits)
+    _check_skips(job, cache, skips)
     if job.ranks.first:
         remove_half_written(cache.path)
-        cache.add_skips(skipped_samples(job.splits))
+        cache.add_skips(skips)
         cache.grow(job.config.views)
     return cache, fitted, warnings
 
@@ -132,7 +133,7 @@ def open_existing(job: CacheJob, out: str | Path) -> LogitCache | None:
     return cache
 
 
-def _new_cache(job: CacheJob, coding: Encoding) -> NewCache:
+def _new_cache(job: CacheJob, coding: Encoding, record: Record) -> NewCache:
     return NewCache(
         identity=job.identity,
         coding=coding,
@@ -145,19 +146,18 @@ def _new_cache(job: CacheJob, coding: Encoding) -> NewCache:
             "config": msgspec.to_builtins(
                 msgspec.structs.replace(job.config, views_at_once=None)  # shows in no byte
             ),
-            "device": device_name(job.device),
-            "versions": versions(),
+            **record,
             "normalisation": job.normalised,
         },
         block_rows=job.config.block_rows,
     )
 
 
-def _check_skips(job: CacheJob, cache: LogitCache) -> None:
+def _check_skips(job: CacheJob, cache: LogitCache, skips: list[SkippedSample]) -> None:
     """Raise IdentityError unless the samples left out are those of the cache, or more of them where
     it is not finished.
     """
-    ours = {(skip.split, skip.sample) for skip in skipped_samples(job.splits)}
+    ours = {(skip.split, skip.sample) for skip in skips}
     theirs = {(skip.split, skip.sample) for skip in cache.skips}
     if theirs - ours:
         raise IdentityError(

@@ -1,16 +1,8 @@
-"""Which blocks each rank of stage one computes, in which order, and how many views at once.
+"""How many views stage one makes of an image while it is decoded, by the memory that they take.
 
-A run is one block's rows in several views. Every image of it is decoded once, and every view of it
-is one block, computed in the same batches as if it were alone: its bytes do not depend on the run.
-Where views depend on one of them, its blocks come first, and with them what is made of the same
-decoded images.
+No number in a cache depends on it: see `stages.teacher.blocks`.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
-from stages.cache.layout import ANCHOR, BlockId
-from stages.distributed import Ranks
 from stages.errors import ConfigError
 from stages.sizes import in_words
 from stages.targets.memory import free_memory
@@ -22,46 +14,6 @@ MOST_BYTES = 4 * 2**30
 """What runs may hold where none are asked for, or a quarter of what is free if that is less."""
 WAITING = 2
 """Blocks that wait to be written, at the least."""
-
-
-class Run(NamedTuple):
-    """Some views of the rows of a block."""
-
-    views: tuple[int, ...]
-    block: int
-
-
-def runs_of(blocks: Sequence[BlockId], at_once: int) -> list[Run]:
-    """These (view, block) pairs in runs of up to `at_once` views, those of low views first."""
-    views_of: dict[int, list[int]] = {}
-    for view, block in sorted(blocks):
-        views_of.setdefault(block, []).append(view)
-    return sorted(
-        Run(tuple(views[start : start + at_once]), block)
-        for block, views in views_of.items()
-        for start in range(0, len(views), at_once)
-    )
-
-
-def in_runs(blocks: Sequence[BlockId], at_once: int) -> list[BlockId]:
-    """These pairs in the order of their runs; a part of it is made of few more runs."""
-    return [BlockId(view, run.block) for run in runs_of(blocks, at_once) for view in run.views]
-
-
-def my_runs(blocks: Sequence[BlockId], at_once: int, ranks: Ranks) -> list[Run]:
-    """Those of these blocks that are a rank's: neighbours in their order, so that most views are
-    one rank's.
-    """
-    ordered = in_runs(blocks, at_once)
-    return runs_of([ordered[i] for i in ranks.share(len(ordered))], at_once)
-
-
-def my_anchor_runs(blocks: Sequence[BlockId], at_once: int, ranks: Ranks) -> list[Run]:
-    """Of the runs that begin with the view that others depend on those that are a rank's: blocks
-    of that view, and what is made of the same decoded images.
-    """
-    runs = [run for run in runs_of(blocks, at_once) if ANCHOR in run.views]
-    return [runs[i] for i in ranks.share(len(runs))]
 
 
 def waiting(job: CacheJob, at_once: int) -> int:
