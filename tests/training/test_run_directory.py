@@ -315,13 +315,16 @@ def test_a_second_writer_is_refused_before_anything_is_removed(tmp_path: Path, w
 def test_a_forked_process_does_not_hold_what_its_parent_held(tmp_path: Path) -> None:
     """A DataLoader's worker may outlive a training that was killed."""
     first = prepared(tmp_path / "run", CONFIG)
-    reading, writing = os.pipe()
+    (reading, writing), (begun, begins) = os.pipe(), os.pipe()
     if (number := os.fork()) == 0:
         os.close(writing)
+        os.write(begins, b"1")  # what it inherited has been let go by now
         os.read(reading, 1)  # until the parent has closed its end
         os._exit(0)
+    os.read(begun, 1)
     first.release()
     prepared(tmp_path / "run", CONFIG).release()
     os.close(writing)
     os.waitpid(number, 0)
-    os.close(reading)
+    for end in (reading, begun, begins):
+        os.close(end)
