@@ -40,7 +40,7 @@ def imported(spec: str, kind: str, error: type[PipelineError]) -> Any:
             Path(module),
         )
         if file.suffix == ".py":
-            remedy = f"Give the module, not its file: {file.stem}:{attribute}, in {file.parent}."
+            remedy = f"Give its module, {file.stem}:{attribute}, in the folder '{file.parent}'."
         raise error(f"cannot import {kind} '{spec}': {cause}", remedy) from cause
 
 
