@@ -1,7 +1,7 @@
 """Views rendered image by image, in DataLoader workers: what they show, and what their errors mean.
 
 A batch is one request to a worker, so that a mixed view's partners are loaded with it. Several
-views of a batch are several requests, each all views of some of its samples: an image is decoded
+views of a batch are one request or more, each all views of some of its samples: an image is decoded
 once for a request. How requests reach workers is said in `workers.py`.
 """
 

@@ -5,14 +5,15 @@ import torch
 from torch import Tensor
 
 _EXACT_BITS = 24
-"""Entries are below 2^24 in magnitude."""
+"""Entries are below 2^24 - 1 in magnitude."""
 
 
 def leading(rows: Tensor, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The class that is given, then those of the largest other entries: int64 (n, count); and their
     entries, float32 (n, count). Of equal entries the lower class comes first.
 
-    rows: float32 (n, C), whole numbers below 2^24 in magnitude. first: int64 (n,). count: 1 to C.
+    rows: float32 (n, C), whole numbers below 2^24 - 1 in magnitude. first: int64 (n,). count: 1 to
+    C.
 
     A key is an entry and, in its last bits, the class: no two are equal, so that no library has a
     choice, and all that is asked for can be read off the largest keys.
@@ -22,7 +23,7 @@ def leading(rows: Tensor, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
     mask, given = 2**bits - 1, first[:, None]
     lowest_first = torch.arange(mask, mask - rows.shape[1], -1, dtype=dtype, device=rows.device)
     keys = torch.add(lowest_first, rows.to(dtype), alpha=2**bits)
-    # Entries stay below 2^24 - 1, see `klt_integers`: this is the largest key.
+    # The largest key, as `klt_integers` keeps entries below.
     keys.scatter_(1, given, (2 ** (_EXACT_BITS + bits) - 1 - given).to(dtype))
     find = largest_on_host if keys.device.type == "cpu" else largest
     classes = (mask - (find(keys, count) & mask)).long()
